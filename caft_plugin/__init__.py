@@ -15,7 +15,7 @@ _HOMES = {
     "with_caft": "caft_plugin.training",
     "CAFTPlugin": "caft_plugin.axolotl.plugin",
 }
-__all__ = ["CAFTConfig", "CAFTPlugin", "ConfigError", "with_caft"]  # noqa: F822 (see __getattr__)
+__all__ = ["CAFTConfig", "CAFTPlugin", "ConfigError", "with_caft"]
 
 
 def __getattr__(name: str) -> Any:

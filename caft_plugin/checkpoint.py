@@ -273,7 +273,7 @@ def _copy_into(wanted: dict[str, Tensor], file: Path, *, skip_heads_from: int, a
     """Copies the tensors of a safetensors file into `wanted`, after checking every name and shape."""
     try:
         with safe_open(file, framework="pt") as opened:
-            shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+            shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}
     except (OSError, SafetensorError) as error:
         raise ConfigError(
             f"caft.heads: {file} cannot be read as safetensors ({error}). The file is damaged or of another kind: "

@@ -127,7 +127,10 @@ def accepted(field: Any) -> str:
     if choices:
         return "one of " + ", ".join(choices)
     bounds = {
-        name: getattr(mark, name) for mark in field.metadata for name in ("ge", "gt", "le") if hasattr(mark, name)
+        name: getattr(mark, name)
+        for mark in field.metadata
+        for name in ("ge", "gt", "le")
+        if hasattr(mark, name)
     }
     limits = [f"at least {bounds['ge']}"] if "ge" in bounds else []
     limits += [f"above {bounds['gt']}"] if "gt" in bounds else []

@@ -161,7 +161,7 @@ def build_heads(model: nn.Module, trunk: Trunk, config: CAFTConfig, seed: int) -
 
     Copies are taken from the base layer without its adapters, dequantised, in the layer's compute dtype.
     """
-    first = plain_copy(trunk.last_layer)
+    first = plain_copy(trunk.last_layer, trunk.model.config.dtype)
     layers = [first] + [copy.deepcopy(first) for _ in range(config.num_heads - 1)]
     how = config.train_heads
     if how == "auto":
@@ -188,24 +188,25 @@ def head_lora_config(model: nn.Module, layer: nn.Module) -> LoraConfig:
     )
 
 
-def plain_copy(layer: nn.Module) -> nn.Module:
+def plain_copy(layer: nn.Module, dtype: torch.dtype | None) -> nn.Module:
     """A deep copy of a decoder layer as the base model has it.
 
     Adapters, and whatever was put in the place of a module's forward, are left out; quantised weights are
-    dequantised; all floating-point tensors take the dtype of the largest one.
+    dequantised to `dtype` (the one the model was loaded with); all floating-point tensors take the dtype of the
+    largest one.
 
     Raises:
         ConfigError: a quantisation whose weights cannot be had back.
     """
     layer = copy.deepcopy(layer)
-    _make_plain(layer)
+    _make_plain(layer, dtype)
     largest = max((p for p in layer.parameters() if p.is_floating_point()), key=Tensor.numel)
     layer = layer.to(largest.dtype)
     layer.requires_grad_(False)
     return layer
 
 
-def _make_plain(module: nn.Module) -> None:
+def _make_plain(module: nn.Module, dtype: torch.dtype | None) -> None:
     module.__dict__.pop("forward", None)
     for name, child in list(module.named_children()):
         if isinstance(child, AuxiliaryTrainingWrapper):
@@ -213,9 +214,9 @@ def _make_plain(module: nn.Module) -> None:
         if isinstance(child, BaseTunerLayer):
             child = child.get_base_layer()
         if is_quantised(child):
-            child = dequantised_linear(child)
+            child = dequantised_linear(child, dtype)
         setattr(module, name, child)
-        _make_plain(child)
+        _make_plain(child, dtype)
 
 
 def is_quantised(module: nn.Module) -> bool:
@@ -225,9 +226,9 @@ def is_quantised(module: nn.Module) -> bool:
     return isinstance(weight, Tensor) and type(weight) not in (nn.Parameter, Tensor)
 
 
-def dequantised_linear(module: nn.Module) -> nn.Linear:
+def dequantised_linear(module: nn.Module, dtype: torch.dtype | None) -> nn.Linear:
     try:
-        weight = dequantize_module_weight(module)
+        weight = times_identity(module) if is_packed_for_cpu(module) else dequantize_module_weight(module)
         if not weight.is_floating_point():
             raise TypeError(f"weights of type {type(weight).__name__}")
     except (TypeError, AttributeError) as error:
@@ -238,10 +239,24 @@ def dequantised_linear(module: nn.Module) -> nn.Linear:
         ) from None
     bias = getattr(module, "bias", None)
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    linear.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
+    linear.weight = nn.Parameter(weight.detach().clone().to(dtype or weight.dtype), requires_grad=False)
     if bias is not None:
         linear.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
     return linear
+
+
+def is_packed_for_cpu(module: nn.Module) -> bool:
+    """bitsandbytes puts 4-bit weights into another order at the first call in evaluation mode on a CPU; its own
+    dequantisation does not know that order (0.50)."""
+    return bool(getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False))
+
+
+@torch.no_grad()
+def times_identity(module: nn.Module) -> Tensor:
+    """The weight (out, in) of a linear layer, from what it makes of the identity (the order is bfloat16's)."""
+    identity = torch.eye(module.in_features, dtype=torch.bfloat16)
+    weight = module(identity).T
+    return weight if module.bias is None else weight - module.bias[:, None]
 
 
 @dataclasses.dataclass
@@ -412,9 +427,7 @@ class AttachedHeads:
     def head_output(self, layer: nn.Module, source: Tensor, call: _LayerCall) -> Tensor:
         """One head over `source` (batch, length, hidden size), before norm and unembedding; same shape."""
         if torch.is_grad_enabled() and getattr(self.trunk.model, "is_gradient_checkpointing", False):
-            return checkpoint(
-                _replay, layer, source, call, use_reentrant=False, preserve_rng_state=False
-            )
+            return checkpoint(_replay, layer, source, call, use_reentrant=False, preserve_rng_state=False)
         return _replay(layer, source, call)
 
 
@@ -441,7 +454,11 @@ def _noting(layer_class: type, note: Callable[[nn.Module, tuple, dict[str, Any]]
     noting_class = type(
         layer_class.__name__,
         (layer_class,),
-        {"__call__": __call__, "__module__": layer_class.__module__, "__qualname__": layer_class.__qualname__},
+        {
+            "__call__": __call__,
+            "__module__": layer_class.__module__,
+            "__qualname__": layer_class.__qualname__,
+        },
     )
     return noting_class
 
@@ -469,7 +486,8 @@ def _replay(layer: nn.Module, source: Tensor, call: _LayerCall) -> Tensor:
     dtype = next(p.dtype for p in layer.parameters() if p.is_floating_point())
     if not call.autocast[2] and source.dtype != dtype:
         named = tree_map(
-            lambda leaf: leaf.to(dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf, named
+            lambda leaf: leaf.to(dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf,
+            named,
         )
     bound.arguments.update(named)
     output = layer(*bound.args, **bound.kwargs)

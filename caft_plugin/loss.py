@@ -136,9 +136,7 @@ def summed_cross_entropy(
     for start in range(0, max(len(hidden), 1), size):
         rows, ids = hidden[start : start + size], targets[start : start + size]
         if torch.is_grad_enabled():
-            total = total + checkpoint(
-                chunk_loss, rows, ids, use_reentrant=False, preserve_rng_state=False
-            )
+            total = total + checkpoint(chunk_loss, rows, ids, use_reentrant=False, preserve_rng_state=False)
         else:
             total = total + chunk_loss(rows, ids)
     return total

@@ -210,7 +210,9 @@ class CAFTTrainerMixin(_Base):
     def _accumulation_divisor(self, num_items_in_batch: Tensor | int | None) -> int:
         """What `Trainer.training_step` will divide the loss by: the accumulation steps, or 1 where the host's
         loss is already a share of the whole window."""
-        if (not self.model_accepts_loss_kwargs or num_items_in_batch is None) and self.compute_loss_func is None:
+        if (
+            not self.model_accepts_loss_kwargs or num_items_in_batch is None
+        ) and self.compute_loss_func is None:
             return getattr(self, "current_gradient_accumulation_steps", 1)
         return 1
 

@@ -14,6 +14,9 @@ os.environ.setdefault("AXOLOTL_DO_NOT_TRACK", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+# Tiny models: a second thread costs more than it brings, and much more on a busy machine.
+torch.set_num_threads(1)
+
 ROOT = Path(__file__).parent.parent
 GOLDENS = Path(__file__).parent / "goldens"
 

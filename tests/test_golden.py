@@ -6,13 +6,13 @@ import json
 
 import pytest
 import torch
+from conftest import GOLDENS
 from safetensors import safe_open
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerState, TrainingArguments
 
 from caft_plugin import CAFTConfig, with_caft
 from caft_plugin.heads import MODULE_NAME, Reading
 from caft_plugin.loss import IGNORE, head_targets
-from conftest import GOLDENS
 
 BETA, ALPHA, STEPS = 0.01, 0.8, 100
 SCHEDULES = ("rsine", "sine", "linear", "constant")
@@ -22,7 +22,7 @@ AT_STEPS = (0, 25, 50, 99)
 @pytest.fixture(scope="module")
 def golden():
     with safe_open(GOLDENS / "caft_official.safetensors", framework="pt") as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        tensors = {key: file.get_tensor(key) for key in file.keys()}
         config = json.loads(file.metadata()["config"])
     return tensors, config
 
@@ -98,7 +98,9 @@ def test_gradients(golden, tmp_path):
         if key.startswith("grad.rsine.25."):
             name = key.removeprefix("grad.rsine.25.")
             if name.startswith("auxiliary_head."):
-                name = f"{MODULE_NAME}.layers." + name.removeprefix("auxiliary_head.").replace(".layers.0.", ".")
+                name = f"{MODULE_NAME}.layers." + name.removeprefix("auxiliary_head.").replace(
+                    ".layers.0.", "."
+                )
             torch.testing.assert_close(named[name].grad, expected, rtol=0, atol=1e-5)
             checked += 1
     assert checked == 5

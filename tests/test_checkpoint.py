@@ -1,0 +1,167 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from caft_plugin import CAFTConfig, ConfigError
+from caft_plugin.checkpoint import (
+    FOLDER,
+    LORA,
+    RECORD,
+    WEIGHTS,
+    check_record,
+    load_checkpoint,
+    load_pretrained,
+    locate_heads,
+    read_record,
+    resolve_wiring,
+    save_heads,
+    write_whole,
+)
+from caft_plugin.heads import build_heads, find_trunk
+
+
+def make(model, **settings):
+    config = resolve_wiring(CAFTConfig(**settings), None)
+    trunk = find_trunk(model)
+    heads = build_heads(model, trunk, config, seed=0)
+    for parameter in heads.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    return heads, trunk, config
+
+
+@pytest.fixture
+def folder(tiny_model, tmp_path):
+    save_heads(tmp_path, *make(tiny_model), resumable=False)
+    return tmp_path / FOLDER
+
+
+def load(model, folder, **settings):
+    heads, trunk, config = make(model, **settings)
+    check_record(read_record(folder), folder, config, model.config)
+    load_pretrained(folder, heads, trunk.layer_class)
+    return heads
+
+
+def test_a_file_with_more_heads_serves_its_first_ones(tiny_model, folder):
+    saved = load_file(folder / WEIGHTS)
+    heads = load(tiny_model, folder, num_heads=2)
+    for name, tensor in heads.layers.state_dict().items():
+        assert torch.equal(tensor, saved[name])
+    assert sorted({name.split(".")[0] for name in saved}) == ["0", "1", "2", "3"]
+
+
+def test_lora_is_merged_at_the_end_and_kept_apart_in_a_checkpoint(tiny_model, tmp_path):
+    heads, trunk, config = make(tiny_model, train_heads="lora")
+    source = torch.randn(1, 5, 32)
+    module = heads.layers[1].mlp.up_proj
+    expected = module(source)
+    save_heads(tmp_path / "final", heads, trunk, config, resumable=False)
+    merged = load_file(tmp_path / "final" / FOLDER / WEIGHTS)
+    torch.testing.assert_close(source @ merged["1.mlp.up_proj.weight"].T, expected, rtol=1e-5, atol=1e-5)
+    assert not (tmp_path / "final" / FOLDER / LORA).exists()
+
+    save_heads(tmp_path / "checkpoint-1", heads, trunk, config, resumable=True)
+    other, _, _ = make(tiny_model, train_heads="lora")
+    load_checkpoint(tmp_path / "checkpoint-1", other)
+    for (name, ours), (_, theirs) in zip(heads.named_parameters(), other.named_parameters(), strict=True):
+        assert torch.equal(ours, theirs), name
+    with pytest.raises(ConfigError, match="LoRA is not merged"):
+        load(tiny_model, tmp_path / "checkpoint-1" / FOLDER)
+    with pytest.raises(ConfigError, match="trained with LoRA, but this run trains them fully"):
+        load_checkpoint(tmp_path / "checkpoint-1", make(tiny_model)[0])
+
+
+def test_locate(folder, tmp_path, monkeypatch):
+    assert locate_heads(str(folder)) == folder
+    assert locate_heads(str(tmp_path)) == folder  # the folder of a finished run
+    with pytest.raises(ConfigError, match=r"caft.heads: got './nowhere', which is not a folder"):
+        locate_heads("./nowhere")
+    file = tmp_path / "file"
+    file.write_text("x")
+    with pytest.raises(ConfigError, match="is not a folder"):
+        locate_heads(str(file))
+    with pytest.raises(ConfigError, match="neither a local folder nor a Hub id"):
+        locate_heads("nobody/no-such-heads-anywhere")
+
+
+def test_misfits_are_named(tiny_model, folder):
+    record = read_record(folder)
+    with pytest.raises(ConfigError, match=r"caft.num_heads: got 5, but the folder .* holds 4 heads"):
+        check_record(record, folder, CAFTConfig(num_heads=5), tiny_model.config)
+    for key, value in (("hidden_size", 64), ("vocab_size", 11)):
+        config = LlamaConfig(**{**tiny_model.config.to_dict(), key: value})
+        with pytest.raises(ConfigError, match=f"made for {key} .* but this model has {key} {value}"):
+            check_record(record, folder, CAFTConfig(), config)
+    with pytest.raises(ConfigError, match="are of class LlamaDecoderLayer .* of class MistralDecoderLayer"):
+        load_pretrained(folder, make(tiny_model)[0], "MistralDecoderLayer")
+    wide = LlamaForCausalLM(LlamaConfig(**{**tiny_model.config.to_dict(), "intermediate_size": 128}))
+    with pytest.raises(ConfigError, match=r"holds 0.mlp.down_proj.weight with shape \(32, 64\)"):
+        load(wide, folder)
+
+
+def damaged(folder, how):
+    weights, record = folder / WEIGHTS, folder / RECORD
+    tensors = {name: tensor.clone() for name, tensor in load_file(weights).items()}  # not the mapped file
+    match how:
+        case "truncated":
+            weights.write_bytes(weights.read_bytes()[:-100])
+        case "cut header":
+            weights.write_bytes(weights.read_bytes()[:6])
+        case "pickle":
+            torch.save(tensors, weights)
+        case "no weights":
+            weights.unlink()
+        case "missing tensor":
+            save_file({k: v for k, v in tensors.items() if k != "2.mlp.up_proj.weight"}, weights)
+        case "extra tensor":
+            save_file({**tensors, "2.mlp.bias": torch.ones(1)}, weights)
+        case "no record":
+            record.unlink()
+        case "record of another kind":
+            record.write_text('{"model_type": "llama"}')
+        case "record not JSON":
+            record.write_bytes(b"\xff\xfe\x00")
+        case "record from the future":
+            record.write_text(json.dumps({**json.loads(record.read_text()), "format_version": 2}))
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        "truncated",
+        "cut header",
+        "pickle",
+        "no weights",
+        "missing tensor",
+        "extra tensor",
+        "no record",
+        "record of another kind",
+        "record not JSON",
+        "record from the future",
+    ],
+)
+def test_damage_is_named_and_nothing_changes(tiny_model, folder, how):
+    damaged(folder, how)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(ConfigError, match=r"caft.heads: .*caft_heads"):
+        load(tiny_model, folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+
+    def fail(temporary):
+        temporary.write_text("half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write_whole(path, fail)
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]

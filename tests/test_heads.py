@@ -1,0 +1,287 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    Cohere2Config,
+    Gemma2Config,
+    GraniteConfig,
+    LlamaConfig,
+    Qwen2Config,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from caft_plugin import CAFTConfig, ConfigError
+from caft_plugin.checkpoint import resolve_wiring
+from caft_plugin.heads import MODULE_NAME, AttachedHeads, Reading, build_heads, find_trunk, plain_copy
+from caft_plugin.loss import IGNORE, head_targets
+
+SMALL = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+}
+FAMILIES = {
+    "plain": LlamaConfig(**SMALL),
+    "bias": Qwen2Config(**SMALL),
+    "soft-capped": Gemma2Config(**SMALL, head_dim=8, final_logit_softcapping=3.0),
+    "multiplied": Cohere2Config(**SMALL, logit_scale=0.25),
+    "divided": GraniteConfig(**SMALL, logits_scaling=4.0),
+}
+
+
+def attach(model, **settings):
+    config = resolve_wiring(CAFTConfig(**settings), None)
+    trunk = find_trunk(model)
+    return AttachedHeads(model, build_heads(model, trunk, config, seed=0), trunk, config)
+
+
+def batch(rows=2, length=12):
+    ids = torch.randint(1, 97, (rows, length))
+    labels = ids.clone()
+    labels[:, :4] = IGNORE
+    return {"input_ids": ids, "labels": labels}
+
+
+def read(attached, inputs, model=None):
+    targets = head_targets(inputs, len(attached.heads))
+    reading = Reading(targets, torch.ones(len(targets)), [True] * len(targets), training=True)
+    with attached.reading(reading):
+        output = (model or attached.model)(**inputs)
+    return reading, output
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_copy_of_the_last_layer_gives_the_models_own_logits(family, attention):
+    """Proves masks, rotary embeddings, norms and logit transforms at once."""
+    config = copy.deepcopy(FAMILIES[family])
+    config._attn_implementation = attention
+    model = AutoModelForCausalLM.from_config(config).eval()
+    attached = attach(model, num_heads=1)
+    inputs = batch()
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    inputs["attention_mask"][0, 9:] = 0
+    inputs["labels"][0, 9:] = IGNORE
+    seen = []
+    original = attached.head_output
+    attached.head_output = lambda *args: seen.append(original(*args)) or seen[-1]
+    reading, output = read(attached, inputs)
+    logits = attached.trunk.logits(attached.trunk.norm(seen[0]))
+    kept = inputs["attention_mask"].bool()
+    torch.testing.assert_close(logits[kept], output.logits[kept], rtol=0, atol=1e-5)
+
+    targets = head_targets(inputs, 1)[0]
+    slow = nn.functional.cross_entropy(
+        output.logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum"
+    )
+    torch.testing.assert_close(reading.sums[0], slow.detach(), rtol=1e-5, atol=0)
+
+
+def test_unknown_logit_transform_is_refused():
+    model = AutoModelForCausalLM.from_config(FAMILIES["plain"])
+    attached = attach(model, num_heads=1)
+    inner = model.lm_head.forward
+    model.lm_head.register_forward_hook(lambda module, args, out: out * (5.0 if out.dim() == 3 else 1.0))
+    assert inner is not None
+    with pytest.raises(ConfigError, match="LlamaForCausalLM makes its logits in a way"):
+        read(attached, batch())
+
+
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("how", ["full", "lora", "frozen"])
+@pytest.mark.parametrize("wiring", [("penultimate", True), ("final", False)])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_changes_nothing(reentrant, wiring, how, lora):
+    """Loss and gradients, relative difference at most 1e-6 in float32, base, LoRA and head parameters."""
+    results = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(FAMILIES["plain"])
+        if lora:
+            model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
+            nn.init.normal_(model.base_model.model.model.layers[0].self_attn.q_proj.lora_B.default.weight)
+            model.enable_input_require_grads()
+        attached = attach(model, train_heads=how, head_input=wiring[0], head_norm=wiring[1])
+        for name, parameter in attached.heads.named_parameters():
+            if "lora_B" in name:
+                nn.init.normal_(parameter, std=0.1)
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model.train()
+        torch.manual_seed(1)
+        reading, output = read(attached, batch())
+        (output.loss + reading.loss).backward()
+        gradients = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+        results.append((output.loss.detach(), reading.loss.detach(), gradients))
+    (own, aux, plain), (own_c, aux_c, checkpointed) = results
+    torch.testing.assert_close((own_c, aux_c), (own, aux), rtol=1e-6, atol=0)
+    assert plain.keys() == checkpointed.keys()
+    for name in plain:
+        assert plain[name] is not None, name
+        scale = plain[name].norm()
+        assert (plain[name] - checkpointed[name]).norm() <= 1e-6 * scale + 1e-12, name
+
+
+def test_attach_changes_and_detach_restores():
+    model = AutoModelForCausalLM.from_config(FAMILIES["plain"])
+    inputs = batch()
+    before = model(**inputs)
+    layer = model.model.layers[-1]
+    layer_class, keys = type(layer), list(model.state_dict())
+    hooks = [len(m._forward_hooks) for m in model.modules()]
+    with attach(model) as attached:
+        reading, output = read(attached, inputs)
+        assert reading.loss > 0 and output.caft_loss is reading.loss
+        assert type(layer) is not layer_class and type(layer).__name__ == layer_class.__name__
+        assert hasattr(model, MODULE_NAME)
+        assert list(model.state_dict()) == keys
+        assert len(list(model.parameters())) > len(keys)
+        model.load_state_dict(model.state_dict(), strict=True)
+    assert type(layer) is layer_class
+    assert not hasattr(model, MODULE_NAME)
+    assert [len(m._forward_hooks) for m in model.modules()] == hooks
+    after = model(**inputs)
+    assert torch.equal(before.logits, after.logits) and "caft_loss" not in after
+    attached.detach()
+
+
+def test_detach_undoes_itself_when_the_model_fails():
+    model = AutoModelForCausalLM.from_config(FAMILIES["plain"])
+    layer_class = type(model.model.layers[-1])
+    with pytest.raises(RuntimeError), attach(model) as attached:
+        read(attached, {**batch(), "position_ids": torch.zeros(3, 7, 5)})
+    assert type(model.model.layers[-1]) is layer_class and not model._forward_hooks
+
+
+def test_detach_after_another_class_was_put_on_top():
+    """FSDP2 gives every sharded module a class of its own, derived from the one it has."""
+    model = AutoModelForCausalLM.from_config(FAMILIES["plain"])
+    layer = model.model.layers[-1]
+    original = type(layer)
+    attached = attach(model)
+    layer.__class__ = type("FSDPLayer", (type("Mixin", (), {}), type(layer)), {})
+    attached.detach()
+    assert type(layer).__name__ == "FSDPLayer" and original in type(layer).__mro__
+    assert "__call__" not in vars(type(layer).__bases__[1]) or type(layer).__bases__[1] is original
+
+
+def test_only_the_call_with_gradients_is_read():
+    """Some hosts call the model a second time without gradients within one loss."""
+    model = AutoModelForCausalLM.from_config(FAMILIES["plain"])
+    attached = attach(model)
+    first, second = batch(), batch()
+    targets = head_targets(first, 4)
+    reading = Reading(targets, torch.ones(4), [True] * 4, training=True)
+    with attached.reading(reading):
+        with torch.no_grad():
+            model(**second)
+        assert reading.loss is None
+        model(**first)
+        loss = reading.loss
+        with torch.no_grad():
+            model(**second)
+        assert reading.loss is loss
+    expected, _ = read(attached, first)
+    torch.testing.assert_close(loss, expected.loss)
+    assert attached._call is None
+    model.generate(first["input_ids"], max_new_tokens=2)
+    assert attached._call is None
+
+
+def test_heads_draw_nothing_from_the_global_generator():
+    config = copy.deepcopy(FAMILIES["plain"])
+    config.attention_dropout = 0.5
+    model = AutoModelForCausalLM.from_config(config).train()
+    inputs = batch()
+
+    def state_after(attached):
+        torch.manual_seed(7)
+        if attached is None:
+            model(**inputs)
+        else:
+            read(attached, inputs)[0].loss.backward()
+        return torch.get_rng_state()
+
+    plain = state_after(None)
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    attached = attach(model, train_heads="lora")
+    assert torch.equal(before, torch.get_rng_state())
+    model.train()
+    assert torch.equal(plain, state_after(attached))
+
+
+def test_copies_leave_adapters_and_patched_forwards_out():
+    model = AutoModelForCausalLM.from_config(FAMILIES["plain"])
+    wanted = copy.deepcopy(model.model.layers[-1])
+    peft_model = get_peft_model(
+        model, LoraConfig(r=4, target_modules=["q_proj", "down_proj"], modules_to_save=["up_proj"])
+    )
+    layer = model.model.layers[-1]
+    nn.init.normal_(layer.self_attn.q_proj.lora_B.default.weight)
+    layer.mlp.forward = lambda hidden: hidden * 0
+    copied = plain_copy(find_trunk(peft_model).last_layer, None)
+    assert {n: tuple(p.shape) for n, p in copied.named_parameters()} == {
+        n: tuple(p.shape) for n, p in wanted.named_parameters()
+    }
+    for name, parameter in wanted.named_parameters():
+        assert torch.equal(copied.get_parameter(name), parameter), name
+    assert "forward" not in vars(copied.mlp)
+    assert layer.mlp.forward(torch.ones(1)) == 0  # the base keeps its own
+
+
+@pytest.mark.parametrize("ran_before", [False, True])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_copies_are_dequantised(tmp_path, bits, ran_before):
+    config = LlamaConfig(**{**SMALL, "hidden_size": 128, "intermediate_size": 256})
+    AutoModelForCausalLM.from_config(config).bfloat16().save_pretrained(tmp_path)
+    quantisation = (
+        BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+        )
+        if bits == 4
+        else BitsAndBytesConfig(load_in_8bit=True)
+    )
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path, quantization_config=quantisation, dtype=torch.bfloat16, device_map="cpu"
+    )
+    assert type(model.model.layers[-1].mlp.up_proj) is not nn.Linear
+    if ran_before:
+        with torch.no_grad():
+            model.eval()(torch.ones(1, 4, dtype=torch.long))
+    copied = plain_copy(find_trunk(model).last_layer, model.config.dtype)
+    for name, parameter in plain.model.layers[-1].named_parameters():
+        ours = copied.get_parameter(name)
+        assert type(ours) is nn.Parameter and ours.dtype == torch.bfloat16 and ours.shape == parameter.shape
+        # 4 bits: nf4 blocks of 64 keep about 10 % of the norm as error; 8 bits: about 1 %.
+        error = (ours.float() - parameter.float()).norm() / parameter.float().norm()
+        assert error < (0.12 if bits == 4 else 0.02), (name, error)
+
+
+def test_encoder_decoder_is_refused_by_name():
+    model = T5ForConditionalGeneration(
+        T5Config(vocab_size=9, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+    )
+    with pytest.raises(ConfigError, match="T5ForConditionalGeneration is an encoder-decoder model"):
+        find_trunk(model)
+
+
+def test_a_model_of_another_kind_is_refused_by_name():
+    from transformers import LlamaForSequenceClassification
+
+    with pytest.raises(ConfigError, match="LlamaForSequenceClassification has no .*unembedding"):
+        find_trunk(LlamaForSequenceClassification(FAMILIES["plain"]))

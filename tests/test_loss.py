@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from caft_plugin import loss
+from caft_plugin.loss import IGNORE, count_targets, gamma, head_targets, head_weights, summed_cross_entropy
+
+LABELS = torch.tensor([[IGNORE, 1, 2, 3, 4, 5, 6, 7], [IGNORE, IGNORE, 8, 9, 10, IGNORE, IGNORE, IGNORE]])
+
+
+def slow_targets(labels, documents, num_heads):
+    """Token by token, from the definition."""
+    out = torch.full((num_heads, *labels.shape), IGNORE)
+    rows, length = labels.shape
+    for k in range(1, num_heads + 1):
+        for row in range(rows):
+            for t in range(length):
+                there = t + k + 1
+                if there < length and documents[row][t] == documents[row][there] != "pad":
+                    out[k - 1, row, t] = labels[row, there]
+    return out
+
+
+ONE = [["a"] * 8, ["b"] * 8]
+
+
+@pytest.mark.parametrize(
+    ("marks", "documents"),
+    [
+        ({}, ONE),
+        ({"position_ids": torch.arange(8)[None]}, ONE),
+        (
+            {"position_ids": torch.tensor([[0, 1, 2, 0, 1, 0, 1, 2], [0, 1, 2, 3, 4, 5, 6, 0]])},
+            [list("aaabbccc"), list("dddddddE")],
+        ),
+        (
+            {"position_ids": torch.tensor([[[0, 1, 2, 0, 1, 0, 1, 2], [0, 1, 2, 3, 4, 5, 6, 0]]] * 3)},
+            [list("aaabbccc"), list("dddddddE")],
+        ),
+        (
+            {"attention_mask": torch.tensor([[1, 1, 1, 2, 2, 2, 3, 3], [1, 1, 1, 1, 1, 0, 0, 0]])},
+            [list("aaabbbcc"), [*"ddddd", "pad", "pad", "pad"]],
+        ),
+        (
+            {"attention_mask": torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1], [1] * 8])},
+            [["pad", "pad", *"aaaaaa"], list("bbbbbbbb")],
+        ),
+        (
+            {"cu_seq_lens_q": torch.tensor([0, 3, 8, 12, 16], dtype=torch.int32)},
+            [list("aaabbbbb"), list("ccccdddd")],
+        ),
+    ],
+)
+def test_targets_follow_the_definition(marks, documents):
+    torch.testing.assert_close(
+        head_targets({"labels": LABELS, **marks}, 5), slow_targets(LABELS, documents, 5), rtol=0, atol=0
+    )
+
+
+def test_rows_shorter_than_the_reach_of_a_head():
+    targets = head_targets({"labels": torch.tensor([[1, 2, 3]])}, 4)
+    assert count_targets(targets).tolist() == [1, 0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "formula"),
+    [
+        ("rsine", lambda s, total: math.sin((total - s) / total * math.pi / 2)),
+        ("sine", lambda s, total: math.sin(s / total * math.pi / 2)),
+        ("linear", lambda s, total: s / total),
+        ("constant", lambda s, total: 1.0),
+    ],
+)
+def test_schedules(schedule, formula):
+    for step in range(11):
+        assert gamma(schedule, step, 10) == pytest.approx(formula(step, 10), abs=1e-12)
+
+
+def test_weights():
+    assert head_weights(0.01, 0.8, 0.5, 3) == pytest.approx([0.004, 0.0032, 0.00256])
+
+
+@pytest.mark.parametrize("rows", [0, 1, 7, 64, 150])
+def test_summed_cross_entropy(rows, monkeypatch):
+    monkeypatch.setattr(loss, "LOGITS_AT_A_TIME", 1)  # chunks of 64 rows, so 150 has a partial one
+    weight = torch.randn(31, 8, requires_grad=True)
+    hidden = torch.randn(rows, 8, requires_grad=True)
+    targets = torch.randint(0, 31, (rows,))
+    expected = F.cross_entropy(hidden @ weight.T, targets, reduction="sum")
+    wanted = torch.autograd.grad(expected, (hidden, weight))
+    total = summed_cross_entropy(hidden, targets, lambda h: h @ weight.T, 31)
+    got = torch.autograd.grad(total, (hidden, weight))
+    torch.testing.assert_close(total, expected)
+    torch.testing.assert_close(got, wanted)
+
+
+def test_half_precision_losses_are_summed_in_float32():
+    weight, hidden = torch.randn(1000, 64).bfloat16(), torch.randn(500, 64).bfloat16()
+    targets = torch.randint(0, 1000, (500,))
+    total = summed_cross_entropy(hidden, targets, lambda h: h @ weight.T, 1000)
+    assert total.dtype == torch.float32
+    exact = F.cross_entropy((hidden @ weight.T).double(), targets, reduction="sum")
+    assert total.item() == pytest.approx(exact.item(), rel=1e-6)

@@ -1,0 +1,548 @@
+"""`with_caft` on the plain transformers Trainer, float32, tiny models."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+
+from caft_plugin import CAFTConfig, ConfigError, with_caft
+from caft_plugin.heads import MODULE_NAME
+from caft_plugin.loss import IGNORE
+
+CAFTTrainer = with_caft(Trainer)
+
+
+def rows(lengths, prompt=2):
+    """Rows whose answers have very different lengths."""
+    generator = torch.Generator().manual_seed(5)
+    made = []
+    for length in lengths:
+        ids = torch.randint(1, 97, (length,), generator=generator)
+        labels = ids.clone()
+        labels[:prompt] = IGNORE
+        made.append({"input_ids": ids, "labels": labels})
+    return made
+
+
+def pad(examples):
+    def padded(key, value):
+        return torch.nn.utils.rnn.pad_sequence(
+            [e[key] for e in examples], batch_first=True, padding_value=value
+        )
+
+    ids = padded("input_ids", 0)
+    return {"input_ids": ids, "labels": padded("labels", IGNORE), "attention_mask": (ids != 0).long()}
+
+
+DATA = rows([4, 30, 7, 3, 22, 9, 5, 15, 28, 6, 3, 12, 19, 4, 8, 25])
+
+
+def arguments(folder, **settings):
+    return TrainingArguments(
+        **{
+            "output_dir": str(folder),
+            "use_cpu": True,
+            "report_to": [],
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "max_steps": 3,
+            "learning_rate": 1e-2,
+            "lr_scheduler_type": "constant",
+            "per_device_train_batch_size": 4,
+            "disable_tqdm": True,
+            "seed": 3,
+            **settings,
+        }
+    )
+
+
+def trainer_of(
+    model, folder, caft=None, trainer_class=CAFTTrainer, data=DATA, callbacks=None, evaluate=None, **settings
+):
+    more = {"caft": caft} if trainer_class is with_caft(trainer_class) else {}
+    return trainer_class(
+        model=model,
+        args=arguments(folder, **settings),
+        train_dataset=data,
+        eval_dataset=evaluate,
+        data_collator=pad,
+        callbacks=callbacks,
+        **more,
+    )
+
+
+def losses(trainer):
+    return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+def lora(model):
+    torch.manual_seed(11)
+    return get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", lora_dropout=0.1))
+
+
+class Gradients(TrainerCallback):
+    """Gradients as the optimizer is about to see them, at every step."""
+
+    def __init__(self):
+        self.steps = []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.steps.append(
+            {n: None if p.grad is None else p.grad.clone() for n, p in model.named_parameters()}
+        )
+
+
+def test_one_class_for_one_class():
+    assert with_caft(Trainer) is CAFTTrainer
+    assert with_caft(CAFTTrainer) is CAFTTrainer
+    with pytest.raises(TypeError, match="subclass of transformers.Trainer"):
+        with_caft(dict)
+
+
+def test_without_caft_it_is_the_class_it_was(tiny_model, tmp_path):
+    plain = trainer_of(copy.deepcopy(tiny_model), tmp_path, trainer_class=Trainer)
+    ours = trainer_of(copy.deepcopy(tiny_model), tmp_path, caft=None)
+    plain.train(), ours.train()
+    assert [(e["loss"], e["grad_norm"]) for e in losses(plain)] == [
+        (e["loss"], e["grad_norm"]) for e in losses(ours)
+    ]
+
+
+def test_beta_zero_is_a_plain_run_to_the_digit(tiny_model, tmp_path):
+    plain = trainer_of(lora(copy.deepcopy(tiny_model)), tmp_path, trainer_class=Trainer, max_steps=5)
+    plain.train()
+    ours = trainer_of(lora(copy.deepcopy(tiny_model)), tmp_path, caft={"beta": 0}, max_steps=5)
+    ours.train()
+    assert [(e["loss"], e["grad_norm"]) for e in losses(plain)] == [
+        (e["loss"], e["grad_norm"]) for e in losses(ours)
+    ]
+    assert losses(plain)[0].keys() == losses(ours)[0].keys()
+
+
+def test_the_base_sees_the_same_random_numbers(tiny_model, tmp_path):
+    """With a vanishing beta the base, dropout included, trains as without heads."""
+    plain = trainer_of(lora(copy.deepcopy(tiny_model)), tmp_path, trainer_class=Trainer, max_steps=4)
+    plain.train()
+    ours = trainer_of(lora(copy.deepcopy(tiny_model)), tmp_path, caft={"beta": 1e-12}, max_steps=4)
+    ours.train()
+    for a, b in zip(losses(plain), losses(ours), strict=True):
+        assert b["caft/next_token_loss"] == pytest.approx(a["loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize("host_divides", [True, False])
+@pytest.mark.parametrize("rows_in_data", [8, 11])
+@pytest.mark.parametrize("wiring", [{}, {"head_input": "final", "head_norm": False}])
+def test_accumulation_layouts_agree(tiny_model, tmp_path, host_divides, rows_in_data, wiring):
+    """8x1, 4x2, 2x4, 1x8: head losses, auxiliary loss and its gradients; also in a last window that is not full
+    (11 rows), also where a micro-batch has no target for some head (rows of 3 tokens)."""
+    results = []
+    for batch, accumulation in [(8, 1), (4, 2), (2, 4), (1, 8)]:
+        seen = Gradients()
+        trainer = trainer_of(
+            copy.deepcopy(tiny_model),
+            tmp_path,
+            caft={"beta": 0.5, **wiring},
+            callbacks=[seen],
+            data=DATA[:rows_in_data],
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=accumulation,
+            max_steps=-1,
+            num_train_epochs=1,
+            learning_rate=1e-12,
+            max_grad_norm=0.0,
+        )
+        if host_divides:  # as Axolotl's trainer does
+            trainer.model_accepts_loss_kwargs = False
+        trainer.train()
+        heads = [{n: g for n, g in step.items() if MODULE_NAME in n} for step in seen.steps]
+        results.append((losses(trainer), heads))
+    assert len(results[0][0]) == math.ceil(rows_in_data / 8)
+    for logs, gradients in results[1:]:
+        for one, other in zip(results[0][0], logs, strict=True):
+            for key in one:
+                if key.startswith("caft/loss_head") or key == "caft/aux_loss":
+                    assert other[key] == pytest.approx(one[key], rel=1e-5), key
+        for one, other in zip(results[0][1], gradients, strict=True):
+            for name in one:
+                torch.testing.assert_close(other[name], one[name], rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("host_divides", [True, False])
+def test_loss_and_gradients_equal_the_formula(tiny_model, tmp_path, host_divides):
+    """One window of two uneven micro-batches against the paper's formula over all rows at once."""
+    seen = Gradients()
+    model = copy.deepcopy(tiny_model)
+    trainer = trainer_of(
+        tiny_model,
+        tmp_path,
+        caft={"beta": 0.3, "alpha": 0.7, "schedule": "constant", "num_heads": 2},
+        callbacks=[seen],
+        data=DATA[:4],
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        max_steps=1,
+        max_grad_norm=0.0,
+    )
+    heads = copy.deepcopy(trainer.caft.heads.layers)
+    if host_divides:
+        trainer.model_accepts_loss_kwargs = False
+    trainer.train()
+
+    trunk = model.model
+    rope = trunk.rotary_emb
+    last = trunk.layers[-1]
+    means, own = [], []
+    for k in (1, 2):
+        logits, targets = [], []
+        for example in DATA[:4]:
+            ids = example["input_ids"][None]
+            positions = torch.arange(ids.shape[1])[None]
+            hidden = trunk.embed_tokens(ids)
+            embeddings = rope(hidden, positions)
+            for layer in trunk.layers[:-1]:
+                hidden = layer(hidden, position_embeddings=embeddings)
+            head = heads[k - 1](hidden, position_embeddings=embeddings)
+            logits.append(model.lm_head(trunk.norm(head))[0, : -(k + 1)])
+            targets.append(example["labels"][k + 1 :])
+            if k == 1:
+                out = model.lm_head(trunk.norm(last(hidden, position_embeddings=embeddings)))
+                own.append((out[0, :-1], example["labels"][1:]))
+        means.append(F.cross_entropy(torch.cat(logits), torch.cat(targets), ignore_index=IGNORE))
+    aux = 0.3 * (0.7 * means[0] + 0.7**2 * means[1])
+    log = losses(trainer)[0]
+    assert log["caft/loss_head_1"] == pytest.approx(means[0].item(), rel=1e-5)
+    assert log["caft/loss_head_2"] == pytest.approx(means[1].item(), rel=1e-5)
+    assert log["caft/aux_loss"] == pytest.approx(aux.item(), rel=1e-5)
+    assert log["loss"] == pytest.approx(log["caft/next_token_loss"] + log["caft/aux_loss"], rel=1e-6)
+
+    if not host_divides:  # an exact host: the total is exact too
+        next_token = F.cross_entropy(
+            torch.cat([o for o, _ in own]), torch.cat([t for _, t in own]), ignore_index=IGNORE
+        )
+        (next_token + aux).backward()
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(seen.steps[0][name], parameter.grad, rtol=1e-4, atol=1e-6)
+    else:
+        aux.backward()
+    for name, parameter in heads.named_parameters():
+        full = seen.steps[0][f"{MODULE_NAME}.layers.{name}"]
+        torch.testing.assert_close(full, parameter.grad, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("base", ["full", "lora"])
+@pytest.mark.parametrize("how", ["auto", "full", "lora", "frozen"])
+def test_what_trains_changes_and_what_is_frozen_does_not(tiny_model, tmp_path, base, how):
+    model = lora(tiny_model) if base == "lora" else tiny_model
+    trainer = trainer_of(model, tmp_path, caft={"train_heads": how, "beta": 0.1})
+    heads = trainer.caft.heads
+    before = {n: p.detach().clone() for n, p in heads.named_parameters()}
+    trainer.train()
+    expected = {"auto": "full" if base == "full" else "lora"}.get(how, how)
+    changed = {n for n, p in heads.named_parameters() if not torch.equal(p, before[n])}
+    trainable = {n for n in before if expected == "full" or (expected == "lora" and ".lora_" in n)}
+    assert changed == trainable
+    assert bool(trainable) == (how != "frozen")
+    assert any(".lora_" in n for n in before) == (expected == "lora")
+
+
+def test_logs(tiny_model, tmp_path):
+    trainer = trainer_of(
+        tiny_model, tmp_path, caft=CAFTConfig(num_heads=2), logging_steps=2, max_steps=4, evaluate=DATA[:6]
+    )
+    trainer.train()
+    first, second = losses(trainer)
+    assert {k for k in first if k.startswith("caft/")} == {
+        "caft/next_token_loss",
+        "caft/loss_head_1",
+        "caft/loss_head_2",
+        "caft/gamma",
+        "caft/aux_loss",
+    }
+    gammas = [math.sin((4 - s) / 4 * math.pi / 2) for s in range(4)]
+    assert first["caft/gamma"] == pytest.approx(sum(gammas[:2]) / 2)
+    assert second["caft/gamma"] == pytest.approx(sum(gammas[2:]) / 2)
+    assert second["caft/aux_loss"] < first["caft/aux_loss"]  # gamma falls from 1 to 0
+
+
+def test_evaluation_adds_nothing_and_reports_the_heads(tiny_model, tmp_path):
+    plain = trainer_of(copy.deepcopy(tiny_model), tmp_path, trainer_class=Trainer, evaluate=DATA[:6])
+    ours = trainer_of(copy.deepcopy(tiny_model), tmp_path, caft={}, evaluate=DATA[:6])
+    metrics = ours.evaluate()
+    assert metrics["eval_loss"] == plain.evaluate()["eval_loss"]
+    small = trainer_of(tiny_model, tmp_path, caft={}, evaluate=DATA[:6], per_device_eval_batch_size=1)
+    one_by_one = small.evaluate()
+    for k in range(1, 5):
+        key = f"eval_caft/loss_head_{k}"
+        assert metrics[key] > 0
+        assert one_by_one[key] == pytest.approx(metrics[key], rel=1e-5)
+    assert f"eval_caft/loss_head_{1}" in ours.state.log_history[-1]
+
+
+def test_no_head_works_where_gamma_is_zero(tiny_model, tmp_path):
+    seen = Gradients()
+    trainer = trainer_of(tiny_model, tmp_path, caft={"schedule": "linear"}, callbacks=[seen], max_steps=2)
+    trainer.train()
+    heads = [{n: g for n, g in step.items() if MODULE_NAME in n} for step in seen.steps]
+    assert all(g is None for g in heads[0].values())
+    assert all(g is not None for g in heads[1].values())
+    assert "caft/loss_head_1" not in losses(trainer)[0]
+    assert losses(trainer)[0]["caft/aux_loss"] == 0
+
+
+def test_nothing_supervised(tiny_model, tmp_path):
+    data = [{**row, "labels": torch.full_like(row["labels"], IGNORE)} for row in DATA[:4]]
+
+    class ZeroLoss(Trainer):  # the plain Trainer's own loss is not a number here
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            return model(**inputs).logits.sum() * 0
+
+    trainer = trainer_of(
+        tiny_model, tmp_path, caft={}, trainer_class=with_caft(ZeroLoss), data=data, max_steps=1
+    )
+    trainer.train()
+    log = losses(trainer)[0]
+    assert log["loss"] == 0 and log["grad_norm"] == 0 and log["caft/aux_loss"] == 0
+
+
+def test_a_subclass_with_its_own_loss_keeps_it(tiny_model, tmp_path):
+    class Doubled(Trainer):
+        calls = 0
+
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            Doubled.calls += 1
+            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+            return (2 * loss, outputs) if return_outputs else 2 * loss
+
+    plain = trainer_of(copy.deepcopy(tiny_model), tmp_path, trainer_class=Doubled, max_steps=1)
+    plain.train()
+    assert Doubled.calls == 1
+    ours = trainer_of(tiny_model, tmp_path, caft={}, trainer_class=with_caft(Doubled), max_steps=1)
+    ours.train()
+    assert Doubled.calls == 2
+    log = losses(ours)[0]
+    assert log["caft/next_token_loss"] == pytest.approx(losses(plain)[0]["loss"], rel=1e-6)
+    assert log["loss"] == pytest.approx(log["caft/next_token_loss"] + log["caft/aux_loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize("extra", ["label_smoothing", "compute_loss_func"])
+def test_hosts_that_take_the_labels_away(tiny_model, tmp_path, extra):
+    """Label smoothing and a custom loss remove `labels` from the inputs before they call the model."""
+
+    def custom(outputs, labels, num_items_in_batch=None):
+        flat = outputs.logits[:, :-1].flatten(0, 1)
+        return (
+            F.cross_entropy(flat, labels[:, 1:].flatten(), ignore_index=IGNORE, reduction="sum")
+            / num_items_in_batch
+        )
+
+    settings = {"label_smoothing_factor": 0.1} if extra == "label_smoothing" else {}
+    reference = trainer_of(copy.deepcopy(tiny_model), tmp_path, caft={"beta": 0.5}, max_steps=1)
+    reference.train()
+    trainer = CAFTTrainer(
+        model=tiny_model,
+        args=arguments(tmp_path, max_steps=1, **settings),
+        train_dataset=DATA,
+        data_collator=pad,
+        compute_loss_func=custom if extra == "compute_loss_func" else None,
+        caft={"beta": 0.5},
+    )
+    trainer.train()
+    for k in range(1, 5):
+        key = f"caft/loss_head_{k}"
+        assert losses(trainer)[0][key] == pytest.approx(losses(reference)[0][key], rel=1e-6)
+
+
+@pytest.mark.parametrize("base", ["full", "lora"])
+@pytest.mark.parametrize("how", ["auto", "frozen"])
+def test_resuming_continues_to_the_digit(tiny_model, tmp_path, base, how):
+    def run(folder, steps, resume=None):
+        model = copy.deepcopy(tiny_model)
+        model = lora(model) if base == "lora" else model
+        trainer = trainer_of(
+            model,
+            folder,
+            caft={"train_heads": how, "beta": 0.5},
+            max_steps=6,
+            save_strategy="steps",
+            save_steps=3,
+        )
+        if steps < 6:
+            trainer.add_callback(StopAt(steps))
+        trainer.train(resume_from_checkpoint=resume)
+        return losses(trainer)
+
+    whole = run(tmp_path / "whole", 6)
+    run(tmp_path / "halves", 3)
+    resumed = run(tmp_path / "halves", 6, resume=str(tmp_path / "halves" / "checkpoint-3"))
+    drop = ("epoch",)
+    assert [{k: v for k, v in e.items() if k not in drop} for e in resumed] == [
+        {k: v for k, v in e.items() if k not in drop} for e in whole
+    ]
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step >= self.step
+
+
+def test_resuming_without_heads_says_so(tiny_model, tmp_path):
+    plain = trainer_of(
+        copy.deepcopy(tiny_model), tmp_path, trainer_class=Trainer, save_strategy="steps", save_steps=3
+    )
+    plain.train()
+    ours = trainer_of(tiny_model, tmp_path, caft={})
+    with pytest.raises(ConfigError, match="checkpoint-3 has no caft_heads/ folder"):
+        ours.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+
+
+def shapes(file):
+    return {key: tuple(tensor.shape) for key, tensor in load_file(file).items()}
+
+
+@pytest.mark.parametrize("base", ["full", "lora"])
+def test_what_is_saved_is_what_a_plain_run_saves(tiny_model, tmp_path, base):
+    """On every path: checkpoint, save_model, save_pretrained in mid-run and after, merge_and_unload."""
+    file = "adapter_model.safetensors" if base == "lora" else "model.safetensors"
+
+    class SaveInMidRun(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            if state.global_step == 1:
+                model.save_pretrained(f"{args.output_dir}/mid")
+
+    found = {}
+    for name, trainer_class in (("plain", Trainer), ("ours", CAFTTrainer)):
+        model = copy.deepcopy(tiny_model)
+        if base == "lora":
+            # bias="all" makes PEFT save every tensor with "bias" in its name, "lora_" or not
+            model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", bias="all"))
+        trainer = trainer_of(
+            model,
+            tmp_path / name,
+            trainer_class=trainer_class,
+            caft={} if trainer_class is CAFTTrainer else None,
+            callbacks=[SaveInMidRun()],
+            max_steps=2,
+            save_strategy="steps",
+            save_steps=2,
+        )
+        trainer.train()
+        trainer.save_model(str(tmp_path / name / "final"))
+        trainer.model.save_pretrained(tmp_path / name / "after")
+        if base == "lora":
+            merged = trainer.model.merge_and_unload()
+            merged.save_pretrained(tmp_path / name / "merged")
+            found[name, "merged"] = shapes(tmp_path / name / "merged" / "model.safetensors")
+        for folder in ("checkpoint-2", "final", "mid", "after"):
+            found[name, folder] = shapes(tmp_path / name / folder / file)
+    for (name, folder), keys in found.items():
+        if name == "ours":
+            assert keys == found["plain", folder], folder
+    assert (tmp_path / "ours" / "final" / "caft_heads" / "heads.safetensors").is_file()
+    assert not (tmp_path / "ours" / "final" / "caft_heads" / "lora.safetensors").exists()
+    assert (tmp_path / "ours" / "checkpoint-2" / "caft_heads" / "lora.safetensors").exists() == (
+        base == "lora"
+    )
+    if base == "full":
+        loaded = LlamaForCausalLM.from_pretrained(tmp_path / "ours" / "final")
+        assert loaded.generate(torch.ones(1, 3, dtype=torch.long), max_new_tokens=2).shape == (1, 5)
+
+
+def test_pretrained_heads_are_used(tiny_model, tmp_path):
+    first = trainer_of(copy.deepcopy(tiny_model), tmp_path / "a", caft={"beta": 0.5, "head_input": "final"})
+    first.train()
+    first.save_model()
+    second = trainer_of(
+        copy.deepcopy(tiny_model), tmp_path / "b", caft={"heads": str(tmp_path / "a"), "num_heads": 2}
+    )
+    assert second.caft_config.head_input == "final"  # as the folder records
+    for ours, theirs in zip(second.caft.heads.layers, first.caft.heads.layers[:2], strict=True):
+        for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_wiring_that_differs_from_the_folder_is_warned_of(tiny_model, tmp_path, caplog):
+    first = trainer_of(copy.deepcopy(tiny_model), tmp_path / "a", caft={})
+    first.save_model()
+    caplog.clear()
+    trainer_of(tiny_model, tmp_path / "b", caft={"heads": str(tmp_path / "a"), "head_norm": False})
+    assert "caft.head_norm: got False, but these heads were made with True" in caplog.text
+
+
+def test_best_model_brings_its_heads(tiny_model, tmp_path):
+    trainer = trainer_of(
+        tiny_model,
+        tmp_path,
+        caft={"beta": 0.5},
+        evaluate=DATA[:4],
+        max_steps=4,
+        learning_rate=0.5,  # so high that the first evaluation stays the best
+        save_strategy="steps",
+        save_steps=1,
+        eval_strategy="steps",
+        eval_steps=1,
+        load_best_model_at_end=True,
+    )
+    trainer.train()
+    best = trainer.state.best_model_checkpoint
+    assert best.endswith("checkpoint-1")
+    saved = load_file(f"{best}/caft_heads/heads.safetensors")
+    for name, tensor in trainer.caft.heads.layers.state_dict().items():
+        assert torch.equal(tensor, saved[name])
+
+
+def test_refusals(tiny_model, tmp_path):
+    with pytest.raises(ConfigError, match=r"caft.num_heads: got 0"):
+        trainer_of(tiny_model, tmp_path, caft={"num_heads": 0})
+    optimizer = torch.optim.SGD(tiny_model.parameters(), lr=0.1)
+    with pytest.raises(ConfigError, match="finished optimizer"):
+        CAFTTrainer(
+            model=tiny_model,
+            args=arguments(tmp_path),
+            train_dataset=DATA,
+            optimizers=(optimizer, None),
+            caft={},
+        )
+    with pytest.raises(ConfigError, match="model_init makes a new model"):
+        CAFTTrainer(model_init=lambda: tiny_model, args=arguments(tmp_path), train_dataset=DATA, caft={})
+    several = arguments(tmp_path)
+    several._n_gpu = 2
+    with pytest.raises(ConfigError, match="2 GPUs"):
+        CAFTTrainer(model=tiny_model, args=several, train_dataset=DATA, caft={})
+
+
+def test_a_loss_that_never_calls_the_model_is_an_error(tiny_model, tmp_path):
+    class Blind(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            return next(model.parameters()).sum()
+
+    trainer = trainer_of(tiny_model, tmp_path, caft={}, trainer_class=with_caft(Blind))
+    with pytest.raises(RuntimeError, match="without calling the model with gradients"):
+        trainer.train()
+
+
+def test_record(tiny_model, tmp_path):
+    trainer = trainer_of(tiny_model, tmp_path, caft={"num_heads": 3})
+    trainer.save_model()
+    record = json.loads((tmp_path / "caft_heads" / "config.json").read_text())
+    assert record == {
+        "format_version": 1,
+        "num_heads": 3,
+        "head_input": "penultimate",
+        "head_norm": True,
+        "layer_class": "LlamaDecoderLayer",
+        "model_type": "llama",
+        "hidden_size": 32,
+        "vocab_size": 97,
+        "base_model": "llama",
+    }
