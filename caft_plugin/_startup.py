@@ -1,9 +1,10 @@
 """The start-up bridge: lets Axolotl find plugins by a bare name (`plugins: [caft_plugin]`).
 
 The wheel puts this file beside the package, as `caft_plugin_startup.py`, and `caft_plugin_startup.pth` imports
-it whenever Python starts, unless the environment variable CAFT_PLUGIN_NO_STARTUP is set. It only puts a finder on `sys.meta_path`; nothing else happens unless
-`axolotl.integrations.base` is imported. Then `load_plugin` of that module is wrapped: a name without a dot is
-looked up in the entry-point group `axolotl.plugins`. The finder takes itself off the path at that moment.
+it whenever Python starts, unless the environment variable CAFT_PLUGIN_NO_STARTUP is set. It only puts a finder on
+`sys.meta_path`; nothing else happens unless `axolotl.integrations.base` is imported. Then `load_plugin` of that
+module is wrapped: a name without a dot is looked up in the entry-point group `axolotl.plugins`. The finder takes
+itself off the path at that moment.
 """
 
 import sys

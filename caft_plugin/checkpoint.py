@@ -145,15 +145,14 @@ def heads_state(heads: AuxiliaryHeads) -> tuple[dict[str, Tensor], dict[str, Ten
 
     K counts from 0. Every process has to call it; each gets the whole tensors.
     """
-    weights, lora = {}, {}
+    weights: dict[str, Tensor] = {}
+    lora: dict[str, Tensor] = {}
     for name, tensor in heads.layers.state_dict().items():
         (lora if ".lora_" in name else weights)[plain_name(name)] = gathered(tensor)
     return weights, lora
 
 
-def merged(
-    heads: AuxiliaryHeads, weights: Mapping[str, Tensor], lora: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
+def merged(heads: AuxiliaryHeads, weights: Mapping[str, Tensor], lora: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Plain weights with the LoRA factors merged in: W + scaling * B A, computed in float32."""
     result = dict(weights)
     for name, module in heads.layers.named_modules():
@@ -183,6 +182,7 @@ def save_heads(
     if not write:
         return folder
     folder.mkdir(parents=True, exist_ok=True)
+    assert config.head_input is not None and config.head_norm is not None  # resolve_wiring was here
     record = HeadsRecord(
         num_heads=len(heads),
         head_input=config.head_input,

@@ -60,8 +60,7 @@ class CAFTConfig(BaseModel):
     )
     schedule: Schedule = Field(
         "rsine",
-        description="gamma over training: `rsine` 1 to 0 along a sine, `sine` 0 to 1, `linear` 0 to 1, "
-        "`constant` 1",
+        description="gamma over training: `rsine` 1 to 0 along a sine, `sine` 0 to 1, `linear` 0 to 1, `constant` 1",
     )
     head_input: HeadInput | None = Field(
         None,
@@ -127,10 +126,7 @@ def accepted(field: Any) -> str:
     if choices:
         return "one of " + ", ".join(choices)
     bounds = {
-        name: getattr(mark, name)
-        for mark in field.metadata
-        for name in ("ge", "gt", "le")
-        if hasattr(mark, name)
+        name: getattr(mark, name) for mark in field.metadata for name in ("ge", "gt", "le") if hasattr(mark, name)
     }
     limits = [f"at least {bounds['ge']}"] if "ge" in bounds else []
     limits += [f"above {bounds['gt']}"] if "gt" in bounds else []

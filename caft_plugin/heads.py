@@ -62,7 +62,7 @@ def find_trunk(model: nn.Module) -> Trunk:
     Raises:
         ConfigError: the model is not one that heads can be built for.
     """
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     name = type(base).__name__
     refuse_encoder_decoder(base.config, name)
     text_config = base.config.get_text_config()
@@ -161,7 +161,8 @@ def build_heads(model: nn.Module, trunk: Trunk, config: CAFTConfig, seed: int) -
 
     Copies are taken from the base layer without its adapters, dequantised, in the layer's compute dtype.
     """
-    first = plain_copy(trunk.last_layer, trunk.model.config.dtype)
+    dtype = trunk.model.config.dtype
+    first = plain_copy(trunk.last_layer, dtype if isinstance(dtype, torch.dtype) else None)
     layers = [first] + [copy.deepcopy(first) for _ in range(config.num_heads - 1)]
     how = config.train_heads
     if how == "auto":
@@ -252,7 +253,7 @@ def is_packed_for_cpu(module: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def times_identity(module: nn.Module) -> Tensor:
+def times_identity(module: Any) -> Tensor:
     """The weight (out, in) of a linear layer, from what it makes of the identity (the order is bfloat16's)."""
     identity = torch.eye(module.in_features, dtype=torch.bfloat16)
     weight = module(identity).T
@@ -449,7 +450,7 @@ def _noting(layer_class: type, note: Callable[[nn.Module, tuple, dict[str, Any]]
 
     def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         note(self, args, kwargs)
-        return super(noting_class, self).__call__(*args, **kwargs)
+        return super(noting_class, self).__call__(*args, **kwargs)  # type: ignore[arg-type]
 
     noting_class = type(
         layer_class.__name__,
@@ -469,7 +470,7 @@ def _hidden_states(call: _LayerCall) -> Tensor:
 
 def _replay(layer: nn.Module, source: Tensor, call: _LayerCall) -> Tensor:
     """Calls a head as the model called its last layer, with `source` as hidden states and without a cache."""
-    bound = _forward_signature(type(layer)).bind(*call.args, **call.kwargs)
+    bound = _forward_signature(type(layer)).bind(*call.args, **call.kwargs)  # type: ignore[arg-type]
     named = dict(bound.arguments)
     extra = dict(named.get("kwargs", {}))
     first = next(iter(named))

@@ -93,7 +93,8 @@ class CAFTTrainerMixin(_Base):
             ConfigError: the model, the trainer's settings or the heads folder do not fit.
         """
         self._check_trainer()
-        trunk = find_trunk(self.model)
+        model: Any = self.model
+        trunk = find_trunk(model)
         record = folder = None
         if config.heads is not None:
             folder = checkpoint.locate_heads(config.heads)
@@ -105,7 +106,7 @@ class CAFTTrainerMixin(_Base):
         if config.beta == 0:
             logger.info("caft.beta is 0: no auxiliary heads are built, this is a plain run")
             return
-        heads = build_heads(self.model, trunk, config, seed=self.args.seed)
+        heads = build_heads(model, trunk, config, seed=self.args.seed)
         if folder is not None:
             checkpoint.load_pretrained(folder, heads, trunk.layer_class)
         if self.optimizer is not None and any(p.requires_grad for p in heads.parameters()):
@@ -113,7 +114,7 @@ class CAFTTrainerMixin(_Base):
                 "caft.train_heads: the trainer was given a finished optimizer (optimizers=...), which cannot hold "
                 "the heads' parameters. Pass optimizer_cls_and_kwargs instead, or set train_heads: frozen."
             )
-        self.caft = AttachedHeads(self.model, heads, trunk, config)
+        self.caft = AttachedHeads(model, heads, trunk, config)
 
     def _check_trainer(self) -> None:
         if self.args.n_gpu > 1:
@@ -210,9 +211,7 @@ class CAFTTrainerMixin(_Base):
     def _accumulation_divisor(self, num_items_in_batch: Tensor | int | None) -> int:
         """What `Trainer.training_step` will divide the loss by: the accumulation steps, or 1 where the host's
         loss is already a share of the whole window."""
-        if (
-            not self.model_accepts_loss_kwargs or num_items_in_batch is None
-        ) and self.compute_loss_func is None:
+        if (not self.model_accepts_loss_kwargs or num_items_in_batch is None) and self.compute_loss_func is None:
             return getattr(self, "current_gradient_accumulation_steps", 1)
         return 1
 
@@ -256,7 +255,7 @@ class CAFTTrainerMixin(_Base):
         counts = torch.zeros(num_heads, dtype=torch.long, device=self.args.device)
         self._caft_eval = (sums, counts)
         try:
-            output = super().evaluation_loop(*args, **kwargs)
+            output: Any = super().evaluation_loop(*args, **kwargs)
         finally:
             self._caft_eval = None
         if self.accelerator.num_processes > 1:
@@ -298,9 +297,9 @@ class CAFTTrainerMixin(_Base):
         super().save_model(output_dir, _internal_call)
         self.save_heads(output_dir or self.args.output_dir)
 
-    def save_heads(self, output_dir: str) -> None:
+    def save_heads(self, output_dir: str | None) -> None:
         """Writes `caft_heads/` into `output_dir`; a checkpoint's keeps what exact resuming needs."""
-        if self.caft is None or self.caft_config is None:
+        if self.caft is None or self.caft_config is None or output_dir is None:
             return
         checkpoint.save_heads(
             output_dir,

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from paths import ROOT
 
 os.environ.setdefault("AXOLOTL_DO_NOT_TRACK", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -16,9 +17,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 # Tiny models: a second thread costs more than it brings, and much more on a busy machine.
 torch.set_num_threads(1)
-
-ROOT = Path(__file__).parent.parent
-GOLDENS = Path(__file__).parent / "goldens"
 
 
 @pytest.fixture(autouse=True)
@@ -56,4 +54,6 @@ def smollm2() -> Path:
     sys.path.insert(0, str(ROOT / "axolotl_configs"))
     from make_base_model import make_base_model
 
-    return make_base_model(ROOT / ".cache" / "smollm2-135m-instruct", cache=ROOT / ".cache")
+    folder = ROOT / ".cache" / "smollm2-135m-instruct"
+    make_base_model(folder, cache=ROOT / ".cache")
+    return folder

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from conftest import GOLDENS
+from paths import GOLDENS
 from safetensors import safe_open
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerState, TrainingArguments
 
@@ -98,9 +98,7 @@ def test_gradients(golden, tmp_path):
         if key.startswith("grad.rsine.25."):
             name = key.removeprefix("grad.rsine.25.")
             if name.startswith("auxiliary_head."):
-                name = f"{MODULE_NAME}.layers." + name.removeprefix("auxiliary_head.").replace(
-                    ".layers.0.", "."
-                )
+                name = f"{MODULE_NAME}.layers." + name.removeprefix("auxiliary_head.").replace(".layers.0.", ".")
             torch.testing.assert_close(named[name].grad, expected, rtol=0, atol=1e-5)
             checked += 1
     assert checked == 5

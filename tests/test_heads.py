@@ -249,9 +249,7 @@ def test_copies_are_dequantised(tmp_path, bits, ran_before):
     config = LlamaConfig(**{**SMALL, "hidden_size": 128, "intermediate_size": 256})
     AutoModelForCausalLM.from_config(config).bfloat16().save_pretrained(tmp_path)
     quantisation = (
-        BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
-        )
+        BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
         if bits == 4
         else BitsAndBytesConfig(load_in_8bit=True)
     )
@@ -273,9 +271,7 @@ def test_copies_are_dequantised(tmp_path, bits, ran_before):
 
 
 def test_encoder_decoder_is_refused_by_name():
-    model = T5ForConditionalGeneration(
-        T5Config(vocab_size=9, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
-    )
+    model = T5ForConditionalGeneration(T5Config(vocab_size=9, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2))
     with pytest.raises(ConfigError, match="T5ForConditionalGeneration is an encoder-decoder model"):
         find_trunk(model)
 

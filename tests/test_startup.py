@@ -50,7 +50,9 @@ def test_starting_python_imports_nothing_of_the_package():
 
 
 def test_importing_the_package_needs_nothing_optional():
-    code = "import sys, caft_plugin; print([m for m in ('torch', 'axolotl', 'trl', 'transformers') if m in sys.modules])"
+    code = (
+        "import sys, caft_plugin; print([m for m in ('torch', 'axolotl', 'trl', 'transformers') if m in sys.modules])"
+    )
     assert python(code).stdout.strip() == "[]"
 
 

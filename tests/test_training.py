@@ -34,9 +34,7 @@ def rows(lengths, prompt=2):
 
 def pad(examples):
     def padded(key, value):
-        return torch.nn.utils.rnn.pad_sequence(
-            [e[key] for e in examples], batch_first=True, padding_value=value
-        )
+        return torch.nn.utils.rnn.pad_sequence([e[key] for e in examples], batch_first=True, padding_value=value)
 
     ids = padded("input_ids", 0)
     return {"input_ids": ids, "labels": padded("labels", IGNORE), "attention_mask": (ids != 0).long()}
@@ -95,9 +93,7 @@ class Gradients(TrainerCallback):
         self.steps = []
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        self.steps.append(
-            {n: None if p.grad is None else p.grad.clone() for n, p in model.named_parameters()}
-        )
+        self.steps.append({n: None if p.grad is None else p.grad.clone() for n, p in model.named_parameters()})
 
 
 def test_one_class_for_one_class():
@@ -111,9 +107,7 @@ def test_without_caft_it_is_the_class_it_was(tiny_model, tmp_path):
     plain = trainer_of(copy.deepcopy(tiny_model), tmp_path, trainer_class=Trainer)
     ours = trainer_of(copy.deepcopy(tiny_model), tmp_path, caft=None)
     plain.train(), ours.train()
-    assert [(e["loss"], e["grad_norm"]) for e in losses(plain)] == [
-        (e["loss"], e["grad_norm"]) for e in losses(ours)
-    ]
+    assert [(e["loss"], e["grad_norm"]) for e in losses(plain)] == [(e["loss"], e["grad_norm"]) for e in losses(ours)]
 
 
 def test_beta_zero_is_a_plain_run_to_the_digit(tiny_model, tmp_path):
@@ -121,9 +115,7 @@ def test_beta_zero_is_a_plain_run_to_the_digit(tiny_model, tmp_path):
     plain.train()
     ours = trainer_of(lora(copy.deepcopy(tiny_model)), tmp_path, caft={"beta": 0}, max_steps=5)
     ours.train()
-    assert [(e["loss"], e["grad_norm"]) for e in losses(plain)] == [
-        (e["loss"], e["grad_norm"]) for e in losses(ours)
-    ]
+    assert [(e["loss"], e["grad_norm"]) for e in losses(plain)] == [(e["loss"], e["grad_norm"]) for e in losses(ours)]
     assert losses(plain)[0].keys() == losses(ours)[0].keys()
 
 
@@ -304,9 +296,7 @@ def test_nothing_supervised(tiny_model, tmp_path):
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             return model(**inputs).logits.sum() * 0
 
-    trainer = trainer_of(
-        tiny_model, tmp_path, caft={}, trainer_class=with_caft(ZeroLoss), data=data, max_steps=1
-    )
+    trainer = trainer_of(tiny_model, tmp_path, caft={}, trainer_class=with_caft(ZeroLoss), data=data, max_steps=1)
     trainer.train()
     log = losses(trainer)[0]
     assert log["loss"] == 0 and log["grad_norm"] == 0 and log["caft/aux_loss"] == 0
@@ -339,8 +329,7 @@ def test_hosts_that_take_the_labels_away(tiny_model, tmp_path, extra):
     def custom(outputs, labels, num_items_in_batch=None):
         flat = outputs.logits[:, :-1].flatten(0, 1)
         return (
-            F.cross_entropy(flat, labels[:, 1:].flatten(), ignore_index=IGNORE, reduction="sum")
-            / num_items_in_batch
+            F.cross_entropy(flat, labels[:, 1:].flatten(), ignore_index=IGNORE, reduction="sum") / num_items_in_batch
         )
 
     settings = {"label_smoothing_factor": 0.1} if extra == "label_smoothing" else {}
@@ -450,9 +439,7 @@ def test_what_is_saved_is_what_a_plain_run_saves(tiny_model, tmp_path, base):
             assert keys == found["plain", folder], folder
     assert (tmp_path / "ours" / "final" / "caft_heads" / "heads.safetensors").is_file()
     assert not (tmp_path / "ours" / "final" / "caft_heads" / "lora.safetensors").exists()
-    assert (tmp_path / "ours" / "checkpoint-2" / "caft_heads" / "lora.safetensors").exists() == (
-        base == "lora"
-    )
+    assert (tmp_path / "ours" / "checkpoint-2" / "caft_heads" / "lora.safetensors").exists() == (base == "lora")
     if base == "full":
         loaded = LlamaForCausalLM.from_pretrained(tmp_path / "ours" / "final")
         assert loaded.generate(torch.ones(1, 3, dtype=torch.long), max_new_tokens=2).shape == (1, 5)

@@ -52,10 +52,11 @@ class CAFTPlugin(BasePlugin):
     def get_input_args(self) -> str:
         return "caft_plugin.axolotl.schema.CAFTArgs"
 
-    def pre_model_load(self, cfg: DictDefault) -> None:
-        """What can be known before weights are loaded: the kind of model, and the heads folder."""
+    def load_datasets(self, cfg: DictDefault, preprocess: bool = False) -> None:
+        """Loads nothing: the first hook of a training run alone. What can be known before data and weights are
+        loaded is checked here: the kind of model, and the heads folder."""
         config = caft_config(cfg)
-        if config is None or cfg.inference or cfg.merge_lora:
+        if config is None or preprocess:
             return
         model_config = load_model_config(cfg)
         refuse_encoder_decoder(model_config, cfg.base_model)
@@ -114,7 +115,7 @@ def _two_trainers(other: str) -> str:
 
 
 @functools.cache
-def axolotl_trainer(base: type[Trainer]) -> type[Trainer]:
+def axolotl_trainer(base: Any) -> type[Trainer]:
     """`with_caft(base)`, which also leaves the heads beside the model when training is interrupted."""
     caft_class = with_caft(base)
 

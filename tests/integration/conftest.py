@@ -1,0 +1,120 @@
+"""A folder to run the real `axolotl` in: a tiny random Llama with SmolLM2's tokenizer, and 40 chat rows."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+BASE = {
+    "base_model": "./tiny",
+    "datasets": [{"path": "./rows.jsonl", "ds_type": "json", "type": "chat_template"}],
+    "adapter": "lora",
+    "lora_r": 8,
+    "lora_alpha": 16,
+    "lora_dropout": 0.05,
+    "lora_target_linear": True,
+    "lora_mlp_kernel": False,
+    "lora_qkv_kernel": False,
+    "lora_o_kernel": False,
+    "sequence_len": 256,
+    "sample_packing": False,
+    "attn_implementation": "sdpa",
+    "micro_batch_size": 2,
+    "gradient_accumulation_steps": 2,
+    "max_steps": 5,
+    "optimizer": "adamw_torch",
+    "learning_rate": 0.001,
+    "lr_scheduler": "constant",
+    "bf16": False,
+    "fp16": False,
+    "logging_steps": 1,
+    "save_steps": 3,
+    "gradient_checkpointing": True,
+    "dataset_prepared_path": "./prepared",
+}
+
+
+class Project:
+    """A folder, and commands in it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def config(self, name: str, **changes) -> dict:
+        """Writes NAME.yml; its output folder is NAME. A change to None takes a key out, "bare" leaves it empty."""
+        config = {**BASE, **changes, "output_dir": f"./{name}"}
+        config = {k: None if v == "bare" else v for k, v in config.items() if v is not None}
+        (self.folder / f"{name}.yml").write_text(yaml.safe_dump(config))
+        return config
+
+    def axolotl(self, *arguments: str, check: bool = True, stdin: str = "", **environment: str):
+        command = [str(Path(sys.executable).parent / "axolotl"), *arguments]
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        result = subprocess.run(
+            command,
+            cwd=self.folder,
+            env={**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", **environment},
+            input=stdin,
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+        if check:
+            assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
+        return result
+
+    def train(self, name: str, **changes) -> Path:
+        """The output folder of `axolotl train` with these changes to the base config; run once a name."""
+        out = self.folder / name
+        if not out.exists():
+            self.config(name, **changes)
+            self.axolotl("train", f"{name}.yml")
+        return out
+
+    def logs(self, name: str) -> list[dict]:
+        newest = max((self.folder / name).glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
+        state = json.loads((newest / "trainer_state.json").read_text())
+        return [entry for entry in state["log_history"] if "loss" in entry]
+
+
+@pytest.fixture(scope="session")
+def project(tmp_path_factory, smollm2) -> Project:
+    pytest.importorskip("axolotl")
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("axolotl")
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    tokenizer.save_pretrained(folder / "tiny")
+    torch.manual_seed(0)
+    LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=512,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            bos_token_id=tokenizer.bos_token_id,
+        )
+    ).save_pretrained(folder / "tiny")
+    with open(folder / "rows.jsonl", "w") as file:
+        for i in range(40):
+            answer = " ".join(str(j) for j in range(1, i % 7 + 4))
+            messages = [
+                {"role": "user", "content": f"Count to {i % 7 + 3}."},
+                {"role": "assistant", "content": answer},
+            ]
+            file.write(json.dumps({"messages": messages}) + "\n")
+    yield Project(folder)
+    shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,273 @@
+"""The real `axolotl` commands, as processes of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from paths import ROOT
+
+pytestmark = pytest.mark.slow
+
+PLUGIN = {"plugins": ["caft_plugin"]}
+LORA_RUN = {**PLUGIN, "caft": {"num_heads": 4, "beta": 0.01}}
+FULL = {
+    "adapter": None,
+    "lora_r": None,
+    "lora_alpha": None,
+    "lora_dropout": None,
+    "lora_target_linear": None,
+    "lora_mlp_kernel": None,
+    "lora_qkv_kernel": None,
+    "lora_o_kernel": None,
+}
+
+
+def shapes(file):
+    return {key: tuple(tensor.shape) for key, tensor in load_file(file).items()}
+
+
+def numbers(logs, *keys):
+    return [[entry[key] for key in keys] for entry in logs]
+
+
+# -- training, and what comes out ------------------------------------------------------------------
+
+
+def test_lora_logs_and_leaves_a_plain_adapter(project):
+    plain = project.train("plain")
+    ours = project.train("ours", **LORA_RUN)
+    assert shapes(ours / "adapter_model.safetensors") == shapes(plain / "adapter_model.safetensors")
+    assert shapes(ours / "checkpoint-3" / "adapter_model.safetensors") == shapes(
+        plain / "checkpoint-3" / "adapter_model.safetensors"
+    )
+    adapter = [json.loads((p / "adapter_config.json").read_text()) for p in (plain, ours)]
+    for config in adapter:
+        config["target_modules"].sort()
+    assert adapter[0] == adapter[1]
+
+    log = project.logs("ours")
+    assert len(log) == 5
+    for entry in log:
+        assert {f"caft/loss_head_{k}" for k in range(1, 5)} <= entry.keys()
+        total = entry["caft/next_token_loss"] + entry["caft/aux_loss"]
+        assert entry["loss"] == pytest.approx(total, rel=1e-6)
+    assert log[0]["caft/gamma"] == 1.0
+    assert log[0]["caft/next_token_loss"] == pytest.approx(project.logs("plain")[0]["loss"], rel=1e-6)
+
+
+def test_heads_lie_beside_the_model(project):
+    ours = project.train("ours", **LORA_RUN)
+    record = json.loads((ours / "caft_heads" / "config.json").read_text())
+    assert record["num_heads"] == 4 and record["base_model"] == "./tiny"
+    assert sorted(p.name for p in (ours / "caft_heads").iterdir()) == ["config.json", "heads.safetensors"]
+    assert sorted(p.name for p in (ours / "checkpoint-3" / "caft_heads").iterdir()) == [
+        "config.json",
+        "heads.safetensors",
+        "lora.safetensors",
+    ]
+    final = load_file(ours / "caft_heads" / "heads.safetensors")
+    start = load_file(ours / "checkpoint-3" / "caft_heads" / "heads.safetensors")
+    assert final.keys() == start.keys()
+    assert not torch.equal(final["0.mlp.up_proj.weight"], start["0.mlp.up_proj.weight"])  # LoRA merged
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_beta_zero_is_a_run_without_the_plugin(project, kind):
+    """Losses and gradient norms, digit for digit; by the plugin's dotted name.
+
+    Axolotl does not seed the generator before it makes LoRA matrices, so the LoRA runs start from a saved adapter.
+    """
+    settings = FULL
+    if kind == "lora":
+        project.train("ours", **LORA_RUN)
+        settings = {"lora_model_dir": "./ours"}
+    project.train(f"plain_{kind}", **settings)
+    project.train(f"zero_{kind}", **settings, plugins=["caft_plugin.CAFTPlugin"], caft={"beta": 0})
+    keys = ("loss", "grad_norm")
+    assert len(project.logs(f"plain_{kind}")) == 5
+    assert numbers(project.logs(f"zero_{kind}"), *keys) == numbers(project.logs(f"plain_{kind}"), *keys)
+
+
+def test_full_fine_tuning(project):
+    plain = project.train("plain_full", **FULL)
+    ours = project.train("full", **FULL, **PLUGIN, caft="bare")
+    assert shapes(ours / "model.safetensors") == shapes(plain / "model.safetensors")
+    assert "caft/loss_head_4" in project.logs("full")[0]  # a bare `caft:` is all defaults
+    heads = load_file(ours / "caft_heads" / "heads.safetensors")
+    before = load_file(project.folder / "tiny" / "model.safetensors")
+    assert not torch.equal(heads["0.mlp.up_proj.weight"], before["model.layers.2.mlp.up_proj.weight"])
+
+
+def test_saved_model_loads_where_the_plugin_is_not_installed(project):
+    ours = project.train("ours", **LORA_RUN)
+    full = project.train("full", **FULL, **PLUGIN, caft="bare")
+    code = f"""
+import sys
+sys.modules["caft_plugin"] = None
+from transformers import AutoModelForCausalLM
+from peft import PeftModel
+model = AutoModelForCausalLM.from_pretrained({str(full)!r})
+base = AutoModelForCausalLM.from_pretrained({str(project.folder / "tiny")!r})
+print(PeftModel.from_pretrained(base, {str(ours)!r}).peft_config["default"].r)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=project.folder)
+    assert result.stdout.strip().endswith("8"), result.stderr[-2000:]
+
+
+def test_resuming_continues_to_the_digit(project):
+    project.train("ours", **LORA_RUN)
+    out = project.folder / "ours"
+    config = yaml.safe_load((project.folder / "ours.yml").read_text())
+    config |= {"output_dir": "./resumed", "resume_from_checkpoint": "./ours/checkpoint-3"}
+    (project.folder / "resumed.yml").write_text(yaml.safe_dump(config))
+    project.axolotl("train", "resumed.yml")
+    keys = ("loss", "grad_norm", *(f"caft/loss_head_{k}" for k in range(1, 5)))
+    assert numbers(project.logs("resumed"), *keys) == numbers(project.logs("ours"), *keys)
+    for name, tensor in load_file(out / "caft_heads" / "heads.safetensors").items():
+        resumed = load_file(project.folder / "resumed" / "caft_heads" / "heads.safetensors")
+        assert torch.equal(tensor, resumed[name]), name
+
+
+def test_pretrained_heads_start_the_next_run(project):
+    full = project.train("full", **FULL, **PLUGIN, caft="bare")
+    assert (full / "caft_heads").is_dir()
+    project.train("second", **PLUGIN, caft={"heads": "./full", "num_heads": 2, "train_heads": "frozen"})
+    trained = load_file(full / "caft_heads" / "heads.safetensors")
+    kept = load_file(project.folder / "second" / "caft_heads" / "heads.safetensors")
+    assert len(kept) == len(trained) / 2
+    for name, tensor in kept.items():
+        assert torch.equal(tensor, trained[name]), name
+    assert "caft/loss_head_2" in project.logs("second")[0]
+    assert "caft/loss_head_3" not in project.logs("second")[0]
+
+
+def test_interrupt_leaves_a_plain_adapter_and_the_heads(project):
+    """Ctrl-C: Axolotl saves the model from its signal handler and exits."""
+    plain = project.train("plain")
+    project.config("stopped", **LORA_RUN, max_steps=2000, save_steps=2000)
+    scripts = Path(sys.executable).parent
+    process = subprocess.Popen(
+        [sys.executable, "-m", "axolotl.cli.train", "stopped.yml"],
+        cwd=project.folder,
+        env={**os.environ, "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    seen = ""
+    deadline = time.time() + 240
+    while "caft/loss_head_1" not in seen and time.time() < deadline:
+        seen += process.stdout.read(200)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=120)
+    assert process.returncode == 0
+    stopped = project.folder / "stopped"
+    assert shapes(stopped / "adapter_model.safetensors") == shapes(plain / "adapter_model.safetensors")
+    assert (stopped / "caft_heads" / "heads.safetensors").is_file()
+    assert (stopped / "caft_heads" / "config.json").is_file()
+
+
+# -- the other commands never build heads ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["memory_efficient", "legacy"])
+def test_merged_model_is_plain(project, method):
+    project.train("ours", **LORA_RUN)
+    config = yaml.safe_load((project.folder / "ours.yml").read_text())
+    # where merging happens the heads folder need not exist any more
+    config |= {"merge_method": method, "caft": {"heads": "./gone", "num_heads": 4}}
+    (project.folder / f"{method}.yml").write_text(yaml.safe_dump(config))
+    project.axolotl("merge-lora", f"{method}.yml")
+    merged = project.folder / "ours" / "merged"
+    files = list(merged.glob("*.safetensors"))
+    keys = {key for file in files for key in load_file(file)}
+    assert keys == set(load_file(project.folder / "tiny" / "model.safetensors"))
+    base = AutoModelForCausalLM.from_pretrained(project.folder / "tiny")
+    model = AutoModelForCausalLM.from_pretrained(merged)
+    assert model.state_dict().keys() == base.state_dict().keys()
+    assert model.generate(torch.ones(1, 3, dtype=torch.long), max_new_tokens=3).shape[1] >= 4
+    assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), base.parameters(), strict=True))
+
+
+def test_inference_and_preprocess(project):
+    project.train("ours", **LORA_RUN)
+    config = yaml.safe_load((project.folder / "ours.yml").read_text())
+    config |= {"caft": {"heads": "./gone"}, "dataset_prepared_path": "./prepared_anew"}
+    (project.folder / "gone.yml").write_text(yaml.safe_dump(config))
+    project.axolotl("preprocess", "gone.yml")
+    assert any((project.folder / "prepared_anew").iterdir())
+    result = project.axolotl("inference", "gone.yml", "--lora-model-dir=./ours", stdin="Count to 3.\n")
+    assert "Count to 3." in result.stdout + result.stderr or "Give me an instruction" in result.stdout
+
+
+# -- QLoRA with the real model and real 4-bit weights ------------------------------------------------
+
+
+def test_qlora_on_the_real_model(project, smollm2):
+    settings = {
+        "base_model": str(smollm2),
+        "datasets": [
+            {
+                "path": str(ROOT / "axolotl_configs/data/molecules-train.jsonl"),
+                "ds_type": "json",
+                "type": "chat_template",
+            }
+        ],
+        "adapter": "qlora",
+        "load_in_4bit": True,
+        "bf16": True,
+        "fp16": None,
+        "max_steps": 3,
+        "save_steps": 3,
+        "micro_batch_size": 1,
+        "dataset_prepared_path": "./prepared_molecules",
+    }
+    ours = project.train("qlora", **{**settings, **LORA_RUN})
+    log = project.logs("qlora")
+    assert all(torch.isfinite(torch.tensor(entry["loss"])) for entry in log)
+    assert log[-1]["caft/loss_head_1"] < log[0]["caft/loss_head_1"] * 1.5
+    adapter = load_file(ours / "adapter_model.safetensors")
+    assert len(adapter) == 30 * 7 * 2
+    # LoRA B starts at zero: every one of them has moved
+    assert all(tensor.abs().sum() > 0 for key, tensor in adapter.items() if "lora_B" in key)
+    heads = load_file(ours / "checkpoint-3" / "caft_heads" / "heads.safetensors")
+    base = load_file(smollm2 / "model.safetensors")
+    copied = heads["0.mlp.up_proj.weight"].float()
+    original = base["model.layers.29.mlp.up_proj.weight"].float()
+    assert (copied - original).norm() / original.norm() < 0.12  # nf4's own error is about 0.09
+    lora = load_file(ours / "checkpoint-3" / "caft_heads" / "lora.safetensors")
+    assert all(tensor.abs().sum() > 0 for key, tensor in lora.items() if "lora_B" in key)
+
+
+# -- bad configs: one clear message, exit code not 0 -------------------------------------------------
+
+BAD = {
+    "no number": (
+        {"caft": {"num_heads": "four"}},
+        "caft.num_heads: got 'four', but it takes a whole number at least 1",
+    ),
+    "with rl": ({"caft": {}, "rl": "dpo"}, "caft: cannot be used together with `rl: dpo`"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_config_stops_before_anything_is_loaded(project, case):
+    changes, message = BAD[case]
+    project.config("bad", **PLUGIN, **changes)
+    result = project.axolotl("train", "bad.yml", check=False)
+    output = result.stdout + result.stderr
+    assert result.returncode != 0
+    assert output.count(f"ConfigError: {message}") == 1, output[-3000:]
+    assert not (project.folder / "bad" / "adapter_config.json").exists()

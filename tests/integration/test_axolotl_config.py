@@ -1,0 +1,145 @@
+"""Axolotl's own config loading with our plugin, in this process: bad blocks, bad models, ready YAMLs."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+from transformers import LlamaConfig, T5Config
+
+from caft_plugin import ConfigError
+from paths import ROOT
+
+pytest.importorskip("axolotl")
+
+from axolotl.cli.config import load_cfg
+from axolotl.integrations.base import PluginManager
+from axolotl.utils.config import prepare_plugins, validate_config
+from axolotl.utils.dict import DictDefault
+
+READY = sorted((ROOT / "axolotl_configs").glob("*.yml"))
+H100 = {"bf16": True, "fp8": True, "n_gpu": 8, "n_node": 1, "compute_capability": "sm_90", "tf32": True}
+ENVIRONMENT = {"torch_version": "2.13.0"}
+
+
+@pytest.fixture(autouse=True)
+def no_plugins_left():
+    PluginManager.get_instance().plugins.clear()
+    yield
+    PluginManager.get_instance().plugins.clear()
+
+
+@pytest.fixture
+def config(tmp_path):
+    LlamaConfig(vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=2).save_pretrained(tmp_path)
+
+    def write(**changes):
+        content = {
+            "base_model": str(tmp_path),
+            "plugins": ["caft_plugin"],
+            "datasets": [{"path": "x.jsonl", "type": "chat_template"}],
+            "sequence_len": 64,
+            "micro_batch_size": 1,
+            "gradient_accumulation_steps": 1,
+            "max_steps": 1,
+            "learning_rate": 1e-4,
+            "bf16": False,
+            "fp16": False,
+            "output_dir": str(tmp_path / "out"),
+            **changes,
+        }
+        file = tmp_path / "config.yml"
+        file.write_text(yaml.safe_dump(content))
+        return file
+
+    return write
+
+
+def before_weights(file):
+    """What `axolotl train` does before it loads data and weights."""
+    cfg = load_cfg(str(file))
+    assert PluginManager.get_instance().load_datasets(cfg, preprocess=False) is None
+    return cfg
+
+
+@pytest.mark.parametrize(
+    ("block", "message"),
+    [
+        ({"num_heads": 0}, "caft.num_heads: got 0, but it takes a whole number at least 1 and at most 32."),
+        ({"num_heads": -1}, "caft.num_heads: got -1, but it takes a whole number at least 1 and at most 32."),
+        ({"beta": -1}, "caft.beta: got -1, but it takes a number at least 0."),
+        ({"alpha": 1.5}, "caft.alpha: got 1.5, but it takes a number above 0 and at most 1."),
+        ({"schedule": "cosine"}, "caft.schedule: got 'cosine', but it takes one of rsine, sine, linear, constant."),
+        (7, "caft: got 7, but it takes a block of keys"),
+    ],
+)
+def test_bad_blocks(config, block, message):
+    with pytest.raises(ConfigError) as caught:
+        load_cfg(str(config(caft=block)))
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("other", [{"rl": "dpo"}, {"reward_model": True}, {"process_reward_model": True}])
+def test_other_kinds_of_training(config, other):
+    with pytest.raises(ConfigError, match="caft: cannot be used together with"):
+        load_cfg(str(config(caft={}, **other)))
+
+
+def test_bare_block_survives(config):
+    cfg = before_weights(config(caft=None))
+    assert cfg.caft is not None and cfg.caft.num_heads == 4
+
+
+def test_without_a_block_it_warns(config, caplog):
+    cfg = before_weights(config())
+    assert cfg.caft is None
+    assert PluginManager.get_instance().get_trainer_cls(cfg) is None
+
+
+def test_heads_folder_is_checked_before_weights_load(config, tmp_path):
+    with pytest.raises(ConfigError, match=r"caft.heads: got './nowhere', which is not a folder"):
+        before_weights(config(caft={"heads": "./nowhere"}))
+    folder = tmp_path / "heads"
+    folder.mkdir()
+    with pytest.raises(ConfigError, match=r"has no readable config.json"):
+        before_weights(config(caft={"heads": str(folder)}))
+    (folder / "config.json").write_text(
+        '{"format_version": 1, "num_heads": 4, "head_input": "final", "head_norm": false, "layer_class": '
+        '"LlamaDecoderLayer", "model_type": "llama", "hidden_size": 64, "vocab_size": 97, "base_model": "m"}'
+    )
+    with pytest.raises(ConfigError, match="made for hidden_size 64 .* but this model has hidden_size 32"):
+        before_weights(config(caft={"heads": str(folder)}))
+
+
+def test_encoder_decoder_is_refused_before_weights_load(config, tmp_path):
+    file = config(caft={})
+    T5Config(vocab_size=9, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="is an encoder-decoder model"):
+        before_weights(file)
+
+
+def test_another_plugins_trainer_stops_the_run(config):
+    from axolotl.integrations.base import BasePlugin
+    from transformers import Trainer
+
+    class Other(BasePlugin):
+        def get_trainer_cls(self, cfg):
+            return Trainer
+
+    cfg = before_weights(config(caft={}))
+    manager = PluginManager.get_instance()
+    manager.plugins["other.Other"] = Other()
+    with pytest.raises(ConfigError, match=r"other.Other brings a trainer of its own"):
+        manager.get_trainer_cls(cfg)
+
+
+@pytest.mark.parametrize("file", READY, ids=[file.name for file in READY])
+def test_ready_configs_pass_axolotls_schema(file):
+    raw = DictDefault(yaml.safe_load(file.read_text()))
+    prepare_plugins(raw)
+    cfg = validate_config(raw, capabilities=H100, env_capabilities=ENVIRONMENT)
+    assert cfg.caft is not None and cfg.plugins == ["caft_plugin"]
+
+
+def test_there_are_ready_configs():
+    names = {file.name for file in READY}
+    assert {"quickstart-cpu.yml", "llama-3.1-8b-qlora-24gb.yml", "llama-3.1-8b-full-fsdp2.yml"} <= names
