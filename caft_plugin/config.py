@@ -11,6 +11,7 @@ from pydantic_core import ErrorDetails
 HeadInput = Literal["penultimate", "final"]
 Schedule = Literal["rsine", "sine", "linear", "constant"]
 TrainHeads = Literal["auto", "full", "lora", "frozen"]
+Targets = Literal["model", "dataset", "distribution"]
 
 DEFAULT_HEAD_INPUT: HeadInput = "penultimate"
 DEFAULT_HEAD_NORM = True
@@ -52,9 +53,7 @@ class CAFTConfig(BaseModel):
         description="`full`, `lora` (the adapter's rank and alpha, all linear layers), `frozen`; "
         "`auto`: `full` when the base trains fully, `lora` under LoRA and QLoRA",
     )
-    beta: float = Field(
-        0.01, ge=0, allow_inf_nan=False, description="weight of all auxiliary losses; 0 is a plain run"
-    )
+    beta: float = Field(0.01, ge=0, allow_inf_nan=False, description="weight of all auxiliary losses; 0 is a plain run")
     alpha: float = Field(
         0.8, gt=0, le=1, description="geometric decay: head k weighs alpha^k, so far tokens count less"
     )
@@ -104,6 +103,35 @@ class CAFTConfig(BaseModel):
                 "or nothing at all for the defaults."
             )
         return cls(**block)
+
+
+class PretrainConfig(BaseModel):
+    """Settings of stage 1, `caft pretrain-heads` (arXiv 2506.07833, section 3).
+
+    Raises:
+        ConfigError: an unknown key, or a value outside of what the key accepts.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+    targets: Targets = Field(
+        "model",
+        description="what heads learn: `model`, answers that the base model writes; `dataset`, the data set's own "
+        "answers; `distribution`, the base model's next-token distribution at each position of any text",
+    )
+    max_new_tokens: int = Field(512, ge=1, description="longest answer the base model writes, in tokens")
+    temperature: float = Field(
+        0.0, ge=0, le=10, description="of sampling answers; 0 takes the likeliest token each time"
+    )
+    top_p: float = Field(1.0, gt=0, le=1, description="sample from the likeliest tokens of this total probability")
+    generation_batch_size: int = Field(16, ge=1, description="answers written at a time")
+    seed: int = Field(0, ge=0, description="of sampling")
+
+    def __init__(self, **data: Any) -> None:
+        try:
+            super().__init__(**data)
+        except ValidationError as error:
+            raise ConfigError(explain("pretrain_heads", type(self), error.errors())) from None
 
 
 def explain(block: str, model: type[BaseModel], errors: Iterable[ErrorDetails]) -> str:

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from caft_plugin.config import CAFTConfig, ConfigError
-from caft_plugin.loss import IGNORE, summed_cross_entropy
+from caft_plugin.loss import IGNORE, summed_cross_entropy, summed_cross_entropy_and_hits, summed_divergence
 
 MODULE_NAME = "caft_heads"
 # The paper's LoRA (section 4), for heads whose base model has no LoRA to copy the rank from.
@@ -265,16 +265,21 @@ class Reading:
     """What heads are to compute during one loss of the host, and what came of it.
 
     `weights` holds the weight of each head's summed loss (num_heads,); `run` says which heads run.
-    After the model was called, `loss` is the weighted sum (joined to the graph) and `sums` the summed
-    cross-entropy of each head (num_heads,), float32, 0 for heads that did not run.
+    With `distribution` a head learns the base model's own next-token distribution at the position whose next token is
+    its target, instead of that token; in evaluation it is measured against tokens all the same.
+
+    After the model was called, `loss` is the weighted sum (joined to the graph), `sums` the summed loss of each head
+    (num_heads,), float32, 0 for heads that did not run, and `hits`, in evaluation, how many targets each had right.
     """
 
     targets: Tensor
     weights: Tensor
     run: list[bool]
     training: bool
+    distribution: bool = False
     loss: Tensor | None = None
     sums: Tensor | None = None
+    hits: Tensor | None = None
 
 
 @dataclasses.dataclass
@@ -379,7 +384,8 @@ class AttachedHeads:
         device, dtype, enabled = call.autocast
         with torch.autocast(device, dtype=dtype, enabled=enabled):
             self._check_logits(output)
-            reading.loss, reading.sums = self._run(reading, call)
+            self._run(reading, call)
+        assert reading.loss is not None
         return _with_aux_loss(output, reading.loss) if reading.training else None
 
     def _check_logits(self, output: ModelOutput) -> None:
@@ -399,7 +405,7 @@ class AttachedHeads:
                 "its heads would learn something else than the model. Please report the model's name."
             )
 
-    def _run(self, reading: Reading, call: _LayerCall) -> tuple[Tensor, Tensor]:
+    def _run(self, reading: Reading, call: _LayerCall) -> None:
         source = self._final if self.from_final else _hidden_states(call)
         if source is None:
             raise ConfigError(
@@ -407,11 +413,11 @@ class AttachedHeads:
                 "final hidden state. Use head_input: penultimate."
             )
         weights = reading.weights.to(source.device)
-        loss = source.new_zeros((), dtype=torch.float32)
-        sums = []
+        zero = source.new_zeros((), dtype=torch.float32)
+        loss, sums, hits = zero, [], []
         for index, layer in enumerate(self.heads.layers):
             if not reading.run[index]:
-                sums.append(source.new_zeros((), dtype=torch.float32))
+                sums.append(zero)
                 if reading.training:
                     loss = loss + joined_zero(layer)
                 continue
@@ -420,10 +426,20 @@ class AttachedHeads:
             hidden = self.head_output(layer, source, call)[valid]
             if self.apply_norm:
                 hidden = self.trunk.norm(hidden)
-            total = summed_cross_entropy(hidden, targets[valid], self.trunk.logits, self.trunk.vocab_size)
+            unembed = (self.trunk.logits, self.trunk.vocab_size)
+            if not reading.training:
+                total, hit = summed_cross_entropy_and_hits(hidden, targets[valid], *unembed)
+                hits.append(hit)
+            elif reading.distribution:
+                assert self._final is not None
+                teacher = self._final.detach().roll(-(index + 1), dims=1)[valid]
+                total = summed_divergence(hidden, teacher, *unembed)
+            else:
+                total = summed_cross_entropy(hidden, targets[valid], *unembed)
             loss = loss + weights[index] * total
             sums.append(total.detach())
-        return loss, torch.stack(sums)
+        reading.loss, reading.sums = loss, torch.stack(sums)
+        reading.hits = torch.stack(hits) if hits else None
 
     def head_output(self, layer: nn.Module, source: Tensor, call: _LayerCall) -> Tensor:
         """One head over `source` (batch, length, hidden size), before norm and unembedding; same shape."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -116,27 +118,60 @@ def summed_cross_entropy(
 ) -> Tensor:
     """Sum over rows of cross_entropy(unembed(hidden), targets), with few logits alive at a time.
 
-    Rows go through in chunks; a chunk's logits are dropped after its loss and computed again in the
-    backward pass. Losses are summed in float32 whatever the dtype of `hidden`.
-
     Args:
         hidden: (rows, hidden size), rows may be 0: the sum is then 0 and still joined to the graph.
         targets: (rows,) token ids, none of them ignored.
         unembed: maps (n, hidden size) to logits (n, vocab_size).
 
     Returns:
-        float32 scalar.
+        float32 scalar, in nats, summed in float32 whatever the dtype of `hidden`.
     """
 
-    def chunk_loss(rows: Tensor, ids: Tensor) -> Tensor:
+    def of_chunk(rows: Tensor, ids: Tensor) -> Tensor:
         return F.cross_entropy(unembed(rows).float(), ids, reduction="sum")
 
+    return _sum_in_chunks(of_chunk, vocab_size, hidden, targets)
+
+
+def summed_cross_entropy_and_hits(
+    hidden: Tensor, targets: Tensor, unembed: Callable[[Tensor], Tensor], vocab_size: int
+) -> Tensor:
+    """`summed_cross_entropy`, and how many targets have the largest logit: float32 tensor (2,)."""
+
+    def of_chunk(rows: Tensor, ids: Tensor) -> Tensor:
+        logits = unembed(rows).float()
+        hits = (logits.argmax(-1) == ids).sum()
+        return torch.stack([F.cross_entropy(logits, ids, reduction="sum"), hits.float()])
+
+    return _sum_in_chunks(of_chunk, vocab_size, hidden, targets)
+
+
+def summed_divergence(hidden: Tensor, teacher: Tensor, unembed: Callable[[Tensor], Tensor], vocab_size: int) -> Tensor:
+    """Sum over rows of KL(p || q), p the distribution that `unembed` makes of `teacher`, q that of `hidden`.
+
+    Args:
+        hidden: (rows, hidden size), rows may be 0.
+        teacher: (rows, hidden size), the same rows; takes no gradient.
+        unembed: maps (n, hidden size) to logits (n, vocab_size).
+
+    Returns:
+        float32 scalar, in nats.
+    """
+
+    def of_chunk(rows: Tensor, teacher_rows: Tensor) -> Tensor:
+        with torch.no_grad():
+            wanted = unembed(teacher_rows).float().log_softmax(-1)
+        return F.kl_div(unembed(rows).float().log_softmax(-1), wanted, reduction="sum", log_target=True)
+
+    return _sum_in_chunks(of_chunk, vocab_size, hidden, teacher)
+
+
+def _sum_in_chunks(of_chunk: Callable[..., Tensor], vocab_size: int, *rows: Tensor) -> Tensor:
+    """Sum of `of_chunk` over chunks of rows. A chunk's logits are dropped after its loss and computed again in the
+    backward pass."""
     size = max(64, LOGITS_AT_A_TIME // vocab_size)
-    total = hidden.new_zeros((), dtype=torch.float32)
-    for start in range(0, max(len(hidden), 1), size):
-        rows, ids = hidden[start : start + size], targets[start : start + size]
-        if torch.is_grad_enabled():
-            total = total + checkpoint(chunk_loss, rows, ids, use_reentrant=False, preserve_rng_state=False)
-        else:
-            total = total + chunk_loss(rows, ids)
-    return total
+    starts = range(0, max(len(rows[0]), 1), size)
+    once = of_chunk
+    if torch.is_grad_enabled():
+        once = functools.partial(checkpoint, of_chunk, use_reentrant=False, preserve_rng_state=False)
+    return functools.reduce(operator.add, (once(*(r[start : start + size] for r in rows)) for start in starts))

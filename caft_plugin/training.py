@@ -79,7 +79,7 @@ class CAFTTrainerMixin(_Base):
         self.caft_config: CAFTConfig | None = None
         self._caft_window: Window | None = None
         self._caft_tally: Tally | None = None
-        self._caft_eval: tuple[Tensor, Tensor] | None = None
+        self._caft_eval: Tensor | None = None  # sums, hits and counts of each head (3, num_heads)
         super().__init__(*args, **kwargs)
         if caft is not None:
             self.attach_caft(CAFTConfig.read(caft))
@@ -179,7 +179,7 @@ class CAFTTrainerMixin(_Base):
             return self._evaluated(targets, host_loss)
 
         window = self._caft_window or self._open_window([inputs])
-        reading = Reading(targets, self._weights(window), window.run, training=True)
+        reading = self._reading(targets, window)
         with self.caft.reading(reading):
             result = host_loss()
         if reading.loss is None:
@@ -200,12 +200,13 @@ class CAFTTrainerMixin(_Base):
         tally.heads += (reading.sums / window.counts.clamp(min=1)).double()
         return (total, *result[1:]) if return_outputs else total
 
+    def _reading(self, targets: Tensor, window: Window) -> Reading:
+        return Reading(targets, self._weights(window), window.run, training=True)
+
     def _weights(self, window: Window) -> Tensor:
         """The weight of each head's summed loss in the window's mean: beta gamma alpha^k / its targets."""
         assert self.caft_config is not None
-        weights = head_weights(
-            self.caft_config.beta, self.caft_config.alpha, window.gamma, self.caft_config.num_heads
-        )
+        weights = head_weights(self.caft_config.beta, self.caft_config.alpha, window.gamma, self.caft_config.num_heads)
         return torch.tensor(weights, device=window.counts.device) / window.counts.clamp(min=1)
 
     def _accumulation_divisor(self, num_items_in_batch: Tensor | int | None) -> int:
@@ -241,31 +242,32 @@ class CAFTTrainerMixin(_Base):
         reading = Reading(targets, torch.zeros(num_heads), [True] * num_heads, training=False)
         with self.caft.reading(reading):
             result = host_loss()
-        if reading.sums is not None:
-            sums, counts = self._caft_eval
-            sums += reading.sums.to(sums.device)
-            counts += count_targets(targets).to(counts.device)
+        if reading.sums is not None and reading.hits is not None:
+            figures = torch.stack([reading.sums, reading.hits, count_targets(targets).to(reading.sums)])
+            self._caft_eval += figures.to(self._caft_eval)
         return result
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         if self.caft is None:
             return super().evaluation_loop(*args, **kwargs)
-        num_heads = len(self.caft.heads)
-        sums = torch.zeros(num_heads, dtype=torch.float64, device=self.args.device)
-        counts = torch.zeros(num_heads, dtype=torch.long, device=self.args.device)
-        self._caft_eval = (sums, counts)
+        shape = (3, len(self.caft.heads))
+        self._caft_eval = torch.zeros(shape, dtype=torch.float64, device=self.args.device)
         try:
             output: Any = super().evaluation_loop(*args, **kwargs)
         finally:
-            self._caft_eval = None
+            figures, self._caft_eval = self._caft_eval, None
         if self.accelerator.num_processes > 1:
-            sums = self.accelerator.reduce(sums, reduction="sum")
-            counts = self.accelerator.reduce(counts, reduction="sum")
-        prefix = kwargs.get("metric_key_prefix", "eval")
-        for index in range(num_heads):
-            if counts[index]:
-                output.metrics[f"{prefix}_caft/loss_head_{index + 1}"] = (sums[index] / counts[index]).item()
+            figures = self.accelerator.reduce(figures, reduction="sum")
+        output.metrics.update(self._evaluation_metrics(figures, kwargs.get("metric_key_prefix", "eval")))
         return output
+
+    def _evaluation_metrics(self, figures: Tensor, prefix: str) -> dict[str, float]:
+        """`figures`: summed loss, hits and targets of each head over the evaluation set (3, num_heads)."""
+        return {
+            f"{prefix}_caft/loss_head_{k}": total / count
+            for k, (total, _, count) in enumerate(figures.T.tolist(), 1)
+            if count
+        }
 
     # -- logs --------------------------------------------------------------------------------------
 

@@ -328,9 +328,7 @@ def test_hosts_that_take_the_labels_away(tiny_model, tmp_path, extra):
 
     def custom(outputs, labels, num_items_in_batch=None):
         flat = outputs.logits[:, :-1].flatten(0, 1)
-        return (
-            F.cross_entropy(flat, labels[:, 1:].flatten(), ignore_index=IGNORE, reduction="sum") / num_items_in_batch
-        )
+        return F.cross_entropy(flat, labels[:, 1:].flatten(), ignore_index=IGNORE, reduction="sum") / num_items_in_batch
 
     settings = {"label_smoothing_factor": 0.1} if extra == "label_smoothing" else {}
     reference = trainer_of(copy.deepcopy(tiny_model), tmp_path, caft={"beta": 0.5}, max_steps=1)
@@ -386,9 +384,7 @@ class StopAt(TrainerCallback):
 
 
 def test_resuming_without_heads_says_so(tiny_model, tmp_path):
-    plain = trainer_of(
-        copy.deepcopy(tiny_model), tmp_path, trainer_class=Trainer, save_strategy="steps", save_steps=3
-    )
+    plain = trainer_of(copy.deepcopy(tiny_model), tmp_path, trainer_class=Trainer, save_strategy="steps", save_steps=3)
     plain.train()
     ours = trainer_of(tiny_model, tmp_path, caft={})
     with pytest.raises(ConfigError, match="checkpoint-3 has no caft_heads/ folder"):
@@ -449,9 +445,7 @@ def test_pretrained_heads_are_used(tiny_model, tmp_path):
     first = trainer_of(copy.deepcopy(tiny_model), tmp_path / "a", caft={"beta": 0.5, "head_input": "final"})
     first.train()
     first.save_model()
-    second = trainer_of(
-        copy.deepcopy(tiny_model), tmp_path / "b", caft={"heads": str(tmp_path / "a"), "num_heads": 2}
-    )
+    second = trainer_of(copy.deepcopy(tiny_model), tmp_path / "b", caft={"heads": str(tmp_path / "a"), "num_heads": 2})
     assert second.caft_config.head_input == "final"  # as the folder records
     for ours, theirs in zip(second.caft.heads.layers, first.caft.heads.layers[:2], strict=True):
         for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):

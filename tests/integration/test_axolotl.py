@@ -13,10 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from paths import ROOT
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
-
-from paths import ROOT
 
 pytestmark = pytest.mark.slow
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import yaml
+from paths import ROOT
 from transformers import LlamaConfig, T5Config
 
 from caft_plugin import ConfigError
-from paths import ROOT
 
 pytest.importorskip("axolotl")
 

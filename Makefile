@@ -1,0 +1,124 @@
+# make demo | test | lint | format | clean, see `make help`. Settings, all with a default:
+#   PYTHON=python3.11   the interpreter to build .venv with
+#   VENV=.venv          where the environment goes
+#   TORCH_INDEX=URL     a package index for torch alone: without a GPU, PyTorch's index of CPU wheels, which
+#                       saves several GB of CUDA packages on Linux
+#   BASE_MODEL=...      (demo) another model, a folder or a Hub id, in place of SmolLM2-135M
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3.11)
+VENV ?= .venv
+TORCH_INDEX ?=
+BASE_MODEL ?=
+CACHE := .cache
+
+CONFIG := axolotl_configs/quickstart-cpu.yml
+SMOLLM2 := outputs/smollm2-135m-instruct
+ifeq ($(strip $(BASE_MODEL)),)
+MODEL := $(SMOLLM2)
+RUN := outputs/quickstart-cpu
+OVERRIDES :=
+else
+MODEL := $(BASE_MODEL)
+RUN := outputs/quickstart-cpu-$(notdir $(patsubst %/,%,$(BASE_MODEL)))
+OVERRIDES := --base-model=$(BASE_MODEL) --output-dir=$(RUN)
+endif
+
+BIN := $(VENV)/bin
+SOURCES := pyproject.toml README.md $(shell find caft_plugin -type f ! -path '*/__pycache__/*' 2>/dev/null)
+CORES := $(shell nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 1)
+
+# What axolotl needs around it: the environment's `accelerate` on PATH, all cores (accelerate takes one by
+# default), no telemetry, and no look-ups by name where the model is a folder.
+AXOLOTL_ENV := PATH="$(abspath $(BIN)):$$PATH" AXOLOTL_DO_NOT_TRACK=1 TOKENIZERS_PARALLELISM=false \
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$(CORES)} HF_HUB_OFFLINE=$$([ -d "$(MODEL)" ] && echo 1 || echo $${HF_HUB_OFFLINE:-0})
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo model train merge report test lint format clean
+.DELETE_ON_ERROR:
+
+help:  ## show this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*##  ?(.*)/  make \1|\2/' | \
+		awk -F'|' '{ printf "%-14s %s\n", $$1, $$2 }'
+
+# --- the environment, in three steps, each done again only when what it depends on has changed
+
+venv: $(VENV)/.package  ## build the environment in .venv (5 GB, a few minutes)
+
+$(VENV)/.torch:
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null || { \
+		found=$$("$(PYTHON)" --version 2>/dev/null) || found="not there"; \
+		echo "error: Python 3.11 is needed, and '$(PYTHON)' is $$found."; \
+		echo "       Install it and name it: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11"; exit 1; }
+	@echo "== building $(VENV): torch first, on its own"
+	@"$(PYTHON)" -m venv --clear "$(VENV)" || { \
+		echo "error: no environment could be made (on Debian or Ubuntu: apt install python3.11-venv)"; exit 1; }
+	@if [ -z "$(TORCH_INDEX)" ] && [ "$$(uname)" = Linux ] && ! command -v nvidia-smi >/dev/null; then \
+		echo "   no GPU here: should pip fetch CUDA packages, stop it and set TORCH_INDEX (see the top of Makefile)"; fi
+	@"$(BIN)/pip" install $(if $(TORCH_INDEX),--index-url "$(TORCH_INDEX)") torch==2.13.0 || { \
+		echo "error: torch 2.13.0 was not installed (pip's message is above); run make again to go on"; exit 1; }
+	@touch $@
+
+$(VENV)/.dependencies: pyproject.toml | $(VENV)/.torch
+	@echo "== installing axolotl and the development tools"
+	@"$(BIN)/pip" install '.[axolotl,dev]' || { \
+		echo "error: the installation failed (pip's message is above); run make again to go on"; exit 1; }
+	@touch $@
+
+# Not an editable install: that would leave out caft_plugin_startup.pth, which lets Axolotl find the plugin
+# by its bare name.
+$(VENV)/.package: $(SOURCES) | $(VENV)/.dependencies
+	@echo "== installing caft_plugin from this folder"
+	@"$(BIN)/pip" install --quiet --no-deps --force-reinstall . || { \
+		echo "error: caft_plugin was not installed (pip's message is above)"; exit 1; }
+	@touch $@
+
+# --- the demo
+
+demo: report  ## train the CPU quickstart, merge it and show what it learned (BASE_MODEL=... swaps the model)
+
+model: $(VENV)/.package
+ifeq ($(strip $(BASE_MODEL)),)
+	@"$(BIN)/python" axolotl_configs/make_base_model.py --out $(SMOLLM2) --cache $(CACHE)
+else
+	@echo "== base model: $(BASE_MODEL)"
+endif
+
+train: model
+	@if [ $(RUN)/.trained -nt $(CONFIG) ]; then \
+		echo "== $(RUN) is trained already and newer than $(CONFIG); to train again: rm -r $(RUN)"; \
+	else \
+		echo "== training $(CONFIG) into $(RUN): about 6 minutes on two cores" && \
+		$(AXOLOTL_ENV) "$(BIN)/axolotl" train $(CONFIG) $(OVERRIDES) && touch $(RUN)/.trained || { \
+			echo "error: training failed; the cause stands above. It starts anew with the next make demo."; exit 1; }; \
+	fi
+
+merge: train
+	@if [ $(RUN)/.merged -nt $(RUN)/.trained ]; then \
+		echo "== $(RUN)/merged is there already"; \
+	else \
+		echo "== merging the adapter into the base model" && \
+		$(AXOLOTL_ENV) "$(BIN)/axolotl" merge-lora $(CONFIG) $(OVERRIDES) && touch $(RUN)/.merged || { \
+			echo "error: merging failed; the cause stands above. To train again as well: rm -r $(RUN)"; exit 1; }; \
+	fi
+
+report: merge
+	@$(AXOLOTL_ENV) "$(BIN)/python" axolotl_configs/demo_report.py --config $(CONFIG) $(OVERRIDES)
+
+# --- development
+
+test: $(VENV)/.package  ## run every test
+	@PATH="$(abspath $(BIN)):$$PATH" "$(BIN)/pytest" $(PYTEST_ARGS)
+
+lint: $(VENV)/.package  ## check format, style and types
+	@"$(BIN)/ruff" format --check . || { echo "error: make format puts this right"; exit 1; }
+	@"$(BIN)/ruff" check .
+	@"$(BIN)/mypy"
+
+format: $(VENV)/.package  ## format the code and fix what can be fixed
+	@"$(BIN)/ruff" format .
+	@"$(BIN)/ruff" check --fix .
+
+clean:  ## remove what make has built: environments, outputs, caches
+	rm -rf .venv .venv-* $(CACHE) outputs last_run_prepared build dist *.egg-info
+	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find caft_plugin axolotl_configs trl_examples tests -name __pycache__ -type d -prune -exec rm -rf {} +
