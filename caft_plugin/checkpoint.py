@@ -25,6 +25,7 @@ from caft_plugin.heads import MODULE_NAME, AuxiliaryHeads, Trunk
 
 FOLDER = MODULE_NAME
 WEIGHTS, LORA, RECORD = "heads.safetensors", "lora.safetensors", "config.json"
+METRICS, CARD = "metrics.json", "README.md"  # of pretrained heads
 
 
 class HeadsRecord(BaseModel):
@@ -69,7 +70,7 @@ def locate_heads(heads: str) -> Path:
         )
     from huggingface_hub import snapshot_download
 
-    patterns = [f"{folder}{name}" for folder in ("", f"{FOLDER}/") for name in (WEIGHTS, LORA, RECORD)]
+    patterns = [f"{folder}{name}" for folder in ("", f"{FOLDER}/") for name in (WEIGHTS, LORA, RECORD, METRICS, CARD)]
     try:
         return locate_heads(snapshot_download(heads, allow_patterns=patterns))
     except Exception as error:  # the Hub's client has a dozen kinds: offline, no such name, no permission
@@ -274,7 +275,7 @@ def _copy_into(wanted: dict[str, Tensor], file: Path, *, skip_heads_from: int, a
     try:
         with safe_open(file, framework="pt") as opened:
             shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}
-    except (OSError, SafetensorError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:
         raise ConfigError(
             f"caft.heads: {file} cannot be read as safetensors ({error}). The file is damaged or of another kind: "
             "make or download the heads folder again."

@@ -14,7 +14,7 @@ from axolotl.utils.logging import get_logger
 from transformers import Trainer
 
 from caft_plugin import checkpoint
-from caft_plugin.config import CAFTConfig, ConfigError
+from caft_plugin.config import CAFTConfig, ConfigError, PretrainConfig
 from caft_plugin.heads import refuse_encoder_decoder
 from caft_plugin.training import CAFTTrainerMixin, with_caft
 
@@ -33,7 +33,11 @@ class CAFTPlugin(BasePlugin):
 
     def register(self, cfg: Any) -> None:
         """Checks the block as the user wrote it, before Axolotl loads anything."""
+        if cfg.get("pretrain_heads"):
+            PretrainConfig(**_as_dict(cfg["pretrain_heads"]))
         if "caft" not in cfg:
+            if "pretrain_heads" in cfg:
+                return
             LOG.warning(
                 "caft_plugin is listed under `plugins:` but the config has no `caft:` block, so this is a plain run. "
                 "Add `caft:` (nothing below it is needed) to switch CAFT on."

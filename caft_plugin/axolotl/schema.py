@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from pydantic import BaseModel, Field
 
-from caft_plugin.config import CAFTConfig
+from caft_plugin.config import CAFTConfig, PretrainConfig
 
 
 class CAFTArgs(BaseModel):
-    """Axolotl merges this class into its own config class, so the field's name is the YAML key."""
+    """Axolotl merges this class into its own config class, so the fields' names are the YAML keys."""
 
     caft: CAFTConfig | None = Field(
         default=None, description="Concept-aware fine-tuning; the block's presence switches it on."
+    )
+    pretrain_heads: PretrainConfig | None = Field(
+        default=None, description="Settings of `axolotl caft pretrain-heads`; other commands pass over it."
     )

@@ -270,3 +270,51 @@ def test_bad_config_stops_before_anything_is_loaded(project, case):
     assert result.returncode != 0
     assert output.count(f"ConfigError: {message}") == 1, output[-3000:]
     assert not (project.folder / "bad" / "adapter_config.json").exists()
+
+
+# -- stage 1 -----------------------------------------------------------------------------------------
+
+
+def test_pretrain_heads_from_a_yaml(project, smollm2):
+    """The shipped YAML, shortened, on the real model in 4 bits; killed while it writes answers."""
+    config = yaml.safe_load((ROOT / "axolotl_configs" / "pretrain-heads-cpu.yml").read_text())
+    (project.folder / "few.jsonl").write_text(
+        "".join((ROOT / "axolotl_configs/data/molecules-train.jsonl").read_text().splitlines(True)[:32])
+    )
+    (project.folder / "held.jsonl").write_text(
+        "".join((ROOT / "axolotl_configs/data/molecules-heldout.jsonl").read_text().splitlines(True)[:8])
+    )
+    config["datasets"][0]["path"], config["test_datasets"][0]["path"] = "./few.jsonl", "./held.jsonl"
+    config |= {"base_model": str(smollm2), "output_dir": "./heads", "max_steps": 6, "save_steps": 2}
+    config |= {"dataset_prepared_path": "./prepared_heads", "load_in_4bit": True, "adapter": "qlora", "lora_r": 8}
+    config |= {"lora_alpha": 16, "lora_target_linear": True, "micro_batch_size": 4}
+    config |= {f"lora_{part}_kernel": False for part in ("mlp", "qkv", "o")}
+    config["pretrain_heads"] |= {"max_new_tokens": 48, "generation_batch_size": 8, "temperature": 1.0}
+    (project.folder / "heads.yml").write_text(yaml.safe_dump(config))
+
+    scripts = Path(sys.executable).parent
+    process = subprocess.Popen(
+        [scripts / "axolotl", "caft", "pretrain-heads", "heads.yml"],
+        cwd=project.folder,
+        env={**os.environ, "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "2"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    answers = project.folder / "heads" / "answers.jsonl"
+    deadline = time.time() + 300
+    while time.time() < deadline and not (answers.exists() and len(answers.read_bytes().splitlines()) > 8):
+        time.sleep(0.5)
+    process.kill()
+    process.wait()
+    written = answers.read_bytes()
+
+    result = project.axolotl("caft", "pretrain-heads", "heads.yml", OMP_NUM_THREADS="2")
+    assert answers.read_bytes().startswith(written[: written.rfind(b"\n") + 1])  # nothing was written anew
+    folder = project.folder / "heads" / "caft_heads"
+    assert "held-out loss" in result.stdout
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["targets"] == "model" and metrics["steps"] == 6
+    for before, after in zip(metrics["untrained"], metrics["heads"], strict=True):
+        assert after["loss"] < before["loss"]
+    inspected = project.axolotl("caft", "inspect", "heads")
+    assert "LlamaDecoderLayer" in inspected.stdout

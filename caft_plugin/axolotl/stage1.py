@@ -1,0 +1,84 @@
+"""Stage 1 from an Axolotl YAML: model, tokenizer, chat template, data sets, quantisation and trainer settings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from axolotl.cli.args import TrainerCliArgs
+from axolotl.cli.config import load_cfg
+from axolotl.common.datasets import load_datasets
+from axolotl.loaders import load_tokenizer
+from transformers import TrainingArguments
+
+from caft_plugin.config import CAFTConfig, ConfigError, PretrainConfig
+from caft_plugin.distill import Job, load_base
+
+# Axolotl's key, and the Trainer's name for it. What Axolotl's user left out keeps stage 1's own default.
+TRAINER_KEYS = {
+    "micro_batch_size": "per_device_train_batch_size",
+    "eval_batch_size": "per_device_eval_batch_size",
+    "gradient_accumulation_steps": "gradient_accumulation_steps",
+    "learning_rate": "learning_rate",
+    "lr_scheduler": "lr_scheduler_type",
+    "warmup_steps": "warmup_steps",
+    "warmup_ratio": "warmup_ratio",
+    "weight_decay": "weight_decay",
+    "max_grad_norm": "max_grad_norm",
+    "optimizer": "optim",
+    "num_epochs": "num_train_epochs",
+    "max_steps": "max_steps",
+    "logging_steps": "logging_steps",
+    "save_steps": "save_steps",
+    "save_total_limit": "save_total_limit",
+    "seed": "seed",
+    "dataloader_num_workers": "dataloader_num_workers",
+}
+
+
+def read_job(config_file: Path, options: dict[str, Any]) -> Job:
+    """Everything stage 1 needs, from a YAML; `options` are keys of `pretrain_heads:` given on the command line.
+
+    The YAML's adapter is left out (the base stays as it is), its quantisation is kept.
+
+    Raises:
+        ConfigError: a key that stage 1 cannot follow.
+    """
+    cfg = load_cfg(str(config_file))
+    if cfg.pretraining_dataset or cfg.streaming:
+        raise ConfigError(
+            "pretrain_heads: streamed data (`pretraining_dataset`, `streaming`) is not supported; give `datasets:`."
+        )
+    config = PretrainConfig(**{**dict(cfg.pretrain_heads or {}), **options})
+    meta = load_datasets(cfg=cfg, cli_args=TrainerCliArgs())
+    settings = {ours: cfg[theirs] for theirs, ours in TRAINER_KEYS.items() if cfg[theirs] is not None}
+    on_cpu = not torch.accelerator.is_available()
+    arguments = TrainingArguments(
+        output_dir=cfg.output_dir,
+        bf16=bool(cfg.bf16),
+        fp16=bool(cfg.fp16),
+        use_cpu=on_cpu,
+        report_to=[name for name in ("wandb", "mlflow") if cfg[f"use_{name}"]],
+        eval_strategy="steps" if cfg.eval_steps else "no",
+        eval_steps=cfg.eval_steps,
+        **{"learning_rate": 1e-4, "logging_steps": 10, "save_total_limit": 2, **settings},
+    )
+    model = load_base(
+        cfg.base_model,
+        dtype=cfg.torch_dtype,
+        load_in_4bit=bool(cfg.load_in_4bit),
+        load_in_8bit=bool(cfg.load_in_8bit),
+        attn_implementation=cfg.attn_implementation,
+        trust_remote_code=bool(cfg.trust_remote_code),
+    )
+    return Job(
+        model=model,
+        tokenizer=load_tokenizer(cfg),
+        rows=list(meta.train_dataset),
+        heldout=list(meta.eval_dataset) if meta.eval_dataset is not None else None,
+        arguments=arguments,
+        caft=CAFTConfig.read(dict(cfg.caft)) if cfg.caft is not None else CAFTConfig(),
+        config=config,
+        name=cfg.base_model,
+    )

@@ -1,0 +1,302 @@
+"""`caft ...`, and the same as `axolotl caft ...`. Each command imports what it needs when it runs."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+import click
+from pydantic import BaseModel, ValidationError
+
+from caft_plugin.config import CAFTConfig, ConfigError, HeadInput, PretrainConfig, Targets
+
+if TYPE_CHECKING:
+    from caft_plugin.checkpoint import HeadsRecord
+    from caft_plugin.distill import Job
+
+
+class CAFTCommands(click.Group):
+    """A group whose commands may raise ConfigError: the user sees its message, not a traceback; exit code 1."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except ConfigError as error:
+            raise click.ClickException(str(error)) from error
+
+
+class HeadFigures(BaseModel):
+    """Held-out figures of one head: mean cross-entropy in nats, share of right top-1 predictions (0 to 1)."""
+
+    loss: float
+    accuracy: float
+
+
+class Metrics(BaseModel):
+    """What `metrics.json` of pretrained heads has to say here; other keys are left alone.
+
+    `heads` is empty where nothing was held out.
+    """
+
+    heads: list[HeadFigures]
+    targets: str
+    steps: int
+    rows: int | None = None
+    tokens: int | None = None
+
+
+@click.group(cls=CAFTCommands)
+def caft() -> None:
+    """Auxiliary heads of concept-aware fine-tuning (CAFT): make, import and look at them."""
+
+
+@caft.command("import-heads", short_help="Turn the authors' heads.pth into a heads folder.")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--base-model", required=True, help="Folder or Hub id of the model the heads were trained on.")
+@click.option(
+    "--head-input",
+    type=click.Choice(get_args(HeadInput)),
+    default="final",
+    show_default=True,
+    help="What the heads read.",
+)
+@click.option(
+    "--head-norm/--no-head-norm",
+    default=False,
+    show_default=True,
+    help="Apply the base model's final norm to a head's output.",
+)
+def import_heads_command(file: Path, out: Path, base_model: str, head_input: HeadInput, head_norm: bool) -> None:
+    """Turn the CAFT authors' heads FILE (heads.pth) into the heads folder OUT.
+
+    Of the base model only the config is read. The wiring recorded by default is the one the authors fine-tune
+    with.
+    """
+    from caft_plugin.importing import import_heads
+
+    import_heads(file, base_model, out, head_input=head_input, head_norm=head_norm)
+    click.echo(describe(out))
+
+
+def setting(model: type[BaseModel], key: str, **more: Any) -> Any:
+    """An option for a key of a config class, described as the class describes it; left out, the default stays."""
+    field = model.model_fields[key]
+    text = f"{field.description} [default: {field.default}]".replace("`", "")
+    return click.option(f"--{key.replace('_', '-')}", key, help=text[0].upper() + text[1:], **more)
+
+
+@caft.command("pretrain-heads", short_help="Train heads on a frozen base model (stage 1).")
+@click.argument("config", required=False, type=click.Path(path_type=Path))
+@click.option("--model", help="Folder or Hub id of the base model, where no CONFIG is given.")
+@click.option("--data", type=click.Path(path_type=Path), help="JSONL: messages, prompt and completion, or text.")
+@click.option("--output", type=click.Path(path_type=Path), help="Folder for answers, checkpoints and heads.")
+@setting(PretrainConfig, "targets", type=click.Choice(get_args(Targets)))
+@setting(PretrainConfig, "max_new_tokens", type=int)
+@setting(PretrainConfig, "temperature", type=float)
+@setting(PretrainConfig, "top_p", type=float)
+@setting(PretrainConfig, "generation_batch_size", type=int)
+@setting(PretrainConfig, "seed", type=int)
+@setting(CAFTConfig, "num_heads", type=int)
+@setting(CAFTConfig, "head_input", type=click.Choice(get_args(HeadInput)))
+@setting(CAFTConfig, "head_norm", type=bool)
+@click.option("--steps", type=int, default=-1, help="Optimiser steps; left out, --epochs says how long.")
+@click.option("--epochs", type=float, default=1.0, show_default=True, help="Passes over the data.")
+@click.option("--batch-size", type=int, default=8, show_default=True, help="Rows in a step.")
+@click.option("--learning-rate", type=float, default=1e-4, show_default=True, help="The paper's.")
+@click.option("--max-length", type=int, default=1024, show_default=True, help="Longer rows are cut, in tokens.")
+@click.option("--save-steps", type=int, default=200, show_default=True, help="Steps between checkpoints.")
+@click.option("--load-in-4bit", "load_in_4bit", is_flag=True, help="Keep the base in 4 bits (bitsandbytes NF4).")
+@click.option("--float32", is_flag=True, help="Compute in float32 instead of bfloat16.")
+@click.option("--push-to-hub", metavar="REPO", help="Upload the heads folder to this Hub repository at the end.")
+def pretrain_heads_command(config: Path | None, push_to_hub: str | None, **options: Any) -> None:
+    """Train heads on a frozen base model, once, for every later fine-tuning (stage 1).
+
+    With an Axolotl YAML as CONFIG, the model, tokenizer, chat template, data sets, quantisation and trainer settings
+    come from it, and of the options here only those of its `pretrain_heads:` block and --push-to-hub count. Without
+    one, --model, --data and --output are needed. Started again after an interruption, it goes on where it stopped.
+    """
+    given = {key: value for key, value in options.items() if value is not None}
+    of_stage = {key: given[key] for key in PretrainConfig.model_fields if key in given}
+    if config is None:
+        for name in ("model", "data", "output"):
+            if name not in given:
+                raise click.UsageError(f"--{name} is needed where no CONFIG is given")
+        job = plain_job(given, PretrainConfig(**of_stage))
+    else:
+        if not config.is_file():
+            raise ConfigError(f"pretrain-heads: {config} is not a file. CONFIG takes an Axolotl YAML.")
+        from caft_plugin.axolotl.stage1 import read_job
+
+        job = read_job(config, of_stage)
+
+    from caft_plugin.distill import pretrain_heads
+
+    folder = pretrain_heads(job)
+    click.echo(describe(folder))
+    if push_to_hub:
+        from huggingface_hub import HfApi
+
+        api = HfApi()
+        api.create_repo(push_to_hub, exist_ok=True)
+        api.upload_folder(repo_id=push_to_hub, folder_path=folder, commit_message="CAFT heads")
+        click.echo(f"Uploaded to {push_to_hub}")
+
+
+def plain_job(given: dict[str, Any], config: PretrainConfig) -> Job:
+    """Stage 1 from the command line's options alone."""
+    caft_config = CAFTConfig(**{key: given[key] for key in ("num_heads", "head_input", "head_norm") if key in given})
+    if not given["data"].is_file():
+        raise ConfigError(f"--data: {given['data']} is not a file. It takes a JSONL file.")
+
+    import torch
+    from transformers import AutoTokenizer, TrainingArguments
+
+    from caft_plugin.distill import Job, load_base, read_rows
+
+    half = not given["float32"]
+    tokenizer = AutoTokenizer.from_pretrained(given["model"])
+    rows = read_rows(given["data"], tokenizer, given["max_length"])
+    arguments = TrainingArguments(
+        output_dir=str(given["output"]),
+        max_steps=given["steps"],
+        num_train_epochs=given["epochs"],
+        per_device_train_batch_size=given["batch_size"],
+        learning_rate=given["learning_rate"],
+        save_steps=given["save_steps"],
+        save_total_limit=2,
+        logging_steps=10,
+        bf16=half,
+        use_cpu=not torch.accelerator.is_available(),
+        report_to=[],
+        seed=config.seed,
+    )
+    model = load_base(given["model"], torch.bfloat16 if half else torch.float32, load_in_4bit=given["load_in_4bit"])
+    return Job(model, tokenizer, rows, None, arguments, caft_config, config, given["model"])
+
+
+@caft.command("inspect", short_help="Show what is in a heads folder.")
+@click.argument("folder")
+def inspect_command(folder: str) -> None:
+    """Show what the heads in FOLDER are: a heads folder, a run's folder, or a Hub id."""
+    from caft_plugin.checkpoint import locate_heads
+
+    click.echo(describe(locate_heads(folder)))
+
+
+def describe(folder: Path) -> str:
+    """A heads folder in words and a table; of the weights only the file's header is read.
+
+    Raises:
+        ConfigError: the folder is not a whole heads folder.
+    """
+    from caft_plugin.checkpoint import LORA, WEIGHTS, read_record
+
+    record = read_record(folder)
+    metrics = read_metrics(folder, record)
+    tensors = tensors_of_heads(folder, record)
+    facts = {
+        "Folder": str(folder),
+        "Base model": record.base_model,
+        "Layer class": f"{record.layer_class} ({record.model_type})",
+        "Wiring": f"head_input {record.head_input}, head_norm {str(record.head_norm).lower()}",
+        "Hidden size": str(record.hidden_size),
+        "Vocabulary": str(record.vocab_size),
+        "Heads": str(record.num_heads),
+    }
+    if (folder / LORA).exists():
+        facts["LoRA"] = f"not merged, in {LORA}: this is a checkpoint's folder; {WEIGHTS} is without it"
+    if metrics is not None:
+        counts = {"rows": metrics.rows, "tokens": metrics.tokens, "steps": metrics.steps}
+        said = [f"{count:,} {what}" for what, count in counts.items() if count is not None]
+        facts["Trained on"] = ", ".join([f"targets {metrics.targets}", *said])
+
+    table = [["head", "predicts", "parameters", "dtype", "size", "held-out loss", "held-out accuracy"]]
+    for k, of_head in enumerate(tensors):
+        figures = held_out(metrics.heads[k]) if metrics and metrics.heads else ["-", "-"]
+        table.append([str(k + 1), f"{k + 2} ahead", *sizes(of_head), *figures])
+    table.append(["all", "", *sizes([tensor for of_head in tensors for tensor in of_head]), "", ""])
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = [f"{name:<12} {value}" for name, value in facts.items()]
+    rows = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in table]
+    return "\n".join(line.rstrip() for line in [*lines, "", *rows])
+
+
+def sizes(tensors: list[dict[str, Any]]) -> list[str]:
+    """Parameters, dtypes and size of tensors, given by their entries in a safetensors header."""
+    parameters = sum(math.prod(tensor["shape"]) for tensor in tensors)
+    dtypes = sorted({tensor["dtype"] for tensor in tensors})
+    size = sum(end - start for start, end in (tensor["data_offsets"] for tensor in tensors))
+    return [f"{parameters:,}", ", ".join(dtypes), f"{size / 1e6:,.2f} MB"]
+
+
+def held_out(figures: HeadFigures) -> list[str]:
+    return [f"{figures.loss:.3f}", f"{figures.accuracy:.1%}"]
+
+
+def tensors_of_heads(folder: Path, record: HeadsRecord) -> list[list[dict[str, Any]]]:
+    """For each head the entries (`dtype`, `shape`, `data_offsets`) of its tensors in the weights' header.
+
+    Raises:
+        ConfigError: the file is damaged, or does not hold the heads its record speaks of.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    from caft_plugin.checkpoint import RECORD, WEIGHTS
+
+    file = folder / WEIGHTS
+    try:
+        # Checks that the header is sound and the file as long as it says; "pt" would reserve memory for all of it.
+        with safe_open(file, framework="numpy"):
+            pass
+        with open(file, "rb") as opened:
+            header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(
+            f"{file} cannot be read as safetensors ({error}). The file is damaged or of another kind: make or "
+            "download the heads folder again."
+        ) from error
+    heads = defaultdict(list)
+    for name, entry in header.items():
+        if name != "__metadata__":
+            heads[name.partition(".")[0]].append(entry)
+    wanted = [str(k) for k in range(record.num_heads)]
+    if set(heads) != set(wanted):
+        raise ConfigError(
+            f"{file} holds heads {', '.join(sorted(heads)) or 'none'}, but {RECORD} beside it says there are "
+            f"{record.num_heads}, counted from 0. Make or download the heads folder again."
+        )
+    return [heads[k] for k in wanted]
+
+
+def read_metrics(folder: Path, record: HeadsRecord) -> Metrics | None:
+    """The held-out figures, or None where the folder has none.
+
+    Raises:
+        ConfigError: the file is damaged, or speaks of another number of heads.
+    """
+    from caft_plugin.checkpoint import METRICS
+
+    file = folder / METRICS
+    try:
+        metrics = Metrics.model_validate_json(file.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValidationError) as error:
+        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error.strerror
+        raise ConfigError(
+            f"{file} cannot be read ({reason}). Remove it, or make or download the heads folder again."
+        ) from error
+    if len(metrics.heads) not in (0, record.num_heads):
+        raise ConfigError(
+            f"{file} holds figures of {len(metrics.heads)} heads, but the folder holds {record.num_heads}. Remove "
+            "it, or make or download the heads folder again."
+        )
+    return metrics
+
+
+if __name__ == "__main__":
+    caft(prog_name="caft")

@@ -1,0 +1,259 @@
+"""The authors' published heads file (`heads.pth`, a state dict `K.layers.J.*`) becomes a heads folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+import shutil
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from caft_plugin.checkpoint import RECORD, WEIGHTS, HeadsRecord, write_whole
+from caft_plugin.config import CAFTConfig, ConfigError, HeadInput
+from caft_plugin.heads import Trunk, find_trunk, refuse_encoder_decoder
+
+PREFIX = "auxiliary_head."  # of the keys, where a file was cut out of a whole model's state dict
+KEY = re.compile(r"(0|[1-9]\d*)\.(?:layers\.(0|[1-9]\d*)|lm_head)\.(.+)")
+LINEAR_BLOCK = {"linear.weight", "linear.bias"}
+IT_TAKES = (
+    "import-heads takes the state dict of the authors' heads, `K.layers.0.*` with K counting from 0, one decoder "
+    "layer a head."
+)
+
+
+def import_heads(
+    file: str | os.PathLike[str],
+    base_model: str,
+    out: str | os.PathLike[str],
+    head_input: HeadInput = "final",
+    head_norm: bool = False,
+) -> Path:
+    """Writes the heads of the authors' file as a heads folder, and returns the folder.
+
+    Args:
+        file: a torch.save file, read with weights_only, or a `.safetensors` file. Its keys are
+            `K.layers.0.<name in the decoder layer>`, all with or without a leading `auxiliary_head.`.
+        base_model: folder or Hub id of the model the heads were trained on; only its config is read.
+        out: the folder to make. It appears complete or not at all.
+        head_input: what the heads read; the default, and that of head_norm, is what the authors fine-tune with.
+        head_norm: whether the base model's final norm is applied to a head's output.
+
+    Raises:
+        ConfigError: the file holds other things than such heads, or heads that do not fit the base model; the
+            base model's config cannot be had; `out` exists or cannot be written.
+    """
+    file, out = Path(file), Path(out)
+    CAFTConfig(head_input=head_input, head_norm=head_norm)
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise ConfigError(f"import-heads: {out} exists already. Give the name of a new folder, or remove it first.")
+    heads = split_heads(read_state(file), file)
+    trunk = empty_trunk(base_model)
+    check_heads(heads, trunk, file, base_model)
+    record = HeadsRecord(
+        num_heads=len(heads),
+        head_input=head_input,
+        head_norm=head_norm,
+        layer_class=trunk.layer_class,
+        model_type=trunk.model.config.model_type,
+        hidden_size=trunk.hidden_size,
+        vocab_size=trunk.vocab_size,
+        base_model=base_model,
+    )
+    tensors = {f"{k}.{name}": tensor for k, head in enumerate(heads) for name, tensor in head.items()}
+    write_folder(out, tensors, record)
+    return out
+
+
+def read_state(file: Path) -> dict[str, Tensor]:
+    """The tensors of a file by their keys, `auxiliary_head.` taken off. Nothing in the file is executed.
+
+    Raises:
+        ConfigError: the file cannot be read, or holds anything but a dict of plain floating-point tensors.
+    """
+    if not file.is_file():
+        raise ConfigError(f"import-heads: got {str(file)!r}, which is not a file. {IT_TAKES}")
+    state: Any = None
+    try:
+        if file.suffix == ".safetensors":
+            state = load_file(file)
+        else:
+            # Zip files, torch.save's format since PyTorch 1.6, can stay on disk until they are copied.
+            state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except Exception as error:  # damage shows in a dozen kinds: EOFError, KeyError, OSError, RuntimeError ...
+        found = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
+        if found:
+            raise ConfigError(
+                f"import-heads: {file} holds an object ({found[1]}), which is refused: only tensors are loaded, "
+                f"nothing in the file was executed. {IT_TAKES}"
+            ) from None
+        kind = "safetensors" if file.suffix == ".safetensors" else "a torch.save file"
+        raise ConfigError(
+            f"import-heads: {file} cannot be read as {kind} ({type(error).__name__}). It is cut off, damaged or of "
+            "another kind: download or make it again."
+        ) from error
+    if not isinstance(state, dict) or not state:
+        held = "an empty dict" if isinstance(state, dict) else f"a {type(state).__name__}"
+        raise ConfigError(f"import-heads: {file} holds {held}. {IT_TAKES}")
+    for key, value in state.items():
+        problem = None if isinstance(key, str) else "a key that is not a text"
+        problem = problem or describe_unless_plain(value)
+        if problem:
+            raise ConfigError(f"import-heads: {file} holds {problem} under {key!r}. {IT_TAKES}")
+    if all(key.startswith(PREFIX) for key in state):
+        state = {key.removeprefix(PREFIX): value for key, value in state.items()}
+    return {key: value.detach() for key, value in state.items()}
+
+
+def describe_unless_plain(value: Any) -> str | None:
+    """None for a dense floating-point tensor with its data in memory, else what it is, in words."""
+    if type(value) not in (Tensor, nn.Parameter):
+        return f"a {type(value).__name__}, not a tensor,"
+    if not value.is_floating_point() or value.layout != torch.strided or value.device.type != "cpu":
+        return f"a tensor that is no plain weight ({value.dtype}, {value.layout}, {value.device.type})"
+    return None
+
+
+def split_heads(state: Mapping[str, Tensor], file: Path) -> list[dict[str, Tensor]]:
+    """The decoder layer's tensors of each head, by the names they have in the layer.
+
+    Raises:
+        ConfigError: keys that are not the authors', several layers a head, `linear` blocks, separate
+            unembeddings, or gaps in the heads' numbers.
+    """
+    heads: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in state.items():
+        match = KEY.fullmatch(key)
+        if match is None:
+            raise ConfigError(f"import-heads: {file} holds the unknown key {key!r}. {IT_TAKES}")
+        head, layer, name = match.groups()
+        if layer is None:
+            raise ConfigError(
+                f"import-heads: {file} holds {key}, a separate unembedding for head {head}, which is not supported. "
+                "Take heads that share the base model's lm_head (the authors' default, without -sepunembed)."
+            )
+        if layer != "0":
+            raise ConfigError(
+                f"import-heads: {file} holds {key}, several layers for head {head}, which is not supported. Take "
+                "heads of one layer each (the authors' default, --caft-num-layers 1)."
+            )
+        if name in LINEAR_BLOCK:
+            raise ConfigError(
+                f"import-heads: {file} holds {key}, a `linear` residual block in place of a decoder layer, which is "
+                "not supported. Take heads of the authors' default architecture (--head-arch transformer)."
+            )
+        heads.setdefault(int(head), {})[name] = tensor
+    if sorted(heads) != list(range(len(heads))):
+        raise ConfigError(
+            f"import-heads: {file} holds heads numbered {', '.join(map(str, sorted(heads)))}, but they have to be "
+            f"numbered from 0 without gaps. The file is not whole: download or make it again."
+        )
+    return [heads[k] for k in range(len(heads))]
+
+
+def empty_trunk(base_model: str) -> Trunk:
+    """The trunk of a model built from its config alone, without memory for weights (on the meta device).
+
+    Raises:
+        ConfigError: the config cannot be had, or is not that of a decoder-only model transformers knows.
+    """
+    try:
+        config = AutoConfig.from_pretrained(base_model, trust_remote_code=False)
+    except Exception as error:  # no such name, offline, no permission, damaged: each library has its own kinds
+        raise ConfigError(
+            f"--base-model: got {base_model!r}, of which no config can be read ({first_line(error)}). It takes a "
+            "model folder or a Hub id: check the name, your connection and your Hub token."
+        ) from error
+    refuse_encoder_decoder(config, config.model_type)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:  # a config with impossible values fails wherever it is first used
+        raise ConfigError(
+            f"--base-model: got {base_model!r}, of which transformers can build no causal language model "
+            f"({first_line(error)}). It takes a decoder-only model that transformers knows without remote code."
+        ) from error
+    return find_trunk(model)
+
+
+def first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
+
+def check_heads(heads: list[dict[str, Tensor]], trunk: Trunk, file: Path, base_model: str) -> None:
+    """Holds every head against the base model's decoder layer.
+
+    Raises:
+        ConfigError: another hidden size; missing, unknown or misshapen tensors. The first one is named.
+    """
+    wanted = {name: tuple(tensor.shape) for name, tensor in trunk.last_layer.state_dict().items()}
+    layer = f"a {trunk.layer_class} of {base_model}"
+    for k, head in enumerate(heads):
+        shapes = {name: tuple(tensor.shape) for name, tensor in head.items()}
+        hidden_size = recognised_hidden_size(shapes, wanted, trunk.hidden_size)
+        missing = [name for name in wanted if name not in shapes]
+        unknown = [name for name in shapes if name not in wanted]
+        misshapen = [name for name in wanted if name in shapes and shapes[name] != wanted[name]]
+        if hidden_size != trunk.hidden_size:
+            problem = f"was made for hidden size {hidden_size}, but {base_model} has {trunk.hidden_size}"
+        elif missing:
+            problem = f"lacks {k}.layers.0.{missing[0]}, which {layer} has"
+        elif unknown:
+            problem = f"holds {k}.layers.0.{unknown[0]}, which {layer} has not"
+        elif misshapen:
+            name = misshapen[0]
+            problem = f"holds {k}.layers.0.{name} with shape {shapes[name]}, but {layer} has shape {wanted[name]}"
+        else:
+            continue
+        raise ConfigError(f"import-heads: {file} {problem}. Give the model that the heads were trained on.")
+
+
+def recognised_hidden_size(
+    shapes: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]], hidden_size: int
+) -> int:
+    """The hidden size of a head's model, where one of the layer's own norms (`input_layernorm.weight`) tells it;
+    `hidden_size`, the base model's, where none does."""
+    for name, shape in wanted.items():
+        if name.count(".") == 1 and shape == (hidden_size,) and len(shapes.get(name, ())) == 1:
+            return shapes[name][0]
+    return hidden_size
+
+
+def write_folder(out: Path, tensors: dict[str, Tensor], record: HeadsRecord) -> None:
+    """Writes a heads folder under a temporary name, then renames it.
+
+    Raises:
+        ConfigError: the disk is full, no permission, `out` has come into being meanwhile.
+    """
+    temporary = out.absolute().with_name(f".{out.absolute().name}.{os.getpid()}.tmp")
+    text = json.dumps(record.model_dump(), indent=2) + "\n"
+    try:
+        temporary.mkdir(parents=True)
+        write_whole(temporary / WEIGHTS, lambda path: save_file(unshared(tensors), path, {"format": "pt"}))
+        write_whole(temporary / RECORD, lambda path: path.write_text(text, encoding="utf-8"))
+        os.rename(temporary, out)
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"import-heads: the folder {out} cannot be written ({first_line(error)}).") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors, each contiguous and alone in its memory, as safetensors needs them."""
+    seen: set[int] = set()
+    result = {}
+    for name, tensor in tensors.items():
+        storage = tensor.untyped_storage()
+        alone = storage.nbytes() == tensor.nbytes and storage.data_ptr() not in seen
+        seen.add(storage.data_ptr())
+        result[name] = tensor.contiguous() if alone else tensor.clone(memory_format=torch.contiguous_format)
+    return result

@@ -1,0 +1,308 @@
+"""Stage 1 on a tiny model: targets, answers, interruptions, the card. The base never changes."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, TrainingArguments
+
+from caft_plugin import CAFTConfig, ConfigError, distill, with_caft
+from caft_plugin.config import PretrainConfig
+from caft_plugin.distill import (
+    ANSWERS,
+    AnswerFile,
+    Job,
+    newest_whole_checkpoint,
+    pretrain_heads,
+    prompt_of,
+    read_rows,
+    with_answer,
+    write_answers,
+)
+from caft_plugin.loss import IGNORE, summed_cross_entropy_and_hits, summed_divergence
+
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role }} {{ m.content }} </s> {% endfor %}"
+    "{% if add_generation_prompt %}assistant {% endif %}"
+)
+
+
+@pytest.fixture
+def tokenizer():
+    words = ["<pad>", "</s>", "<unk>", "user", "assistant", *(f"w{i}" for i in range(92))]
+    model = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    model.pre_tokenizer = Whitespace()
+    made = PreTrainedTokenizerFast(tokenizer_object=model, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+    made.chat_template = TEMPLATE
+    return made
+
+
+@pytest.fixture
+def base(tiny_model):
+    tiny_model.generation_config.eos_token_id = 1
+    tiny_model.generation_config.pad_token_id = 0
+    return tiny_model
+
+
+def rows(count=24):
+    generator = torch.Generator().manual_seed(3)
+    made = []
+    for i in range(count):
+        ids = torch.randint(5, 97, (6 + i % 5,), generator=generator).tolist()
+        made.append(with_answer(ids[:3], ids[3:]))
+    return made
+
+
+def job(base, tokenizer, folder, targets="dataset", data=None, heldout=None, steps=3, caft=None, **settings):
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        use_cpu=True,
+        report_to=[],
+        disable_tqdm=True,
+        max_steps=steps,
+        per_device_train_batch_size=4,
+        learning_rate=1e-2,
+        logging_steps=1,
+        save_steps=2,
+        seed=1,
+    )
+    config = PretrainConfig(targets=targets, **{"max_new_tokens": 8, "generation_batch_size": 5, **settings})
+    data = rows() if data is None else data
+    return Job(base, tokenizer, data, heldout, arguments, CAFTConfig(**caft or {}), config, "tiny")
+
+
+def counting(count=28):
+    """Rows that count on from where the prompt stops, and end."""
+    return [with_answer([5 + i, 6 + i, 7 + i], [*range(8 + i, 14 + i), 1]) for i in range(count)]
+
+
+@pytest.fixture
+def taught(base):
+    """A base model that has learnt to count and to end its answers."""
+    optimizer = torch.optim.Adam(base.parameters(), lr=1e-2)
+    batch = distill.pad_rows(counting(), 0)
+    for _ in range(40):
+        base(**batch).loss.backward()
+        optimizer.step(), optimizer.zero_grad()
+    return base
+
+
+@pytest.mark.parametrize("targets", ["model", "dataset", "distribution"])
+def test_only_the_heads_change(taught, tokenizer, tmp_path, targets):
+    before = {name: parameter.clone() for name, parameter in taught.named_parameters()}
+    folder = pretrain_heads(
+        job(taught, tokenizer, tmp_path, targets, data=counting(), temperature=1.0, max_new_tokens=60)
+    )
+    for name, parameter in before.items():
+        assert torch.equal(parameter, taught.get_parameter(name)), name
+    heads = taught.caft_heads.layers
+    for name, parameter in heads.named_parameters():
+        last = name.split(".", 1)[1]
+        assert not torch.equal(parameter, before[f"model.layers.2.{last}"]), name
+    assert sorted(p.name for p in folder.iterdir()) == ["README.md", "config.json", "heads.safetensors", "metrics.json"]
+    checkpoint = next(tmp_path.glob("checkpoint-2"))
+    assert not (checkpoint / "model.safetensors").exists()  # the base is not copied into every checkpoint
+
+
+@pytest.mark.parametrize("targets", ["dataset", "distribution"])
+def test_training_lowers_the_held_out_loss_of_every_head(taught, tokenizer, tmp_path, targets):
+    data = counting()
+    folder = pretrain_heads(job(taught, tokenizer, tmp_path, targets, data=data, heldout=data[:7], steps=25))
+    metrics = json.loads((folder / "metrics.json").read_text())
+    for before, after in zip(metrics["untrained"], metrics["heads"], strict=True):
+        assert after["loss"] < 0.5 * before["loss"]
+        assert after["accuracy"] > max(0.5, before["accuracy"])
+    card = (folder / "README.md").read_text()
+    assert f"targets `{targets}`" in card and f"| 4 | {metrics['heads'][3]['loss']:.4f} |" in card
+
+
+def test_distribution_is_the_divergence_from_the_base_k_ahead(base, tokenizer, tmp_path):
+    """The first logged loss of each head, against the definition written out."""
+    data = rows(4)
+    torch.manual_seed(0)
+    done = job(base, tokenizer, tmp_path, "distribution", data=data, heldout=[], steps=1, caft={"num_heads": 2})
+    done.arguments.learning_rate = 0.0
+    trainers = []
+    original = distill.HeadsTrainer.train
+    distill.HeadsTrainer.train = lambda self, *a, **k: trainers.append(self) or original(self, *a, **k)
+    try:
+        pretrain_heads(done)
+    finally:
+        distill.HeadsTrainer.train = original
+    log = next(entry for entry in trainers[0].state.log_history if "loss" in entry)
+
+    total = 0.0
+    for k in (1, 2):
+        summed, count = 0.0, 0
+        for row in data:  # an untrained head is a copy of the last layer, so it gives the base's own logits
+            logits = base(input_ids=torch.tensor([row["input_ids"]])).logits[0].log_softmax(-1)
+            for t in range(len(logits) - k - 1):
+                teacher = logits[t + k]
+                summed += (teacher.exp() * (teacher - logits[t])).sum().item()
+                count += 1
+        assert log[f"caft/loss_head_{k}"] == pytest.approx(summed / count, rel=1e-4)
+        total += 0.8**k * summed / count
+    assert log["loss"] == pytest.approx(total, rel=1e-4)
+
+
+def test_summed_divergence_and_hits():
+    weight, hidden, teacher = torch.randn(11, 4), torch.randn(70, 4, requires_grad=True), torch.randn(70, 4)
+    targets = torch.randint(0, 11, (70,))
+    p, q = (teacher @ weight.T).log_softmax(-1), (hidden @ weight.T).log_softmax(-1)
+    slow = (p.exp() * (p - q)).sum()
+    total = summed_divergence(hidden, teacher, lambda h: h @ weight.T, 11)
+    torch.testing.assert_close(total, slow)
+    torch.testing.assert_close(*(torch.autograd.grad(x, hidden)[0] for x in (total, slow)))
+    _, hits = summed_cross_entropy_and_hits(hidden, targets, lambda h: h @ weight.T, 11)
+    assert hits == (q.argmax(-1) == targets).sum()
+
+
+# -- answers ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_interrupted_answers_go_on_where_they_stopped(taught, tokenizer, tmp_path, monkeypatch, temperature):
+    prompts = [prompt_of(row) for row in counting(17)]
+    config = PretrainConfig(max_new_tokens=60, temperature=temperature, generation_batch_size=5)
+    whole = write_answers(taught, tokenizer, prompts, config, tmp_path / "whole.jsonl", "tiny")
+    assert len(whole) == 17 and any(answer[-1] == 1 for answer in whole)
+
+    calls = []
+    original = distill.generate
+
+    def killed(*arguments):
+        calls.append(arguments[-1])
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    monkeypatch.setattr(distill, "generate", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write_answers(taught, tokenizer, prompts, config, tmp_path / "parts.jsonl", "tiny")
+    with open(tmp_path / "parts.jsonl", "a") as file:
+        file.write('{"answer": [1, 2')  # killed in the middle of a line
+    resumed = write_answers(taught, tokenizer, prompts, config, tmp_path / "parts.jsonl", "tiny")
+    assert calls == [0, 5, 10, 10, 15]  # nothing lost but the current batch
+    assert resumed == whole
+    assert (tmp_path / "parts.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+def test_answers_made_with_other_settings_are_not_mixed(tmp_path):
+    AnswerFile(tmp_path / "a.jsonl", {"base model": "a", "sampling": 1}).close()
+    with pytest.raises(ConfigError, match="holds answers made with another sampling"):
+        AnswerFile(tmp_path / "a.jsonl", {"base model": "a", "sampling": 2})
+
+
+def test_a_batch_answers_as_its_prompts_one_by_one(taught, tokenizer, tmp_path):
+    prompts = [[5, 6, 7], [8, 9], [30, 31, 32, 33, 34]]
+    answers = []
+    for size in (1, 3):
+        config = PretrainConfig(max_new_tokens=60, generation_batch_size=size)
+        answers.append(write_answers(taught, tokenizer, prompts, config, tmp_path / f"{size}.jsonl", "tiny"))
+    assert answers[0] == answers[1]
+    assert answers[0][0][:3] == [8, 9, 10]
+
+
+def test_training_goes_on_from_the_newest_whole_checkpoint(base, tokenizer, tmp_path):
+    torch.manual_seed(0)
+    start = {name: p.clone() for name, p in base.state_dict().items()}
+
+    def run(folder, steps):
+        model = LlamaForCausalLM(base.config)
+        model.load_state_dict(start)
+        made = pretrain_heads(job(model, tokenizer, folder, steps=steps))
+        return (made / "heads.safetensors").read_bytes()
+
+    whole = run(tmp_path / "whole", 6)
+    run(tmp_path / "parts", 6)
+    for name in ("checkpoint-6",):
+        (tmp_path / "parts" / name / "trainer_state.json").write_text('{"global_st')  # half a file
+    assert newest_whole_checkpoint(tmp_path / "parts").name == "checkpoint-4"
+    assert run(tmp_path / "parts", 6) == whole
+
+
+# -- bad input ----------------------------------------------------------------------------------------
+
+
+def test_bad_settings():
+    with pytest.raises(ConfigError, match=r"pretrain_heads.targets: got 'teacher', but it takes one of model, dataset"):
+        PretrainConfig(targets="teacher")
+    with pytest.raises(ConfigError, match="pretrain_heads.tempratur: unknown key"):
+        PretrainConfig(tempratur=1)
+
+
+def test_empty_data(base, tokenizer, tmp_path):
+    for data in ([], [{"input_ids": [5, 6], "labels": [IGNORE, IGNORE]}]):
+        with pytest.raises(ConfigError, match="has no row with an answer to learn from"):
+            pretrain_heads(job(base, tokenizer, tmp_path, data=data))
+
+
+def test_prompts_longer_than_the_context(base, tokenizer, tmp_path):
+    data = [*rows(3), with_answer([5] * 130, [6])]
+    with pytest.raises(ConfigError, match="row .* has a prompt of 130 tokens; with 8 new ones .* context of 128"):
+        pretrain_heads(job(base, tokenizer, tmp_path, "model", data=data))
+    assert not (tmp_path / ANSWERS).exists()
+
+
+def test_rows_without_a_prompt(base, tokenizer, tmp_path):
+    with pytest.raises(ConfigError, match="1 of 3 rows have none"):
+        pretrain_heads(job(base, tokenizer, tmp_path, "model", data=[*rows(2), with_answer([], [6, 7])], heldout=[]))
+
+
+def test_no_answer_ends(base, tokenizer, tmp_path):
+    with torch.no_grad():
+        base.lm_head.weight[1] = 0  # the end token is never the likeliest
+    with pytest.raises(ConfigError, match="none of the 24 answers came to an end within 8 tokens"):
+        pretrain_heads(job(base, tokenizer, tmp_path, "model"))
+
+
+def test_no_end_token(base, tokenizer, tmp_path):
+    base.generation_config.eos_token_id = None
+    tokenizer.eos_token = None
+    with pytest.raises(
+        ConfigError, match="neither the model's generation_config nor its tokenizer has an eos_token_id"
+    ):
+        pretrain_heads(job(base, tokenizer, tmp_path, "model"))
+
+
+def test_rows_from_a_file(tokenizer, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    lines = [
+        {"messages": [{"role": "user", "content": "w1 w2"}, {"role": "assistant", "content": "w3"}]},
+        {"prompt": "w1 w2", "completion": "w3 w4"},
+        {"text": "w1 w2 w3"},
+    ]
+    file.write_text("\n".join(map(json.dumps, lines)) + "\n")
+    chat, completion, text = read_rows(file, tokenizer, 100)
+    assert tokenizer.decode(prompt_of(chat)).endswith("assistant")
+    assert tokenizer.decode([label for label in chat["labels"] if label != IGNORE]) == "w3 </s>"
+    assert prompt_of(completion) == tokenizer("w1 w2").input_ids and completion["input_ids"][-1] == 1
+    assert prompt_of(text) == [] and text["labels"] == text["input_ids"]
+    assert all(len(row["input_ids"]) <= 2 for row in read_rows(file, tokenizer, 2))
+
+    file.write_text('{"text": "w1"}\n{"messages": []}\n')
+    with pytest.raises(ConfigError, match=r"--data: line 2 of .* is not a row"):
+        read_rows(file, tokenizer, 100)
+    with pytest.raises(ConfigError, match=r"--data: .* cannot be read"):
+        read_rows(tmp_path / "nowhere.jsonl", tokenizer, 100)
+
+
+def test_pretrained_heads_serve_fine_tuning(base, tokenizer, tmp_path):
+    from transformers import Trainer
+
+    pretrain_heads(job(base, tokenizer, tmp_path / "stage1", caft={"head_norm": False}))
+    trained = [p.clone() for p in base.caft_heads.parameters()]
+    model = LlamaForCausalLM(base.config)
+    trainer = with_caft(Trainer)(
+        model=model,
+        args=TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[]),
+        caft={"heads": str(tmp_path / "stage1")},
+    )
+    assert trainer.caft_config.head_norm is False
+    for ours, theirs in zip(trainer.caft.heads.parameters(), trained, strict=True):
+        assert torch.equal(ours, theirs)
