@@ -116,7 +116,7 @@ def test_training_lowers_the_held_out_loss_of_every_head(taught, tokenizer, tmp_
     metrics = json.loads((folder / "metrics.json").read_text())
     for before, after in zip(metrics["untrained"], metrics["heads"], strict=True):
         assert after["loss"] < 0.5 * before["loss"]
-        assert after["accuracy"] > max(0.5, before["accuracy"])
+        assert after["accuracy"] > before["accuracy"] + 0.2
     card = (folder / "README.md").read_text()
     assert f"targets `{targets}`" in card and f"| 4 | {metrics['heads'][3]['loss']:.4f} |" in card
 
