@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import importlib.util
 import json
 import logging
 import os
@@ -28,6 +29,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
 )
 
@@ -173,9 +175,13 @@ def write_answers(
         if done < len(prompts):
             with tqdm(total=len(prompts), initial=done, unit="answer", desc="the base model answers") as bar:
                 tokens, start = 0, time.monotonic()
+                vllm = start_vllm(model, name)
                 for first in range(done, len(prompts), config.generation_batch_size):
                     batch = prompts[first : first + config.generation_batch_size]
-                    answers = generate(model, tokenizer, batch, config, ends, first)
+                    if vllm is not None:
+                        answers = generate_with_vllm(vllm, batch, config, ends, first)
+                    else:
+                        answers = generate(model, tokenizer, batch, config, ends, first)
                     file.add(answers)
                     tokens += sum(map(len, answers))
                     bar.update(len(batch))
@@ -235,6 +241,34 @@ def generate(
         end = next((i for i, token in enumerate(row) if token in ends), None)
         answers.append(row if end is None else row[: end + 1])
     return answers
+
+
+def start_vllm(model: PreTrainedModel, name: str) -> Any:
+    """A vLLM engine beside the model, on half of the GPU's memory; None without vLLM, without a GPU, or where the base
+    is quantised, as vLLM would load it unquantised. Not run by us: there was no GPU."""
+    quantised = getattr(model, "is_quantized", False)
+    if quantised or not torch.cuda.is_available() or importlib.util.find_spec("vllm") is None:
+        return None
+    from vllm import LLM
+
+    return LLM(model=name, dtype=str(model.dtype).removeprefix("torch."), gpu_memory_utilization=0.5)
+
+
+def generate_with_vllm(
+    engine: Any, prompts: Sequence[Sequence[int]], config: PretrainConfig, ends: set[int], first: int
+) -> list[list[int]]:
+    """As `generate`, by vLLM."""
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(
+        temperature=config.temperature,
+        top_p=config.top_p,
+        max_tokens=config.max_new_tokens,
+        stop_token_ids=sorted(ends),
+        seed=config.seed * 1_000_003 + first,
+    )
+    outputs = engine.generate([{"prompt_token_ids": list(p)} for p in prompts], sampling, use_tqdm=False)
+    return [list(output.outputs[0].token_ids) for output in outputs]
 
 
 # -- model and data without Axolotl -------------------------------------------------------------------
@@ -408,6 +442,7 @@ class Job:
     caft: CAFTConfig
     config: PretrainConfig
     name: str
+    callbacks: Sequence[TrainerCallback] = ()
 
 
 def pretrain_heads(job: Job) -> Path:
@@ -453,11 +488,12 @@ def pretrain_heads(job: Job) -> Path:
         eval_dataset=list(heldout) or None,
         data_collator=lambda batch: pad_rows(batch, pad),
         processing_class=tokenizer,
+        callbacks=list(job.callbacks),
         caft=caft,
         distribution=config.targets == "distribution",
     )
+    before = trainer.evaluate() if heldout else {}
     resume = newest_whole_checkpoint(out)
-    before = trainer.evaluate() if heldout and resume is None else {}
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     after = trainer.evaluate() if heldout else {}
     trainer.save_model(str(out))

@@ -276,7 +276,8 @@ def test_bad_config_stops_before_anything_is_loaded(project, case):
 
 
 def test_pretrain_heads_from_a_yaml(project, smollm2):
-    """The shipped YAML, shortened, on the real model in 4 bits; killed while it writes answers."""
+    """The shipped YAML, shortened, on the real model in 4 bits; killed with SIGKILL while it writes answers, and
+    again while it trains."""
     config = yaml.safe_load((ROOT / "axolotl_configs" / "pretrain-heads-cpu.yml").read_text())
     (project.folder / "few.jsonl").write_text(
         "".join((ROOT / "axolotl_configs/data/molecules-train.jsonl").read_text().splitlines(True)[:32])
@@ -293,24 +294,31 @@ def test_pretrain_heads_from_a_yaml(project, smollm2):
     (project.folder / "heads.yml").write_text(yaml.safe_dump(config))
 
     scripts = Path(sys.executable).parent
-    process = subprocess.Popen(
-        [scripts / "axolotl", "caft", "pretrain-heads", "heads.yml"],
-        cwd=project.folder,
-        env={**os.environ, "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "2"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    answers = project.folder / "heads" / "answers.jsonl"
-    deadline = time.time() + 300
-    while time.time() < deadline and not (answers.exists() and len(answers.read_bytes().splitlines()) > 8):
-        time.sleep(0.5)
-    process.kill()
-    process.wait()
+    out = project.folder / "heads"
+    answers = out / "answers.jsonl"
+
+    def kill_when(reached):
+        process = subprocess.Popen(
+            [scripts / "axolotl", "caft", "pretrain-heads", "heads.yml"],
+            cwd=project.folder,
+            env={**os.environ, "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "2"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        deadline = time.time() + 300
+        while time.time() < deadline and not reached():
+            time.sleep(0.1)
+        process.kill()
+        process.wait()
+        assert reached()
+
+    kill_when(lambda: answers.exists() and len(answers.read_bytes().splitlines()) > 8)
     written = answers.read_bytes()
+    kill_when((out / "checkpoint-2" / "trainer_state.json").exists)
 
     result = project.axolotl("caft", "pretrain-heads", "heads.yml", OMP_NUM_THREADS="2")
     assert answers.read_bytes().startswith(written[: written.rfind(b"\n") + 1])  # nothing was written anew
-    folder = project.folder / "heads" / "caft_heads"
+    folder = out / "caft_heads"
     assert "held-out loss" in result.stdout
     metrics = json.loads((folder / "metrics.json").read_text())
     assert metrics["targets"] == "model" and metrics["steps"] == 6
