@@ -31,7 +31,8 @@ from caft_plugin.loss import IGNORE, summed_cross_entropy, summed_cross_entropy_
 MODULE_NAME = "caft_heads"
 # The paper's LoRA (section 4), for heads whose base model has no LoRA to copy the rank from.
 LORA_RANK, LORA_ALPHA = 8, 16
-CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "layer_past")
+CARRIES_STATE = {"rwkv"}
+CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "layer_past", "cache_params")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,17 +66,20 @@ def find_trunk(model: nn.Module) -> Trunk:
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     name = type(base).__name__
     refuse_encoder_decoder(base.config, name)
+    if base.config.model_type in CARRIES_STATE:
+        raise ConfigError(
+            f"caft: {name} hands a running state from layer to layer, which a head cannot follow. Take the `caft:` block "
+            "out, or use another model."
+        )
     text_config = base.config.get_text_config()
-    decoder = base.get_decoder()
-    layers = next(
-        (
-            child
-            for child in decoder.children()
-            if isinstance(child, nn.ModuleList) and len(child) == text_config.num_hidden_layers
-        ),
-        None,
-    )
-    norms = [child for child in decoder.children() if "norm" in type(child).__name__.lower()]
+    layers, norms = None, []
+    for module in base.get_decoder().modules():
+        for child in module.children():
+            if isinstance(child, nn.ModuleList) and len(child) == text_config.num_hidden_layers:
+                layers = child
+        if layers is not None:  # the final norm lies beside the layers
+            norms = [child for child in module.children() if "norm" in type(child).__name__.lower()]
+            break
     unembedding = base.get_output_embeddings()
     if layers is None or not norms or unembedding is None:
         missing = [
@@ -115,12 +119,12 @@ def logit_transform(config: Any) -> Callable[[Tensor], Tensor] | None:
     """What a family does to its logits after the unembedding, or None (most families: nothing).
 
     Cohere multiplies by `logit_scale`, Falcon-H1 by `lm_head_multiplier`; Granite divides by `logits_scaling`
-    and HyperCLOVA X multiplies by it; Gemma caps softly at `final_logit_softcapping`.
+    and HyperCLOVA X multiplies by it; Gemma caps softly at `final_logit_softcapping` or `logits_soft_cap`.
     """
     factor = getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None) or 1.0
     scaling = getattr(config, "logits_scaling", None) or 1.0
     factor *= scaling if "hyperclovax" in config.model_type else 1 / scaling
-    cap = getattr(config, "final_logit_softcapping", None)
+    cap = getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)
     if factor == 1.0 and cap is None:
         return None
 
