@@ -87,7 +87,7 @@ train: model
 	@if [ $(RUN)/.trained -nt $(CONFIG) ]; then \
 		echo "== $(RUN) is trained already and newer than $(CONFIG); to train again: rm -r $(RUN)"; \
 	else \
-		echo "== training $(CONFIG) into $(RUN): about 6 minutes on two cores" && \
+		echo "== training $(CONFIG) into $(RUN): about 6 minutes on two free cores" && \
 		$(AXOLOTL_ENV) "$(BIN)/axolotl" train $(CONFIG) $(OVERRIDES) && touch $(RUN)/.trained || { \
 			echo "error: training failed; the cause stands above. It starts anew with the next make demo."; exit 1; }; \
 	fi

@@ -46,7 +46,7 @@ def read_log(output_dir: Path) -> tuple[Path, list[dict[str, Any]]]:
     states = list(output_dir.glob("checkpoint-*/trainer_state.json"))
     if not states:
         raise ReportError(f"no checkpoint in {output_dir}: run `axolotl train` with this config first")
-    newest = max(states, key=lambda state: int(state.parent.name.rpartition("-")[2]))
+    newest = max(states, key=lambda state: state.stat().st_mtime)  # an earlier run may have left a higher number
     return newest.parent, json.loads(newest.read_text(encoding="utf-8"))["log_history"]
 
 

@@ -68,8 +68,8 @@ def find_trunk(model: nn.Module) -> Trunk:
     refuse_encoder_decoder(base.config, name)
     if base.config.model_type in CARRIES_STATE:
         raise ConfigError(
-            f"caft: {name} hands a running state from layer to layer, which a head cannot follow. Take the `caft:` block "
-            "out, or use another model."
+            f"caft: {name} hands a running state from layer to layer, which a head cannot follow. Take the "
+            "`caft:` block out, or use another model."
         )
     text_config = base.config.get_text_config()
     layers, norms = None, []

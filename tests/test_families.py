@@ -1,8 +1,8 @@
 """Every decoder-only family we say works, as a tiny random model: no table of architectures in the engine, one here.
 
-For each: a head that is a copy of the last layer gives the model's own logits (this proves masks, rotary embeddings, norms,
-soft-capping and logit scales at once), a few steps lower every head's loss, and what is saved is what a model without
-heads saves. `python tests/test_families.py` prints the README's list.
+For each: a head that is a copy of the last layer gives the model's own logits (this proves masks, rotary embeddings,
+norms, soft-capping and logit scales at once), a few steps lower every head's loss, and what is saved is what a model
+without heads saves. `python tests/test_families.py` prints the README's list.
 """
 
 from __future__ import annotations
