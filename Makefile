@@ -1,12 +1,13 @@
 # make demo | test | lint | format | clean, see `make help`. Settings, all with a default:
 #   PYTHON=python3.11   the interpreter to build .venv with
-#   VENV=.venv          where the environment goes
+#   VENV=.venv          where the environment goes; the one for the newest TRL goes to $(VENV)-trl
 #   TORCH_INDEX=URL     a package index for torch alone: without a GPU, PyTorch's index of CPU wheels, which
 #                       saves several GB of CUDA packages on Linux
 #   BASE_MODEL=...      (demo) another model, a folder or a Hub id, in place of SmolLM2-135M
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3.11)
 VENV ?= .venv
+TRL_VENV := $(VENV)-trl
 TORCH_INDEX ?=
 BASE_MODEL ?=
 CACHE := .cache
@@ -33,6 +34,7 @@ AXOLOTL_ENV := PATH="$(abspath $(BIN)):$$PATH" AXOLOTL_DO_NOT_TRACK=1 TOKENIZERS
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$(CORES)} HF_HUB_OFFLINE=$$([ -d "$(MODEL)" ] && echo 1 || echo $${HF_HUB_OFFLINE:-0})
 
 .DEFAULT_GOAL := help
+.PRECIOUS: %/.torch %/.dependencies %/.package
 .PHONY: help venv demo model train merge report test lint format clean
 .DELETE_ON_ERROR:
 
@@ -44,31 +46,34 @@ help:  ## show this list
 
 venv: $(VENV)/.package  ## build the environment in .venv (5 GB, a few minutes)
 
-$(VENV)/.torch:
+%/.torch:
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null || { \
 		found=$$("$(PYTHON)" --version 2>/dev/null) || found="not there"; \
 		echo "error: Python 3.11 is needed, and '$(PYTHON)' is $$found."; \
 		echo "       Install it and name it: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11"; exit 1; }
-	@echo "== building $(VENV): torch first, on its own"
-	@"$(PYTHON)" -m venv --clear "$(VENV)" || { \
+	@echo "== building $*: torch first, on its own"
+	@"$(PYTHON)" -m venv --clear "$*" || { \
 		echo "error: no environment could be made (on Debian or Ubuntu: apt install python3.11-venv)"; exit 1; }
 	@if [ -z "$(TORCH_INDEX)" ] && [ "$$(uname)" = Linux ] && ! command -v nvidia-smi >/dev/null; then \
 		echo "   no GPU here: should pip fetch CUDA packages, stop it and set TORCH_INDEX (see the top of Makefile)"; fi
-	@"$(BIN)/pip" install $(if $(TORCH_INDEX),--index-url "$(TORCH_INDEX)") torch==2.13.0 || { \
+	@"$*/bin/pip" install $(if $(TORCH_INDEX),--index-url "$(TORCH_INDEX)") torch==2.13.0 || { \
 		echo "error: torch 2.13.0 was not installed (pip's message is above); run make again to go on"; exit 1; }
 	@touch $@
 
-$(VENV)/.dependencies: pyproject.toml | $(VENV)/.torch
-	@echo "== installing axolotl and the development tools"
-	@"$(BIN)/pip" install '.[axolotl,dev]' || { \
+# Axolotl with what it pins, and in an environment of its own the newest TRL that pyproject.toml allows.
+$(VENV)/.dependencies: EXTRA := axolotl
+$(TRL_VENV)/.dependencies: EXTRA := trl
+%/.dependencies: pyproject.toml | %/.torch
+	@echo "== installing $(EXTRA) and the development tools into $*"
+	@"$*/bin/pip" install '.[$(EXTRA),dev]' || { \
 		echo "error: the installation failed (pip's message is above); run make again to go on"; exit 1; }
 	@touch $@
 
 # Not an editable install: that would leave out caft_plugin_startup.pth, which lets Axolotl find the plugin
 # by its bare name.
-$(VENV)/.package: $(SOURCES) | $(VENV)/.dependencies
-	@echo "== installing caft_plugin from this folder"
-	@"$(BIN)/pip" install --quiet --no-deps --force-reinstall . || { \
+%/.package: $(SOURCES) | %/.dependencies
+	@echo "== installing caft_plugin from this folder into $*"
+	@"$*/bin/pip" install --quiet --no-deps --force-reinstall . || { \
 		echo "error: caft_plugin was not installed (pip's message is above)"; exit 1; }
 	@touch $@
 
@@ -106,8 +111,14 @@ report: merge
 
 # --- development
 
-test: $(VENV)/.package  ## run every test
-	@PATH="$(abspath $(BIN)):$$PATH" "$(BIN)/pytest" $(PYTEST_ARGS)
+# Two processes, each test file in one of them. What an Axolotl run does not touch runs on the newest stack as well.
+PYTEST := -n 2 --dist loadfile
+NEWEST := tests/test_golden.py tests/test_heads.py tests/test_training.py tests/test_families.py \
+	tests/integration/test_trl.py
+
+test: $(VENV)/.package $(TRL_VENV)/.package  ## run every test, on Axolotl's stack and on the newest one
+	@PATH="$(abspath $(BIN)):$$PATH" "$(BIN)/pytest" $(PYTEST) $(PYTEST_ARGS)
+	@"$(TRL_VENV)/bin/pytest" $(PYTEST) $(PYTEST_ARGS) $(NEWEST)
 
 lint: $(VENV)/.package  ## check format, style and types
 	@"$(BIN)/ruff" format --check . || { echo "error: make format puts this right"; exit 1; }

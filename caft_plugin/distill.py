@@ -471,6 +471,9 @@ def pretrain_heads(job: Job) -> Path:
         )
     model.requires_grad_(False)
     model.eval()
+    if arguments.max_steps > 0:  # no more answers than training will see
+        shown = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+        rows = rows[: arguments.max_steps * shown]
     if config.targets == "model":
         prompts = [prompt_of(row) for row in (*heldout, *rows)]
         answers = write_answers(model, tokenizer, prompts, config, out / ANSWERS, name)

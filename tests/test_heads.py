@@ -63,8 +63,11 @@ def read(attached, inputs, model=None):
     return reading, output
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "attention"),
+    # Gemma 2 soft-caps its attention, which sdpa cannot
+    [(f, a) for f in FAMILIES for a in ("sdpa", "eager") if (f, a) != ("soft-capped", "sdpa")],
+)
 def test_a_copy_of_the_last_layer_gives_the_models_own_logits(family, attention):
     """Proves masks, rotary embeddings, norms and logit transforms at once."""
     config = copy.deepcopy(FAMILIES[family])
