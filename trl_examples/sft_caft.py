@@ -1,0 +1,73 @@
+"""Fine-tune with CAFT on TRL's SFTTrainer: LoRA (`--use_peft`), QLoRA (`--use_peft --load_in_4bit`) or fully.
+
+    accelerate launch trl_examples/sft_caft.py \\
+        --model_name_or_path Qwen/Qwen3-0.6B --dataset_name trl-lib/Capybara \\
+        --use_peft --output_dir outputs/qwen3-caft --num_heads 4 --beta 0.01
+
+`--dataset_name` takes what `datasets.load_dataset` takes, or a JSONL file. Every key of the `caft:` block is an option
+of the same name; the rest are TRL's own (`--help` lists them). Without a GPU add `--use_cpu`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from datasets import load_dataset
+from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser, get_peft_config, get_quantization_config
+
+from caft_plugin import CAFTConfig
+from caft_plugin.trl import CAFTSFTTrainer
+
+# The keys of CAFTConfig as a dataclass, which TRL's parser understands; None keeps CAFTConfig's default.
+CAFTArguments = dataclasses.make_dataclass(
+    "CAFTArguments",
+    [
+        (
+            name,
+            kind | None,
+            dataclasses.field(default=None, metadata={"help": CAFTConfig.model_fields[name].description}),
+        )
+        for name, kind in [
+            ("num_heads", int),
+            ("heads", str),
+            ("train_heads", str),
+            ("beta", float),
+            ("alpha", float),
+            ("schedule", str),
+            ("head_input", str),
+            ("head_norm", bool),
+        ]
+    ],
+)
+
+
+def load(name: str, split: str) -> Any:
+    if Path(name).is_file():
+        return load_dataset("json", data_files=name, split="train")
+    return load_dataset(name, split=split)
+
+
+def main() -> None:
+    parser = TrlParser((ScriptArguments, SFTConfig, ModelConfig, CAFTArguments))
+    script, training, model, caft = parser.parse_args_and_config()
+    kwargs = {"dtype": model.dtype or "auto", "attn_implementation": model.attn_implementation}
+    if (quantization := get_quantization_config(model)) is not None:
+        kwargs |= {"quantization_config": quantization}
+    training.model_init_kwargs = kwargs
+    trainer = CAFTSFTTrainer(
+        model=model.model_name_or_path,
+        args=training,
+        train_dataset=load(script.dataset_name, script.dataset_train_split),
+        peft_config=get_peft_config(model),
+        caft=CAFTConfig(**{key: value for key, value in dataclasses.asdict(caft).items() if value is not None}),
+    )
+    trainer.train()
+    trainer.save_model()
+    if training.push_to_hub:
+        trainer.push_to_hub()
+
+
+if __name__ == "__main__":
+    main()
