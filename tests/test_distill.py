@@ -257,7 +257,7 @@ def test_rows_without_a_prompt(base, tokenizer, tmp_path):
 def test_no_answer_ends(base, tokenizer, tmp_path):
     with torch.no_grad():
         base.lm_head.weight[1] = 0  # the end token is never the likeliest
-    with pytest.raises(ConfigError, match="none of the 24 answers came to an end within 8 tokens"):
+    with pytest.raises(ConfigError, match="none of the 13 answers came to an end within 8 tokens"):
         pretrain_heads(job(base, tokenizer, tmp_path, "model"))
 
 
