@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from paths import ROOT
+from tiny import LLAMA
 
 os.environ.setdefault("AXOLOTL_DO_NOT_TRACK", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -29,16 +30,7 @@ def _seeded():
 def tiny_config():
     from transformers import LlamaConfig
 
-    return LlamaConfig(
-        vocab_size=97,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        pad_token_id=0,
-    )
+    return LlamaConfig(**LLAMA)
 
 
 @pytest.fixture

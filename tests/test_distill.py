@@ -6,10 +6,8 @@ import json
 
 import pytest
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, TrainingArguments
+from tiny import word_tokenizer
+from transformers import LlamaForCausalLM, TrainingArguments
 
 from caft_plugin import CAFTConfig, ConfigError, distill, with_caft
 from caft_plugin.config import PretrainConfig
@@ -34,12 +32,7 @@ TEMPLATE = (
 
 @pytest.fixture
 def tokenizer():
-    words = ["<pad>", "</s>", "<unk>", "user", "assistant", *(f"w{i}" for i in range(92))]
-    model = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    model.pre_tokenizer = Whitespace()
-    made = PreTrainedTokenizerFast(tokenizer_object=model, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
-    made.chat_template = TEMPLATE
-    return made
+    return word_tokenizer(TEMPLATE)
 
 
 @pytest.fixture

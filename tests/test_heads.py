@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from tiny import LLAMA
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -23,22 +24,12 @@ from caft_plugin.checkpoint import resolve_wiring
 from caft_plugin.heads import MODULE_NAME, AttachedHeads, Reading, build_heads, find_trunk, plain_copy
 from caft_plugin.loss import IGNORE, head_targets
 
-SMALL = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-}
 FAMILIES = {
-    "plain": LlamaConfig(**SMALL),
-    "bias": Qwen2Config(**SMALL),
-    "soft-capped": Gemma2Config(**SMALL, head_dim=8, final_logit_softcapping=3.0),
-    "multiplied": Cohere2Config(**SMALL, logit_scale=0.25),
-    "divided": GraniteConfig(**SMALL, logits_scaling=4.0),
+    "plain": LlamaConfig(**LLAMA),
+    "bias": Qwen2Config(**LLAMA),
+    "soft-capped": Gemma2Config(**LLAMA, head_dim=8, final_logit_softcapping=3.0),
+    "multiplied": Cohere2Config(**LLAMA, logit_scale=0.25),
+    "divided": GraniteConfig(**LLAMA, logits_scaling=4.0),
 }
 
 
@@ -249,7 +240,7 @@ def test_copies_leave_adapters_and_patched_forwards_out():
 @pytest.mark.parametrize("ran_before", [False, True])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_copies_are_dequantised(tmp_path, bits, ran_before):
-    config = LlamaConfig(**{**SMALL, "hidden_size": 128, "intermediate_size": 256})
+    config = LlamaConfig(**{**LLAMA, "hidden_size": 128, "intermediate_size": 256})
     AutoModelForCausalLM.from_config(config).bfloat16().save_pretrained(tmp_path)
     quantisation = (
         BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)

@@ -13,10 +13,8 @@ pytest.importorskip("trl")
 from datasets import Dataset
 from peft import LoraConfig
 from safetensors.torch import load_file
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
-from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from tiny import LLAMA, word_tokenizer
+from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 from trl import SFTConfig, SFTTrainer
 
 from caft_plugin import with_caft
@@ -32,12 +30,7 @@ TEMPLATE = (
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    words = ["<pad>", "</s>", "<unk>", "user", "assistant", *(f"w{i}" for i in range(92))]
-    model = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    model.pre_tokenizer = Whitespace()
-    made = PreTrainedTokenizerFast(tokenizer_object=model, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
-    made.chat_template = TEMPLATE
-    return made
+    return word_tokenizer(TEMPLATE)
 
 
 def answer(i):
@@ -93,22 +86,7 @@ SAME_HEADS = ("loss nll", "loss chunked_nll", "loss dft", "label smoothing nll",
 
 def model_of(seed=0, **changes):
     torch.manual_seed(seed)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            **{
-                "vocab_size": 97,
-                "hidden_size": 32,
-                "intermediate_size": 64,
-                "num_hidden_layers": 3,
-                "num_attention_heads": 4,
-                "num_key_value_heads": 2,
-                "max_position_embeddings": 128,
-                "pad_token_id": 0,
-                "eos_token_id": 1,
-                **changes,
-            }
-        )
-    )
+    return LlamaForCausalLM(LlamaConfig(**{**LLAMA, "eos_token_id": 1, **changes}))
 
 
 def make(trainer_class, tokenizer, folder, rows=CHATS, settings=None, arguments=None, caft=None, model=None):

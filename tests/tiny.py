@@ -1,0 +1,30 @@
+"""What tests build tiny models and tokenizers from."""
+
+from __future__ import annotations
+
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import PreTrainedTokenizerFast
+
+# Keys that Llama's config shares with many families'.
+LLAMA = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+}
+
+
+def word_tokenizer(template: str) -> PreTrainedTokenizerFast:
+    """97 words: pad 0, end 1, unknown 2, the roles user 3 and assistant 4, and w0 to w91."""
+    words = ["<pad>", "</s>", "<unk>", "user", "assistant", *(f"w{i}" for i in range(92))]
+    model = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    model.pre_tokenizer = Whitespace()
+    made = PreTrainedTokenizerFast(tokenizer_object=model, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+    made.chat_template = template
+    return made
