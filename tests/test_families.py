@@ -14,7 +14,7 @@ import torch
 import transformers
 from paths import ROOT
 from safetensors.torch import load_file
-from test_heads import attach, batch, read
+from test_heads import assert_the_models_own_logits, attach, batch, read
 from transformers import AutoModelForCausalLM
 
 from caft_plugin import ConfigError
@@ -154,13 +154,7 @@ def test_a_copy_of_the_last_layer_gives_the_models_own_logits(family):
     inputs = batch()
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     inputs["attention_mask"][0, 9:] = 0
-    seen = []
-    original = attached.head_output
-    attached.head_output = lambda *args: seen.append(original(*args)) or seen[-1]
-    _, output = read(attached, inputs)
-    logits = attached.trunk.logits(attached.trunk.norm(seen[0]))
-    kept = inputs["attention_mask"].bool()
-    torch.testing.assert_close(logits[kept], output.logits[kept], rtol=0, atol=1e-5)
+    assert_the_models_own_logits(attached, inputs)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

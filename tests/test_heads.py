@@ -54,6 +54,18 @@ def read(attached, inputs, model=None):
     return reading, output
 
 
+def assert_the_models_own_logits(attached, inputs):
+    """The first head, a copy of the last layer, gives the model's logits wherever the attention mask is 1."""
+    seen = []
+    original = attached.head_output
+    attached.head_output = lambda *args: seen.append(original(*args)) or seen[-1]
+    reading, output = read(attached, inputs)
+    logits = attached.trunk.logits(attached.trunk.norm(seen[0]))
+    kept = inputs["attention_mask"].bool()
+    torch.testing.assert_close(logits[kept], output.logits[kept], rtol=0, atol=1e-5)
+    return reading, output
+
+
 @pytest.mark.parametrize(
     ("family", "attention"),
     # Gemma 2 soft-caps its attention, which sdpa cannot
@@ -69,13 +81,7 @@ def test_a_copy_of_the_last_layer_gives_the_models_own_logits(family, attention)
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     inputs["attention_mask"][0, 9:] = 0
     inputs["labels"][0, 9:] = IGNORE
-    seen = []
-    original = attached.head_output
-    attached.head_output = lambda *args: seen.append(original(*args)) or seen[-1]
-    reading, output = read(attached, inputs)
-    logits = attached.trunk.logits(attached.trunk.norm(seen[0]))
-    kept = inputs["attention_mask"].bool()
-    torch.testing.assert_close(logits[kept], output.logits[kept], rtol=0, atol=1e-5)
+    reading, output = assert_the_models_own_logits(attached, inputs)
 
     targets = head_targets(inputs, 1)[0]
     slow = nn.functional.cross_entropy(
