@@ -174,7 +174,8 @@ class CAFTTrainerMixin(_Base):
         tokenizer = tokenizer_of(self.processing_class)
         used = used_ids(self.train_dataset) if self.train_dataset is not None else frozenset()
         token = choose_mask_token(config.mask_token, tokenizer, rows, used)
-        logger.info("meap.mask_token: %s", token.words)
+        if self.args.process_index == 0:
+            logger.warning("meap.mask_token: %s", token.words)  # a warning, because nothing less is shown by default
         if token.added:
             self.mask_token = AddedMaskToken(model, token)
         self._meap_collator = MEAPCollator(self.data_collator, config, token.id, self.args.seed)

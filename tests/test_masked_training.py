@@ -58,8 +58,11 @@ def model(tiny_config):
 
 
 @pytest.mark.parametrize("layout", ["concat", "separate"])
-def test_logs_and_steps(model, tmp_path, layout):
+def test_logs_and_steps(model, tmp_path, layout, caplog):
     trainer = trainer_of(model, tmp_path, meap={"layout": layout}, per_device_train_batch_size=4)
+    assert [r.getMessage() for r in caplog.records if "mask_token" in r.getMessage()] == [
+        "meap.mask_token: 'w91' (id 96), as asked"
+    ]
     seen = Batches(model)
     trainer.train()
     rows = 8 if layout == "concat" else 8 + LONG
