@@ -1,4 +1,4 @@
-"""The README's configuration tables are written from the config classes: `python tests/test_readme.py` writes it anew."""
+"""The configuration tables in README.md are written from the config classes; `python tests/test_readme.py` does it."""
 
 from __future__ import annotations
 
