@@ -21,6 +21,7 @@ from test_trl import TEMPLATE, make
 from tiny import word_tokenizer
 from trl import SFTTrainer
 
+from caft_plugin.cli import push_heads
 from caft_plugin.trl import CAFTSFTTrainer
 
 KINDS = {
@@ -79,6 +80,10 @@ def shapes(file: Path) -> dict[str, tuple]:
     return {name: tuple(tensor.shape) for name, tensor in load_file(file).items()}
 
 
+def assert_same_heads(trainer, file: Path) -> None:
+    torch.testing.assert_close(dict(trainer.caft.heads.layers.state_dict()), load_file(file), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_push_to_hub(hub, tmp_path, kind):
     arguments, weights = KINDS[kind]
@@ -97,12 +102,9 @@ def test_push_to_hub(hub, tmp_path, kind):
     assert files(hub / "me/ours-model") == files(hub / "me/plain-model")
     assert shapes(hub / "me/ours-model" / weights) == shapes(hub / "me/plain-model" / weights)
 
-    pushed = load_file(ours / "caft_heads/heads.safetensors")
-    assert not any("lora" in name for name in pushed)
     config = {"heads": "me/ours", "train_heads": "frozen"}
     later = make(CAFTSFTTrainer, tokenizer, tmp_path / "later", arguments=arguments, caft=config)
-    for name, tensor in later.caft.heads.layers.state_dict().items():
-        torch.testing.assert_close(tensor, pushed[name], rtol=0, atol=0)
+    assert_same_heads(later, ours / "caft_heads/heads.safetensors")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -123,3 +125,14 @@ def test_what_goes_up_during_training_is_plain(hub, tmp_path, kind):
         assert shapes(ours / name) == shapes(plain / name), name
     assert all("caft_heads/" in name for name in files(ours) - files(plain))
     assert HEADS <= files(ours)
+
+
+def test_heads_alone_go_up_and_serve_a_run(hub, tmp_path):
+    tokenizer = word_tokenizer(TEMPLATE)
+    first = make(CAFTSFTTrainer, tokenizer, tmp_path / "first", caft={})
+    first.train()
+    first.save_model()
+    push_heads(tmp_path / "first" / "caft_heads", "me/heads")
+    assert files(hub / "me/heads") == {"config.json", "heads.safetensors"}
+    later = make(CAFTSFTTrainer, tokenizer, tmp_path / "later", caft={"heads": "me/heads"})
+    assert_same_heads(later, hub / "me/heads/heads.safetensors")
