@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from paths import ROOT
 
 from caft_plugin.config import CAFTConfig, accepted
@@ -30,6 +32,12 @@ def with_table(text: str) -> str:
 def test_configuration_table():
     text = README.read_text(encoding="utf-8")
     assert text == with_table(text), "run: python tests/test_readme.py"
+
+
+def test_every_key_that_is_named_exists():
+    named = set(re.findall(r"`caft\.([a-z_]+)", README.read_text(encoding="utf-8")))
+    assert {"heads", "beta", "alpha", "schedule", "head_norm"} <= named
+    assert named <= CAFTConfig.model_fields.keys()
 
 
 if __name__ == "__main__":
