@@ -138,12 +138,17 @@ def pretrain_heads_command(config: Path | None, push_to_hub: str | None, **optio
     folder = pretrain_heads(job)
     click.echo(describe(folder))
     if push_to_hub:
-        from huggingface_hub import HfApi
+        push_heads(folder, push_to_hub)
 
-        api = HfApi()
-        api.create_repo(push_to_hub, exist_ok=True)
-        api.upload_folder(repo_id=push_to_hub, folder_path=folder, commit_message="CAFT heads")
-        click.echo(f"Uploaded to {push_to_hub}")
+
+def push_heads(folder: Path, repo: str, token: str | None = None) -> None:
+    """Uploads a heads folder to a Hub repository, which is made if it is not there."""
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    api.create_repo(repo_id=repo, exist_ok=True)
+    api.upload_folder(repo_id=repo, folder_path=folder, commit_message="CAFT heads")
+    click.echo(f"Uploaded to {repo}")
 
 
 def plain_job(given: dict[str, Any], config: PretrainConfig) -> Job:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from paths import ROOT
 
 from caft_plugin.config import CAFTConfig, MEAPConfig, accepted
@@ -33,6 +35,12 @@ def with_tables(text: str) -> str:
 def test_configuration_tables():
     text = README.read_text(encoding="utf-8")
     assert text == with_tables(text), "run: python tests/test_readme.py"
+
+
+def test_every_key_that_is_named_exists():
+    named = set(re.findall(r"`caft\.([a-z_]+)", README.read_text(encoding="utf-8")))
+    assert {"heads", "beta", "alpha", "schedule", "head_norm"} <= named
+    assert named <= CAFTConfig.model_fields.keys()
 
 
 if __name__ == "__main__":
