@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import sys
 from pathlib import Path
@@ -11,10 +10,6 @@ import pytest
 import torch
 from paths import ROOT
 from tiny import LLAMA
-
-os.environ.setdefault("AXOLOTL_DO_NOT_TRACK", "1")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 # Tiny models: a second thread costs more than it brings, and much more on a busy machine.
 torch.set_num_threads(1)

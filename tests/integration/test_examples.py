@@ -49,6 +49,28 @@ def test_sft_caft(smollm2, tmp_path, kind):
     assert json.loads((tmp_path / "caft_heads" / "config.json").read_text())["num_heads"] == 2
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_sft_meap(smollm2, tmp_path, kind):
+    arguments = [
+        *("--model_name_or_path", smollm2, "--dataset_name", few_molecules(tmp_path)),
+        *("--output_dir", tmp_path / "out", "--use_cpu", "--report_to", "none", "--min_answer_tokens", "8"),
+        *("--max_steps", "2", "--logging_steps", "1", "--per_device_train_batch_size", "1"),
+        *("--save_steps", "2", "--max_length", "256", *KINDS[kind], *(["--num_heads", "1"] if kind == "lora" else [])),
+    ]
+    launch(["accelerate", "launch"], "sft_meap.py", *arguments)
+    state = json.loads((tmp_path / "out" / "checkpoint-2" / "trainer_state.json").read_text())
+    logs = [entry for entry in state["log_history"] if "loss" in entry]
+    assert sum(entry["meap/examples_masked"] for entry in logs) > 0
+    assert all(("caft/loss_head_1" in entry) == (kind == "lora") for entry in logs)
+    file = "model.safetensors" if kind == "full" else "adapter_model.safetensors"
+    saved = load_file(tmp_path / "out" / file)
+    assert saved and not any("caft" in key for key in saved)
+    if kind == "full":
+        assert {key: t.shape for key, t in saved.items()} == {
+            key: t.shape for key, t in load_file(smollm2 / file).items() if key in saved
+        }
+
+
 def few_molecules(folder):
     file = folder / "rows.jsonl"
     file.write_text("".join(HELDOUT.read_text().splitlines(True)[:24]))
