@@ -12,8 +12,10 @@ from safetensors.torch import load_file
 from test_meap import MASK, duplication, example, pad
 from test_training import CAFTTrainer, arguments, losses
 from tiny import word_tokenizer
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch.utils.data import IterableDataset
-from transformers import TrainerCallback
+from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 from caft_plugin import ConfigError, MEAPConfig
 from caft_plugin.loss import IGNORE, PLAN
@@ -36,14 +38,14 @@ class Batches(TrainerCallback):
         )
 
 
-def trainer_of(model, folder, meap=None, caft=None, data=ROWS, evaluate=None, collate=pad, **settings):
+def trainer_of(model, folder, meap=None, caft=None, data=ROWS, evaluate=None, processing_class=None, **settings):
     return CAFTTrainer(
         model=model,
         args=arguments(folder, **{"max_steps": -1, "num_train_epochs": 2, **settings}),
         train_dataset=data,
         eval_dataset=evaluate,
-        data_collator=collate,
-        processing_class=word_tokenizer(""),
+        data_collator=pad,
+        processing_class=processing_class or word_tokenizer(""),
         meap={"mask_token": MASK, **meap} if meap is not None else None,
         caft=caft,
     )
@@ -154,6 +156,56 @@ def test_add_leaves_the_saved_model_as_it_was(model, tmp_path, lora):
     assert torch.equal(load_file(tmp_path / "ours" / FILE)["vector"], ours.mask_token.vector)
     ours.detach_ours()
     assert not any("caft" in key for key in dict(ours.model.named_modules()))
+
+
+def tokenizer_with(kind):
+    """A tokenizer for 97 embedding rows in which `auto` finds a mask token of this kind."""
+    words = ["<pad>", "</s>", "<unk>", *(f"w{i}" for i in range(92))]
+    words += {"reserved": ["<unused0>", "w92"], "a spare row": [], "special": ["<extra>", "w92"]}.get(
+        kind, ["w92", "w93"]
+    )
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>")),
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        **({"mask_token": "w93"} if kind == "its own" else {}),
+    )
+    if kind == "special":
+        made.add_special_tokens({"additional_special_tokens": ["<extra>"]})
+    return made
+
+
+KINDS = {
+    "its own": "mask token",
+    "reserved": "in reserve",
+    "a spare row": "embedding rows",
+    "special": "neither the chat",
+}
+
+
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("kind", [*KINDS, "add"])
+def test_no_mask_token_changes_the_models_shape(model, tmp_path, caplog, kind, lora):
+    base = {key: tensor.shape for key, tensor in model.state_dict().items()}
+    if lora:
+        model = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear"))
+    trainer = trainer_of(
+        model,
+        tmp_path,
+        meap={"mask_token": "add" if kind == "add" else "auto"},
+        processing_class=tokenizer_with(kind),
+        max_steps=2,
+    )
+    assert KINDS.get(kind, "added: id 97") in caplog.text
+    trainer.train(), trainer.save_model()
+    assert sum(entry["meap/examples_masked"] for entry in losses(trainer)) > 0
+    if lora:
+        trainer.detach_ours()
+        merged = trainer.model.merge_and_unload()
+        merged.save_pretrained(tmp_path)
+    saved = {key: tensor.shape for key, tensor in load_file(tmp_path / "model.safetensors").items()}
+    assert saved == base
 
 
 def test_pretraining_masks_without_touching_the_data(model, tmp_path):
