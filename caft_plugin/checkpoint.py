@@ -176,7 +176,8 @@ def save_heads(
 ) -> Path:
     """Writes `caft_heads/` into `parent`: LoRA merged, or (`resumable`) beside the weights.
 
-    Every process has to call it; the one with `write` writes. Each file appears whole or not at all.
+    Every process has to call it; the one with `write` writes. Each file appears whole or not at all, and the
+    record appears last: where there is one, all files are of one save.
     """
     weights, lora = heads_state(heads)
     folder = Path(parent) / FOLDER
@@ -194,6 +195,9 @@ def save_heads(
         vocab_size=trunk.vocab_size,
         base_model=trunk.model.config.name_or_path or trunk.model.config.model_type,
     )
+    (folder / RECORD).unlink(missing_ok=True)
+    for left_by_a_killed_run in folder.glob(".*.tmp"):
+        left_by_a_killed_run.unlink(missing_ok=True)
     keep_apart = resumable and bool(lora)
     tensors = weights if keep_apart or not lora else merged(heads, weights, lora)
     if keep_apart:

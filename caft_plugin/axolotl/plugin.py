@@ -92,6 +92,10 @@ class CAFTPlugin(BasePlugin):
             raise ConfigError(_two_trainers(type(trainer).__name__))
         trainer.attach_caft(config)
         self._trainer = trainer
+        if cfg.auto_resume_from_checkpoints and cfg.resume_from_checkpoint is None:
+            # Axolotl would take the highest number, whole or not; without a whole one the run starts anew.
+            cfg.resume_from_checkpoint = trainer.newest_whole_checkpoint()
+            cfg.auto_resume_from_checkpoints = False
 
     def post_train(self, cfg: DictDefault, model: torch.nn.Module) -> None:
         """Axolotl calls this after training, and again after its final save: the heads are saved and taken off

@@ -1,0 +1,111 @@
+"""Runs that are killed with SIGKILL, while they train and while they save, and started again until they end.
+
+Without more said, each kind of run is killed once; `make soak` (CAFT_SOAK=1) kills each a dozen times.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from caft_plugin.checkpoint import FOLDER, HeadsRecord
+from caft_plugin.resume import newest_whole
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import interrupted
+
+pytestmark = pytest.mark.slow
+
+KILLS = 12 if os.environ.get("CAFT_SOAK") else 1
+KINDS = [(base, heads) for base in ("full", "lora", "qlora") for heads in ("auto", "frozen")]
+DEADLINE = 120.0
+
+
+@pytest.fixture(scope="module")
+def processes():
+    """Forks of one process that has imported what a run needs: a start takes a second less many."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "peft", "transformers.trainer", "bitsandbytes", "caft_plugin.training"])
+    return context
+
+
+def start(processes, folder, base, heads):
+    process = processes.Process(target=interrupted.run, args=(str(folder), base, heads))
+    process.start()
+    return process
+
+
+def finish(process, folder):
+    process.join(DEADLINE)
+    assert process.exitcode == 0, (folder / "output.txt").read_text()[-3000:]
+
+
+def outcome(folder):
+    """Every figure logged, the weights and the heads."""
+    state = json.loads((folder / f"checkpoint-{interrupted.STEPS}" / "trainer_state.json").read_text())
+    logs = [entry for entry in state["log_history"] if "loss" in entry]
+    tensors = {}
+    for file in [*folder.glob("*.safetensors"), *(folder / FOLDER).glob("*.safetensors")]:
+        tensors |= {f"{file.name}: {name}": tensor for name, tensor in load_file(file).items()}
+    return logs, tensors
+
+
+def check_heads_files(folder):
+    """No file of ours is half there: each one with its final name loads, and heads come before the state."""
+    for heads in [*folder.glob(f"checkpoint-*/{FOLDER}"), folder / FOLDER]:
+        for file in heads.glob("*.safetensors"):
+            assert all(torch.isfinite(tensor).all() for tensor in load_file(file).values())
+        if (heads / "config.json").exists():
+            HeadsRecord.model_validate_json((heads / "config.json").read_text())
+            assert (heads / "heads.safetensors").exists()
+    for state in folder.glob("checkpoint-*/trainer_state.json"):
+        assert (state.parent / FOLDER / "config.json").exists()
+
+
+@pytest.mark.parametrize(("base", "heads"), KINDS)
+def test_killed_and_resumed_equals_uninterrupted(processes, tmp_path, base, heads):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    whole.mkdir(), parts.mkdir()
+    finish(start(processes, whole, base, heads), whole)
+    expected_logs, expected_tensors = outcome(whole)
+    assert [entry["step"] for entry in expected_logs] == list(range(1, interrupted.STEPS + 1))
+
+    # Each kill comes within a tenth of a second after a checkpoint's folder has appeared, of which saving takes
+    # about a half. Where the folder is there already, the kill meets the start.
+    chance = random.Random(f"{base} {heads}")
+    during_a_save = passed_over = 0
+    for step in sorted(chance.choices(range(1, interrupted.STEPS - 4), k=KILLS)):
+        process = start(processes, parts, base, heads)
+        until = time.monotonic() + DEADLINE
+        while not (parts / f"checkpoint-{step}").exists() and process.is_alive() and time.monotonic() < until:
+            time.sleep(0.001)
+        time.sleep(chance.uniform(0, 0.1))
+        os.kill(process.pid, signal.SIGKILL)
+        process.join(DEADLINE)
+        assert process.exitcode == -signal.SIGKILL, (parts / "output.txt").read_text()[-3000:]
+        check_heads_files(parts)
+        newest, problems = newest_whole(parts, interrupted.PARTS)
+        during_a_save += bool(problems)
+        passed_over += len(problems) if newest else 0  # without a whole one the run starts anew
+    finish(start(processes, parts, base, heads), parts)
+
+    logs, tensors = outcome(parts)
+    assert logs == expected_logs
+    assert tensors.keys() == expected_tensors.keys()
+    for name, tensor in tensors.items():
+        assert torch.equal(tensor, expected_tensors[name]), name
+    assert not list(parts.rglob(".*.tmp"))
+    output = (parts / "output.txt").read_text()
+    assert output.count("it is passed over") == passed_over
+    print(f"{base} {heads}: {KILLS} kills, {during_a_save} of them left half a checkpoint")  # noqa: T201
