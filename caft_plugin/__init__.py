@@ -1,4 +1,4 @@
-"""Concept-aware fine-tuning (CAFT) for Axolotl, TRL and any `transformers.Trainer`.
+"""Concept-aware fine-tuning (CAFT) and mask-enhanced prediction (MEAP) for Axolotl, TRL and any `transformers.Trainer`.
 
 Everything here is imported on first use, so that `import caft_plugin` costs nothing and needs nothing
 optional.
@@ -12,10 +12,11 @@ __version__ = "0.1.0"
 _HOMES = {
     "CAFTConfig": "caft_plugin.config",
     "ConfigError": "caft_plugin.config",
+    "MEAPConfig": "caft_plugin.config",
     "with_caft": "caft_plugin.training",
     "CAFTPlugin": "caft_plugin.axolotl.plugin",
 }
-__all__ = ["CAFTConfig", "CAFTPlugin", "ConfigError", "with_caft"]
+__all__ = ["CAFTConfig", "CAFTPlugin", "ConfigError", "MEAPConfig", "with_caft"]
 
 
 def __getattr__(name: str) -> Any:

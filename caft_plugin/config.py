@@ -1,27 +1,73 @@
-"""Every knob of CAFT: its name, default, check and source, once."""
+"""Every knob of CAFT and MEAP: its name, default, check and source, once."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from pydantic_core import ErrorDetails
 
 HeadInput = Literal["penultimate", "final"]
 Schedule = Literal["rsine", "sine", "linear", "constant"]
 TrainHeads = Literal["auto", "full", "lora", "frozen"]
 Targets = Literal["model", "dataset", "distribution"]
+MEAPMode = Literal["sft", "pretrain"]
+Layout = Literal["concat", "separate"]
 
 DEFAULT_HEAD_INPUT: HeadInput = "penultimate"
 DEFAULT_HEAD_NORM = True
+DEFAULT_MASK_RATIO: dict[str, float] = {"sft": 0.10, "pretrain": 0.15}
 
 
 class ConfigError(ValueError):
     """A setting that cannot work. The message names the key, the value, what is accepted and the fix."""
 
 
-class CAFTConfig(BaseModel):
+class Block(BaseModel):
+    """A block of a YAML file, `name:` with keys below it.
+
+    Raises:
+        ConfigError: an unknown key, or a value outside of what the key accepts.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+    block: ClassVar[str]
+
+    def __init__(self, **data: Any) -> None:
+        try:
+            super().__init__(**data)
+        except ValidationError as error:
+            raise ConfigError(explain(type(self), error.errors())) from None
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_booleans(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool) and bool not in _kinds(cls.model_fields[str(info.field_name)]):
+            raise ValueError("true and false mean nothing here")
+        return value
+
+    @classmethod
+    def read(cls, block: Any) -> Self:
+        """The config for what a user wrote: one of this class, a mapping, or None (a bare `name:`).
+
+        Raises:
+            ConfigError: `block` is none of these, or holds a wrong key or value.
+        """
+        if isinstance(block, cls):
+            return block
+        if block is None:
+            return cls()
+        if not isinstance(block, dict):
+            raise ConfigError(
+                f"{cls.block}: got {block!r}, but it takes a block of keys ({', '.join(cls.model_fields)}) "
+                "or nothing at all for the defaults."
+            )
+        return cls(**block)
+
+
+class CAFTConfig(Block):
     """Settings of concept-aware fine-tuning (arXiv 2506.07833).
 
     The loss at optimisation step s of S is
@@ -35,7 +81,7 @@ class CAFTConfig(BaseModel):
         ConfigError: an unknown key, or a value outside of what the key accepts.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    block = "caft"
 
     num_heads: int = Field(
         4,
@@ -73,46 +119,55 @@ class CAFTConfig(BaseModel):
         f"the heads folder records, else `{str(DEFAULT_HEAD_NORM).lower()}`",
     )
 
-    def __init__(self, **data: Any) -> None:
-        try:
-            super().__init__(**data)
-        except ValidationError as error:
-            raise ConfigError(explain("caft", type(self), error.errors())) from None
 
-    @field_validator("num_heads", "beta", "alpha", mode="before")
-    @classmethod
-    def _no_booleans(cls, value: Any) -> Any:
-        if isinstance(value, bool):
-            raise ValueError("a number is needed")
-        return value
+class MEAPConfig(Block):
+    """Settings of mask-enhanced autoregressive prediction (arXiv 2502.07490).
 
-    @classmethod
-    def read(cls, block: Any) -> CAFTConfig:
-        """The config for what a user wrote: a CAFTConfig, a mapping, or None (a bare `caft:`).
+    Raises:
+        ConfigError: an unknown key, or a value outside of what the key accepts.
+    """
 
-        Raises:
-            ConfigError: `block` is none of these, or holds a wrong key or value.
-        """
-        if isinstance(block, cls):
-            return block
-        if block is None:
-            return cls()
-        if not isinstance(block, dict):
-            raise ConfigError(
-                f"caft: got {block!r}, but it takes a block of keys ({', '.join(cls.model_fields)}) "
-                "or nothing at all for the defaults."
-            )
-        return cls(**block)
+    block = "meap"
+
+    mode: MEAPMode = Field(
+        "sft",
+        description="`sft`: each example is trained as it is and once more with its answers masked; "
+        "`pretrain`: every document is masked, all labels stay",
+    )
+    mask_ratio: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="share of tokens masked; left out: "
+        + ", ".join(f"{ratio:.2f} for `{mode}`" for mode, ratio in DEFAULT_MASK_RATIO.items()),
+    )
+    layout: Layout = Field(
+        "concat",
+        description="(sft) `concat`: the masked copy follows its original in one sequence and attends to it, as in the "
+        "paper; `separate`: two sequences, as in the authors' code",
+    )
+    min_answer_tokens: int = Field(
+        51, ge=1, description="(sft) shorter answers are not masked; special and end tokens do not count"
+    )
+    mask_token: int | str = Field(
+        "auto",
+        description="`auto`: a token that the model has and the data does not use; `add`: one extra input vector, the "
+        "model keeps its shape; or a token's text or id",
+    )
+
+    @property
+    def ratio(self) -> float:
+        return DEFAULT_MASK_RATIO[self.mode] if self.mask_ratio is None else self.mask_ratio
 
 
-class PretrainConfig(BaseModel):
+class PretrainConfig(Block):
     """Settings of stage 1, `caft pretrain-heads` (arXiv 2506.07833, section 3).
 
     Raises:
         ConfigError: an unknown key, or a value outside of what the key accepts.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    block = "pretrain_heads"
 
     targets: Targets = Field(
         "model",
@@ -127,37 +182,35 @@ class PretrainConfig(BaseModel):
     generation_batch_size: int = Field(16, ge=1, description="answers written at a time")
     seed: int = Field(0, ge=0, description="of sampling")
 
-    def __init__(self, **data: Any) -> None:
-        try:
-            super().__init__(**data)
-        except ValidationError as error:
-            raise ConfigError(explain("pretrain_heads", type(self), error.errors())) from None
 
-
-def explain(block: str, model: type[BaseModel], errors: Iterable[ErrorDetails]) -> str:
-    """One line for each error of a config block: key, value received, values accepted."""
-    lines = []
+def explain(model: type[Block], errors: Iterable[ErrorDetails]) -> str:
+    """One line for each key that is wrong in a config block: key, value received, values accepted."""
+    lines = {}
     for error in errors:
         key = str(error["loc"][0]) if error["loc"] else ""
         field = model.model_fields.get(key)
         if field is None:
-            lines.append(f"{block}.{key}: unknown key. Accepted keys: {', '.join(model.model_fields)}.")
+            lines[key] = f"{model.block}.{key}: unknown key. Accepted keys: {', '.join(model.model_fields)}."
         else:
-            lines.append(f"{block}.{key}: got {error['input']!r}, but it takes {accepted(field)}.")
-    return "\n".join(lines)
+            lines[key] = f"{model.block}.{key}: got {error['input']!r}, but it takes {accepted(field)}."
+    return "\n".join(lines.values())
 
 
 def accepted(field: Any) -> str:
     """What a field takes, in words: 'one of a, b', 'a whole number from 1 to 32', 'true or false' ..."""
-    kinds = [kind for kind in get_args(field.annotation) or (field.annotation,) if kind is not type(None)]
+    kinds = _kinds(field)
     choices = kinds if all(isinstance(kind, str) for kind in kinds) else get_args(kinds[0])
     if choices:
         return "one of " + ", ".join(choices)
     bounds = {
-        name: getattr(mark, name) for mark in field.metadata for name in ("ge", "gt", "le") if hasattr(mark, name)
+        name: getattr(mark, name) for mark in field.metadata for name in ("ge", "gt", "le", "lt") if hasattr(mark, name)
     }
-    limits = [f"at least {bounds['ge']}"] if "ge" in bounds else []
-    limits += [f"above {bounds['gt']}"] if "gt" in bounds else []
-    limits += [f"at most {bounds['le']}"] if "le" in bounds else []
-    kind = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}[kinds[0]]
-    return " ".join([kind, " and ".join(limits)]).strip()
+    words = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
+    limits = " and ".join(f"{words[name]} {bound}" for name, bound in bounds.items())
+    named = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+    return f"{' or '.join(named[kind] for kind in kinds)} {limits}".strip()
+
+
+def _kinds(field: Any) -> list[Any]:
+    """The types of a field's annotation, None left out."""
+    return [kind for kind in get_args(field.annotation) or (field.annotation,) if kind is not type(None)]

@@ -383,7 +383,7 @@ class HeadsTrainer(with_caft(TrunkTrainer)):  # type: ignore[misc]
         super().__init__(*args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        self.save_heads(output_dir or self.args.output_dir)
+        self.save_ours(output_dir or self.args.output_dir)
 
     def _checkpoint_parts(self) -> Parts:
         return dataclasses.replace(super()._checkpoint_parts(), weights=False)

@@ -22,6 +22,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
@@ -318,12 +319,10 @@ class AttachedHeads:
         self._layer_class = type(layer)
         self._noting_class = _noting(type(layer), self._note_call)
         layer.__class__ = self._noting_class
-        model.add_module(MODULE_NAME, heads)
         self._handles = [
             trunk.norm.register_forward_hook(self._note_norm),
             model.register_forward_hook(self._after_forward),
-            model.register_state_dict_post_hook(_hide_from_state_dict),
-            model.register_load_state_dict_post_hook(_hide_from_missing_keys),
+            *hidden_submodule(model, MODULE_NAME, heads),
         ]
 
     def detach(self) -> None:
@@ -536,11 +535,16 @@ def _with_aux_loss(output: ModelOutput, loss: Tensor) -> ModelOutput:
     return _output_class(type(output))(**dict(output.items()), caft_loss=loss)
 
 
-def _hide_from_state_dict(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    for key in [key for key in state if key.startswith(f"{prefix}{MODULE_NAME}.")]:
-        del state[key]
+def hidden_submodule(model: nn.Module, name: str, module: nn.Module) -> list[RemovableHandle]:
+    """Makes `module` a submodule of `model` that its state dict does not show, and returns the hooks that hide it."""
 
+    def hide(owner: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+        for key in [key for key in state if key.startswith(f"{prefix}{name}.")]:
+            del state[key]
 
-def _hide_from_missing_keys(module: nn.Module, incompatible: Any) -> None:
-    missing = incompatible.missing_keys
-    missing[:] = [key for key in missing if not key.startswith(f"{MODULE_NAME}.")]
+    def forgive(owner: nn.Module, incompatible: Any) -> None:
+        missing = incompatible.missing_keys
+        missing[:] = [key for key in missing if not key.startswith(f"{name}.")]
+
+    model.add_module(name, module)
+    return [model.register_state_dict_post_hook(hide), model.register_load_state_dict_post_hook(forgive)]

@@ -14,6 +14,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 IGNORE = -100
+# A key of MEAP's batches (batch, length): bits that say what each position is. BOUNDARY marks the first token of a copy
+# that stands behind its original.
+PLAN, BOUNDARY = "meap_plan", 1
 # Logits alive at a time: 2^24 float32 values are 64 MiB, whatever the vocabulary.
 LOGITS_AT_A_TIME = 2**24
 
@@ -43,7 +46,8 @@ def document_ids(batch: Mapping[str, Any]) -> Tensor | None:
     """Which document each position belongs to, or None where the batch has no sign of boundaries.
 
     A document is what the host's attention separates: position ids that do not count on, a numbered
-    attention mask (1 1 2 2 2 ...), or cumulative sequence lengths. Padding (attention mask 0) is -1.
+    attention mask (1 1 2 2 2 ...), or cumulative sequence lengths. Padding (attention mask 0) is -1. The masked copy
+    in a MEAP pair counts as a document of its own.
 
     Returns:
         Long tensor (batch, length), equal within a document and different between neighbours.
@@ -73,6 +77,11 @@ def document_ids(batch: Mapping[str, Any]) -> Tensor | None:
         inner = lengths.flatten()
         inner = inner[(inner > 0) & (inner < starts.numel())].long()
         starts.view(-1)[inner.to(device)] = True
+        found = True
+
+    plan = batch.get(PLAN)
+    if plan is not None:
+        starts |= (plan & BOUNDARY).bool()
         found = True
 
     if not found:

@@ -1,7 +1,8 @@
-"""`with_caft`: any `transformers.Trainer` class, its loss plus the auxiliary heads' loss."""
+"""`with_caft`: any `transformers.Trainer` class, plus auxiliary heads' loss (CAFT), masked training (MEAP) or both."""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import logging
@@ -15,9 +16,11 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from caft_plugin import checkpoint, resume
-from caft_plugin.config import CAFTConfig, ConfigError
+from caft_plugin.config import CAFTConfig, ConfigError, MEAPConfig
 from caft_plugin.heads import AttachedHeads, Reading, build_heads, find_trunk
-from caft_plugin.loss import count_targets, gamma, head_targets, head_weights
+from caft_plugin.loss import PLAN, count_targets, gamma, head_targets, head_weights
+from caft_plugin.mask_token import AddedMaskToken, choose_mask_token, used_ids
+from caft_plugin.meap import EXAMPLE, MASKED, MAY_MASK, OVERLONG, Duplication, EpochOfMasks, MEAPCollator
 
 logger = logging.getLogger(__name__)
 
@@ -42,17 +45,30 @@ class Tally:
         self.heads = torch.zeros(num_heads, dtype=torch.float64, device=device)
         self.steps_of_head = [0] * num_heads
 
-    def local(self) -> Tensor:
-        return torch.cat([self.next_token[None], self.aux[None], self.heads])
+
+class MaskTally:
+    """What was masked since the last log, on this process: tokens masked, tokens eligible, examples masked, examples
+    too long."""
+
+    BITS = (MASKED, MAY_MASK, EXAMPLE, OVERLONG)
+
+    def __init__(self, step: int, device: torch.device) -> None:
+        self.since_step = step
+        self.counts = torch.zeros(len(self.BITS), dtype=torch.long, device=device)
+
+    def add(self, plan: Tensor) -> None:
+        self.counts += torch.stack([(plan & bit).bool().sum() for bit in self.BITS]).to(self.counts.device)
 
 
 @functools.cache
 def with_caft(trainer_class: type[Trainer]) -> type[Trainer]:
-    """A subclass of `trainer_class` that adds the loss of auxiliary heads to the loss the class computes.
+    """A subclass of `trainer_class` that adds the loss of auxiliary heads to the loss the class computes, masks its
+    training examples, or both.
 
-    It takes one argument more than `trainer_class`: `caft`, a CAFTConfig, a dict of its keys, or None (the
-    class then does what it did before). No training loop is touched: `compute_loss` calls the class's own and
-    adds to it. Heads are saved beside the model, in `caft_heads/`; the model's own files stay as they were.
+    It takes two arguments more than `trainer_class`: `caft`, a CAFTConfig, and `meap`, a MEAPConfig; each may be a dict
+    of its keys, or None (the class then does what it did before). No training loop is touched: `compute_loss` calls the
+    class's own and adds to it. Heads are saved beside the model, in `caft_heads/`; the model's own files stay as they
+    were.
 
     Raises:
         ConfigError: on construction, when the settings or the model do not fit.
@@ -75,15 +91,28 @@ else:
 class CAFTTrainerMixin(_Base):
     """The part of `with_caft` that is the same for every trainer class."""
 
-    def __init__(self, *args: Any, caft: CAFTConfig | dict | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, caft: CAFTConfig | dict | None = None, meap: MEAPConfig | dict | None = None, **kwargs: Any
+    ) -> None:
         self.caft: AttachedHeads | None = None
         self.caft_config: CAFTConfig | None = None
         self._caft_window: Window | None = None
         self._caft_tally: Tally | None = None
         self._caft_eval: Tensor | None = None  # sums, hits and counts of each head (3, num_heads)
+        self.meap_config: MEAPConfig | None = None if meap is None else MEAPConfig.read(meap)
+        self.mask_token: AddedMaskToken | None = None
+        self._meap_collator: MEAPCollator | None = None
+        self._meap_tally: MaskTally | None = None
+        self._meap_duplicated = False
         super().__init__(*args, **kwargs)
         if caft is not None:
             self.attach_caft(CAFTConfig.read(caft))
+        if self.meap_config is not None:
+            if self.meap_config.mode == "sft" and not self._meap_duplicated and self.train_dataset is not None:
+                model: Any = self.model
+                limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+                self.train_dataset = self._duplicated(self.train_dataset, self.processing_class, self.args, limit)
+            self.attach_meap(self.meap_config)
 
     def attach_caft(self, config: CAFTConfig) -> None:
         """Builds the heads and attaches them to the model, before the optimizer exists.
@@ -128,6 +157,61 @@ class CAFTTrainerMixin(_Base):
             raise ConfigError(
                 "caft: model_init makes a new model at every train(), which would lose the heads. Pass model=..."
             )
+
+    # -- masked training ---------------------------------------------------------------------------
+
+    def attach_meap(self, config: MEAPConfig) -> None:
+        """Chooses the mask token; from now on training batches are masked. In mode `sft` the training set has to be
+        duplicated already.
+
+        Raises:
+            ConfigError: there is no tokenizer, or no mask token to be had.
+        """
+        self._check_trainer()
+        self.meap_config = config
+        model: Any = self.model
+        embedding = model.get_input_embeddings()
+        rows = getattr(embedding, "num_embeddings", None) or len(embedding.weight)
+        tokenizer = tokenizer_of(self.processing_class)
+        used = used_ids(self.train_dataset) if self.train_dataset is not None else frozenset()
+        token = choose_mask_token(config.mask_token, tokenizer, rows, used)
+        logger.info("meap.mask_token: %s", token.words)
+        if token.added:
+            self.mask_token = AddedMaskToken(model, token)
+        self._meap_collator = MEAPCollator(self.data_collator, config, token.id, self.args.seed)
+        self.add_callback(EpochOfMasks(self._meap_collator))
+
+    def _duplicated(self, dataset: Any, processing_class: Any, args: Any, max_length: int | None) -> Any:
+        assert self.meap_config is not None
+        duplication = Duplication.of(self.meap_config, tokenizer_of(processing_class), max_length)
+        with args.main_process_first():
+            return duplication.of_dataset(dataset)
+
+    def _prepare_dataset(
+        self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str
+    ) -> Any:
+        """TRL's SFTTrainer tokenises, cuts and packs here, inside its constructor. Copies come after the first of
+        these and before the others."""
+        prepare = super()._prepare_dataset  # type: ignore[misc]
+        if self.meap_config is None or self.meap_config.mode != "sft" or dataset_name != "train":
+            return prepare(dataset, processing_class, args, packing, formatting_func, dataset_name)
+        uncut = copy.copy(args)
+        uncut.max_length, uncut.shuffle_dataset = None, False
+        dataset = prepare(dataset, processing_class, uncut, False, formatting_func, dataset_name)
+        dataset = self._duplicated(dataset, processing_class, args, args.max_length)
+        self._meap_duplicated = True
+        return prepare(dataset, processing_class, args, packing, None, dataset_name)
+
+    def get_train_dataloader(self) -> Any:
+        """The class's own, its collator wrapped; every other data loader keeps the collator that it has."""
+        if self._meap_collator is None:
+            return super().get_train_dataloader()
+        self._meap_collator.host = self.data_collator
+        self.data_collator = self._meap_collator
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = self._meap_collator.host
 
     # -- the loss ----------------------------------------------------------------------------------
 
@@ -174,12 +258,14 @@ class CAFTTrainerMixin(_Base):
             )
 
         if self.caft is None or "labels" not in inputs:
+            self._take_plan(inputs)
             return host_loss()
         targets = head_targets(inputs, len(self.caft.heads))
         if not torch.is_grad_enabled():
             return self._evaluated(targets, host_loss)
 
         window = self._caft_window or self._open_window([inputs])
+        self._take_plan(inputs)
         reading = self._reading(targets, window)
         with self.caft.reading(reading):
             result = host_loss()
@@ -200,6 +286,14 @@ class CAFTTrainerMixin(_Base):
         tally.aux += aux.detach().double() / steps
         tally.heads += (reading.sums / window.counts.clamp(min=1)).double()
         return (total, *result[1:]) if return_outputs else total
+
+    def _take_plan(self, inputs: dict[str, Any]) -> None:
+        """Takes out of a batch what only MEAP's collator and this class know, and counts it."""
+        plan = inputs.pop(PLAN, None)
+        if plan is not None:
+            if self._meap_tally is None:
+                self._meap_tally = MaskTally(self.state.global_step, self.args.device)
+            self._meap_tally.add(plan)
 
     def _reading(self, targets: Tensor, window: Window) -> Reading:
         return Reading(targets, self._weights(window), window.run, training=True)
@@ -276,12 +370,15 @@ class CAFTTrainerMixin(_Base):
         if "loss" in logs and self._caft_tally is not None:
             logs.update(self._caft_logs(self._caft_tally))
             self._caft_tally = None
+        if "loss" in logs and self._meap_tally is not None:
+            logs.update(self._meap_logs(self._meap_tally))
+            self._meap_tally = None
         super().log(logs, *args, **kwargs)
 
     def _caft_logs(self, tally: Tally) -> dict[str, float]:
         """Means over the steps since the last log and over all processes."""
         steps = max(self.state.global_step - tally.since_step, 1)
-        shares = tally.local()
+        shares = torch.cat([tally.next_token[None], tally.aux[None], tally.heads])
         processes = self.accelerator.num_processes
         if processes > 1:
             shares = self.accelerator.reduce(shares, reduction="sum")
@@ -294,10 +391,20 @@ class CAFTTrainerMixin(_Base):
         logs["caft/aux_loss"] = aux / processes / steps
         return logs
 
+    def _meap_logs(self, tally: MaskTally) -> dict[str, float]:
+        """Over the steps since the last log and all processes: masked over eligible tokens, and examples a step."""
+        steps = max(self.state.global_step - tally.since_step, 1)
+        counts = tally.counts
+        if self.accelerator.num_processes > 1:
+            counts = self.accelerator.reduce(counts, reduction="sum")
+        masked, eligible, examples, too_long = counts.tolist()
+        logs = {"meap/masked_fraction": masked / eligible} if eligible else {}
+        return {**logs, "meap/examples_masked": examples / steps, "meap/examples_too_long": too_long / steps}
+
     # -- saving and resuming -----------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        if self.caft_config is not None and resume_from_checkpoint:
+        if resume_from_checkpoint and (self.caft_config or self.meap_config):
             resume_from_checkpoint = self._whole_checkpoint(resume_from_checkpoint)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
@@ -307,7 +414,7 @@ class CAFTTrainerMixin(_Base):
         newest, passed_over = resume.newest_whole(str(self.args.output_dir), self._checkpoint_parts())
         if self.is_world_process_zero():
             for problem in passed_over:
-                logger.warning("caft: %s; it is passed over, and overwritten when training comes to that step", problem)
+                logger.warning("resume_from_checkpoint: %s; it is passed over, and overwritten when training comes to that step", problem)
         return None if newest is None else str(newest)
 
     def _checkpoint_parts(self) -> resume.Parts:
@@ -342,7 +449,7 @@ class CAFTTrainerMixin(_Base):
         return str(asked)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        if self.caft is not None and self.args.should_save:
+        if (self.caft_config or self.meap_config) and self.args.should_save:
             # One that stands there already is overwritten file by file: until that is done it is not whole.
             name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
             (Path(self._get_output_dir(trial=trial)) / name / TRAINER_STATE_NAME).unlink(missing_ok=True)
@@ -350,11 +457,16 @@ class CAFTTrainerMixin(_Base):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call)
-        self.save_heads(output_dir or self.args.output_dir)
+        self.save_ours(output_dir or self.args.output_dir)
 
-    def save_heads(self, output_dir: str | None) -> None:
-        """Writes `caft_heads/` into `output_dir`; a checkpoint's keeps what exact resuming needs."""
-        if self.caft is None or self.caft_config is None or output_dir is None:
+    def save_ours(self, output_dir: str | None) -> None:
+        """Writes the heads, in `caft_heads/`, and an added mask token, in `caft_meap/`, into `output_dir`; a
+        checkpoint's heads keep what exact resuming needs."""
+        if output_dir is None:
+            return
+        if self.mask_token is not None:
+            self.mask_token.save(Path(output_dir), write=self.args.should_save)
+        if self.caft is None or self.caft_config is None:
             return
         checkpoint.save_heads(
             output_dir,
@@ -367,13 +479,41 @@ class CAFTTrainerMixin(_Base):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self.caft is not None:
-            checkpoint.load_checkpoint(resume_from_checkpoint, self.caft.heads)
+        self._load_ours(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
-        if self.caft is not None and self.state.best_model_checkpoint is not None:
-            checkpoint.load_checkpoint(self.state.best_model_checkpoint, self.caft.heads)
+        if self.state.best_model_checkpoint is not None:
+            self._load_ours(self.state.best_model_checkpoint)
+
+    def _load_ours(self, folder: str) -> None:
+        if self.mask_token is not None:
+            self.mask_token.load(Path(folder))
+        if self.caft is not None:
+            checkpoint.load_checkpoint(folder, self.caft.heads)
+
+    def detach_ours(self) -> None:
+        """Takes heads and an added mask token off the model."""
+        if self.caft is not None:
+            self.caft.detach()
+            self.caft = None
+        if self.mask_token is not None:
+            self.mask_token.detach()
+            self.mask_token = None
+
+
+def tokenizer_of(processing_class: Any) -> Any:
+    """The tokenizer that a trainer was given, alone or inside of a processor.
+
+    Raises:
+        ConfigError: the trainer has none.
+    """
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    if tokenizer is None:
+        raise ConfigError(
+            "meap: the trainer has no tokenizer, which says what tokens are special. Pass processing_class=tokenizer."
+        )
+    return tokenizer
 
 
 def warn_of_differences(config: CAFTConfig, record: checkpoint.HeadsRecord, model_config: Any) -> None:

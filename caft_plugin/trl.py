@@ -1,4 +1,4 @@
-"""The TRL door: `CAFTSFTTrainer`, a drop-in for `trl.SFTTrainer` with one argument more, `caft`."""
+"""The TRL door: `CAFTSFTTrainer`, a drop-in for `trl.SFTTrainer` with two arguments more, `caft` and `meap`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Axolotl plugin: reads the `caft:` block, brings the trainer class, attaches the heads."""
+"""The Axolotl plugin: reads the blocks `caft:` and `meap:`, brings the trainer class, duplicates the training set."""
 
 from __future__ import annotations
 
@@ -6,70 +6,101 @@ import functools
 from typing import Any
 
 import torch
+from axolotl.common.datasets import TrainDatasetMeta, load_datasets
 from axolotl.integrations.base import BasePlugin, PluginManager
+from axolotl.loaders import load_tokenizer
 from axolotl.loaders.utils import load_model_config
 from axolotl.utils.dict import DictDefault
 from axolotl.utils.import_helper import get_cls_from_module_str
 from axolotl.utils.logging import get_logger
+from axolotl.utils.trainer import calculate_total_num_steps
+from datasets import Dataset
 from transformers import Trainer
 
 from caft_plugin import checkpoint
-from caft_plugin.config import CAFTConfig, ConfigError, PretrainConfig
+from caft_plugin.config import CAFTConfig, ConfigError, MEAPConfig, PretrainConfig
 from caft_plugin.heads import refuse_encoder_decoder
+from caft_plugin.meap import Duplication
 from caft_plugin.training import CAFTTrainerMixin, with_caft
 
 LOG = get_logger(__name__)
 
 # Keys of an Axolotl config that choose another kind of training than supervised fine-tuning.
 OTHER_TRAINING = ("rl", "reward_model", "process_reward_model")
+# What Axolotl works out from the training set, unless the user said it.
+COUNTED = ("total_num_tokens", "total_supervised_tokens", "sample_packing_eff_est")
 
 
 class CAFTPlugin(BasePlugin):
-    """CAFT for `axolotl train`. Other commands (merge-lora, inference, preprocess) never build heads."""
+    """CAFT and MEAP for `axolotl train`. Other commands (merge-lora, inference, preprocess) never build heads."""
 
     def __init__(self) -> None:
         super().__init__()
         self._trainer: CAFTTrainerMixin | None = None
+        self._duplicated = False
 
     def register(self, cfg: Any) -> None:
-        """Checks the block as the user wrote it, before Axolotl loads anything."""
+        """Checks the blocks as the user wrote them, before Axolotl loads anything."""
         if cfg.get("pretrain_heads"):
             PretrainConfig(**_as_dict(cfg["pretrain_heads"]))
-        if "caft" not in cfg:
-            if "pretrain_heads" in cfg:
-                return
-            LOG.warning(
-                "caft_plugin is listed under `plugins:` but the config has no `caft:` block, so this is a plain run. "
-                "Add `caft:` (nothing below it is needed) to switch CAFT on."
-            )
-            return
-        CAFTConfig.read(_as_dict(cfg["caft"]))
-        for key in OTHER_TRAINING:
-            if cfg.get(key):
-                raise ConfigError(
-                    f"caft: cannot be used together with `{key}: {cfg[key]}`; CAFT takes supervised fine-tuning and "
-                    f"pretraining. Take out the `caft:` block or the key `{key}`."
+        if "caft" not in cfg and "meap" not in cfg:
+            if "pretrain_heads" not in cfg:
+                LOG.warning(
+                    "caft_plugin is listed under `plugins:` but the config has neither a `caft:` nor a `meap:` block, "
+                    "so this is a plain run. Add `caft:` (nothing below it is needed) to switch CAFT on."
                 )
-        if cfg["caft"] is None:
-            cfg["caft"] = {}  # Axolotl drops keys without a value
+            return
+        for block, config_class in (("caft", CAFTConfig), ("meap", MEAPConfig)):
+            if block not in cfg:
+                continue
+            config_class.read(_as_dict(cfg[block]))
+            for key in OTHER_TRAINING:
+                if cfg.get(key):
+                    raise ConfigError(
+                        f"{block}: cannot be used together with `{key}: {cfg[key]}`; {block.upper()} takes supervised "
+                        f"fine-tuning and pretraining. Take out the `{block}:` block or the key `{key}`."
+                    )
+            if cfg[block] is None:
+                cfg[block] = {}  # Axolotl drops keys without a value
 
     def get_input_args(self) -> str:
         return "caft_plugin.axolotl.schema.CAFTArgs"
 
-    def load_datasets(self, cfg: DictDefault, preprocess: bool = False) -> None:
-        """Loads nothing: the first hook of a training run alone. What can be known before data and weights are
-        loaded is checked here: the kind of model, and the heads folder."""
-        config = caft_config(cfg)
-        if config is None or preprocess:
-            return
+    def load_datasets(self, cfg: DictDefault, preprocess: bool = False) -> TrainDatasetMeta | None:
+        """The first hook of a training run alone. What can be known before data and weights are loaded is checked
+        here. Under MEAP, Axolotl's own data, the training set duplicated: prepared data on disk stays as it is."""
+        caft, meap = caft_config(cfg), meap_config(cfg)
+        if preprocess or (caft is None and meap is None):
+            return None
         model_config = load_model_config(cfg)
         refuse_encoder_decoder(model_config, cfg.base_model)
-        if config.heads is not None:
-            folder = checkpoint.locate_heads(config.heads)
-            checkpoint.check_record(checkpoint.read_record(folder), folder, config, model_config)
+        if caft is not None and caft.heads is not None:
+            folder = checkpoint.locate_heads(caft.heads)
+            checkpoint.check_record(checkpoint.read_record(folder), folder, caft, model_config)
+        if meap is None or meap.mode != "sft":
+            return None
+        if cfg.pretraining_dataset or (cfg.streaming and cfg.sample_packing):
+            raise ConfigError(
+                f"meap.mode: got sft, but {'`pretraining_dataset`' if cfg.pretraining_dataset else '`streaming`'} "
+                "packs its rows while it reads them, so examples cannot be duplicated. Use mode: pretrain, or "
+                "`datasets:` with sample_packing or streaming, not both."
+            )
+        return self._duplicated_datasets(cfg, meap)
+
+    def _duplicated_datasets(self, cfg: DictDefault, meap: MEAPConfig) -> TrainDatasetMeta:
+        said = {key: cfg[key] for key in COUNTED}
+        data = load_datasets(cfg=cfg)
+        duplication = Duplication.of(meap, load_tokenizer(cfg), cfg.sequence_len)
+        data.train_dataset = duplication.of_dataset(data.train_dataset)
+        self._duplicated = True
+        if isinstance(data.train_dataset, Dataset):
+            cfg.update(said)
+            steps = calculate_total_num_steps(cfg, data.train_dataset)
+            data.total_num_steps = min(steps, cfg.max_steps) if cfg.max_steps else steps
+        return data
 
     def get_trainer_cls(self, cfg: DictDefault) -> type[Trainer] | None:
-        if caft_config(cfg) is None:
+        if caft_config(cfg) is None and meap_config(cfg) is None:
             return None
         for name, plugin in PluginManager.get_instance().plugins.items():
             if not isinstance(plugin, CAFTPlugin) and plugin.get_trainer_cls(cfg) is not None:
@@ -85,12 +116,20 @@ class CAFTPlugin(BasePlugin):
         return {} if torch.accelerator.is_available() else {"use_cpu": True}
 
     def post_trainer_create(self, cfg: DictDefault, trainer: Trainer) -> None:
-        config = caft_config(cfg)
-        if config is None:
+        caft, meap = caft_config(cfg), meap_config(cfg)
+        if caft is None and meap is None:
             return
         if not isinstance(trainer, CAFTTrainerMixin):
             raise ConfigError(_two_trainers(type(trainer).__name__))
-        trainer.attach_caft(config)
+        if caft is not None:
+            trainer.attach_caft(caft)
+        if meap is not None:
+            if meap.mode == "sft" and not self._duplicated:
+                raise ConfigError(
+                    "meap: another plugin brings the training data, so examples were not duplicated. Take it out of "
+                    "`plugins:`, or take the `meap:` block out."
+                )
+            trainer.attach_meap(meap)
         self._trainer = trainer
         if cfg.auto_resume_from_checkpoints and cfg.resume_from_checkpoint is None:
             # Axolotl would take the highest number, whole or not; without a whole one the run starts anew.
@@ -98,17 +137,20 @@ class CAFTPlugin(BasePlugin):
             cfg.auto_resume_from_checkpoints = False
 
     def post_train(self, cfg: DictDefault, model: torch.nn.Module) -> None:
-        """Axolotl calls this after training, and again after its final save: the heads are saved and taken off
+        """Axolotl calls this after training, and again after its final save: what is ours is saved and taken off
         before it saves the model."""
-        if self._trainer is not None and self._trainer.caft is not None:
-            self._trainer.save_heads(cfg.output_dir)
-            self._trainer.caft.detach()
-            self._trainer.caft = None
+        if self._trainer is not None:
+            self._trainer.save_ours(cfg.output_dir)
+            self._trainer.detach_ours()
         self._trainer = None
 
 
 def caft_config(cfg: DictDefault) -> CAFTConfig | None:
     return None if cfg.caft is None else CAFTConfig.read(_as_dict(cfg.caft))
+
+
+def meap_config(cfg: DictDefault) -> MEAPConfig | None:
+    return None if cfg.meap is None else MEAPConfig.read(_as_dict(cfg.meap))
 
 
 def _as_dict(block: Any) -> Any:
@@ -117,21 +159,21 @@ def _as_dict(block: Any) -> Any:
 
 def _two_trainers(other: str) -> str:
     return (
-        f"caft: {other} brings a trainer of its own, so CAFT cannot be trained with it. "
-        "Take it out of `plugins:`, or take the `caft:` block out."
+        f"caft_plugin: {other} brings a trainer of its own, so CAFT and MEAP cannot be trained with it. "
+        "Take it out of `plugins:`, or take the `caft:` and `meap:` blocks out."
     )
 
 
 @functools.cache
 def axolotl_trainer(base: Any) -> type[Trainer]:
-    """`with_caft(base)`, which also leaves the heads beside the model when training is interrupted."""
+    """`with_caft(base)`, which also leaves what is ours beside the model when training is interrupted."""
     caft_class = with_caft(base)
 
     def train(self: Any, *args: Any, **kwargs: Any) -> Any:
         try:
             return caft_class.train(self, *args, **kwargs)
         except SystemExit:  # Ctrl-C: Axolotl's handler has saved the model into the output folder
-            self.save_heads(self.args.output_dir)
+            self.save_ours(self.args.output_dir)
             raise
 
     return type(caft_class.__name__, (caft_class,), {"train": train, "__doc__": caft_class.__doc__})

@@ -1,0 +1,262 @@
+"""MEAP: training examples get a masked copy, and the masks are drawn anew when a batch is made.
+
+Two steps. Before the host packs its training set or counts its steps, `Duplication` puts a copy behind each example
+whose answers are long enough. When the host's collator has made a batch, `MEAPCollator` draws the masks. Between the
+two the labels carry what is to be masked, because every host pads, cuts and packs labels beside the tokens and drops
+other columns: see COPY, KEPT, COPY_START, ELIGIBLE and TOO_LONG.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import random
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import IterableDataset as TorchIterableDataset
+from transformers import PreTrainedTokenizerBase, TrainerCallback
+
+from caft_plugin.config import ConfigError, MEAPConfig
+from caft_plugin.loss import BOUNDARY, IGNORE, PLAN, document_ids
+
+# What labels say between duplication and collation, all of it gone from a batch:
+COPY = -101  # a token of a copy, outside of its answers
+KEPT = -102  # a supervised token of a copy that is never masked: special, or an end token
+COPY_START = -103  # the first token of a copy that stands behind its original
+ELIGIBLE = 2**24  # + token id: a token of a copy that may be masked
+TOO_LONG = 2**25  # + token id: the last supervised token of an example whose pair would have been too long
+
+# What `meap_plan` says of each position of a batch, as bits beside BOUNDARY:
+MAY_MASK, MASKED, EXAMPLE, OVERLONG = 2, 4, 8, 16
+
+
+def runs(inside: np.ndarray) -> Iterator[tuple[int, int]]:
+    """Start and end of each maximal run of True in a boolean row."""
+    edges = np.flatnonzero(np.diff(np.concatenate(([0], inside.astype(np.int8), [0]))))
+    return zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Duplication:
+    """Puts a copy to be masked behind each example that has a long enough answer (paper, section 3; the rule is the
+    released code's: more than 50 tokens, end tokens not counted).
+
+    An answer is a run of supervised tokens, so a conversation may have several: the rule goes by answer, and one copy
+    serves all of them. `special` are ids that are never masked, `blank` those of white space, which after an answer's
+    end token belongs to the template.
+    """
+
+    layout: str
+    min_answer_tokens: int
+    max_length: int | None
+    special: tuple[int, ...]
+    blank: tuple[int, ...]
+
+    @classmethod
+    def of(cls, config: MEAPConfig, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> Duplication:
+        added = {id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special}
+        white = [tokenizer.encode(text, add_special_tokens=False) for text in ("\n", "\n\n", " ", "\r\n")]
+        return cls(
+            config.layout,
+            config.min_answer_tokens,
+            max_length,
+            special=tuple(sorted(added.union(tokenizer.all_special_ids))),
+            blank=tuple(sorted({id_ for ids in white for id_ in ids})),
+        )
+
+    def copy_labels(self, ids: np.ndarray, labels: np.ndarray) -> np.ndarray | None:
+        """Labels of an example's copy, or None where no answer is long enough. Both (length,), int64."""
+        coded = np.where(labels == IGNORE, COPY, KEPT)
+        special = np.isin(ids, self.special)
+        blank = np.isin(ids, self.blank)
+        found = False
+        for start, end in runs(labels != IGNORE):
+            maskable = ~special[start:end]
+            if special[start:end].any():
+                last = int(np.flatnonzero(special[start:end])[-1])
+                if blank[start + last + 1 : end].all():
+                    maskable[last:] = False
+            if start == 0:
+                maskable[0] = False  # nothing predicts the first token
+            if maskable.sum() >= self.min_answer_tokens:
+                found = True
+                coded[start:end][maskable] = labels[start:end][maskable] + ELIGIBLE
+        return coded if found else None
+
+    def __call__(self, example: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """The row or rows that an example becomes.
+
+        Raises:
+            ConfigError: rows that are not tokenised, or without labels.
+        """
+        for key in ("input_ids", "labels"):
+            if key not in example:
+                raise ConfigError(
+                    f"meap: training rows need `input_ids` and `labels`, but these have {', '.join(example)}. Tokenise "
+                    "them with labels of -100 on the prompt, or use `mode: pretrain`, which takes rows without labels."
+                )
+        ids, labels = (np.asarray(example[key], dtype=np.int64) for key in ("input_ids", "labels"))
+        copy = self.copy_labels(ids, labels)
+        if copy is None:
+            return [dict(example)]
+        if self.layout == "separate":
+            copy[0] = IGNORE  # so that two copies in one packed row are two runs
+            return [dict(example), {**example, "labels": like(example["labels"], copy)}]
+        if self.max_length is not None and 2 * len(ids) > self.max_length:
+            marked = labels.copy()
+            marked[1 + np.flatnonzero(labels[1:] != IGNORE)[0]] += TOO_LONG
+            return [{**example, "labels": like(example["labels"], marked)}]
+        copy[0] = COPY_START
+        pair = {
+            key: like(value, np.tile(np.asarray(value), 2)) if np.ndim(value) == 1 and len(value) == len(ids) else value
+            for key, value in example.items()
+        }
+        pair["labels"] = like(example["labels"], np.concatenate([labels, copy]))
+        if "position_ids" in pair:
+            pair["position_ids"] = like(pair["position_ids"], np.arange(2 * len(ids)))
+        if "length" in pair:
+            pair["length"] = 2 * len(ids)
+        return [pair]
+
+    def of_batch(self, batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+        examples = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+        made = [row for example in examples for row in self(example)]
+        return {key: [row[key] for row in made] for key in (made[0] if made else batch)}
+
+    def of_dataset(self, dataset: Any) -> Any:
+        """A training set of the same kind, doubled: of `datasets` (streamed too), or any map-style one, as a list."""
+        from datasets import Dataset, IterableDataset, Sequence, Value
+
+        if isinstance(dataset, Dataset):
+            features = None
+            if "labels" in dataset.column_names:
+                features = dataset.features.copy()
+                features["labels"] = Sequence(Value("int64"))
+            return dataset.map(self.of_batch, batched=True, features=features, desc="Adding copies to be masked")
+        if isinstance(dataset, IterableDataset):
+            return dataset.map(self.of_batch, batched=True)
+        if isinstance(dataset, TorchIterableDataset):
+            raise ConfigError(
+                f"meap: the training set is a {type(dataset).__name__}, a stream that cannot be doubled. Give a "
+                "`datasets.IterableDataset` or a map-style data set."
+            )
+        return [row for example in dataset for row in self(example)]
+
+
+def like(value: Any, array: np.ndarray) -> Any:
+    """`array` as the kind of thing that `value` is: a tensor, an array or a list."""
+    if isinstance(value, Tensor):
+        return torch.from_numpy(array)
+    return array if isinstance(value, np.ndarray) else array.tolist()
+
+
+class MEAPCollator:
+    """The host's collator, and masks drawn into the batch that it makes.
+
+    The draw of an example depends on the seed, the epoch and the example's own tokens alone. `epoch` is shared memory:
+    worker processes that outlive an epoch see it change.
+
+    A batch has one more key, `meap_plan` (batch, length): bits BOUNDARY, MAY_MASK, MASKED, EXAMPLE (one token of each
+    masked example), OVERLONG (one token of each example too long for a pair).
+    """
+
+    def __init__(self, host: Callable[..., Any], config: MEAPConfig, mask_id: int, seed: int) -> None:
+        self.host = host
+        self.config = config
+        self.mask_id = mask_id
+        self.seed = seed
+        self.epoch = torch.zeros((), dtype=torch.long).share_memory_()
+
+    def __call__(self, features: Any, *args: Any, **kwargs: Any) -> Any:
+        batch = self.host(features, *args, **kwargs)
+        if "labels" not in batch:
+            raise ConfigError(f"meap: {self._host_name()} made a batch without labels. Use one that makes them.")
+        ids, labels = batch["input_ids"].clone(), batch["labels"].clone()
+        plan = torch.zeros_like(labels)
+        draw = self._mask_copies if self.config.mode == "sft" else self._mask_documents
+        draw(batch, ids.numpy(), labels.numpy(), plan.numpy())
+        if not plan.any() and self.config.mode == "sft" and any(carries_codes(row) for row in features):
+            raise ConfigError(
+                f"meap: {self._host_name()} makes labels of its own in place of the rows', so masks cannot be drawn. "
+                "Use one that pads the rows' labels, such as transformers.DataCollatorForSeq2Seq(tokenizer)."
+            )
+        batch["input_ids"], batch["labels"], batch[PLAN] = ids, labels, plan
+        return batch
+
+    def _host_name(self) -> str:
+        return f"the data collator {getattr(self.host, '__name__', type(self.host).__name__)}"
+
+    def _mask_copies(self, batch: Mapping[str, Any], ids: np.ndarray, labels: np.ndarray, plan: np.ndarray) -> None:
+        for row_ids, row, marks in zip(ids, labels, plan, strict=True):
+            too_long = row >= TOO_LONG
+            row[too_long] -= TOO_LONG
+            marks[too_long] |= OVERLONG
+            marks[row == COPY_START] |= BOUNDARY
+            for start, end in list(runs((row < IGNORE) | (row >= ELIGIBLE))):
+                first = start + (row[start] == COPY_START)  # the same tokens in both layouts
+                generator = self._generator(row_ids[first:end])
+                drawn: list[int] = []
+                for a, b in runs((row[start:end] >= ELIGIBLE) | (row[start:end] == KEPT)):
+                    eligible = start + a + np.flatnonzero(row[start + a : start + b] >= ELIGIBLE)
+                    if len(eligible):
+                        marks[eligible] |= MAY_MASK
+                        drawn += self._draw(generator, eligible.tolist(), len(eligible))
+                wanted = row[drawn] - ELIGIBLE
+                row[start:end] = IGNORE
+                row[drawn], row_ids[drawn] = wanted, self.mask_id
+                marks[drawn] |= MASKED
+                marks[drawn[:1]] |= EXAMPLE
+
+    def _mask_documents(self, batch: Mapping[str, Any], ids: np.ndarray, labels: np.ndarray, plan: np.ndarray) -> None:
+        documents = document_ids(batch)
+        of_rows = np.zeros_like(ids) if documents is None else documents.cpu().numpy()
+        for row_ids, row, marks, documents_of_row in zip(ids, labels, plan, of_rows, strict=True):
+            starts = np.flatnonzero(np.diff(documents_of_row, prepend=documents_of_row[0] - 1))
+            for start, end in zip(starts, [*starts[1:], len(row)], strict=True):
+                supervised = np.flatnonzero(row[start:end] != IGNORE)
+                if documents_of_row[start] < 0 or not len(supervised):
+                    continue
+                length = int(supervised[-1]) + 1  # without padding
+                if length < 2:
+                    continue
+                eligible = list(range(start, start + length - 1))
+                generator = self._generator(row_ids[start : start + length])
+                drawn = self._draw(generator, eligible, length)
+                row_ids[drawn] = self.mask_id
+                marks[eligible] |= MAY_MASK
+                marks[drawn] |= MASKED
+                marks[drawn[:1]] |= EXAMPLE
+
+    def _generator(self, ids: np.ndarray) -> random.Random:
+        key = f"{self.seed} {int(self.epoch)} ".encode() + ids.astype(np.int64).tobytes()
+        return random.Random(hashlib.blake2b(key, digest_size=16).digest())
+
+    def _draw(self, generator: random.Random, eligible: list[int], tokens: int) -> list[int]:
+        return generator.sample(eligible, max(1, int(tokens * self.config.ratio)))
+
+
+def carries_codes(row: Any) -> bool:
+    """Whether the labels of a row, or of one in a list of rows, say what is to be masked."""
+    if isinstance(row, list):
+        return any(carries_codes(part) for part in row)
+    labels = np.asarray(row["labels"])
+    return bool(((labels < IGNORE) | (labels >= ELIGIBLE)).any())
+
+
+class EpochOfMasks(TrainerCallback):
+    """Tells the collator which epoch begins, also in a run that is resumed."""
+
+    def __init__(self, collator: MEAPCollator) -> None:
+        self.collator = collator
+        self.next = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.next = int(state.epoch or 0)
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.collator.epoch.fill_(self.next)
+        self.next += 1

@@ -1,0 +1,200 @@
+"""The choice of a mask token, on tokenizers shaped like those of five families, and the added vector."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from datasets import Dataset, IterableDataset
+from peft import LoraConfig, get_peft_model
+from tokenizers import AddedToken, Tokenizer
+from tokenizers.models import WordLevel
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedTokenizerFast
+
+from caft_plugin import ConfigError
+from caft_plugin.mask_token import FILE, AddedMaskToken, choose_mask_token, used_ids
+
+TEMPLATE = "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m.role }}{{ m.content }}<|im_end|>{% endfor %}"
+
+
+def tokenizer(words, special, template=TEMPLATE, **named):
+    vocabulary = {word: i for i, word in enumerate([*words, *(word for word in special if word not in words)])}
+    made = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(vocabulary, unk_token=words[0])), **named)
+    made.add_special_tokens({"additional_special_tokens": [AddedToken(word, special=True) for word in special]})
+    made.chat_template = template
+    return made
+
+
+WORDS = [f"w{i}" for i in range(50)]
+# family: (tokenizer, embedding rows, ids in the data, the token that auto takes)
+FAMILIES = {
+    "Llama 3": (
+        lambda: tokenizer(
+            WORDS,
+            ["<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>", "<|reserved_special_token_1|>"],
+            bos_token="<|begin_of_text|>",
+            eos_token="<|end_of_text|>",
+        ),
+        54,
+        "<|reserved_special_token_0|>",
+    ),
+    "Llama 3, the first one taken": (
+        lambda: tokenizer(
+            WORDS,
+            ["<|begin_of_text|>", "<|reserved_special_token_0|>", "<|reserved_special_token_1|>"],
+            template=TEMPLATE + "<|reserved_special_token_0|>",
+        ),
+        53,
+        "<|reserved_special_token_1|>",
+    ),
+    "Qwen": (
+        lambda: tokenizer(
+            WORDS, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], eos_token="<|im_end|>", pad_token="<|endoftext|>"
+        ),
+        64,
+        53,
+    ),
+    "Gemma": (
+        lambda: tokenizer(
+            ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "[multimodal]", "<unused0>", "<unused1>", *WORDS], []
+        ),
+        60,
+        "<unused0>",
+    ),
+    "Mistral": (
+        lambda: tokenizer(["<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[control_8]", "[control_9]", *WORDS], []),
+        57,
+        "[control_8]",
+    ),
+    "SmolLM2": (
+        lambda: tokenizer(
+            WORDS,
+            ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<repo_name>", "<empty_output>"],
+            bos_token="<|im_start|>",
+            eos_token="<|im_end|>",
+            pad_token="<|im_end|>",
+        ),
+        55,
+        "<|endoftext|>",
+    ),
+    "BERT's": (lambda: tokenizer(WORDS, ["[MASK]"], mask_token="[MASK]"), 60, "[MASK]"),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_auto(family):
+    make, rows, wanted = FAMILIES[family]
+    made = make()
+    token = choose_mask_token("auto", made, rows, frozenset(range(3)))
+    assert token.id == (wanted if isinstance(wanted, int) else made.convert_tokens_to_ids(wanted))
+    assert not token.added and str(token.id) in token.words
+
+
+def test_smollm2_itself(smollm2):
+    from transformers import AutoTokenizer
+
+    made = AutoTokenizer.from_pretrained(smollm2)
+    used = frozenset(made.encode("<|endoftext|>")) | {made.convert_tokens_to_ids(t) for t in ("<repo_name>",)}
+    token = choose_mask_token("auto", made, len(made), used)
+    assert made.convert_ids_to_tokens(token.id) == "<reponame>"
+    with pytest.raises(ConfigError, match="streamed data"):
+        choose_mask_token("auto", made, len(made), None)
+
+
+def test_auto_passes_over_what_the_data_uses():
+    made = FAMILIES["SmolLM2"][0]()
+    used = {made.convert_tokens_to_ids(token) for token in ("<|endoftext|>", "<repo_name>")}
+    token = choose_mask_token("auto", made, 55, frozenset(used))
+    assert made.convert_ids_to_tokens(token.id) == "<empty_output>"
+    with pytest.raises(ConfigError, match="mask_token: add, which adds one input vector"):
+        choose_mask_token("auto", made, 55, frozenset(range(55)))
+    with pytest.raises(ConfigError, match="streamed data"):
+        choose_mask_token("auto", made, 55, None)
+
+
+def test_a_token_by_name_or_id():
+    made = FAMILIES["SmolLM2"][0]()
+    assert choose_mask_token("<repo_name>", made, 55, frozenset()).id == made.convert_tokens_to_ids("<repo_name>")
+    assert choose_mask_token(7, made, 55, frozenset()).id == 7
+    with pytest.raises(ConfigError, match=r"got 'w7' \(id 7\), but the training data contains it"):
+        choose_mask_token("w7", made, 55, frozenset([7]))
+    with pytest.raises(ConfigError, match="got 'w700', which is not a token of this tokenizer"):
+        choose_mask_token("w700", made, 55, frozenset())
+    with pytest.raises(ConfigError, match=r"got 55 \(id 55\), but the model's input embedding has 55 rows"):
+        choose_mask_token(55, made, 55, frozenset())
+
+
+def test_used_ids():
+    rows = [{"input_ids": [1, 2, 2]}, {"input_ids": []}, {"input_ids": [9]}]
+    assert used_ids(rows) == {1, 2, 9}
+    assert used_ids(Dataset.from_list(rows)) == {1, 2, 9}
+    assert used_ids(Dataset.from_list(rows).select([0])) == {1, 2}
+    assert used_ids(IterableDataset.from_generator(lambda: iter(rows))) is None
+
+
+# -- the added vector ------------------------------------------------------------------------------------
+
+
+def added(model):
+    base = getattr(model, "base_model", model)
+    token = choose_mask_token("add", None, base.get_input_embeddings().num_embeddings, None)
+    return AddedMaskToken(model, token)
+
+
+def test_add_changes_no_shape_and_no_other_output(tiny_model):
+    tiny_model.eval()
+    before = {name: tensor.clone() for name, tensor in tiny_model.state_dict().items()}
+    ids = torch.tensor([[5, 6, 7, 8]])
+    plain = tiny_model(input_ids=ids).logits
+    mask = added(tiny_model)
+    assert mask.token.id == 97 and mask.token.added
+    assert tiny_model.state_dict().keys() == before.keys()
+    assert torch.equal(tiny_model(input_ids=ids).logits, plain)
+    vectors = tiny_model.get_input_embeddings()(torch.tensor([[5, 97]]))[0]
+    assert torch.equal(vectors[0], before["model.embed_tokens.weight"][5])
+    assert torch.allclose(vectors[1], before["model.embed_tokens.weight"].mean(0), atol=1e-7)
+    assert tiny_model.load_state_dict(before).missing_keys == []
+    mask.detach(), mask.detach()
+    assert not any("caft" in name for name, _ in tiny_model.named_modules())
+    with pytest.raises(IndexError):
+        tiny_model(input_ids=torch.tensor([[97]]))
+
+
+def test_add_trains_where_the_embedding_trains(tiny_model):
+    mask = added(tiny_model)
+    ids = torch.tensor([[5, 97, 7, 97]])
+    tiny_model(input_ids=ids, labels=ids.clamp(max=96)).loss.backward()
+    assert mask.vector.grad.norm() > 0
+    assert tiny_model.get_input_embeddings().weight.grad[96].norm() == 0  # what stands in for it inside the table
+    mask.detach()
+    lora = get_peft_model(tiny_model, LoraConfig(r=2, target_modules="all-linear"))
+    frozen = added(lora)
+    assert not frozen.vector.requires_grad
+    lora(input_ids=ids, labels=ids.clamp(max=96)).loss.backward()
+
+
+def test_add_starts_as_the_mean_of_what_the_embedding_gives():
+    """Gemma scales what it looks up; an added vector that is not scaled would be out of place."""
+    config = Gemma3TextConfig(
+        vocab_size=30, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, head_dim=16
+    )
+    model = Gemma3ForCausalLM(config)
+    embedding = model.get_input_embeddings()
+    mean = embedding(torch.arange(30)).mean(0)
+    assert torch.allclose(added(model).vector, mean, atol=1e-6)
+    assert torch.allclose(mean, embedding.weight.mean(0) * 32**0.5, atol=1e-6)
+
+
+def test_add_is_saved_and_loaded(tiny_model, tmp_path):
+    mask = added(tiny_model)
+    mask.save(tmp_path, write=False)
+    assert not (tmp_path / FILE).exists()
+    with pytest.raises(ConfigError, match="was not made with mask_token: add"):
+        mask.load(tmp_path)
+    mask.save(tmp_path, write=True)
+    saved = mask.vector.detach().clone()
+    mask.vector.data.zero_()
+    mask.load(tmp_path)
+    assert torch.equal(mask.vector, saved)
+    (tmp_path / FILE).write_bytes(b"no tensors")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        mask.load(tmp_path)
