@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -158,7 +159,7 @@ def plain_job(given: dict[str, Any], config: PretrainConfig) -> Job:
     from caft_plugin.distill import Job, load_base, read_rows
 
     half = not given["float32"]
-    tokenizer = AutoTokenizer.from_pretrained(given["model"])
+    tokenizer = AutoTokenizer.from_pretrained(given["model"], trust_remote_code=False)
     rows = read_rows(given["data"], tokenizer, given["max_length"])
     arguments = TrainingArguments(
         output_dir=str(given["output"]),
@@ -245,9 +246,9 @@ def tensors_of_heads(folder: Path, record: HeadsRecord) -> list[list[dict[str, A
     """
     from safetensors import SafetensorError, safe_open
 
-    from caft_plugin.checkpoint import RECORD, WEIGHTS
+    from caft_plugin.checkpoint import RECORD, WEIGHTS, own_file
 
-    file = folder / WEIGHTS
+    file = own_file(folder, WEIGHTS)
     try:
         # Checks that the header is sound and the file as long as it says; "pt" would reserve memory for all of it.
         with safe_open(file, framework="numpy"):
@@ -278,13 +279,13 @@ def read_metrics(folder: Path, record: HeadsRecord) -> Metrics | None:
     Raises:
         ConfigError: the file is damaged, or speaks of another number of heads.
     """
-    from caft_plugin.checkpoint import METRICS
+    from caft_plugin.checkpoint import METRICS, read_small
 
     file = folder / METRICS
-    try:
-        metrics = Metrics.model_validate_json(file.read_bytes())
-    except FileNotFoundError:
+    if not os.path.lexists(file):
         return None
+    try:
+        metrics = Metrics.model_validate_json(read_small(folder, METRICS))
     except (OSError, ValidationError) as error:
         reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error.strerror
         raise ConfigError(

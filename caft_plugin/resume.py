@@ -71,7 +71,7 @@ def problem_of(folder: Path, parts: Parts) -> str | None:
             return f"has a damaged {file.name}"
     for file in sorted(folder.rglob("*.safetensors")):
         try:
-            with safe_open(file, framework="pt"):
+            with safe_open(file, framework="numpy"):
                 pass
         except (OSError, RuntimeError, SafetensorError):
             return f"has a damaged {file.relative_to(folder)}"

@@ -414,7 +414,10 @@ class CAFTTrainerMixin(_Base):
         newest, passed_over = resume.newest_whole(str(self.args.output_dir), self._checkpoint_parts())
         if self.is_world_process_zero():
             for problem in passed_over:
-                logger.warning("resume_from_checkpoint: %s; it is passed over, and overwritten when training comes to that step", problem)
+                logger.warning(
+                    "resume_from_checkpoint: %s; it is passed over, and overwritten when training comes to that step",
+                    problem,
+                )
         return None if newest is None else str(newest)
 
     def _checkpoint_parts(self) -> resume.Parts:

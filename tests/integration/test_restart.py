@@ -62,15 +62,12 @@ def outcome(folder):
 
 
 def check_heads_files(folder):
-    """No file of ours is half there: each one with its final name loads, and heads come before the state."""
-    for heads in [*folder.glob(f"checkpoint-*/{FOLDER}"), folder / FOLDER]:
+    """No file of ours is half there: each one with its final name loads, and the record was written last."""
+    for heads in folder.rglob(FOLDER):
         for file in heads.glob("*.safetensors"):
             assert all(torch.isfinite(tensor).all() for tensor in load_file(file).values())
         if (heads / "config.json").exists():
             HeadsRecord.model_validate_json((heads / "config.json").read_text())
-            assert (heads / "heads.safetensors").exists()
-    for state in folder.glob("checkpoint-*/trainer_state.json"):
-        assert (state.parent / FOLDER / "config.json").exists()
 
 
 @pytest.mark.parametrize(("base", "heads"), KINDS)
@@ -84,7 +81,7 @@ def test_killed_and_resumed_equals_uninterrupted(processes, tmp_path, base, head
     # Each kill comes within a tenth of a second after a checkpoint's folder has appeared, of which saving takes
     # about a half. Where the folder is there already, the kill meets the start.
     chance = random.Random(f"{base} {heads}")
-    during_a_save = passed_over = 0
+    during_a_save, problems = 0, []
     for step in sorted(chance.choices(range(1, interrupted.STEPS - 4), k=KILLS)):
         process = start(processes, parts, base, heads)
         until = time.monotonic() + DEADLINE
@@ -97,7 +94,9 @@ def test_killed_and_resumed_equals_uninterrupted(processes, tmp_path, base, head
         check_heads_files(parts)
         newest, problems = newest_whole(parts, interrupted.PARTS)
         during_a_save += bool(problems)
-        passed_over += len(problems) if newest else 0  # without a whole one the run starts anew
+        # heads come before the trainer's state (an older checkpoint may be half deleted by the save limit)
+        assert newest is None or (newest / FOLDER / "config.json").exists()
+    before = (parts / "output.txt").read_text()
     finish(start(processes, parts, base, heads), parts)
 
     logs, tensors = outcome(parts)
@@ -106,6 +105,7 @@ def test_killed_and_resumed_equals_uninterrupted(processes, tmp_path, base, head
     for name, tensor in tensors.items():
         assert torch.equal(tensor, expected_tensors[name]), name
     assert not list(parts.rglob(".*.tmp"))
-    output = (parts / "output.txt").read_text()
-    assert output.count("it is passed over") == passed_over
+    output = (parts / "output.txt").read_text().removeprefix(before)
+    # (without a whole checkpoint the run started anew and had nothing to say)
+    assert output.count("it is passed over") == (len(problems) if newest else 0)
     print(f"{base} {heads}: {KILLS} kills, {during_a_save} of them left half a checkpoint")  # noqa: T201
