@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -35,7 +35,7 @@ class HeadsRecord(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    format_version: Literal[1] = 1
+    format_version: Annotated[int, Field(ge=1, le=1)] = 1
     num_heads: Annotated[int, Field(gt=0, le=1000)]
     head_input: HeadInput
     head_norm: bool

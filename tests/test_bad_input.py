@@ -174,6 +174,13 @@ def test_what_is_no_block_is_named(block, value):
     assert "takes a block of keys" in str(error.value)
 
 
+@pytest.mark.parametrize("block", [{"num_heads": 10**5000}, {10**5000: 1}, 10**5000], ids=["value", "key", "block"])
+def test_numbers_longer_than_python_writes(block):
+    with pytest.raises(ConfigError, match="an? int too long to be written") as error:
+        CAFTConfig.read(block)
+    check_message(error, "caft")
+
+
 # -- heads folders -------------------------------------------------------------------------------------
 
 
