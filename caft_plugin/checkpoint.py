@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from caft_plugin.config import DEFAULT_HEAD_INPUT, DEFAULT_HEAD_NORM, CAFTConfig, ConfigError, HeadInput, shown
+from caft_plugin.config import DEFAULT_HEAD_INPUT, DEFAULT_HEAD_NORM, CAFTConfig, ConfigError, HeadInput, named, shown
 from caft_plugin.heads import MODULE_NAME, AuxiliaryHeads, Trunk
 
 FOLDER = MODULE_NAME
@@ -169,7 +169,7 @@ def check_record(record: HeadsRecord, folder: Path, config: CAFTConfig, model_co
         theirs, ours = getattr(record, name), getattr(text_config, name)
         if theirs != ours:
             raise ConfigError(
-                f"caft.heads: {folder} was made for {name} {theirs} (base model {record.base_model}), but this "
+                f"caft.heads: {folder} was made for {name} {theirs} (base model {named(record.base_model)}), but this "
                 f"model has {name} {ours}. Heads fit only the model they were trained on."
             )
 
@@ -281,9 +281,9 @@ def load_pretrained(folder: Path, heads: AuxiliaryHeads, layer_class: str) -> No
     record = read_record(folder)
     if record.layer_class != layer_class:
         raise ConfigError(
-            f"caft.heads: the heads in {folder} are of class {record.layer_class} (base model "
-            f"{record.base_model}), but this model's layers are of class {layer_class}. Heads fit only the model "
-            "they were trained on."
+            f"caft.heads: the heads in {folder} are of class {named(record.layer_class)} (base model "
+            f"{named(record.base_model)}), but this model's layers are of class {layer_class}. Heads fit only the "
+            "model they were trained on."
         )
     if (folder / LORA).exists():
         raise ConfigError(
@@ -346,7 +346,7 @@ def _check_tensors(wanted: dict[str, Tensor], found: dict[str, Any], file: Path,
     for names, problem in [(missing, "lacks"), (unknown, "has unknown")]:
         if names:
             raise ConfigError(
-                f"caft.heads: {file} {problem} {len(names)} tensors, the first is {shown(names[0])}. These heads do "
+                f"caft.heads: {file} {problem} {len(names)} tensors, the first is {named(names[0])}. These heads do "
                 "not fit this model: give the model or the settings that they were made with."
             )
     if len(others | first) != held:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import click
 from pydantic import BaseModel, ValidationError
 
-from caft_plugin.config import CAFTConfig, ConfigError, HeadInput, PretrainConfig, Targets
+from caft_plugin.config import CAFTConfig, ConfigError, HeadInput, PretrainConfig, Targets, named
 
 if TYPE_CHECKING:
     from caft_plugin.checkpoint import HeadsRecord
@@ -201,8 +201,8 @@ def describe(folder: Path) -> str:
     tensors = tensors_of_heads(folder, record)
     facts = {
         "Folder": str(folder),
-        "Base model": record.base_model,
-        "Layer class": f"{record.layer_class} ({record.model_type})",
+        "Base model": named(record.base_model),
+        "Layer class": f"{named(record.layer_class)} ({named(record.model_type)})",
         "Wiring": f"head_input {record.head_input}, head_norm {str(record.head_norm).lower()}",
         "Hidden size": str(record.hidden_size),
         "Vocabulary": str(record.vocab_size),
@@ -213,7 +213,7 @@ def describe(folder: Path) -> str:
     if metrics is not None:
         counts = {"rows": metrics.rows, "tokens": metrics.tokens, "steps": metrics.steps}
         said = [f"{count:,} {what}" for what, count in counts.items() if count is not None]
-        facts["Trained on"] = ", ".join([f"targets {metrics.targets}", *said])
+        facts["Trained on"] = ", ".join([f"targets {named(metrics.targets)}", *said])
 
     table = [["head", "predicts", "parameters", "dtype", "size", "held-out loss", "held-out accuracy"]]
     for k, of_head in enumerate(tensors):
@@ -267,8 +267,8 @@ def tensors_of_heads(folder: Path, record: HeadsRecord) -> list[list[dict[str, A
     wanted = [str(k) for k in range(record.num_heads)]
     if set(heads) != set(wanted):
         raise ConfigError(
-            f"{file} holds heads {', '.join(sorted(heads)) or 'none'}, but {RECORD} beside it says there are "
-            f"{record.num_heads}, counted from 0. Make or download the heads folder again."
+            f"{file} holds heads {', '.join(map(named, sorted(heads)[:20])) or 'none'}, but {RECORD} beside it says "
+            f"there are {record.num_heads}, counted from 0. Make or download the heads folder again."
         )
     return [heads[k] for k in wanted]
 

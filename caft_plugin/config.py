@@ -192,8 +192,7 @@ def explain(model: type[Block], errors: Iterable[ErrorDetails]) -> str:
         key = str(error["loc"][0]) if error["loc"] else ""
         field = model.model_fields.get(key)
         if field is None:
-            name = key if key.isidentifier() and len(key) < LONGEST else shown(key)
-            lines[key] = f"{model.block}.{name}: unknown key. Accepted keys: {', '.join(model.model_fields)}."
+            lines[key] = f"{model.block}.{named(key)}: unknown key. Accepted keys: {', '.join(model.model_fields)}."
         else:
             lines[key] = f"{model.block}.{key}: got {shown(error['input'])}, but it takes {accepted(field)}."
     return "\n".join(lines.values())
@@ -207,6 +206,11 @@ def shown(value: Any) -> str:
         return form.repr(value)
     except ValueError:  # a whole number of thousands of digits
         return f"a {type(value).__name__} too long to be written"
+
+
+def named(text: str) -> str:
+    """A name out of somebody's file as a message shows it: as it is, unless it is endless or cannot be printed."""
+    return text if text.isprintable() and 0 < len(text) <= 3 * LONGEST else shown(text)
 
 
 def accepted(field: Any) -> str:

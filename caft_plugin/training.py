@@ -16,7 +16,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from caft_plugin import checkpoint, resume
-from caft_plugin.config import CAFTConfig, ConfigError, MEAPConfig
+from caft_plugin.config import CAFTConfig, ConfigError, MEAPConfig, named
 from caft_plugin.heads import AttachedHeads, Reading, build_heads, find_trunk
 from caft_plugin.loss import PLAN, count_targets, gamma, head_targets, head_weights
 from caft_plugin.mask_token import AddedMaskToken, choose_mask_token, used_ids
@@ -524,7 +524,7 @@ def warn_of_differences(config: CAFTConfig, record: checkpoint.HeadsRecord, mode
     base = model_config.name_or_path
     if base and record.base_model != base:
         logger.warning(
-            "caft.heads: these heads were made with base model %s, this run uses %s", record.base_model, base
+            "caft.heads: these heads were made with base model %s, this run uses %s", named(record.base_model), base
         )
     for key in ("head_input", "head_norm"):
         written, recorded = getattr(config, key), getattr(record, key)
