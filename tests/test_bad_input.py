@@ -273,7 +273,10 @@ def damage_tensors(draw, file, outside):
             gone = draw(st.sets(st.sampled_from(sorted(tensors)), min_size=1))
             save_file({n: t for n, t in tensors.items() if n not in gone}, file)
         case "extra":
-            new = draw(st.text(st.characters(exclude_categories=["Cs"]), max_size=20) | st.sampled_from(["2.x", "0.x"]))
+            new = draw(
+                st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+                | st.sampled_from(["2.x", "0.x", "9" * 5000 + ".x"])
+            )
             assume(new not in tensors and new != "__metadata__")
             save_file({**tensors, new: torch.ones(1)}, file)
         case "shape":
