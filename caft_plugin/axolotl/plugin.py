@@ -42,7 +42,7 @@ class CAFTPlugin(BasePlugin):
     def register(self, cfg: Any) -> None:
         """Checks the blocks as the user wrote them, before Axolotl loads anything."""
         if cfg.get("pretrain_heads"):
-            PretrainConfig(**_as_dict(cfg["pretrain_heads"]))
+            PretrainConfig.read(_as_dict(cfg["pretrain_heads"]))
         if "caft" not in cfg and "meap" not in cfg:
             if "pretrain_heads" not in cfg:
                 LOG.warning(
