@@ -113,8 +113,10 @@ report: merge
 
 # Two processes, each test file in one of them. What an Axolotl run does not touch runs on the newest stack as well.
 PYTEST := -n 2 --dist loadfile
-NEWEST := tests/test_golden.py tests/test_heads.py tests/test_training.py tests/test_families.py \
-	tests/test_numbers.py tests/test_resume.py tests/integration/test_trl.py tests/integration/test_restart.py
+NEWEST := tests/test_golden.py tests/test_heads.py tests/test_training.py tests/test_families.py tests/test_vision.py \
+	tests/test_meap.py tests/test_mask_token.py tests/test_masked_training.py \
+	tests/test_numbers.py tests/test_resume.py \
+	tests/integration/test_trl.py tests/integration/test_trl_meap.py tests/integration/test_restart.py
 
 test: $(VENV)/.package $(TRL_VENV)/.package  ## run every test, on Axolotl's stack and on the newest one
 	@PATH="$(abspath $(BIN)):$$PATH" "$(BIN)/pytest" $(PYTEST) $(PYTEST_ARGS)

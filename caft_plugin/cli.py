@@ -51,7 +51,7 @@ class Metrics(BaseModel):
 
 @click.group(cls=CAFTCommands)
 def caft() -> None:
-    """Auxiliary heads of concept-aware fine-tuning (CAFT): make, import and look at them."""
+    """Auxiliary heads of concept-aware fine-tuning (CAFT): make, import and look at them. What MEAP did to a model."""
 
 
 @caft.command("import-heads", short_help="Turn the authors' heads.pth into a heads folder.")
@@ -139,12 +139,17 @@ def pretrain_heads_command(config: Path | None, push_to_hub: str | None, **optio
     folder = pretrain_heads(job)
     click.echo(describe(folder))
     if push_to_hub:
-        from huggingface_hub import HfApi
+        push_heads(folder, push_to_hub)
 
-        api = HfApi()
-        api.create_repo(push_to_hub, exist_ok=True)
-        api.upload_folder(repo_id=push_to_hub, folder_path=folder, commit_message="CAFT heads")
-        click.echo(f"Uploaded to {push_to_hub}")
+
+def push_heads(folder: Path, repo: str, token: str | None = None) -> None:
+    """Uploads a heads folder to a Hub repository, which is made if it is not there."""
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    api.create_repo(repo_id=repo, exist_ok=True)
+    api.upload_folder(repo_id=repo, folder_path=folder, commit_message="CAFT heads")
+    click.echo(f"Uploaded to {repo}")
 
 
 def plain_job(given: dict[str, Any], config: PretrainConfig) -> Job:
@@ -177,6 +182,43 @@ def plain_job(given: dict[str, Any], config: PretrainConfig) -> Job:
     )
     model = load_base(given["model"], torch.bfloat16 if half else torch.float32, load_in_4bit=given["load_in_4bit"])
     return Job(model, tokenizer, rows, None, arguments, caft_config, config, given["model"])
+
+
+@caft.command("attention-report", short_help="What masked training (MEAP) did to a model's attention.")
+@click.option("--base", required=True, help="Folder or Hub id of the model before.")
+@click.option("--tuned", required=True, help="Folder or Hub id of the model after, or of its adapter.")
+@click.option(
+    "--text",
+    "file",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="JSON lines (text; or context, answer, query) or .txt.",
+)
+@click.option("--png", type=click.Path(path_type=Path), help="Draw the figures into this file too.")
+@click.option("--mask-ratio", type=click.FloatRange(0, 1, min_open=True, max_open=True), help="Default: 0.15.")
+@click.option("--mask-token", default="auto", show_default=True, help="As in the `meap:` block.")
+@click.option("--max-length", type=click.IntRange(3), default=512, show_default=True, help="Longer texts are cut.")
+@click.option("--seed", default=0, show_default=True, help="Which positions are masked.")
+def attention_report_command(
+    base: str,
+    tuned: str,
+    file: Path,
+    png: Path | None,
+    mask_ratio: float | None,
+    mask_token: str,
+    max_length: int,
+    seed: int,
+) -> None:
+    """How attention on masked positions fell and how it varies elsewhere (arXiv 2502.07490, section 5), and the last
+    token's attention by segment."""
+    from caft_plugin.attention import as_table, attention_report, draw, read_texts
+
+    figures = attention_report(
+        base, tuned, read_texts(file), mask_ratio=mask_ratio, mask_token=mask_token, max_length=max_length, seed=seed
+    )
+    click.echo(as_table(figures))
+    if png is not None:
+        draw(figures, png)
 
 
 @caft.command("inspect", short_help="Show what is in a heads folder.")

@@ -120,6 +120,13 @@ class CAFTConfig(Block):
         description="apply the model's final norm to a head's output (the authors: `false`); left out: what "
         f"the heads folder records, else `{str(DEFAULT_HEAD_NORM).lower()}`",
     )
+    heads_per_step: int | None = Field(
+        None,
+        ge=1,
+        le=32,
+        description="draw this many heads for each micro-batch, with probability in proportion to alpha^k, and weigh "
+        "them so that the mean gradient is that of all heads; left out: all heads run",
+    )
 
 
 class MEAPConfig(Block):

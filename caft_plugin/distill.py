@@ -305,9 +305,10 @@ def load_base(
     return model
 
 
-def read_rows(file: Path, tokenizer: Any, max_length: int) -> list[Row]:
+def read_rows(file: Path, tokenizer: Any, max_length: int, option: str = "--data") -> list[Row]:
     """Token rows of a JSONL file: `messages` (the first assistant's turn is the answer), `prompt` and `completion`, or
-    plain `text` (all of it supervised), one kind a line. Longer rows are cut at `max_length`.
+    plain `text` (all of it supervised), one kind a line. Longer rows are cut at `max_length`. Errors name `option`, by
+    which the file was given.
 
     Raises:
         ConfigError: no such file, or a line that is none of these.
@@ -315,7 +316,7 @@ def read_rows(file: Path, tokenizer: Any, max_length: int) -> list[Row]:
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except OSError as error:
-        raise ConfigError(f"--data: {file} cannot be read ({error.strerror}). It takes a JSONL file.") from None
+        raise ConfigError(f"{option}: {file} cannot be read ({error.strerror}). It takes a JSONL file.") from None
     rows = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -324,7 +325,7 @@ def read_rows(file: Path, tokenizer: Any, max_length: int) -> list[Row]:
             prompt, answer = _prompt_and_answer(json.loads(line), tokenizer)
         except (ValueError, KeyError, TypeError, StopIteration) as error:
             raise ConfigError(
-                f"--data: line {number} of {file} is not a row ({type(error).__name__}: {error}). A line takes "
+                f"{option}: line {number} of {file} is not a row ({type(error).__name__}: {error}). A line takes "
                 '{"messages": [...]}, {"prompt": "...", "completion": "..."} or {"text": "..."}.'
             ) from None
         row = with_answer(prompt, answer)
@@ -448,6 +449,11 @@ def pretrain_heads(job: Job) -> Path:
         ConfigError: the data or the settings do not fit.
     """
     model, tokenizer, arguments, config, name = job.model, job.tokenizer, job.arguments, job.config, job.name
+    if arguments.world_size > 1:
+        raise ConfigError(
+            f"pretrain_heads: {arguments.world_size} processes were started, but stage 1 takes one. Start it with "
+            "`accelerate launch --num_processes 1`, or without a launcher."
+        )
     out = Path(str(arguments.output_dir))
     rows = [row for row in job.rows if config.targets == "distribution" or supervised(row)]
     heldout = job.heldout
@@ -463,7 +469,7 @@ def pretrain_heads(job: Job) -> Path:
     model.requires_grad_(False)
     model.eval()
     if arguments.max_steps > 0:  # no more answers than training will see
-        shown = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+        shown = arguments.train_batch_size * arguments.gradient_accumulation_steps
         rows = rows[: arguments.max_steps * shown]
     if config.targets == "model":
         prompts = [prompt_of(row) for row in (*heldout, *rows)]

@@ -32,7 +32,11 @@ from caft_plugin.loss import IGNORE, summed_cross_entropy, summed_cross_entropy_
 MODULE_NAME = "caft_heads"
 # The paper's LoRA (section 4), for heads whose base model has no LoRA to copy the rank from.
 LORA_RANK, LORA_ALPHA = 8, 16
-CARRIES_STATE = {"rwkv"}
+# Model types whose layers hand on something that a head cannot take up, and what it is.
+UNFIT = {
+    "rwkv": "hands a running state from layer to layer",
+    **dict.fromkeys(("gemma3n", "gemma3n_text"), "hands several hidden states for each token from layer to layer"),
+}
 CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "layer_past", "cache_params")
 
 
@@ -67,10 +71,10 @@ def find_trunk(model: nn.Module) -> Trunk:
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     name = type(base).__name__
     refuse_encoder_decoder(base.config, name)
-    if base.config.model_type in CARRIES_STATE:
+    if base.config.model_type in UNFIT:
         raise ConfigError(
-            f"caft: {name} hands a running state from layer to layer, which a head cannot follow. Take the "
-            "`caft:` block out, or use another model."
+            f"caft: {name} {UNFIT[base.config.model_type]}, which a head cannot follow. Take the `caft:` block out, "
+            "or use another model."
         )
     text_config = base.config.get_text_config()
     layers, norms = None, []
@@ -78,8 +82,10 @@ def find_trunk(model: nn.Module) -> Trunk:
         for child in module.children():
             if isinstance(child, nn.ModuleList) and len(child) == text_config.num_hidden_layers:
                 layers = child
-        if layers is not None:  # the final norm lies beside the layers
-            norms = [child for child in module.children() if "norm" in type(child).__name__.lower()]
+        if layers is not None:  # the final norm lies beside the layers: the next after them, else the last before
+            children = list(module.children())
+            at = children.index(layers)
+            norms = [c for c in [*children[at:], *reversed(children[:at])] if "norm" in type(c).__name__.lower()]
             break
     unembedding = base.get_output_embeddings()
     if layers is None or not norms or unembedding is None:
@@ -99,7 +105,7 @@ def find_trunk(model: nn.Module) -> Trunk:
     return Trunk(
         model=base,
         last_layer=layers[-1],
-        norm=norms[-1],
+        norm=norms[0],
         unembedding=unembedding,
         transform=logit_transform(text_config),
         hidden_size=text_config.hidden_size,

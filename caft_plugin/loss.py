@@ -45,9 +45,14 @@ def head_weights(beta: float, alpha: float, gamma: float, num_heads: int) -> lis
 def document_ids(batch: Mapping[str, Any]) -> Tensor | None:
     """Which document each position belongs to, or None where the batch has no sign of boundaries.
 
-    A document is what the host's attention separates: position ids that do not count on, a numbered
-    attention mask (1 1 2 2 2 ...), or cumulative sequence lengths. Padding (attention mask 0) is -1. The masked copy
-    in a MEAP pair counts as a document of its own.
+    A document is what the host's attention separates: position ids that do not count on (those of M-RoPE: that are
+    back at 0 on every axis), a numbered attention mask (1 1 2 2 2 ...), or cumulative sequence lengths. Padding
+    (attention mask 0) is -1. The masked copy in a MEAP pair counts as a document of its own.
+
+    Args:
+        batch: `labels` (batch, length), and where there are any `position_ids` (batch, length), or (axes, batch,
+            length) with 3 axes (time, height, width) or 4 (text before them), `attention_mask`, `cu_seq_lens_q` and
+            MEAP's plan.
 
     Returns:
         Long tensor (batch, length), equal within a document and different between neighbours.
@@ -59,10 +64,15 @@ def document_ids(batch: Mapping[str, Any]) -> Tensor | None:
 
     positions = batch.get("position_ids")
     if positions is not None:
-        if positions.dim() == 3:  # several axes (M-RoPE): the first is time
-            positions = positions[0]
-        positions = positions.expand(shape)
-        starts[:, 1:] |= positions[:, 1:] != positions[:, :-1] + 1
+        if positions.dim() == 3 and len(positions) == 3:
+            # M-RoPE: time, height and width. Over an image they stand still or jump; only a document's first
+            # token has 0 on every axis.
+            starts |= (positions == 0).all(dim=0)
+        else:
+            if positions.dim() == 3:  # four axes: that of the text, by which the model separates documents, is first
+                positions = positions[0]
+            positions = positions.expand(shape)
+            starts[:, 1:] |= positions[:, 1:] != positions[:, :-1] + 1
         found = True
 
     mask = batch.get("attention_mask")

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import functools
 import logging
+import random
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -27,11 +28,22 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass
 class Window:
-    """One accumulation window, that is one optimisation step."""
+    """One accumulation window, that is one optimisation step.
+
+    `draws` says for each micro-batch how often each head was drawn, and `drawn_counts` how many targets it has in
+    those where it was. Counts are over all processes, (num_heads,).
+    """
 
     gamma: float
-    counts: Tensor  # valid targets of each head, over all micro-batches and processes
-    run: list[bool]  # heads that run
+    counts: Tensor
+    draws: list[list[int]]
+    drawn_counts: Tensor
+    micro_batch: int = 0
+
+    @property
+    def run(self) -> list[bool]:
+        """The heads that run in some micro-batch."""
+        return [self.gamma != 0.0 and any(times) for times in zip(*self.draws, strict=True)]
 
 
 class Tally:
@@ -175,7 +187,8 @@ class CAFTTrainerMixin(_Base):
         tokenizer = tokenizer_of(self.processing_class)
         used = used_ids(self.train_dataset) if self.train_dataset is not None else frozenset()
         token = choose_mask_token(config.mask_token, tokenizer, rows, used)
-        logger.info("meap.mask_token: %s", token.words)
+        if self.args.process_index == 0:
+            logger.warning("meap.mask_token: %s", token.words)  # a warning, because nothing less is shown by default
         if token.added:
             self.mask_token = AddedMaskToken(model, token)
         self._meap_collator = MEAPCollator(self.data_collator, config, token.id, self.args.seed)
@@ -224,20 +237,36 @@ class CAFTTrainerMixin(_Base):
     def _open_window(self, batches: list[dict[str, Any]]) -> Window:
         assert self.caft is not None and self.caft_config is not None
         num_heads = len(self.caft.heads)
-        counts = torch.zeros(num_heads, dtype=torch.long, device=self.args.device)
-        for batch in batches:
+        counts = torch.zeros(len(batches), num_heads, dtype=torch.long, device=self.args.device)
+        for of_batch, batch in zip(counts, batches, strict=True):
             if "labels" in batch:
-                counts += count_targets(head_targets(batch, num_heads)).to(counts.device)
+                of_batch += count_targets(head_targets(batch, num_heads)).to(counts.device)
         if self.accelerator.num_processes > 1:
             counts = self.accelerator.reduce(counts, reduction="sum")
         factor = gamma(self.caft_config.schedule, self.state.global_step, self.state.max_steps)
-        run = [factor != 0.0] * num_heads
-        window = Window(gamma=factor, counts=counts, run=run)
+        draws = self._draws(len(batches))
+        drawn = counts * torch.tensor(draws, device=counts.device).clamp(max=1)
+        window = Window(gamma=factor, counts=counts.sum(0), draws=draws, drawn_counts=drawn.sum(0))
         tally = self._tally()
         tally.gamma += factor
-        for index, count in enumerate(counts.tolist()):
-            tally.steps_of_head[index] += run[index] and count > 0
+        for index, count in enumerate(window.drawn_counts.tolist()):
+            tally.steps_of_head[index] += factor != 0.0 and count > 0
         return window
+
+    def _draws(self, micro_batches: int) -> list[list[int]]:
+        """How often each head is drawn for each micro-batch; the same on all processes and after a restart."""
+        assert self.caft_config is not None
+        config = self.caft_config
+        if config.heads_per_step is None:
+            return [[1] * config.num_heads] * micro_batches
+        heads = range(config.num_heads)
+        weights = [config.alpha**k for k in heads]
+        draws = []
+        for index in range(micro_batches):
+            generator = random.Random(f"{self.args.seed} {self.state.global_step} {index}")
+            drawn = generator.choices(heads, weights, k=config.heads_per_step)
+            draws.append([drawn.count(head) for head in heads])
+        return draws
 
     def _tally(self) -> Tally:
         assert self.caft is not None
@@ -284,7 +313,7 @@ class CAFTTrainerMixin(_Base):
         tally = self._tally()
         tally.next_token += loss.detach().double() / steps
         tally.aux += aux.detach().double() / steps
-        tally.heads += (reading.sums / window.counts.clamp(min=1)).double()
+        tally.heads += (reading.sums / window.drawn_counts.clamp(min=1)).double()
         return (total, *result[1:]) if return_outputs else total
 
     def _take_plan(self, inputs: dict[str, Any]) -> None:
@@ -296,12 +325,19 @@ class CAFTTrainerMixin(_Base):
             self._meap_tally.add(plan)
 
     def _reading(self, targets: Tensor, window: Window) -> Reading:
-        return Reading(targets, self._weights(window), window.run, training=True)
+        times = window.draws[window.micro_batch]
+        window.micro_batch += 1
+        run = [window.gamma != 0.0 and count > 0 for count in times]
+        return Reading(targets, self._weights(window, times), run, training=True)
 
-    def _weights(self, window: Window) -> Tensor:
-        """The weight of each head's summed loss in the window's mean: beta gamma alpha^k / its targets."""
+    def _weights(self, window: Window, times: list[int]) -> Tensor:
+        """The weight of each head's summed loss in the window's mean: beta gamma alpha^k / its targets. Of drawn heads
+        beta gamma sum(alpha^j) / draws / its targets for each time, which is the same on average."""
         assert self.caft_config is not None
-        weights = head_weights(self.caft_config.beta, self.caft_config.alpha, window.gamma, self.caft_config.num_heads)
+        config = self.caft_config
+        weights = head_weights(config.beta, config.alpha, window.gamma, config.num_heads)
+        if config.heads_per_step is not None:
+            weights = [count * sum(weights) / config.heads_per_step for count in times]
         return torch.tensor(weights, device=window.counts.device) / window.counts.clamp(min=1)
 
     def _accumulation_divisor(self, num_items_in_batch: Tensor | int | None) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import sys
 from pathlib import Path
@@ -13,10 +12,6 @@ import torch
 from paths import GOLDENS, ROOT
 from safetensors import safe_open
 from tiny import LLAMA
-
-os.environ.setdefault("AXOLOTL_DO_NOT_TRACK", "1")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 # Tiny models: a second thread costs more than it brings, and much more on a busy machine.
 torch.set_num_threads(1)

@@ -53,6 +53,17 @@ FAMILIES: dict[str, dict] = {
         "sliding_window": 4,
     },
     "Gemma3Text": {**GATED, "head_dim": 8, "sliding_window": 4, "final_logit_softcapping": 3.0},
+    "Gemma4Text": {
+        **GATED,
+        "head_dim": 8,
+        "global_head_dim": 16,
+        "sliding_window": 4,
+        "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+        "num_kv_shared_layers": 1,
+        "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": 97,
+        "final_logit_softcapping": 3.0,
+    },
     "Phi": {**GATED, **NO_DROPOUT, "embd_pdrop": 0.0, "resid_pdrop": 0.0},
     "Phi3": {**GATED, "resid_pdrop": 0.0, "embd_pdrop": 0.0},
     "Olmo": GATED,
@@ -179,6 +190,16 @@ def test_training_lowers_every_heads_loss_and_the_saved_model_is_plain(family, t
 
 
 REFUSED = {
+    "Gemma3nText": {
+        **GATED,
+        "head_dim": 8,
+        "num_kv_shared_layers": 0,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+        "activation_sparsity_pattern": [0.0] * 3,
+        "vocab_size_per_layer_input": 97,
+        "hidden_size_per_layer_input": 8,
+        "laurel_rank": 4,
+    },
     "Rwkv": {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2},
     "T5": {"vocab_size": 97, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4},
 }

@@ -12,6 +12,18 @@ from caft_plugin.loss import IGNORE, count_targets, gamma, head_targets, head_we
 LABELS = torch.tensor([[IGNORE, 1, 2, 3, 4, 5, 6, 7], [IGNORE, IGNORE, 8, 9, 10, IGNORE, IGNORE, IGNORE]])
 
 
+# M-RoPE: time, height and width (3, batch, length). Row 0: a token, an image of 2 x 2, a token; then a document of
+# two tokens. Row 1: an image of 2 x 2, two tokens, two frames of one token each.
+IMAGES = torch.tensor(
+    [
+        [[0, 1, 1, 1, 1, 3, 0, 1], [0, 0, 0, 0, 2, 3, 4, 5]],
+        [[0, 1, 1, 2, 2, 3, 0, 1], [0, 0, 1, 1, 2, 3, 4, 4]],
+        [[0, 1, 2, 1, 2, 3, 0, 1], [0, 1, 0, 1, 2, 3, 4, 4]],
+    ]
+)
+TEXT_AXIS = torch.tensor([[0, 1, 2, 3, 4, 5, 0, 1], [0, 1, 2, 3, 4, 5, 6, 7]])
+
+
 def slow_targets(labels, documents, num_heads):
     """Token by token, from the definition."""
     out = torch.full((num_heads, *labels.shape), IGNORE)
@@ -41,6 +53,8 @@ ONE = [["a"] * 8, ["b"] * 8]
             {"position_ids": torch.tensor([[[0, 1, 2, 0, 1, 0, 1, 2], [0, 1, 2, 3, 4, 5, 6, 0]]] * 3)},
             [list("aaabbccc"), list("dddddddE")],
         ),
+        ({"position_ids": IMAGES}, [list("aaaaaabb"), list("cccccccc")]),
+        ({"position_ids": torch.stack([TEXT_AXIS, *IMAGES])}, [list("aaaaaabb"), list("cccccccc")]),
         (
             {"attention_mask": torch.tensor([[1, 1, 1, 2, 2, 2, 3, 3], [1, 1, 1, 1, 1, 0, 0, 0]])},
             [list("aaabbbcc"), [*"ddddd", "pad", "pad", "pad"]],

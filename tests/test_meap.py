@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset, IterableDataset
-from paths import ROOT
+from paths import GOLDENS
 from tiny import word_tokenizer
 from transformers import DataCollatorForLanguageModeling, DataCollatorForSeq2Seq, DataCollatorWithFlattening
 
@@ -31,7 +31,7 @@ from caft_plugin.meap import (
     MEAPCollator,
 )
 
-GOLDENS = json.loads((ROOT / "tests" / "goldens" / "meap_official_sft.json").read_text())
+CASES = json.loads((GOLDENS / "meap_official_sft.json").read_text())
 MASK = 96  # w91 of the word tokenizer; no row below has it
 EOS, PAD = 1, 0
 
@@ -89,7 +89,7 @@ def as_the_authors_cut(row, length):
 EOS_OF_AUTHORS = 2
 
 
-@pytest.mark.parametrize("case", GOLDENS, ids=lambda c: f"{len(c['answer'])} tokens in {c['max_length']}")
+@pytest.mark.parametrize("case", CASES, ids=lambda c: f"{len(c['answer'])} tokens in {c['max_length']}")
 def test_separate_rows_are_the_authors(case, monkeypatch):
     ids = [case["bos"], *case["prompt"], *case["answer"], case["eos"]]
     row = {"input_ids": ids, "labels": [IGNORE] * (len(case["prompt"]) + 1) + [*case["answer"], case["eos"]]}

@@ -527,3 +527,85 @@ def test_record(tiny_model, tmp_path):
         "vocab_size": 97,
         "base_model": "llama",
     }
+
+
+# -- heads drawn for each micro-batch ------------------------------------------------------------------------
+
+
+def test_drawn_heads_give_the_gradient_of_all_on_average(tiny_model, tmp_path, monkeypatch):
+    """One head a step: over the heads, probability times gradient adds up to the gradient of all four (1e-5)."""
+    caft = {"beta": 0.5, "schedule": "constant"}
+    mean = gradients_of(tiny_model, tmp_path, {**caft, "beta": 0})
+    everything = gradients_of(tiny_model, tmp_path, caft)
+    weights = [0.8**k for k in range(1, 5)]
+    sums = {name: torch.zeros_like(g) for name, g in everything.items() if g is not None}
+    for head in range(4):
+        drawn = [[int(k == head) for k in range(4)]] * 2
+        monkeypatch.setattr(CAFTTrainer, "_draws", lambda self, n, drawn=drawn: drawn)
+        one = gradients_of(tiny_model, tmp_path, {**caft, "heads_per_step": 1})
+        for name, gradient in one.items():
+            if MODULE_NAME in name and f"layers.{head}." not in name:
+                assert gradient is None, name
+            elif gradient is not None:
+                sums[name] += gradient * weights[head] / sum(weights)
+    for name, wanted in everything.items():
+        assert torch.allclose(sums[name], wanted, rtol=1e-4, atol=1e-5 * wanted.abs().max()), name
+    assert any(not torch.allclose(everything[name], g, rtol=1e-3) for name, g in mean.items())
+
+
+def gradients_of(model, folder, caft):
+    seen = Gradients()
+    trainer = trainer_of(
+        copy.deepcopy(model),
+        folder,
+        caft,
+        callbacks=[seen],
+        max_steps=1,
+        max_grad_norm=0,
+        gradient_accumulation_steps=2,
+    )
+    trainer.train()
+    return {name: g for name, g in seen.steps[0].items()}
+
+
+def test_draws_are_in_proportion_to_alpha_and_the_same_everywhere(tiny_model, tmp_path):
+    trainer = trainer_of(tiny_model, tmp_path, caft={"heads_per_step": 2, "alpha": 0.5})
+    counts = torch.zeros(4)
+    for step in range(3000):
+        trainer.state.global_step = step
+        draws = trainer._draws(2)
+        assert draws == trainer._draws(2) and all(sum(times) == 2 for times in draws)
+        counts += torch.tensor(draws).sum(0)
+    share = torch.tensor([0.5**k for k in range(1, 5)])
+    # 12,000 draws: 0.02 is four standard deviations of the largest share
+    assert torch.allclose(counts / counts.sum(), share / share.sum(), atol=0.02)
+
+
+def test_only_drawn_heads_are_logged_and_updated(tiny_model, tmp_path):
+    trainer = trainer_of(tiny_model, tmp_path, caft={"heads_per_step": 1, "num_heads": 3}, max_steps=6)
+    before = [p.detach().clone() for p in trainer.caft.heads.parameters()]
+    draws = []
+    for step in range(6):
+        trainer.state.global_step = step
+        draws.append(trainer._draws(1)[0])
+    trainer.state.global_step = 0
+    trainer.train()
+    for times, entry in zip(draws, losses(trainer), strict=True):
+        assert [f"caft/loss_head_{k}" in entry for k in (1, 2, 3)] == [count > 0 for count in times]
+        assert entry["loss"] == pytest.approx(entry["caft/next_token_loss"] + entry["caft/aux_loss"], rel=1e-6)
+    ever = [any(times[k] for times in draws) for k in range(3)]
+    per_head = len(before) // 3
+    for index, (old, new) in enumerate(zip(before, trainer.caft.heads.parameters(), strict=True)):
+        assert torch.equal(old, new) != ever[index // per_head]
+
+
+def test_a_drawn_heads_loss_is_its_mean_where_it_was_drawn(tiny_model, tmp_path, monkeypatch):
+    """Two micro-batches, head 1 drawn for the first alone: its logged loss is that of a run over the first alone."""
+    monkeypatch.setattr(CAFTTrainer, "_draws", lambda self, n: [[1, 0], [0, 1]][:n])
+    settings = {"max_steps": 1, "learning_rate": 0.0, "train_sampling_strategy": "sequential"}
+    caft = {"heads_per_step": 1, "num_heads": 2}
+    both = trainer_of(copy.deepcopy(tiny_model), tmp_path, caft, gradient_accumulation_steps=2, **settings)
+    first = trainer_of(copy.deepcopy(tiny_model), tmp_path, caft, **settings)
+    both.train(), first.train()
+    assert losses(both)[0]["caft/loss_head_1"] == pytest.approx(losses(first)[0]["caft/loss_head_1"], rel=1e-6)
+    assert "caft/loss_head_2" in losses(both)[0] and "caft/loss_head_2" not in losses(first)[0]

@@ -116,22 +116,29 @@ def chat_row(name: str, smiles: str) -> str:
     return json.dumps({"messages": [question, answer]})
 
 
-def write_rows(path: Path, molecules: list[tuple[str, str]]) -> None:
+def text_rows(molecules: list[tuple[str, str]]) -> list[str]:
+    """Lines of JSON, each a text of ten molecules, for pretraining."""
+    texts = [
+        "\n".join(f"{name}: {smiles}" for name, smiles in molecules[i : i + 10]) for i in range(0, len(molecules), 10)
+    ]
+    return [json.dumps({"text": text}) for text in texts]
+
+
+def write_rows(path: Path, rows: list[str]) -> None:
     """Write the file under a temporary name and rename it, so that a half-written one is never found."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with unfinished.open("w", encoding="utf-8", newline="\n") as file:
-            for name, smiles in molecules:
-                file.write(chat_row(name, smiles) + "\n")
+            file.writelines(row + "\n" for row in rows)
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
-    print(f"wrote {len(molecules)} rows to {path}")
+    print(f"wrote {len(rows)} rows to {path}")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Make molecules-train.jsonl and molecules-heldout.jsonl.")
+    parser = argparse.ArgumentParser(description="Make the three files of molecules in this folder.")
     parser.add_argument("--train", type=int, default=2000, help="training rows (default: %(default)s)")
     parser.add_argument("--heldout", type=int, default=200, help="held-out rows (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="which molecules are drawn (default: %(default)s)")
@@ -152,8 +159,10 @@ def main(arguments: list[str] | None = None) -> int:
                 f"filter: ask for fewer, or widen the limits at the top of {Path(__file__).name}"
             )
         drawn = random.Random(options.seed).sample(molecules, wanted)
-        write_rows(options.out / "molecules-train.jsonl", drawn[: options.train])
-        write_rows(options.out / "molecules-heldout.jsonl", drawn[options.train :])
+        train, heldout = drawn[: options.train], drawn[options.train :]
+        write_rows(options.out / "molecules-train.jsonl", [chat_row(*molecule) for molecule in train])
+        write_rows(options.out / "molecules-heldout.jsonl", [chat_row(*molecule) for molecule in heldout])
+        write_rows(options.out / "molecules-text.jsonl", text_rows(train))
     except (DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -62,6 +62,8 @@ class CAFTPlugin(BasePlugin):
                     )
             if cfg[block] is None:
                 cfg[block] = {}  # Axolotl drops keys without a value
+        if "meap" in cfg and MEAPConfig.read(_as_dict(cfg["meap"])).mode == "sft":
+            _refuse_packed_stream(cfg)
 
     def get_input_args(self) -> str:
         return "caft_plugin.axolotl.schema.CAFTArgs"
@@ -79,12 +81,6 @@ class CAFTPlugin(BasePlugin):
             checkpoint.check_record(checkpoint.read_record(folder), folder, caft, model_config)
         if meap is None or meap.mode != "sft":
             return None
-        if cfg.pretraining_dataset or (cfg.streaming and cfg.sample_packing):
-            raise ConfigError(
-                f"meap.mode: got sft, but {'`pretraining_dataset`' if cfg.pretraining_dataset else '`streaming`'} "
-                "packs its rows while it reads them, so examples cannot be duplicated. Use mode: pretrain, or "
-                "`datasets:` with sample_packing or streaming, not both."
-            )
         return self._duplicated_datasets(cfg, meap)
 
     def _duplicated_datasets(self, cfg: DictDefault, meap: MEAPConfig) -> TrainDatasetMeta:
@@ -151,6 +147,15 @@ def caft_config(cfg: DictDefault) -> CAFTConfig | None:
 
 def meap_config(cfg: DictDefault) -> MEAPConfig | None:
     return None if cfg.meap is None else MEAPConfig.read(_as_dict(cfg.meap))
+
+
+def _refuse_packed_stream(cfg: Any) -> None:
+    if cfg.get("pretraining_dataset") or (cfg.get("streaming") and cfg.get("sample_packing")):
+        key = "pretraining_dataset" if cfg.get("pretraining_dataset") else "streaming"
+        raise ConfigError(
+            f"meap.mode: got sft, but `{key}` packs its rows while it reads them, so examples cannot be duplicated. "
+            "Use mode: pretrain, or `datasets:` with one of sample_packing and streaming, not both."
+        )
 
 
 def _as_dict(block: Any) -> Any:

@@ -62,31 +62,51 @@ def before_weights(file):
 
 
 @pytest.mark.parametrize(
-    ("block", "message"),
+    ("name", "block", "message"),
     [
-        ({"num_heads": 0}, "caft.num_heads: got 0, but it takes a whole number at least 1 and at most 32."),
-        ({"num_heads": -1}, "caft.num_heads: got -1, but it takes a whole number at least 1 and at most 32."),
-        ({"beta": -1}, "caft.beta: got -1, but it takes a number at least 0."),
-        ({"alpha": 1.5}, "caft.alpha: got 1.5, but it takes a number above 0 and at most 1."),
-        ({"schedule": "cosine"}, "caft.schedule: got 'cosine', but it takes one of rsine, sine, linear, constant."),
-        (7, "caft: got 7, but it takes a block of keys"),
+        ("caft", {"num_heads": 0}, "caft.num_heads: got 0, but it takes a whole number at least 1 and at most 32."),
+        ("caft", {"num_heads": -1}, "caft.num_heads: got -1, but it takes a whole number at least 1 and at most 32."),
+        ("caft", {"beta": -1}, "caft.beta: got -1, but it takes a number at least 0."),
+        ("caft", {"alpha": 1.5}, "caft.alpha: got 1.5, but it takes a number above 0 and at most 1."),
+        ("caft", {"schedule": "cosine"}, "caft.schedule: got 'cosine', but it takes one of rsine, sine, linear, con"),
+        ("caft", 7, "caft: got 7, but it takes a block of keys"),
+        ("meap", {"mask_ratio": 0}, "meap.mask_ratio: got 0, but it takes a number above 0 and below 1."),
+        ("meap", {"layout": "concta"}, "meap.layout: got 'concta', but it takes one of concat, separate."),
+        ("meap", {"masks": 1}, "meap.masks: unknown key. Accepted keys: mode, mask_ratio, layout, min_answer_tokens"),
+        ("meap", [], "meap: got [], but it takes a block of keys"),
     ],
 )
-def test_bad_blocks(config, block, message):
+def test_bad_blocks(config, name, block, message):
     with pytest.raises(ConfigError) as caught:
-        load_cfg(str(config(caft=block)))
+        load_cfg(str(config(**{name: block})))
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"pretraining_dataset": "x.jsonl", "datasets": None}, "pretraining_dataset"),
+        ({"streaming": True, "sample_packing": True}, "streaming"),
+    ],
+)
+def test_pairs_cannot_be_made_where_rows_are_packed_while_read(config, changes, key):
+    with pytest.raises(ConfigError, match=f"meap.mode: got sft, but `{key}` packs its rows"):
+        load_cfg(str(config(meap=None, **changes)))
+
+
+@pytest.mark.parametrize("block", ["caft", "meap"])
 @pytest.mark.parametrize("other", [{"rl": "dpo"}, {"reward_model": True}, {"process_reward_model": True}])
-def test_other_kinds_of_training(config, other):
-    with pytest.raises(ConfigError, match="caft: cannot be used together with"):
-        load_cfg(str(config(caft={}, **other)))
+def test_other_kinds_of_training(config, other, block):
+    with pytest.raises(ConfigError, match=f"{block}: cannot be used together with"):
+        load_cfg(str(config(**{block: {}}, **other)))
 
 
-def test_bare_block_survives(config):
+def test_bare_blocks_survive(config):
     cfg = before_weights(config(caft=None))
-    assert cfg.caft is not None and cfg.caft.num_heads == 4
+    assert cfg.caft is not None and cfg.caft.num_heads == 4 and cfg.meap is None
+    cfg = load_cfg(str(config(meap=None)))
+    assert cfg.meap is not None and cfg.meap.min_answer_tokens == 51 and cfg.caft is None
+    assert PluginManager.get_instance().get_trainer_cls(cfg) is not None
 
 
 def test_without_a_block_it_warns(config, caplog):
@@ -137,9 +157,10 @@ def test_ready_configs_pass_axolotls_schema(file):
     raw = DictDefault(yaml.safe_load(file.read_text()))
     prepare_plugins(raw)
     cfg = validate_config(raw, capabilities=H100, env_capabilities=ENVIRONMENT)
-    assert cfg.caft is not None and cfg.plugins == ["caft_plugin"]
+    assert (cfg.caft is not None or cfg.meap is not None) and cfg.plugins == ["caft_plugin"]
 
 
 def test_there_are_ready_configs():
     names = {file.name for file in READY}
     assert {"quickstart-cpu.yml", "llama-3.1-8b-qlora-24gb.yml", "llama-3.1-8b-full-fsdp2.yml"} <= names
+    assert {"meap-sft.yml", "meap-pretrain.yml", "caft-meap.yml"} <= names

@@ -9,31 +9,129 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from paths import ROOT
 from safetensors.torch import load_file
 
 pytest.importorskip("trl")
 pytestmark = pytest.mark.slow
 
+SCRIPTS = Path(sys.executable).parent
+HELDOUT = ROOT / "axolotl_configs" / "data" / "molecules-heldout.jsonl"
 KINDS = {"lora": ["--use_peft"], "qlora": ["--use_peft", "--load_in_4bit"], "full": ["--learning_rate", "5e-6"]}
+
+
+def launch(launcher, script, *arguments, check=True):
+    result = subprocess.run(
+        [str(SCRIPTS / launcher[0]), *launcher[1:], str(ROOT / "trl_examples" / script), *map(str, arguments)],
+        env={**os.environ, "PATH": f"{SCRIPTS}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert not check or result.returncode == 0, result.stderr[-3000:]
+    return result
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_sft_caft(smollm2, tmp_path, kind):
-    scripts = Path(sys.executable).parent
-    command = [
-        *(str(scripts / "accelerate"), "launch", str(ROOT / "trl_examples" / "sft_caft.py")),
-        *("--model_name_or_path", str(smollm2)),
-        *("--dataset_name", str(ROOT / "axolotl_configs" / "data" / "molecules-heldout.jsonl")),
-        *("--output_dir", str(tmp_path), "--use_cpu", "--report_to", "none", "--num_heads", "2"),
+    arguments = [
+        *("--model_name_or_path", smollm2, "--dataset_name", HELDOUT),
+        *("--output_dir", tmp_path, "--use_cpu", "--report_to", "none", "--num_heads", "2"),
         *("--max_steps", "2", "--logging_steps", "1", "--per_device_train_batch_size", "1"),
         *("--save_steps", "2", "--max_length", "64", *KINDS[kind]),
     ]
-    environment = {**os.environ, "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert result.returncode == 0, result.stderr[-3000:]
+    launch(["accelerate", "launch"], "sft_caft.py", *arguments)
     state = json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())
     assert all("caft/loss_head_2" in entry for entry in state["log_history"] if "loss" in entry)
     saved = load_file(tmp_path / ("model.safetensors" if kind == "full" else "adapter_model.safetensors"))
     assert saved and not any("caft" in key for key in saved)
     assert json.loads((tmp_path / "caft_heads" / "config.json").read_text())["num_heads"] == 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sft_meap(smollm2, tmp_path, kind):
+    arguments = [
+        *("--model_name_or_path", smollm2, "--dataset_name", few_molecules(tmp_path)),
+        *("--output_dir", tmp_path / "out", "--use_cpu", "--report_to", "none", "--min_answer_tokens", "8"),
+        *("--max_steps", "2", "--logging_steps", "1", "--per_device_train_batch_size", "1"),
+        *("--save_steps", "2", "--max_length", "256", *KINDS[kind], *(["--num_heads", "1"] if kind == "lora" else [])),
+    ]
+    launch(["accelerate", "launch"], "sft_meap.py", *arguments)
+    state = json.loads((tmp_path / "out" / "checkpoint-2" / "trainer_state.json").read_text())
+    logs = [entry for entry in state["log_history"] if "loss" in entry]
+    assert sum(entry["meap/examples_masked"] for entry in logs) > 0
+    assert all(("caft/loss_head_1" in entry) == (kind == "lora") for entry in logs)
+    file = "model.safetensors" if kind == "full" else "adapter_model.safetensors"
+    saved = load_file(tmp_path / "out" / file)
+    assert saved and not any("caft" in key for key in saved)
+    if kind == "full":
+        assert {key: t.shape for key, t in saved.items()} == {
+            key: t.shape for key, t in load_file(smollm2 / file).items() if key in saved
+        }
+
+
+def few_molecules(folder):
+    file = folder / "rows.jsonl"
+    file.write_text("".join(HELDOUT.read_text().splitlines(True)[:24]))
+    return file
+
+
+def test_pretrain_heads_and_a_run_that_starts_from_them(smollm2, tmp_path):
+    arguments = [
+        *("--model_name_or_path", smollm2, "--dataset_name", few_molecules(tmp_path)),
+        *("--output_dir", tmp_path / "heads", "--use_cpu", "--bf16", "--report_to", "none"),
+        *("--targets", "distribution", "--num_heads", "2", "--max_steps", "6", "--save_steps", "3"),
+        *("--per_device_train_batch_size", "3", "--learning_rate", "1e-3"),
+    ]
+    printed = launch(["accelerate", "launch"], "pretrain_heads.py", *arguments).stdout
+    assert "held-out loss" in printed and "targets distribution" in printed
+    folder = tmp_path / "heads" / "caft_heads"
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["steps"] == 6 and metrics["targets"] == "distribution" and len(metrics["heads"]) == 2
+    for before, after in zip(metrics["untrained"], metrics["heads"], strict=True):
+        assert after["loss"] < before["loss"]
+    record = json.loads((folder / "config.json").read_text())
+    assert record["base_model"] == str(smollm2)
+
+    arguments = [
+        *("--model_name_or_path", smollm2, "--dataset_name", HELDOUT, "--heads", tmp_path / "heads"),
+        *("--num_heads", "2", "--output_dir", tmp_path / "run", "--use_cpu", "--report_to", "none", "--use_peft"),
+        *("--max_steps", "1", "--per_device_train_batch_size", "1", "--max_length", "64", "--train_heads", "frozen"),
+    ]
+    launch(["accelerate", "launch"], "sft_caft.py", *arguments)
+    made = load_file(folder / "heads.safetensors")
+    kept = load_file(tmp_path / "run" / "caft_heads" / "heads.safetensors")
+    assert made.keys() == kept.keys()
+    for name, tensor in made.items():
+        assert torch.equal(tensor, kept[name]), name
+
+
+BAD = {
+    "no file": (
+        ["accelerate", "launch"],
+        {"--dataset_name": "gone.jsonl"},
+        "--dataset_name: gone.jsonl cannot be read",
+    ),
+    "wrong targets": (
+        ["accelerate", "launch"],
+        {"--targets": "both"},
+        "pretrain_heads.targets: got 'both', but it takes",
+    ),
+    "two processes": (["torchrun", "--nproc_per_node", "2"], {}, "pretrain_heads: 2 processes were started, but"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_pretrain_heads_refuses(smollm2, tmp_path, case):
+    launcher, changes, message = BAD[case]
+    arguments = {
+        "--model_name_or_path": smollm2,
+        "--dataset_name": few_molecules(tmp_path),
+        "--output_dir": tmp_path / "heads",
+        **changes,
+    }
+    flat = [word for pair in arguments.items() for word in pair]
+    result = launch(launcher, "pretrain_heads.py", *flat, "--use_cpu", check=False)
+    assert result.returncode != 0
+    assert f"ConfigError: {message}" in result.stderr

@@ -22,8 +22,8 @@ from caft_plugin.heads import MODULE_NAME
 from caft_plugin.trl import CAFTSFTTrainer
 
 TEMPLATE = (
-    "{% for m in messages %}{{ m.role }} {% if m.role == 'assistant' %}{% generation %}{{ m.content }} </s> "
-    "{% endgeneration %}{% else %}{{ m.content }} </s> {% endif %}{% endfor %}"
+    "{% for m in messages %}{{ m.role }} {% if m.role == 'assistant' %}{% generation %}{{ m.content }} </s>"
+    "{% endgeneration %} {% else %}{{ m.content }} </s> {% endif %}{% endfor %}"
     "{% if add_generation_prompt %}assistant {% endif %}"
 )
 

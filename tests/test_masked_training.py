@@ -1,0 +1,243 @@
+"""MEAP on the plain transformers Trainer: what is logged, counted, evaluated, resumed and saved."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from test_meap import MASK, duplication, example, pad
+from test_training import CAFTTrainer, arguments, losses
+from tiny import word_tokenizer
+from torch.utils.data import IterableDataset
+from transformers import TrainerCallback
+
+from caft_plugin import ConfigError, MEAPConfig
+from caft_plugin.loss import IGNORE, PLAN
+from caft_plugin.mask_token import FILE
+
+ROWS = [example(answer=n, seed=n) for n in (60, 20, 55, 58, 30, 52, 10, 61)]
+LONG = sum(len(row["input_ids"]) > 54 for row in ROWS)  # answers of more than 50 tokens: 5 of 8
+
+
+class Batches(TrainerCallback):
+    """Notes what the model is called with in training, and in evaluation."""
+
+    def __init__(self, model):
+        self.train, self.evaluation = [], []
+        model.register_forward_pre_hook(self.note, with_kwargs=True)
+
+    def note(self, model, args, kwargs):
+        (self.train if torch.is_grad_enabled() else self.evaluation).append(
+            {key: kwargs[key].clone() for key in ("input_ids", "labels")} | {"keys": set(kwargs)}
+        )
+
+
+def trainer_of(model, folder, meap=None, caft=None, data=ROWS, evaluate=None, collate=pad, **settings):
+    return CAFTTrainer(
+        model=model,
+        args=arguments(folder, **{"max_steps": -1, "num_train_epochs": 2, **settings}),
+        train_dataset=data,
+        eval_dataset=evaluate,
+        data_collator=collate,
+        processing_class=word_tokenizer(""),
+        meap={"mask_token": MASK, **meap} if meap is not None else None,
+        caft=caft,
+    )
+
+
+@pytest.fixture
+def model(tiny_config):
+    from transformers import LlamaForCausalLM
+
+    tiny_config.max_position_embeddings = 256
+    return LlamaForCausalLM(tiny_config)
+
+
+@pytest.mark.parametrize("layout", ["concat", "separate"])
+def test_logs_and_steps(model, tmp_path, layout, caplog):
+    trainer = trainer_of(model, tmp_path, meap={"layout": layout}, per_device_train_batch_size=4)
+    assert [r.getMessage() for r in caplog.records if "mask_token" in r.getMessage()] == [
+        "meap.mask_token: 'w91' (id 96), as asked"
+    ]
+    seen = Batches(model)
+    trainer.train()
+    rows = 8 if layout == "concat" else 8 + LONG
+    assert trainer.state.max_steps == 2 * -(-rows // 4)
+    assert len(seen.train) == trainer.state.max_steps
+    assert all(PLAN not in batch["keys"] for batch in seen.train)
+    masked = sum((batch["input_ids"] == MASK).sum().item() for batch in seen.train)
+    assert masked == 2 * sum(len(row["input_ids"][3:-1]) // 10 for row in ROWS if len(row["input_ids"]) > 54)
+    logs = losses(trainer)
+    assert sum(entry["meap/examples_masked"] for entry in logs) == 2 * LONG
+    assert all(0.08 < entry["meap/masked_fraction"] <= 0.1 for entry in logs if entry["meap/examples_masked"])
+    assert all("meap/masked_fraction" in entry for entry in logs if entry["meap/examples_masked"])
+    assert all(entry["meap/examples_too_long"] == 0 for entry in logs)
+    assert trainer.data_collator is pad
+
+
+def test_it_is_training_on_rows_doubled_by_hand(model, tmp_path):
+    """Same steps, same schedule of gamma, and where nothing is masked the same losses."""
+    by_hand = [{k: v * 2 for k, v in row.items()} if len(row["input_ids"]) > 54 else row for row in ROWS]
+    plain = trainer_of(copy.deepcopy(model), tmp_path, caft={}, data=by_hand)
+    ours = trainer_of(copy.deepcopy(model), tmp_path, caft={}, meap={})
+    plain.train(), ours.train()
+    assert plain.state.max_steps == ours.state.max_steps
+    for key in ("caft/gamma", "learning_rate", "epoch"):
+        assert [entry[key] for entry in losses(plain)] == [entry[key] for entry in losses(ours)]
+    nothing = trainer_of(copy.deepcopy(model), tmp_path, meap={"min_answer_tokens": 1000})
+    without = trainer_of(copy.deepcopy(model), tmp_path)
+    nothing.train(), without.train()
+    assert [entry["loss"] for entry in losses(nothing)] == [entry["loss"] for entry in losses(without)]
+
+
+def test_masks_are_new_every_epoch_and_the_same_with_workers(model, tmp_path):
+    def masks(**settings):
+        trainer = trainer_of(copy.deepcopy(model), tmp_path, meap={}, **settings)
+        seen = Batches(trainer.model)
+        trainer.train()
+        return [batch["input_ids"] for batch in seen.train]
+
+    plain = masks(per_device_train_batch_size=2, train_sampling_strategy="sequential")
+    first, second = torch.cat([p.flatten() for p in plain[:4]]), torch.cat([p.flatten() for p in plain[4:]])
+    assert (first == MASK).sum() == (second == MASK).sum() > 0
+    assert not torch.equal(first == MASK, second == MASK)
+    for persistent in (False, True):
+        settings = {"dataloader_num_workers": 2, "dataloader_persistent_workers": persistent}
+        with_workers = masks(per_device_train_batch_size=2, train_sampling_strategy="sequential", **settings)
+        assert all(torch.equal(a, b) for a, b in zip(plain, with_workers, strict=True))
+
+
+def test_evaluation_is_never_masked(model, tmp_path):
+    settings = {"eval_strategy": "steps", "eval_steps": 1, "max_steps": 2}
+    ours = trainer_of(model, tmp_path, meap={}, evaluate=ROWS, **settings)
+    seen = Batches(model)
+    ours.train()
+    assert len(seen.evaluation) == 2 and len(seen.train) == 2
+    for batch in seen.evaluation:
+        assert not (batch["input_ids"] == MASK).any() and batch["labels"].min() == IGNORE
+        assert batch["input_ids"].shape[1] < 66
+    plain = trainer_of(model, tmp_path, evaluate=ROWS)
+    assert ours.evaluate()["eval_loss"] == plain.evaluate()["eval_loss"]
+    assert not any("meap" in key for entry in ours.state.log_history for key in entry if key.startswith("eval"))
+
+
+@pytest.mark.parametrize("mask_token", [MASK, "add"])
+def test_a_resumed_run_logs_the_same_digits(model, tmp_path, mask_token):
+    """Stopped in the middle of the second epoch."""
+    settings = {"save_strategy": "steps", "save_steps": 3, "meap": {"mask_token": mask_token}, "caft": {"beta": 0.5}}
+    whole = trainer_of(copy.deepcopy(model), tmp_path / "a", **settings)
+    whole.train()
+    assert whole.state.max_steps == 4
+    resumed = trainer_of(copy.deepcopy(model), tmp_path / "b", **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-3"))
+    keys = losses(whole)[-1].keys() - {"epoch"}
+    assert {k: losses(whole)[-1][k] for k in keys} == {k: losses(resumed)[-1][k] for k in keys}
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_add_leaves_the_saved_model_as_it_was(model, tmp_path, lora):
+    if lora:
+        model = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear"))
+    plain = trainer_of(copy.deepcopy(model), tmp_path / "plain", save_strategy="no")
+    plain.train(), plain.save_model()
+    ours = trainer_of(model, tmp_path / "ours", meap={"mask_token": "add"})
+    before = ours.mask_token.vector.detach().clone()
+    ours.train(), ours.save_model()
+    assert torch.equal(before, ours.mask_token.vector) == lora
+    name = "adapter_model.safetensors" if lora else "model.safetensors"
+    shapes = [{k: v.shape for k, v in load_file(tmp_path / run / name).items()} for run in ("plain", "ours")]
+    assert shapes[0] == shapes[1]
+    assert torch.equal(load_file(tmp_path / "ours" / FILE)["vector"], ours.mask_token.vector)
+    ours.detach_ours()
+    assert not any("caft" in key for key in dict(ours.model.named_modules()))
+
+
+def test_pretraining_masks_without_touching_the_data(model, tmp_path):
+    rows = [{"input_ids": row["input_ids"], "labels": row["input_ids"]} for row in ROWS]
+    trainer = trainer_of(model, tmp_path, meap={"mode": "pretrain"}, data=rows)
+    seen = Batches(model)
+    trainer.train()
+    assert len(trainer.train_dataset) == len(ROWS)
+    lengths = [len(row["input_ids"]) for row in ROWS]
+    masked = sum((batch["input_ids"] == MASK).sum().item() for batch in seen.train)
+    assert masked == 2 * sum(int(length * 0.15) for length in lengths)
+    labels = sum((batch["labels"] != IGNORE).sum().item() for batch in seen.train)
+    assert labels == 2 * sum(lengths)
+    assert sum(entry["meap/examples_masked"] for entry in losses(trainer)) == 2 * len(ROWS)
+
+
+def test_pairs_too_long_for_the_model(model, tmp_path):
+    model.config.max_position_embeddings = 120
+    trainer = trainer_of(model, tmp_path, meap={}, num_train_epochs=1)
+    trainer.train()
+    too_long = sum(2 * len(row["input_ids"]) > 120 for row in ROWS)
+    assert sum(entry["meap/examples_too_long"] for entry in losses(trainer)) == too_long > 0
+    assert sum(entry["meap/examples_masked"] for entry in losses(trainer)) == LONG - too_long > 0
+
+
+def test_caft_and_meap_together(model, tmp_path):
+    """Heads' losses are means over what a plain computation says their targets are."""
+    trainer = trainer_of(model, tmp_path, meap={}, caft={"beta": 0.5, "num_heads": 2}, max_steps=1, data=ROWS[:4])
+    seen = Batches(model)
+    windows = []
+    open_window = trainer._open_window
+    trainer._open_window = lambda batches: windows.append(open_window(batches)) or windows[-1]
+    trainer.train()
+    counts = [0, 0]
+    (batch,) = seen.train
+    rows = [row["input_ids"] for row in ROWS[:4]]
+    for ids, labels in zip(batch["input_ids"].tolist(), batch["labels"].tolist(), strict=True):
+        start = next(len(r) for r in rows if ids[: len(r)] == r)
+        for k in (1, 2):
+            for part in (labels[:start], labels[start : 2 * start]):
+                counts[k - 1] += sum(label != IGNORE for label in part[k + 1 :])
+    assert windows[0].counts.tolist() == counts
+    entry = losses(trainer)[0]
+    assert entry["loss"] == pytest.approx(entry["caft/next_token_loss"] + entry["caft/aux_loss"], rel=1e-6)
+    assert {"caft/loss_head_2", "meap/masked_fraction"} <= entry.keys()
+
+
+def test_what_cannot_work_is_said(model, tmp_path):
+    def make(**changes):
+        settings = {
+            "model": model,
+            "args": arguments(tmp_path),
+            "train_dataset": ROWS,
+            "data_collator": pad,
+            "processing_class": word_tokenizer(""),
+            "meap": {"mask_token": MASK},
+        }
+        return CAFTTrainer(**{**settings, **changes})
+
+    with pytest.raises(ConfigError, match="no tokenizer.*Pass processing_class=tokenizer"):
+        make(processing_class=None)
+    with pytest.raises(ConfigError, match="the training data contains it"):
+        make(meap={"mask_token": ROWS[0]["input_ids"][0]})
+    with pytest.raises(ConfigError, match="meap: got 3, but it takes a block of keys"):
+        make(meap=3)
+
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return iter(ROWS)
+
+    with pytest.raises(ConfigError, match="is a Stream, a stream that cannot be doubled"):
+        make(train_dataset=Stream())
+    assert make(train_dataset=None, meap=MEAPConfig(mask_token=MASK)).train_dataset is None
+
+
+def test_a_stream_of_datasets(model, tmp_path):
+    from datasets import IterableDataset as Stream
+
+    rows = Stream.from_generator(lambda: iter(ROWS))
+    trainer = trainer_of(model, tmp_path, meap={}, data=rows, max_steps=2, per_device_train_batch_size=4)
+    seen = Batches(model)
+    trainer.train()
+    wanted = [row["input_ids"] for r in ROWS for row in duplication(max_length=256)(r)]
+    got = [ids for batch in seen.train for ids in batch["input_ids"]]
+    for ids, mine in zip(wanted, got, strict=True):
+        same = np.array(ids) == mine[: len(ids)].numpy()
+        assert (~same).sum() == (mine == MASK).sum()

@@ -1,0 +1,70 @@
+"""Fine-tune with MEAP on TRL's SFTTrainer: LoRA (`--use_peft`), QLoRA (`--use_peft --load_in_4bit`) or fully.
+
+    accelerate launch trl_examples/sft_meap.py \\
+        --model_name_or_path Qwen/Qwen3-0.6B --dataset_name trl-lib/Capybara \\
+        --use_peft --output_dir outputs/qwen3-meap --mask_ratio 0.1
+
+`--dataset_name` takes what `datasets.load_dataset` takes, or a JSONL file. Every key of the `meap:` block is an option
+of the same name; `--num_heads` adds CAFT's auxiliary heads. The rest are TRL's own (`--help` lists them). Without a
+GPU add `--use_cpu`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from sft_caft import load
+from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser, get_peft_config, get_quantization_config
+
+from caft_plugin import CAFTConfig, MEAPConfig
+from caft_plugin.trl import CAFTSFTTrainer
+
+# The keys of MEAPConfig as a dataclass, which TRL's parser understands; None keeps MEAPConfig's default.
+MEAPArguments = dataclasses.make_dataclass(
+    "MEAPArguments",
+    [
+        (
+            name,
+            kind | None,
+            dataclasses.field(default=None, metadata={"help": MEAPConfig.model_fields[name].description}),
+        )
+        for name, kind in [
+            ("mode", str),
+            ("mask_ratio", float),
+            ("layout", str),
+            ("min_answer_tokens", int),
+            ("mask_token", str),
+        ]
+    ],
+)
+
+
+@dataclasses.dataclass
+class HeadArguments:
+    num_heads: int | None = dataclasses.field(default=None, metadata={"help": "CAFT too, with this many heads."})
+
+
+def main() -> None:
+    parser = TrlParser((ScriptArguments, SFTConfig, ModelConfig, MEAPArguments, HeadArguments))
+    script, training, model, meap, heads = parser.parse_args_and_config()
+    kwargs = {"dtype": model.dtype or "auto", "attn_implementation": model.attn_implementation}
+    if (quantization := get_quantization_config(model)) is not None:
+        kwargs |= {"quantization_config": quantization}
+    training.model_init_kwargs = kwargs
+    given = {key: value for key, value in dataclasses.asdict(meap).items() if value is not None}
+    trainer = CAFTSFTTrainer(
+        model=model.model_name_or_path,
+        args=training,
+        train_dataset=load(script.dataset_name, script.dataset_train_split),
+        peft_config=get_peft_config(model),
+        meap=MEAPConfig(**given),
+        caft=None if heads.num_heads is None else CAFTConfig(num_heads=heads.num_heads),
+    )
+    trainer.train()
+    trainer.save_model()
+    if training.push_to_hub:
+        trainer.push_to_hub()
+
+
+if __name__ == "__main__":
+    main()
