@@ -1,4 +1,4 @@
-# make demo | test | lint | format | clean, see `make help`. Settings, all with a default:
+# make demo | test | soak | lint | format | clean, see `make help`. Settings, all with a default:
 #   PYTHON=python3.11   the interpreter to build .venv with
 #   VENV=.venv          where the environment goes; the one for the newest TRL goes to $(VENV)-trl
 #   TORCH_INDEX=URL     a package index for torch alone: without a GPU, PyTorch's index of CPU wheels, which
@@ -35,7 +35,7 @@ AXOLOTL_ENV := PATH="$(abspath $(BIN)):$$PATH" AXOLOTL_DO_NOT_TRACK=1 TOKENIZERS
 
 .DEFAULT_GOAL := help
 .PRECIOUS: %/.torch %/.dependencies %/.package
-.PHONY: help venv demo model train merge report test lint format clean
+.PHONY: help venv demo model train merge report test soak lint format clean
 .DELETE_ON_ERROR:
 
 help:  ## show this list
@@ -115,11 +115,15 @@ report: merge
 PYTEST := -n 2 --dist loadfile
 NEWEST := tests/test_golden.py tests/test_heads.py tests/test_training.py tests/test_families.py tests/test_vision.py \
 	tests/test_meap.py tests/test_mask_token.py tests/test_masked_training.py \
-	tests/integration/test_trl.py tests/integration/test_trl_meap.py
+	tests/test_numbers.py tests/test_resume.py \
+	tests/integration/test_trl.py tests/integration/test_trl_meap.py tests/integration/test_restart.py
 
 test: $(VENV)/.package $(TRL_VENV)/.package  ## run every test, on Axolotl's stack and on the newest one
 	@PATH="$(abspath $(BIN)):$$PATH" "$(BIN)/pytest" $(PYTEST) $(PYTEST_ARGS)
 	@"$(TRL_VENV)/bin/pytest" $(PYTEST) $(PYTEST_ARGS) $(NEWEST)
+
+soak: $(VENV)/.package  ## kill runs with SIGKILL at random moments, 72 times, and resume them (2 to 5 minutes)
+	@CAFT_SOAK=1 "$(BIN)/pytest" -s tests/integration/test_restart.py $(PYTEST_ARGS)
 
 lint: $(VENV)/.package  ## check format, style and types
 	@"$(BIN)/ruff" format --check . || { echo "error: make format puts this right"; exit 1; }

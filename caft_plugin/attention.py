@@ -102,9 +102,11 @@ def attention_report(
     Raises:
         ConfigError: no mask token to be had, or texts too short to mask.
     """
-    tokenizer = AutoTokenizer.from_pretrained(tuned)
+    tokenizer = AutoTokenizer.from_pretrained(tuned, trust_remote_code=False)
     models = {
-        name: AutoModelForCausalLM.from_pretrained(of, attn_implementation="eager", dtype="auto").eval()
+        name: AutoModelForCausalLM.from_pretrained(
+            of, attn_implementation="eager", dtype="auto", trust_remote_code=False
+        ).eval()
         for name, of in zip(MODELS, (base, tuned), strict=True)
     }
     encoded = [

@@ -11,20 +11,22 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any
 
 import torch
 from peft.tuners.lora import LoraLayer
-from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-from caft_plugin.config import DEFAULT_HEAD_INPUT, DEFAULT_HEAD_NORM, CAFTConfig, ConfigError, HeadInput
+from caft_plugin.config import DEFAULT_HEAD_INPUT, DEFAULT_HEAD_NORM, CAFTConfig, ConfigError, HeadInput, named, shown
 from caft_plugin.heads import MODULE_NAME, AuxiliaryHeads, Trunk
 
 FOLDER = MODULE_NAME
 WEIGHTS, LORA, RECORD = "heads.safetensors", "lora.safetensors", "config.json"
+LONGEST_JSON = 100_000  # bytes
+FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors' names of the types that weights can be read from
 METRICS, CARD = "metrics.json", "README.md"  # of pretrained heads
 
 
@@ -33,8 +35,8 @@ class HeadsRecord(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    format_version: Literal[1] = 1
-    num_heads: PositiveInt
+    format_version: Annotated[int, Field(ge=1, le=1)] = 1
+    num_heads: Annotated[int, Field(gt=0, le=1000)]
     head_input: HeadInput
     head_norm: bool
     layer_class: str
@@ -81,30 +83,74 @@ def locate_heads(heads: str) -> Path:
         ) from error
 
 
+def own_file(folder: Path, name: str) -> Path:
+    """The path of a file in a heads folder. A link may not lead out of the folder, except where the Hub's cache
+    links a snapshot's files to its own `blobs`.
+
+    Raises:
+        ConfigError: there is no such regular file, or it lies elsewhere.
+    """
+    file = folder / name
+    snapshot = next((p for p in folder.absolute().parents if p.name == "snapshots"), None)
+    in_cache = snapshot is not None and snapshot.parent.name.startswith("models--")
+    root = snapshot.parent if snapshot is not None and in_cache else folder
+    try:
+        inside = file.resolve(strict=True).is_relative_to(root.resolve())
+        problem = None if inside and file.is_file() else "not a regular file" if inside else "a link out of the folder"
+    except OSError as error:
+        problem = error.strerror
+    except RuntimeError:
+        problem = "a link to itself"
+    if problem:
+        raise ConfigError(
+            f"caft.heads: {folder} has no readable {name} ({problem}). It takes a heads folder with {WEIGHTS} and "
+            f"{RECORD} in it, as training leaves it in {FOLDER}/."
+        )
+    return file
+
+
+def read_small(folder: Path, name: str) -> bytes:
+    """The content of a JSON file in a heads folder.
+
+    Raises:
+        ConfigError: there is no such regular file, or it is too long to be what it should be.
+    """
+    with open(own_file(folder, name), "rb") as opened:
+        content = opened.read(LONGEST_JSON + 1)
+    if len(content) > LONGEST_JSON:
+        raise ConfigError(
+            f"caft.heads: {folder / name} is longer than {LONGEST_JSON} bytes, so it is something else. Make the "
+            "folder again, or take the one that came with these heads."
+        )
+    return content
+
+
 def read_record(folder: Path) -> HeadsRecord:
     """The record of a heads folder.
 
     Raises:
         ConfigError: the folder is not a readable heads folder.
     """
+    content = read_small(folder, RECORD)
     try:
-        text = (folder / RECORD).read_text(encoding="utf-8")
-        return HeadsRecord.model_validate_json(text)
-    except OSError as error:
-        raise ConfigError(
-            f"caft.heads: {folder} has no readable {RECORD} ({error.strerror}). It takes a heads folder with "
-            f"{WEIGHTS} and {RECORD}, as training leaves it in {FOLDER}/."
-        ) from None
-    except (ValidationError, UnicodeDecodeError) as error:
-        problems = (
-            "; ".join(f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors())
-            if isinstance(error, ValidationError)
-            else str(error)
-        )
-        raise ConfigError(
-            f"caft.heads: {folder / RECORD} is not a heads record this version reads ({problems}). "
-            "Make the folder again, or take the one that came with these heads."
-        ) from None
+        return HeadsRecord.model_validate(json.loads(content.decode(), object_pairs_hook=_once_each), strict=True)
+    except ValidationError as error:
+        problem = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors())
+    except RecursionError:
+        problem = "nested too deeply"
+    except ValueError as error:  # not UTF-8, not JSON, a key twice
+        problem = str(error)
+    raise ConfigError(
+        f"caft.heads: {folder / RECORD} is not a heads record this version reads ({shown(problem)}). "
+        "Make the folder again, or take the one that came with these heads."
+    )
+
+
+def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = [key for key, _ in pairs]
+    if len(set(keys)) < len(keys):
+        raise ValueError(f"the key {max(keys, key=keys.count)} stands there twice")
+    return dict(pairs)
 
 
 def check_record(record: HeadsRecord, folder: Path, config: CAFTConfig, model_config: Any) -> None:
@@ -123,7 +169,7 @@ def check_record(record: HeadsRecord, folder: Path, config: CAFTConfig, model_co
         theirs, ours = getattr(record, name), getattr(text_config, name)
         if theirs != ours:
             raise ConfigError(
-                f"caft.heads: {folder} was made for {name} {theirs} (base model {record.base_model}), but this "
+                f"caft.heads: {folder} was made for {name} {theirs} (base model {named(record.base_model)}), but this "
                 f"model has {name} {ours}. Heads fit only the model they were trained on."
             )
 
@@ -176,7 +222,8 @@ def save_heads(
 ) -> Path:
     """Writes `caft_heads/` into `parent`: LoRA merged, or (`resumable`) beside the weights.
 
-    Every process has to call it; the one with `write` writes. Each file appears whole or not at all.
+    Every process has to call it; the one with `write` writes. Each file appears whole or not at all, and the
+    record appears last: where there is one, all files are of one save.
     """
     weights, lora = heads_state(heads)
     folder = Path(parent) / FOLDER
@@ -194,6 +241,9 @@ def save_heads(
         vocab_size=trunk.vocab_size,
         base_model=trunk.model.config.name_or_path or trunk.model.config.model_type,
     )
+    (folder / RECORD).unlink(missing_ok=True)
+    for left_by_a_killed_run in folder.glob(".*.tmp"):
+        left_by_a_killed_run.unlink(missing_ok=True)
     keep_apart = resumable and bool(lora)
     tensors = weights if keep_apart or not lora else merged(heads, weights, lora)
     if keep_apart:
@@ -231,9 +281,9 @@ def load_pretrained(folder: Path, heads: AuxiliaryHeads, layer_class: str) -> No
     record = read_record(folder)
     if record.layer_class != layer_class:
         raise ConfigError(
-            f"caft.heads: the heads in {folder} are of class {record.layer_class} (base model "
-            f"{record.base_model}), but this model's layers are of class {layer_class}. Heads fit only the model "
-            "they were trained on."
+            f"caft.heads: the heads in {folder} are of class {named(record.layer_class)} (base model "
+            f"{named(record.base_model)}), but this model's layers are of class {layer_class}. Heads fit only the "
+            "model they were trained on."
         )
     if (folder / LORA).exists():
         raise ConfigError(
@@ -241,7 +291,7 @@ def load_pretrained(folder: Path, heads: AuxiliaryHeads, layer_class: str) -> No
             "finished run, or resume from that checkpoint."
         )
     wanted = {plain_name(name): t for name, t in heads.layers.state_dict().items() if ".lora_" not in name}
-    _copy_into(wanted, folder / WEIGHTS, skip_heads_from=len(heads), available=record.num_heads)
+    _copy_into(wanted, folder / WEIGHTS, held=record.num_heads)
 
 
 def load_checkpoint(checkpoint: str | os.PathLike[str], heads: AuxiliaryHeads) -> None:
@@ -265,38 +315,54 @@ def load_checkpoint(checkpoint: str | os.PathLike[str], heads: AuxiliaryHeads) -
             f"{'fully' if lora else 'with LoRA'}, but this run trains them {'with LoRA' if lora else 'fully'}. "
             "Resume with the settings the checkpoint was made with."
         )
-    _copy_into(weights, folder / WEIGHTS, skip_heads_from=len(heads), available=len(heads))
+    _copy_into(weights, folder / WEIGHTS, held=len(heads))
     if lora:
-        _copy_into(lora, folder / LORA, skip_heads_from=len(heads), available=len(heads))
+        _copy_into(lora, folder / LORA, held=len(heads))
 
 
-def _copy_into(wanted: dict[str, Tensor], file: Path, *, skip_heads_from: int, available: int) -> None:
-    """Copies the tensors of a safetensors file into `wanted`, after checking every name and shape."""
+def _copy_into(wanted: dict[str, Tensor], file: Path, *, held: int) -> None:
+    """Copies the tensors of a safetensors file with `held` heads into `wanted`, the first heads of these, after
+    checking every name, shape and type. Other floating-point types are converted."""
+    file = own_file(file.parent, file.name)
     try:
         with safe_open(file, framework="pt") as opened:
-            shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}
+            _check_tensors(wanted, {name: opened.get_slice(name) for name in opened.keys()}, file, held)
+            with torch.no_grad():
+                for name, tensor in wanted.items():
+                    tensor.copy_(opened.get_tensor(name))
     except (OSError, RuntimeError, SafetensorError) as error:
         raise ConfigError(
-            f"caft.heads: {file} cannot be read as safetensors ({error}). The file is damaged or of another kind: "
-            "make or download the heads folder again."
+            f"caft.heads: {file} cannot be read as safetensors ({shown(str(error))}). The file is damaged or of "
+            "another kind: make or download the heads folder again."
         ) from None
-    extra = range(skip_heads_from, available)
-    unknown = sorted(n for n in shapes if n not in wanted and not n.startswith(tuple(f"{k}." for k in extra)))
-    missing = sorted(wanted.keys() - shapes.keys())
-    wrong = [n for n in wanted.keys() & shapes.keys() if shapes[n] != tuple(wanted[n].shape)]
+
+
+def _check_tensors(wanted: dict[str, Tensor], found: dict[str, Any], file: Path, held: int) -> None:
+    first = {name.split(".")[0] for name in wanted}  # the heads asked for; of others only their number is known
+    missing = sorted(wanted.keys() - found.keys())
+    others = {name.split(".")[0] for name in found} - first
+    unknown = sorted(name for name in found if name not in wanted and name.split(".")[0] in first)
+    unknown += sorted(name for name in others if not (name.isdecimal() and len(name) < 5 and int(name) < held))
     for names, problem in [(missing, "lacks"), (unknown, "has unknown")]:
         if names:
             raise ConfigError(
-                f"caft.heads: {file} {problem} {len(names)} tensors, the first is {names[0]}. These heads do not "
-                "fit this model."
+                f"caft.heads: {file} {problem} {len(names)} tensors, the first is {named(names[0])}. These heads do "
+                "not fit this model: give the model or the settings that they were made with."
             )
-    if wrong:
-        name = min(wrong)
+    if len(others | first) != held:
         raise ConfigError(
-            f"caft.heads: {file} holds {name} with shape {shapes[name]}, but this model's heads need "
-            f"{tuple(wanted[name].shape)}. These heads do not fit this model."
+            f"caft.heads: {file} holds {len(others | first)} heads, but {RECORD} beside it says {held}. The files are "
+            "not of one folder: make or download it again."
         )
-    tensors = load_file(file)
-    with torch.no_grad():
-        for name, tensor in wanted.items():
-            tensor.copy_(tensors[name])
+    for name, tensor in sorted(wanted.items()):
+        shape, kind = tuple(found[name].get_shape()), found[name].get_dtype()
+        if shape != tuple(tensor.shape):
+            raise ConfigError(
+                f"caft.heads: {file} holds {name} with shape {shape}, but this model's heads need "
+                f"{tuple(tensor.shape)}. These heads do not fit this model: give the model that they were made with."
+            )
+        if (kind in FLOATS) != tensor.is_floating_point():  # a few families have counters in their layers
+            raise ConfigError(
+                f"caft.heads: {file} holds {name} as {kind}, but weights are one of {', '.join(FLOATS)}. Make or "
+                "download the heads folder again."
+            )

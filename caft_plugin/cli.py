@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import click
 from pydantic import BaseModel, ValidationError
 
-from caft_plugin.config import CAFTConfig, ConfigError, HeadInput, PretrainConfig, Targets
+from caft_plugin.config import CAFTConfig, ConfigError, HeadInput, PretrainConfig, Targets, named
 
 if TYPE_CHECKING:
     from caft_plugin.checkpoint import HeadsRecord
@@ -163,7 +164,7 @@ def plain_job(given: dict[str, Any], config: PretrainConfig) -> Job:
     from caft_plugin.distill import Job, load_base, read_rows
 
     half = not given["float32"]
-    tokenizer = AutoTokenizer.from_pretrained(given["model"])
+    tokenizer = AutoTokenizer.from_pretrained(given["model"], trust_remote_code=False)
     rows = read_rows(given["data"], tokenizer, given["max_length"])
     arguments = TrainingArguments(
         output_dir=str(given["output"]),
@@ -242,8 +243,8 @@ def describe(folder: Path) -> str:
     tensors = tensors_of_heads(folder, record)
     facts = {
         "Folder": str(folder),
-        "Base model": record.base_model,
-        "Layer class": f"{record.layer_class} ({record.model_type})",
+        "Base model": named(record.base_model),
+        "Layer class": f"{named(record.layer_class)} ({named(record.model_type)})",
         "Wiring": f"head_input {record.head_input}, head_norm {str(record.head_norm).lower()}",
         "Hidden size": str(record.hidden_size),
         "Vocabulary": str(record.vocab_size),
@@ -254,7 +255,7 @@ def describe(folder: Path) -> str:
     if metrics is not None:
         counts = {"rows": metrics.rows, "tokens": metrics.tokens, "steps": metrics.steps}
         said = [f"{count:,} {what}" for what, count in counts.items() if count is not None]
-        facts["Trained on"] = ", ".join([f"targets {metrics.targets}", *said])
+        facts["Trained on"] = ", ".join([f"targets {named(metrics.targets)}", *said])
 
     table = [["head", "predicts", "parameters", "dtype", "size", "held-out loss", "held-out accuracy"]]
     for k, of_head in enumerate(tensors):
@@ -287,9 +288,9 @@ def tensors_of_heads(folder: Path, record: HeadsRecord) -> list[list[dict[str, A
     """
     from safetensors import SafetensorError, safe_open
 
-    from caft_plugin.checkpoint import RECORD, WEIGHTS
+    from caft_plugin.checkpoint import RECORD, WEIGHTS, own_file
 
-    file = folder / WEIGHTS
+    file = own_file(folder, WEIGHTS)
     try:
         # Checks that the header is sound and the file as long as it says; "pt" would reserve memory for all of it.
         with safe_open(file, framework="numpy"):
@@ -308,8 +309,8 @@ def tensors_of_heads(folder: Path, record: HeadsRecord) -> list[list[dict[str, A
     wanted = [str(k) for k in range(record.num_heads)]
     if set(heads) != set(wanted):
         raise ConfigError(
-            f"{file} holds heads {', '.join(sorted(heads)) or 'none'}, but {RECORD} beside it says there are "
-            f"{record.num_heads}, counted from 0. Make or download the heads folder again."
+            f"{file} holds heads {', '.join(map(named, sorted(heads)[:20])) or 'none'}, but {RECORD} beside it says "
+            f"there are {record.num_heads}, counted from 0. Make or download the heads folder again."
         )
     return [heads[k] for k in wanted]
 
@@ -320,13 +321,13 @@ def read_metrics(folder: Path, record: HeadsRecord) -> Metrics | None:
     Raises:
         ConfigError: the file is damaged, or speaks of another number of heads.
     """
-    from caft_plugin.checkpoint import METRICS
+    from caft_plugin.checkpoint import METRICS, read_small
 
     file = folder / METRICS
-    try:
-        metrics = Metrics.model_validate_json(file.read_bytes())
-    except FileNotFoundError:
+    if not os.path.lexists(file):
         return None
+    try:
+        metrics = Metrics.model_validate_json(read_small(folder, METRICS))
     except (OSError, ValidationError) as error:
         reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error.strerror
         raise ConfigError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterable
 from typing import Any, ClassVar, Literal, Self, get_args
 
@@ -17,6 +18,7 @@ Layout = Literal["concat", "separate"]
 
 DEFAULT_HEAD_INPUT: HeadInput = "penultimate"
 DEFAULT_HEAD_NORM = True
+LONGEST = 100  # of a value or key in a message, in characters
 DEFAULT_MASK_RATIO: dict[str, float] = {"sft": 0.10, "pretrain": 0.15}
 
 
@@ -35,7 +37,7 @@ class Block(BaseModel):
 
     block: ClassVar[str]
 
-    def __init__(self, **data: Any) -> None:
+    def __init__(self, /, **data: Any) -> None:
         try:
             super().__init__(**data)
         except ValidationError as error:
@@ -61,10 +63,10 @@ class Block(BaseModel):
             return cls()
         if not isinstance(block, dict):
             raise ConfigError(
-                f"{cls.block}: got {block!r}, but it takes a block of keys ({', '.join(cls.model_fields)}) "
+                f"{cls.block}: got {shown(block)}, but it takes a block of keys ({', '.join(cls.model_fields)}) "
                 "or nothing at all for the defaults."
             )
-        return cls(**block)
+        return cls(**{key if isinstance(key, str) else shown(key): value for key, value in block.items()})
 
 
 class CAFTConfig(Block):
@@ -197,10 +199,25 @@ def explain(model: type[Block], errors: Iterable[ErrorDetails]) -> str:
         key = str(error["loc"][0]) if error["loc"] else ""
         field = model.model_fields.get(key)
         if field is None:
-            lines[key] = f"{model.block}.{key}: unknown key. Accepted keys: {', '.join(model.model_fields)}."
+            lines[key] = f"{model.block}.{named(key)}: unknown key. Accepted keys: {', '.join(model.model_fields)}."
         else:
-            lines[key] = f"{model.block}.{key}: got {error['input']!r}, but it takes {accepted(field)}."
+            lines[key] = f"{model.block}.{key}: got {shown(error['input'])}, but it takes {accepted(field)}."
     return "\n".join(lines.values())
+
+
+def shown(value: Any) -> str:
+    """A value as a message shows it: on one line and of bounded length, whatever it is."""
+    form = reprlib.Repr()
+    form.maxstring = form.maxother = LONGEST
+    try:
+        return form.repr(value)
+    except ValueError:  # a whole number of thousands of digits
+        return f"a {type(value).__name__} too long to be written"
+
+
+def named(text: str) -> str:
+    """A name out of somebody's file as a message shows it: as it is, unless it is endless or cannot be printed."""
+    return text if text.isprintable() and 0 < len(text) <= 3 * LONGEST else shown(text)
 
 
 def accepted(field: Any) -> str:

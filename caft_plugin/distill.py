@@ -37,12 +37,12 @@ from caft_plugin import checkpoint
 from caft_plugin.config import CAFTConfig, ConfigError, PretrainConfig
 from caft_plugin.heads import Reading
 from caft_plugin.loss import IGNORE
+from caft_plugin.resume import Parts
 from caft_plugin.training import CAFTTrainerMixin, with_caft
 
 logger = logging.getLogger(__name__)
 
 ANSWERS = "answers.jsonl"
-TRAINER_STATE = "trainer_state.json"
 
 Row = dict[str, list[int]]
 
@@ -386,6 +386,9 @@ class HeadsTrainer(with_caft(TrunkTrainer)):  # type: ignore[misc]
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         self.save_ours(output_dir or self.args.output_dir)
 
+    def _checkpoint_parts(self) -> Parts:
+        return dataclasses.replace(super()._checkpoint_parts(), weights=False)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         checkpoint.load_checkpoint(resume_from_checkpoint, self.caft.heads)
 
@@ -402,18 +405,6 @@ class HeadsTrainer(with_caft(TrunkTrainer)):  # type: ignore[misc]
             if count:
                 metrics[f"{prefix}_caft/accuracy_head_{k}"] = hits / count
         return metrics
-
-
-def newest_whole_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint whose trainer_state.json, written last, is whole."""
-    found = []
-    for path in folder.glob("checkpoint-*"):
-        try:
-            state = json.loads((path / TRAINER_STATE).read_text(encoding="utf-8"))
-            found.append((state["global_step"], path))
-        except (OSError, ValueError, KeyError):
-            logger.warning("%s is not whole (no readable %s) and is passed over", path, TRAINER_STATE)
-    return max(found)[1] if found else None
 
 
 def pad_rows(rows: Sequence[Row], pad: int) -> dict[str, Tensor]:
@@ -502,8 +493,7 @@ def pretrain_heads(job: Job) -> Path:
         distribution=config.targets == "distribution",
     )
     before = trainer.evaluate() if heldout else {}
-    resume = newest_whole_checkpoint(out)
-    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    trainer.train(resume_from_checkpoint=trainer.newest_whole_checkpoint())
     after = trainer.evaluate() if heldout else {}
     trainer.save_model(str(out))
     folder = out / checkpoint.FOLDER

@@ -8,15 +8,16 @@ import functools
 import logging
 import random
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 from transformers import Trainer
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from caft_plugin import checkpoint
-from caft_plugin.config import CAFTConfig, ConfigError, MEAPConfig
+from caft_plugin import checkpoint, resume
+from caft_plugin.config import CAFTConfig, ConfigError, MEAPConfig, named
 from caft_plugin.heads import AttachedHeads, Reading, build_heads, find_trunk
 from caft_plugin.loss import PLAN, count_targets, gamma, head_targets, head_weights
 from caft_plugin.mask_token import AddedMaskToken, choose_mask_token, used_ids
@@ -438,6 +439,61 @@ class CAFTTrainerMixin(_Base):
 
     # -- saving and resuming -----------------------------------------------------------------------
 
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        if resume_from_checkpoint and (self.caft_config or self.meap_config):
+            resume_from_checkpoint = self._whole_checkpoint(resume_from_checkpoint)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def newest_whole_checkpoint(self) -> str | None:
+        """The newest checkpoint of the output folder that this run can resume from, None where there is none.
+        Newer ones that are not whole, because the run was killed while it wrote them, are warned of."""
+        newest, passed_over = resume.newest_whole(str(self.args.output_dir), self._checkpoint_parts())
+        if self.is_world_process_zero():
+            for problem in passed_over:
+                logger.warning(
+                    "resume_from_checkpoint: %s; it is passed over, and overwritten when training comes to that step",
+                    problem,
+                )
+        return None if newest is None else str(newest)
+
+    def _checkpoint_parts(self) -> resume.Parts:
+        plain = not (self.is_fsdp_enabled or self.is_deepspeed_enabled)  # these have files of their own
+        return resume.Parts(weights=plain, optimizer=plain and not self.args.save_only_model)
+
+    def _whole_checkpoint(self, asked: str | Literal[True]) -> str:
+        """What to resume from, given what `train` was asked to.
+
+        Raises:
+            ConfigError: the checkpoint asked for is not whole, or none is.
+        """
+        if asked is True:
+            whole = self.newest_whole_checkpoint()
+            if whole is None:
+                raise ConfigError(
+                    f"resume_from_checkpoint: got True, but {self.args.output_dir} holds no whole checkpoint. Start "
+                    "anew without it, or give the path of a checkpoint elsewhere."
+                )
+            return whole
+        problem = resume.problem_of(Path(asked), self._checkpoint_parts())
+        if problem is not None:
+            newest, _ = resume.newest_whole(Path(asked).parent, self._checkpoint_parts())
+            remedy = (
+                f"give {newest}, the newest whole one there"
+                if newest
+                else "there is no whole one beside it: start anew"
+            )
+            raise ConfigError(
+                f"resume_from_checkpoint: got {asked}, which {problem}. It takes a whole checkpoint: {remedy}."
+            )
+        return str(asked)
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        if (self.caft_config or self.meap_config) and self.args.should_save:
+            # One that stands there already is overwritten file by file: until that is done it is not whole.
+            name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            (Path(self._get_output_dir(trial=trial)) / name / TRAINER_STATE_NAME).unlink(missing_ok=True)
+        super()._save_checkpoint(model, trial)
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call)
         self.save_ours(output_dir or self.args.output_dir)
@@ -504,7 +560,7 @@ def warn_of_differences(config: CAFTConfig, record: checkpoint.HeadsRecord, mode
     base = model_config.name_or_path
     if base and record.base_model != base:
         logger.warning(
-            "caft.heads: these heads were made with base model %s, this run uses %s", record.base_model, base
+            "caft.heads: these heads were made with base model %s, this run uses %s", named(record.base_model), base
         )
     for key in ("head_input", "head_norm"):
         written, recorded = getattr(config, key), getattr(record, key)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import random
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from paths import ROOT
+from paths import GOLDENS, ROOT
+from safetensors import safe_open
 from tiny import LLAMA
 
 # Tiny models: a second thread costs more than it brings, and much more on a busy machine.
@@ -19,6 +21,17 @@ torch.set_num_threads(1)
 def _seeded():
     random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """All tensors of the authors' released numbers (tests/goldens/README.md), and the config of their model."""
+    from transformers import LlamaConfig
+
+    with safe_open(GOLDENS / "caft_official.safetensors", framework="pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}
+        raw = json.loads(file.metadata()["config"])
+    return tensors, LlamaConfig(**{k: v for k, v in raw.items() if not k.startswith(("_", "caft_", "transformers"))})
 
 
 @pytest.fixture

@@ -137,7 +137,7 @@ def damage(folder, how):
     [
         ("truncated", "heads.safetensors cannot be read as safetensors"),
         ("cut header", "heads.safetensors cannot be read as safetensors"),
-        ("no weights", "heads.safetensors cannot be read as safetensors"),
+        ("no weights", "has no readable heads.safetensors"),
         ("fewer heads", "heads.safetensors holds heads 0, but config.json beside it says there are 2"),
         ("no record", "has no readable config.json"),
         ("half-written figures", "metrics.json cannot be read"),

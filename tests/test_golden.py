@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
-from paths import GOLDENS
-from safetensors import safe_open
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerState, TrainingArguments
 
 from caft_plugin import CAFTConfig, with_caft
@@ -19,18 +15,9 @@ SCHEDULES = ("rsine", "sine", "linear", "constant")
 AT_STEPS = (0, 25, 50, 99)
 
 
-@pytest.fixture(scope="module")
-def golden():
-    with safe_open(GOLDENS / "caft_official.safetensors", framework="pt") as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}
-        config = json.loads(file.metadata()["config"])
-    return tensors, config
-
-
 def golden_trainer(golden, tmp_path, attention="sdpa", schedule="rsine"):
-    tensors, raw = golden
-    raw = {k: v for k, v in raw.items() if not k.startswith(("_", "caft_", "transformers"))}
-    model = LlamaForCausalLM(LlamaConfig(**raw, attn_implementation=attention))
+    tensors, config = golden
+    model = LlamaForCausalLM(LlamaConfig(**config.to_dict(), attn_implementation=attention))
     weights = {k.removeprefix("weights."): v for k, v in tensors.items() if k.startswith("weights.")}
     heads = {k: v for k, v in weights.items() if k.startswith("auxiliary_head.")}
     model.load_state_dict({k: v for k, v in weights.items() if k not in heads}, strict=True)

@@ -10,13 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
-from paths import GOLDENS
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
-    LlamaConfig,
     LlamaForCausalLM,
     T5Config,
     Trainer,
@@ -32,15 +29,6 @@ from caft_plugin.importing import import_heads
 
 SCHEDULES = ("rsine", "sine", "linear", "constant")
 AT_STEPS = (0, 25, 50, 99)
-
-
-@pytest.fixture(scope="module")
-def golden():
-    """All tensors of the goldens, and the config of their model."""
-    with safe_open(GOLDENS / "caft_official.safetensors", framework="pt") as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}
-        raw = json.loads(file.metadata()["config"])
-    return tensors, LlamaConfig(**{k: v for k, v in raw.items() if not k.startswith(("_", "caft_", "transformers"))})
 
 
 @pytest.fixture(scope="module")

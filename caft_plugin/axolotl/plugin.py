@@ -42,7 +42,7 @@ class CAFTPlugin(BasePlugin):
     def register(self, cfg: Any) -> None:
         """Checks the blocks as the user wrote them, before Axolotl loads anything."""
         if cfg.get("pretrain_heads"):
-            PretrainConfig(**_as_dict(cfg["pretrain_heads"]))
+            PretrainConfig.read(_as_dict(cfg["pretrain_heads"]))
         if "caft" not in cfg and "meap" not in cfg:
             if "pretrain_heads" not in cfg:
                 LOG.warning(
@@ -127,6 +127,10 @@ class CAFTPlugin(BasePlugin):
                 )
             trainer.attach_meap(meap)
         self._trainer = trainer
+        if cfg.auto_resume_from_checkpoints and cfg.resume_from_checkpoint is None:
+            # Axolotl would take the highest number, whole or not; without a whole one the run starts anew.
+            cfg.resume_from_checkpoint = trainer.newest_whole_checkpoint()
+            cfg.auto_resume_from_checkpoints = False
 
     def post_train(self, cfg: DictDefault, model: torch.nn.Module) -> None:
         """Axolotl calls this after training, and again after its final save: what is ours is saved and taken off

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -137,6 +138,31 @@ def test_resuming_continues_to_the_digit(project):
     for name, tensor in load_file(out / "caft_heads" / "heads.safetensors").items():
         resumed = load_file(project.folder / "resumed" / "caft_heads" / "heads.safetensors")
         assert torch.equal(tensor, resumed[name]), name
+
+
+def test_half_a_checkpoint_is_passed_over_or_refused(project):
+    """Axolotl's auto-resume takes the highest number; a checkpoint that is asked for has to be whole."""
+    ours = project.train("ours", **LORA_RUN)
+    out = project.folder / "auto"
+    shutil.copytree(ours, out)
+    (out / "checkpoint-5" / "trainer_state.json").write_bytes(b'{"best_gl')
+    config = yaml.safe_load((project.folder / "ours.yml").read_text()) | {"output_dir": "./auto"}
+
+    def train(**changes):
+        (project.folder / "auto.yml").write_text(yaml.safe_dump(config | changes))
+        result = project.axolotl("train", "auto.yml", check=False)
+        return result.returncode, " ".join((result.stdout + result.stderr).split())
+
+    code, output = train(resume_from_checkpoint="./auto/checkpoint-5")
+    assert code != 0
+    assert "resume_from_checkpoint: got ./auto/checkpoint-5, which has no readable trainer_state.json" in output
+    assert "give auto/checkpoint-3, the newest whole one there" in output
+    code, output = train(auto_resume_from_checkpoints=True)
+    assert code == 0, output[-3000:]
+    assert "auto/checkpoint-5 has no readable trainer_state.json, which is written last; it is passed over" in output
+    keys = ("loss", "grad_norm", *(f"caft/loss_head_{k}" for k in range(1, 5)))
+    assert numbers(project.logs("auto"), *keys) == numbers(project.logs("ours"), *keys)
+    assert [entry["step"] for entry in project.logs("auto")] == [1, 2, 3, 4, 5]
 
 
 def test_pretrained_heads_start_the_next_run(project):

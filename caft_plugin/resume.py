@@ -1,0 +1,112 @@
+"""Which checkpoints are whole. The Trainer writes them in place, so one that was being written when its run was
+killed looks like any other, and the Trainer resumes from the highest number, whole or not."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import zipfile
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import (
+    ADAPTER_SAFE_WEIGHTS_NAME,
+    ADAPTER_WEIGHTS_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
+)
+
+from caft_plugin.checkpoint import FOLDER, WEIGHTS, read_record
+from caft_plugin.config import ConfigError
+
+WEIGHT_FILES = (
+    SAFE_WEIGHTS_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    ADAPTER_SAFE_WEIGHTS_NAME,
+    WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    ADAPTER_WEIGHTS_NAME,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """What this run's checkpoints hold beside the trainer's state."""
+
+    weights: bool  # of the model or the adapter, in one of WEIGHT_FILES
+    optimizer: bool  # with scheduler and random states
+
+
+def problem_of(folder: Path, parts: Parts) -> str | None:
+    """What a checkpoint lacks or what is damaged in it, in words; None for a whole one.
+
+    Files are opened and their ends looked for, not read. A checkpoint without heads counts as whole: it is
+    from a run without CAFT, for heads are written before the trainer's state.
+    """
+    if not folder.is_dir():
+        return "is not a folder"
+    if _json(folder / TRAINER_STATE_NAME) is None:
+        return f"has no readable {TRAINER_STATE_NAME}, which is written last"
+    for index in folder.glob("*.index.json"):
+        shards = (_json(index) or {}).get("weight_map")
+        if not isinstance(shards, dict):
+            return f"has a damaged {index.name}"
+        for shard in sorted(set(map(str, shards.values()))):
+            if not (folder / shard).is_file():
+                return f"lacks {shard}"
+    if parts.weights and not any(path.name in WEIGHT_FILES for path in folder.rglob("*.*")):
+        return "lacks the weights of the model or adapter"
+    if parts.optimizer:
+        for name in (OPTIMIZER_NAME, SCHEDULER_NAME):
+            if not (folder / name).is_file():
+                return f"lacks {name}, which this run saves (unless save_only_model is set)"
+        if not any(folder.glob("rng_state*.pth")):
+            return "lacks rng_state.pth, which this run saves (unless save_only_model is set)"
+    for file in sorted([*folder.glob("*.pt"), *folder.glob("*.pth"), *folder.glob("*.bin")]):
+        if not zipfile.is_zipfile(file):
+            return f"has a damaged {file.name}"
+    for file in sorted(folder.rglob("*.safetensors")):
+        try:
+            with safe_open(file, framework="numpy"):
+                pass
+        except (OSError, RuntimeError, SafetensorError):
+            return f"has a damaged {file.relative_to(folder)}"
+    heads = folder / FOLDER
+    if heads.is_dir():
+        try:
+            read_record(heads)
+        except ConfigError as error:
+            return f"has no whole {FOLDER}/ ({error})"
+        if not (heads / WEIGHTS).is_file():
+            return f"lacks {FOLDER}/{WEIGHTS}"
+    return None
+
+
+def newest_whole(output_dir: str | Path, parts: Parts) -> tuple[Path | None, list[str]]:
+    """The whole checkpoint of the highest number, and a sentence on each newer one that was passed over."""
+    start = f"{PREFIX_CHECKPOINT_DIR}-"
+    numbered = {
+        int(path.name.removeprefix(start)): path
+        for path in Path(output_dir).glob(f"{start}*")
+        if path.name.removeprefix(start).isdecimal() and path.is_dir()
+    }
+    passed_over: list[str] = []
+    for _, path in sorted(numbered.items(), reverse=True):
+        problem = problem_of(path, parts)
+        if problem is None:
+            return path, passed_over
+        passed_over.append(f"the checkpoint {path} {problem}")
+    return None, passed_over
+
+
+def _json(file: Path) -> dict | None:
+    """The object in a JSON file, None where there is none."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return content if isinstance(content, dict) else None

@@ -1,0 +1,177 @@
+"""Which checkpoint a run resumes from, when a kill or a full disk has left one half written."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+
+import pytest
+import torch
+from test_training import CAFTTrainer, lora, losses, trainer_of
+from transformers import Trainer
+
+from caft_plugin import ConfigError
+from caft_plugin.resume import Parts, newest_whole, problem_of
+
+WHOLE = Parts(weights=True, optimizer=True)
+
+
+def make(model, folder, **settings):
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, **settings}
+    return trainer_of(copy.deepcopy(model), folder, caft={"beta": 0.5}, **settings)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """An uninterrupted run with two checkpoints: its model at the start, its folder, its losses."""
+    from tiny import LLAMA
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**LLAMA))
+    folder = tmp_path_factory.mktemp("run")
+    trainer = make(model, folder)
+    trainer.train()
+    return model, folder, losses(trainer)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def add_index(checkpoint, shards):
+    weights = {name: name for name in shards}
+    (checkpoint / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weights}))
+
+
+DAMAGE = {
+    "no state": (lambda c: (c / "trainer_state.json").unlink(), "has no readable trainer_state.json"),
+    "half a state": (lambda c: cut(c / "trainer_state.json"), "has no readable trainer_state.json"),
+    "no weights": (lambda c: (c / "model.safetensors").unlink(), "lacks the weights of the model or adapter"),
+    "half the weights": (lambda c: cut(c / "model.safetensors"), "has a damaged model.safetensors"),
+    "a shard too few": (
+        lambda c: add_index(c, ["model.safetensors", "model-00002-of-00002.safetensors"]),
+        "lacks model-00002-of-00002.safetensors",
+    ),
+    "half an index": (
+        lambda c: (c / "model.safetensors.index.json").write_text('{"weight_'),
+        "has a damaged model.safetensors.index.json",
+    ),
+    "no optimizer": (lambda c: (c / "optimizer.pt").unlink(), "lacks optimizer.pt"),
+    "half an optimizer": (lambda c: cut(c / "optimizer.pt"), "has a damaged optimizer.pt"),
+    "no scheduler": (lambda c: (c / "scheduler.pt").unlink(), "lacks scheduler.pt"),
+    "half a scheduler": (lambda c: cut(c / "scheduler.pt"), "has a damaged scheduler.pt"),
+    "no random state": (lambda c: (c / "rng_state.pth").unlink(), "lacks rng_state.pth"),
+    "half a random state": (lambda c: cut(c / "rng_state.pth"), "has a damaged rng_state.pth"),
+    "half the heads": (lambda c: cut(c / "caft_heads/heads.safetensors"), "has a damaged caft_heads/heads.safetensors"),
+    "no heads": (lambda c: (c / "caft_heads/heads.safetensors").unlink(), "lacks caft_heads/heads.safetensors"),
+    "no record": (lambda c: (c / "caft_heads/config.json").unlink(), "has no whole caft_heads/"),
+}
+
+
+@pytest.mark.parametrize("how", DAMAGE)
+def test_a_checkpoint_that_is_not_whole_is_passed_over(run, tmp_path, caplog, how):
+    model, folder, expected = run
+    shutil.copytree(folder, tmp_path / "out")
+    damage, problem = DAMAGE[how]
+    damage(tmp_path / "out" / "checkpoint-4")
+    trainer = make(model, tmp_path / "out")
+    trainer.train(resume_from_checkpoint=True)
+    assert caplog.text.count("it is passed over") == 1 and f"checkpoint-4 {problem}" in caplog.text
+    assert [{**e, "epoch": 0} for e in losses(trainer)] == [{**e, "epoch": 0} for e in expected]
+    newest, passed_over = newest_whole(tmp_path / "out", WHOLE)
+    # what was damaged is written anew (an index that does not belong there stays)
+    assert newest.name == ("checkpoint-2" if "index" in how or "shard" in how else "checkpoint-4"), passed_over
+
+
+@pytest.mark.parametrize("how", DAMAGE)
+def test_one_that_is_asked_for_has_to_be_whole(run, tmp_path, how):
+    model, folder, _ = run
+    shutil.copytree(folder, tmp_path / "out")
+    damage, problem = DAMAGE[how]
+    damage(tmp_path / "out" / "checkpoint-4")
+    with pytest.raises(ConfigError) as error:
+        make(model, tmp_path / "elsewhere").train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-4"))
+    message = str(error.value)
+    assert message.startswith(f"resume_from_checkpoint: got {tmp_path / 'out' / 'checkpoint-4'}, which {problem}")
+    assert f"give {tmp_path / 'out' / 'checkpoint-2'}, the newest whole one there" in message
+
+
+def test_without_a_whole_one(run, tmp_path):
+    model, folder, _ = run
+    with pytest.raises(ConfigError, match="got True, but .* holds no whole checkpoint. Start anew without it"):
+        make(model, tmp_path).train(resume_from_checkpoint=True)
+    shutil.copytree(folder / "checkpoint-2", tmp_path / "checkpoint-2")
+    (tmp_path / "checkpoint-2" / "trainer_state.json").unlink()
+    with pytest.raises(ConfigError, match="there is no whole one beside it: start anew"):
+        make(model, tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    with pytest.raises(ConfigError, match="checkpoint-9, which is not a folder"):
+        make(model, tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-9"))
+
+
+def test_what_a_run_does_not_save_is_not_asked_for(run, tmp_path):
+    model, _, _ = run
+    trainer = make(model, tmp_path, save_only_model=True)
+    trainer.train()
+    assert trainer.newest_whole_checkpoint() == str(tmp_path / "checkpoint-4")
+    assert make(model, tmp_path).newest_whole_checkpoint() is None
+
+
+def test_adapters_and_other_folders(run, tmp_path):
+    model, _, _ = run
+    trainer = make(lora(copy.deepcopy(model)), tmp_path)
+    trainer.train()
+    assert problem_of(tmp_path / "checkpoint-4", WHOLE) is None
+    for name in ("checkpoint-20-old", "checkpoint-", "checkpoint-x", "checkpoints"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "checkpoint-30").write_text("a file")
+    assert newest_whole(tmp_path, WHOLE) == (tmp_path / "checkpoint-4", [])
+    (tmp_path / "checkpoint-4" / "adapter_model.safetensors").unlink()
+    assert trainer.newest_whole_checkpoint() == str(tmp_path / "checkpoint-2")
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("at", ["_save_optimizer_and_scheduler", "_save_rng_state"])
+def test_one_that_is_overwritten_is_not_whole_until_it_is_done(run, tmp_path, monkeypatch, at):
+    """A run with other settings into the same folder: its half beside the other's is no checkpoint."""
+    model, folder, _ = run
+    shutil.copytree(folder, tmp_path / "out")
+    trainer = make(model, tmp_path / "out", learning_rate=1e-3)
+
+    def kill(*args):
+        raise Killed
+
+    monkeypatch.setattr(trainer, at, kill)
+    with pytest.raises(Killed):
+        trainer.train()
+    newest, passed_over = newest_whole(tmp_path / "out", WHOLE)
+    assert newest.name == "checkpoint-4" and passed_over == []
+    assert "has no readable trainer_state.json" in problem_of(tmp_path / "out" / "checkpoint-2", WHOLE)
+
+
+def test_what_a_killed_save_left_is_cleaned_up(run, tmp_path):
+    model, _, _ = run
+    heads = tmp_path / "caft_heads"
+    heads.mkdir()
+    (heads / ".heads.safetensors.123.tmp").write_bytes(b"half")
+    make(model, tmp_path).save_model()
+    assert sorted(path.name for path in heads.iterdir()) == ["config.json", "heads.safetensors"]
+
+
+def test_without_caft_resuming_is_the_trainers_own(run, tmp_path):
+    _, folder, _ = run
+    shutil.copytree(folder, tmp_path / "out")
+    (tmp_path / "out" / "checkpoint-4" / "trainer_state.json").unlink()
+    found = []
+    for trainer_class in (Trainer, CAFTTrainer):
+        trainer = trainer_of(
+            copy.deepcopy(run[0]), tmp_path / "out", trainer_class=trainer_class, max_steps=4, save_strategy="no"
+        )
+        with pytest.raises(FileNotFoundError) as error:
+            trainer.train(resume_from_checkpoint=True)
+        found.append(str(error.value))
+    assert found[0] == found[1]
