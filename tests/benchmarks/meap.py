@@ -40,7 +40,8 @@ def steps(model: Any, tokenizer: Any, rows: list[dict[str, list[int]]], meap: di
     batches = iter(trainer.get_train_dataloader())
     while True:
         start = time.perf_counter()
-        trainer.training_step(model, next(batches))
+        (inputs,), items = trainer.get_batch_samples(batches, 1, trainer.args.device)
+        trainer.training_step(model, inputs, items)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         yield time.perf_counter() - start
