@@ -201,6 +201,51 @@ def test_only_the_call_with_gradients_is_read():
     assert attached._call is None
 
 
+@pytest.mark.parametrize(("family", "attention"), [("plain", "sdpa"), ("plain", "eager"), ("soft-capped", "eager")])
+@pytest.mark.parametrize("wiring", [{}, {"head_input": "final", "head_norm": False}])
+def test_a_packed_row_gives_what_its_documents_give(family, attention, wiring):
+    """Sums of each head and gradients, float32, 1e-5 relative: documents of very uneven length, one of one token."""
+    model = AutoModelForCausalLM.from_config(FAMILIES[family], attn_implementation=attention).train()
+    model.config.use_cache = False  # as the Trainer has it; with a cache transformers does not look for documents
+    attached = attach(model, **wiring)
+    documents = [batch(rows=1, length=length) for length in (9, 1, 23, 5)]
+    packed = {key: torch.cat([d[key] for d in documents], dim=1) for key in documents[0]}
+    packed["position_ids"] = torch.cat([torch.arange(d["labels"].shape[1]) for d in documents])[None]
+
+    def gradients(batches):
+        model.zero_grad()
+        readings = [read(attached, inputs)[0] for inputs in batches]
+        sum(reading.loss for reading in readings).backward()
+        found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        return sum(reading.sums for reading in readings), found
+
+    one_by_one, packed_row = gradients(documents), gradients([packed])
+    torch.testing.assert_close(packed_row[0], one_by_one[0], rtol=1e-5, atol=0)
+    assert packed_row[1].keys() == one_by_one[1].keys() and any(MODULE_NAME in name for name in one_by_one[1])
+    for name, wanted in one_by_one[1].items():
+        torch.testing.assert_close(packed_row[1][name], wanted, rtol=1e-4, atol=1e-5 * wanted.abs().max().item())
+
+
+def test_what_attention_kernels_need_is_passed_on_as_received():
+    """Sequence lengths of flash attention, or a block mask of flex attention: the objects that the last layer got."""
+    model = AutoModelForCausalLM.from_config(FAMILIES["plain"])
+    attached = attach(model, num_heads=2)
+    seen = []
+    for layer in (attached.trunk.last_layer, *attached.heads.layers):
+        layer.register_forward_pre_hook(lambda layer, args, kwargs: seen.append((args, kwargs)), with_kwargs=True)
+    lengths = torch.tensor([0, 5, 12], dtype=torch.int32)
+    given = {"cu_seq_lens_q": lengths, "cu_seq_lens_k": lengths, "max_length_q": 7, "max_length_k": 7}
+    mask = torch.ones(1, 1, 12, 12).tril().bool()
+    read(attached, {**batch(rows=1), "attention_mask": mask, **given})
+    (_, of_layer), *of_heads = seen
+    assert len(of_heads) == 2 and of_layer["attention_mask"] is mask
+    for args, kwargs in of_heads:
+        received = {id(value) for value in (*args, *kwargs.values())}
+        assert {id(of_layer[name]) for name in ("attention_mask", "position_ids", "position_embeddings")} <= received
+        for name, value in given.items():
+            assert kwargs[name] is of_layer[name] is value
+
+
 def test_heads_draw_nothing_from_the_global_generator():
     config = copy.deepcopy(FAMILIES["plain"])
     config.attention_dropout = 0.5
