@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from caft_plugin.config import DEFAULT_HEAD_INPUT, DEFAULT_HEAD_NORM, CAFTConfig, ConfigError, HeadInput
 from caft_plugin.heads import MODULE_NAME, AuxiliaryHeads, Trunk
@@ -134,6 +135,13 @@ def gathered(tensor: Tensor) -> Tensor:
     if hasattr(tensor, "full_tensor"):
         tensor = tensor.full_tensor()
     return tensor.to("cpu", copy=True).contiguous()
+
+
+def as_shards_of(tensor: Tensor, whole: Tensor) -> Tensor:
+    """`whole`, which every process has, as it is to be copied into a tensor that may be sharded."""
+    if not isinstance(tensor, DTensor):
+        return whole
+    return distribute_tensor(whole.to(tensor.device), tensor.device_mesh, tensor.placements, src_data_rank=None)
 
 
 def plain_name(name: str) -> str:
@@ -299,4 +307,4 @@ def _copy_into(wanted: dict[str, Tensor], file: Path, *, skip_heads_from: int, a
     tensors = load_file(file)
     with torch.no_grad():
         for name, tensor in wanted.items():
-            tensor.copy_(tensors[name])
+            tensor.copy_(as_shards_of(tensor, tensors[name]))

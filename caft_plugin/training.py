@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,10 @@ from caft_plugin.heads import AttachedHeads, Reading, build_heads, find_trunk
 from caft_plugin.loss import count_targets, gamma, head_targets, head_weights
 
 logger = logging.getLogger(__name__)
+
+
+# What accelerate's ParallelismConfig can share out among processes besides rows and weights.
+CUTTING = {"cp_size": "sequences", "sp_size": "sequences", "tp_size": "layers"}
 
 
 @dataclasses.dataclass
@@ -115,6 +120,7 @@ class CAFTTrainerMixin(_Base):
                 "the heads' parameters. Pass optimizer_cls_and_kwargs instead, or set train_heads: frozen."
             )
         self.caft = AttachedHeads(model, heads, trunk, config)
+        self.accelerator.prepare = functools.partial(prepare_with_heads, self.caft, self.accelerator.prepare)
 
     def _check_trainer(self) -> None:
         if self.args.n_gpu > 1:
@@ -127,6 +133,12 @@ class CAFTTrainerMixin(_Base):
             raise ConfigError(
                 "caft: model_init makes a new model at every train(), which would lose the heads. Pass model=..."
             )
+        parallelism = getattr(self.accelerator, "parallelism_config", None)
+        sizes = {key: getattr(parallelism, key, None) or 1 for key in CUTTING}
+        sizes["tp_size"] = max(sizes["tp_size"], self.get_tp_size())
+        for key, size in sizes.items():
+            if size > 1:
+                raise ConfigError(cut_up(f"parallelism_config.{key}", size, CUTTING[key]))
 
     # -- the loss ----------------------------------------------------------------------------------
 
@@ -321,6 +333,23 @@ class CAFTTrainerMixin(_Base):
         super()._load_best_model()
         if self.caft is not None and self.state.best_model_checkpoint is not None:
             checkpoint.load_checkpoint(self.state.best_model_checkpoint, self.caft.heads)
+
+
+def cut_up(key: str, size: int, what: str) -> str:
+    """Why `size` processes may not share one model's sequences or layers."""
+    why = "targets k ahead would lie on another one" if what == "sequences" else "heads are whole layers"
+    return (
+        f"caft: got {key}: {size}, but it takes 1: CAFT does not work where processes share the {what} of one model "
+        f"({why}). Leave the key out and share rows and weights among the processes, with DDP or FSDP2."
+    )
+
+
+def prepare_with_heads(caft: AttachedHeads, prepare: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Calls an accelerator's `prepare` with the heads in the model's state dict.
+
+    Where one process alone has read the weights, accelerate gives the others what the state dict holds."""
+    with caft.in_state_dict():
+        return prepare(*args, **kwargs)
 
 
 def warn_of_differences(config: CAFTConfig, record: checkpoint.HeadsRecord, model_config: Any) -> None:

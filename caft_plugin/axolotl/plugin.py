@@ -16,12 +16,18 @@ from transformers import Trainer
 from caft_plugin import checkpoint
 from caft_plugin.config import CAFTConfig, ConfigError, PretrainConfig
 from caft_plugin.heads import refuse_encoder_decoder
-from caft_plugin.training import CAFTTrainerMixin, with_caft
+from caft_plugin.training import CAFTTrainerMixin, cut_up, with_caft
 
 LOG = get_logger(__name__)
 
 # Keys of an Axolotl config that choose another kind of training than supervised fine-tuning.
 OTHER_TRAINING = ("rl", "reward_model", "process_reward_model")
+# Keys that share out among processes what CAFT needs whole.
+CUTTING = {
+    "context_parallel_size": "sequences",
+    "sequence_parallel_degree": "sequences",
+    "tensor_parallel_size": "layers",
+}
 
 
 class CAFTPlugin(BasePlugin):
@@ -50,6 +56,9 @@ class CAFTPlugin(BasePlugin):
                     f"caft: cannot be used together with `{key}: {cfg[key]}`; CAFT takes supervised fine-tuning and "
                     f"pretraining. Take out the `caft:` block or the key `{key}`."
                 )
+        for key, what in CUTTING.items():
+            if (cfg.get(key) or 1) > 1:
+                raise ConfigError(cut_up(key, cfg[key], what))
         if cfg["caft"] is None:
             cfg["caft"] = {}  # Axolotl drops keys without a value
 
