@@ -13,7 +13,7 @@ import functools
 import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, PeftModel, inject_adapter_in_model
@@ -316,7 +316,7 @@ class AttachedHeads:
         self._call: _LayerCall | None = None
         self._final: Tensor | None = None
         self._logits_checked = False
-        self._shown = False
+        self._shown: Literal["all", "frozen"] | None = None
 
         layer = trunk.last_layer
         self._layer_class = type(layer)
@@ -362,17 +362,18 @@ class AttachedHeads:
             self._reading = self._call = self._final = None
 
     @contextlib.contextmanager
-    def in_state_dict(self) -> Iterator[None]:
-        """While this is open, the model's state dict has the heads.
+    def in_state_dict(self, which: Literal["all", "frozen"] = "all") -> Iterator[None]:
+        """While this is open, the model's state dict has the heads, or those parameters of theirs that do not train.
 
         For whoever moves a whole model by its state dict, as accelerate does where one process has read the weights
-        (FSDP2's `cpu_ram_efficient_loading`): what is not in there is never given to the other processes.
+        (FSDP2's `cpu_ram_efficient_loading`): what is not in there is never given to the other processes. And for
+        torch's `ignore_frozen_params`, which takes every frozen parameter out and stops at one that is not in there.
         """
-        self._shown = True
+        self._shown = which
         try:
             yield
         finally:
-            self._shown = False
+            self._shown = None
 
     def _wants_notes(self) -> bool:
         reading = self._reading
@@ -593,9 +594,13 @@ def _with_aux_loss(output: ModelOutput, loss: Tensor) -> ModelOutput:
 def _hide_from_state_dict(
     attached: AttachedHeads, module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any
 ) -> None:
-    if attached._shown:
+    if attached._shown == "all":
         return
-    for key in [key for key in state if key.startswith(f"{prefix}{MODULE_NAME}.")]:
+    start = f"{prefix}{MODULE_NAME}."
+    shown = set()
+    if attached._shown == "frozen":
+        shown = {f"{start}{name}" for name, p in attached.heads.named_parameters() if not p.requires_grad}
+    for key in [key for key in state if key.startswith(start) and key not in shown]:
         del state[key]
 
 

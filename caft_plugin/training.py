@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import logging
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -323,6 +325,13 @@ class CAFTTrainerMixin(_Base):
             resumable=Path(output_dir).name.startswith(f"{PREFIX_CHECKPOINT_DIR}-"),
             write=self.args.should_save,
         )
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Under FSDP2 this saves the adapter once more: newer accelerate takes every frozen parameter out of the state
+        dict, and so has to find the heads' there."""
+        adapter_alone = self.is_fsdp_enabled and isinstance(self.model, PeftModel)
+        with self.caft.in_state_dict("frozen") if self.caft and adapter_alone else contextlib.nullcontext():
+            super()._save_optimizer_and_scheduler(output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
