@@ -135,6 +135,12 @@ class CAFTTrainerMixin(_Base):
             raise ConfigError(
                 "caft: model_init makes a new model at every train(), which would lose the heads. Pass model=..."
             )
+        deepspeed = getattr(self.accelerator.state, "deepspeed_plugin", None)
+        if deepspeed is not None and deepspeed.zero_stage == 3:
+            raise ConfigError(
+                "caft: got DeepSpeed's zero_optimization.stage: 3, but it takes 0, 1 or 2: heads are copies of a layer "
+                "and use the unembedding, which ZeRO-3 has cut up. Use stage 2, or FSDP2, which CAFT works with."
+            )
         parallelism = getattr(self.accelerator, "parallelism_config", None)
         sizes = {key: getattr(parallelism, key, None) or 1 for key in CUTTING}
         sizes["tp_size"] = max(sizes["tp_size"], self.get_tp_size())

@@ -33,6 +33,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
 import caft_plugin.loss
 from caft_plugin import ConfigError, with_caft
 from caft_plugin.checkpoint import gathered
+from caft_plugin.heads import MODULE_NAME
 
 # Rows of very different lengths and few logits at a time: processes then differ in how often they unembed.
 DATA = rows([4, 120, 7, 3, 22, 90, 5, 15, 60, 6, 3, 12, 100, 4, 8, 25], prompt=1)
@@ -99,6 +100,10 @@ def main() -> None:
         if resume:
             resumed, _ = trained(folder / case, settings, resume=True)
             result["resumed"] = logged(resumed)
+        trainer.caft.detach()
+        names = [name for name, _ in trainer.model.named_modules() if MODULE_NAME in name]
+        classes = [type(layer).__mro__ for layer in trainer.caft.trunk.model.model.layers]
+        result["left_behind"] = names + [str(mro) for mro in classes if mro != classes[0]]
         if trainer.args.process_index == 0:
             (folder / f"{case}.json").write_text(json.dumps(result))
             save_file(seen.whole, folder / f"{case}.safetensors")
