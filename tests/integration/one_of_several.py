@@ -102,7 +102,8 @@ def main() -> None:
             result["resumed"] = logged(resumed)
         trainer.caft.detach()
         names = [name for name, _ in trainer.model.named_modules() if MODULE_NAME in name]
-        classes = [type(layer).__mro__ for layer in trainer.caft.trunk.model.model.layers]
+        layers = trainer.caft.trunk.model.model.layers  # FSDP2 puts a class of its own upon each class
+        classes = [[c for c in type(layer).__mro__ if not c.__name__.startswith("FSDP")] for layer in layers]
         result["left_behind"] = names + [str(mro) for mro in classes if mro != classes[0]]
         if trainer.args.process_index == 0:
             (folder / f"{case}.json").write_text(json.dumps(result))
