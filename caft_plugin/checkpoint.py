@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from caft_plugin.config import DEFAULT_HEAD_INPUT, DEFAULT_HEAD_NORM, CAFTConfig, ConfigError, HeadInput, named, shown
 from caft_plugin.heads import MODULE_NAME, AuxiliaryHeads, Trunk
@@ -182,6 +183,13 @@ def gathered(tensor: Tensor) -> Tensor:
     return tensor.to("cpu", copy=True).contiguous()
 
 
+def as_shards_of(tensor: Tensor, whole: Tensor) -> Tensor:
+    """`whole`, which every process has, as it is to be copied into a tensor that may be sharded."""
+    if not isinstance(tensor, DTensor):
+        return whole
+    return distribute_tensor(whole.to(tensor.device), tensor.device_mesh, tensor.placements, src_data_rank=None)
+
+
 def plain_name(name: str) -> str:
     """A head parameter's name as it would be without PEFT's wrapping."""
     return name.replace(".base_layer.", ".").replace(f".{MODULE_NAME}.", ".")
@@ -329,7 +337,7 @@ def _copy_into(wanted: dict[str, Tensor], file: Path, *, held: int) -> None:
             _check_tensors(wanted, {name: opened.get_slice(name) for name in opened.keys()}, file, held)
             with torch.no_grad():
                 for name, tensor in wanted.items():
-                    tensor.copy_(opened.get_tensor(name))
+                    tensor.copy_(as_shards_of(tensor, opened.get_tensor(name)))
     except (OSError, RuntimeError, SafetensorError) as error:
         raise ConfigError(
             f"caft.heads: {file} cannot be read as safetensors ({shown(str(error))}). The file is damaged or of "

@@ -11,8 +11,9 @@ import copy
 import dataclasses
 import functools
 import inspect
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, PeftModel, inject_adapter_in_model
@@ -20,9 +21,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.integrations import dequantize_module_weight
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Partial
 from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
-from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
@@ -325,10 +327,10 @@ class AttachedHeads:
         self._layer_class = type(layer)
         self._noting_class = _noting(type(layer), self._note_call)
         layer.__class__ = self._noting_class
+        self.hidden = HiddenSubmodule(model, MODULE_NAME, heads)
         self._handles = [
             trunk.norm.register_forward_hook(self._note_norm),
             model.register_forward_hook(self._after_forward),
-            *hidden_submodule(model, MODULE_NAME, heads),
         ]
 
     def detach(self) -> None:
@@ -344,8 +346,7 @@ class AttachedHeads:
             wrapper.__bases__ = tuple(
                 self._layer_class if base is self._noting_class else base for base in wrapper.__bases__
             )
-        if getattr(self.model, MODULE_NAME, None) is self.heads:
-            delattr(self.model, MODULE_NAME)
+        self.hidden.detach()
 
     def __enter__(self) -> AttachedHeads:
         return self
@@ -391,13 +392,24 @@ class AttachedHeads:
         call = self._call
         self._call = None  # from here on the norm serves the heads
         device, dtype, enabled = call.autocast
+        trunk = self._whole_trunk(_hidden_states(call).dtype)
         with torch.autocast(device, dtype=dtype, enabled=enabled):
-            self._check_logits(output)
-            self._run(reading, call)
+            self._check_logits(output, trunk)
+            self._run(reading, call, trunk)
         assert reading.loss is not None
         return _with_aux_loss(output, reading.loss) if reading.training else None
 
-    def _check_logits(self, output: ModelOutput) -> None:
+    def _whole_trunk(self, dtype: torch.dtype) -> Trunk:
+        """The trunk, norm and unembedding whole and free of FSDP's hooks where the model is sharded by FSDP2.
+
+        How often they are used differs between processes (chunks of rows), so none of these uses may communicate.
+        """
+        if not isinstance(self.model, FSDPModule):
+            return self.trunk
+        norm, unembedding = (whole_twin(module, dtype) for module in (self.trunk.norm, self.trunk.unembedding))
+        return dataclasses.replace(self.trunk, norm=norm, unembedding=unembedding)
+
+    def _check_logits(self, output: ModelOutput, trunk: Trunk) -> None:
         """Once, where the host has logits: our way from final hidden states to logits must be the model's."""
         logits = output.get("logits")
         if self._logits_checked or logits is None or self._final is None:
@@ -407,14 +419,14 @@ class AttachedHeads:
         self._logits_checked = True
         with torch.no_grad():
             theirs = logits[:1, -1].float()
-            ours = self.trunk.logits(self._final[:1, -1]).float()
+            ours = trunk.logits(self._final[:1, -1]).float()
         if not (ours - theirs).norm() <= 0.05 * theirs.norm() + 1e-3:
             raise ConfigError(
                 f"caft: {type(self.trunk.model).__name__} makes its logits in a way that CAFT does not know, so "
                 "its heads would learn something else than the model. Please report the model's name."
             )
 
-    def _run(self, reading: Reading, call: _LayerCall) -> None:
+    def _run(self, reading: Reading, call: _LayerCall, trunk: Trunk) -> None:
         source = self._final if self.from_final else _hidden_states(call)
         if source is None:
             raise ConfigError(
@@ -434,8 +446,8 @@ class AttachedHeads:
             valid = targets != IGNORE
             hidden = self.head_output(layer, source, call)[valid]
             if self.apply_norm:
-                hidden = self.trunk.norm(hidden)
-            unembed = (self.trunk.logits, self.trunk.vocab_size)
+                hidden = trunk.norm(hidden)
+            unembed = (trunk.logits, trunk.vocab_size)
             if not reading.training:
                 total, hit = summed_cross_entropy_and_hits(hidden, targets[valid], *unembed)
                 hits.append(hit)
@@ -458,12 +470,38 @@ class AttachedHeads:
 
 
 def joined_zero(module: nn.Module) -> Tensor:
-    """0, joined to the graph through every trainable tensor of `module`, as DDP needs it."""
+    """0, joined to the graph through every trainable tensor of `module`, as DDP needs it (FSDP2 does not)."""
     zero = torch.zeros((), device=next(module.parameters()).device)
     for parameter in module.parameters():
-        if parameter.requires_grad:
+        if parameter.requires_grad and not isinstance(parameter, DTensor):
             zero = zero + 0.0 * parameter.sum(dtype=torch.float32)
     return zero
+
+
+def whole_twin(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """`module` with whole parameters and without hooks, to be used during one forward and its backward pass.
+
+    Parameters that FSDP2 has gathered are taken as they are, and FSDP2 sends their gradient to the shards. Others are
+    gathered here, once, in `dtype`, and send theirs themselves, averaged over the processes as FSDP2 does it.
+    Every process has to call it.
+    """
+    twin: nn.Module = object.__new__(type(module))  # FSDP2's classes build another module in __new__
+    twin.__dict__.update(module.__dict__)
+    twin._forward_hooks, twin._forward_pre_hooks = OrderedDict(), OrderedDict()
+    parameters: dict[str, Any] = {n: p if p is None else whole(p, dtype) for n, p in module._parameters.items()}
+    twin._parameters = parameters
+    twin._modules = {n: m if m is None else whole_twin(m, dtype) for n, m in module._modules.items()}
+    return twin
+
+
+def whole(parameter: Tensor, dtype: torch.dtype) -> Tensor:
+    if not isinstance(parameter, DTensor):
+        return parameter
+    mesh = parameter.device_mesh
+    tensor = parameter.full_tensor(grad_placements=[Partial()] * mesh.ndim)
+    if tensor.requires_grad:
+        tensor.register_hook(lambda gradient: gradient / mesh.size())
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
 def _noting(layer_class: type, note: Callable[[nn.Module, tuple, dict[str, Any]], None]) -> type:
@@ -541,16 +579,51 @@ def _with_aux_loss(output: ModelOutput, loss: Tensor) -> ModelOutput:
     return _output_class(type(output))(**dict(output.items()), caft_loss=loss)
 
 
-def hidden_submodule(model: nn.Module, name: str, module: nn.Module) -> list[RemovableHandle]:
-    """Makes `module` a submodule of `model` that its state dict does not show, and returns the hooks that hide it."""
+class HiddenSubmodule:
+    """A submodule of a model, for optimizers and distributed wrappers to find, that the model's state dict does not
+    show; and the handle that takes it off again."""
 
-    def hide(owner: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-        for key in [key for key in state if key.startswith(f"{prefix}{name}.")]:
+    def __init__(self, model: nn.Module, name: str, module: nn.Module) -> None:
+        self.model = model
+        self.name = name
+        self.module = module
+        self._shown: Literal["all", "frozen"] | None = None
+        model.add_module(name, module)
+        self._handles = [
+            model.register_state_dict_post_hook(functools.partial(self._hide)),  # torch sets a mark on what it is given
+            model.register_load_state_dict_post_hook(self._forgive),
+        ]
+
+    def detach(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        if getattr(self.model, self.name, None) is self.module:
+            delattr(self.model, self.name)
+
+    @contextlib.contextmanager
+    def in_state_dict(self, which: Literal["all", "frozen"] = "all") -> Iterator[None]:
+        """While this is open, the model's state dict has the submodule, or those of its parameters that do not train.
+
+        For whoever moves a whole model by its state dict, as accelerate does where one process has read the weights
+        (FSDP2's `cpu_ram_efficient_loading`): what is not in there is never given to the other processes. And for
+        torch's `ignore_frozen_params`, which takes every frozen parameter out and stops at one that is not in there.
+        """
+        self._shown = which
+        try:
+            yield
+        finally:
+            self._shown = None
+
+    def _hide(self, owner: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+        start, shown = f"{prefix}{self.name}.", set()
+        if self._shown == "all":
+            return
+        if self._shown == "frozen":
+            shown = {f"{start}{name}" for name, p in self.module.named_parameters() if not p.requires_grad}
+        for key in [key for key in state if key.startswith(start) and key not in shown]:
             del state[key]
 
-    def forgive(owner: nn.Module, incompatible: Any) -> None:
+    def _forgive(self, owner: nn.Module, incompatible: Any) -> None:
         missing = incompatible.missing_keys
-        missing[:] = [key for key in missing if not key.startswith(f"{name}.")]
-
-    model.add_module(name, module)
-    return [model.register_state_dict_post_hook(hide), model.register_load_state_dict_post_hook(forgive)]
+        missing[:] = [key for key in missing if not key.startswith(f"{self.name}.")]

@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from caft_plugin.checkpoint import gathered, write_whole
+from caft_plugin.checkpoint import as_shards_of, gathered, write_whole
 from caft_plugin.config import ConfigError
-from caft_plugin.heads import hidden_submodule
+from caft_plugin.heads import HiddenSubmodule
 
 # Names that makers of models give to tokens kept for later use: <|reserved_special_token_0|>, <unused0>, [control_8],
 # <|placeholder1|>, <|dummy_0|>.
@@ -142,11 +142,10 @@ class AddedMaskToken(nn.Module):
         self.vector = nn.Parameter(mean.to(embedding.weight.dtype), requires_grad=trainable)
         self.token = token
         self._where: Tensor | None = None
-        self._model = [model]  # in a list, or it would be a submodule of its own submodule
+        self.hidden = HiddenSubmodule(model, MODULE_NAME, self)
         self._handles = [
             embedding.register_forward_pre_hook(self._before),
             embedding.register_forward_hook(self._after),
-            *hidden_submodule(model, MODULE_NAME, self),
         ]
 
     def _before(self, embedding: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -163,8 +162,7 @@ class AddedMaskToken(nn.Module):
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        if getattr(self._model[0], MODULE_NAME, None) is self:
-            delattr(self._model[0], MODULE_NAME)
+        self.hidden.detach()
 
     def save(self, folder: Path, write: bool) -> None:
         """Writes the vector into `folder`. Every process has to call it; the one with `write` writes."""
@@ -192,4 +190,4 @@ class AddedMaskToken(nn.Module):
                 f"{tuple(self.vector.shape)}. Resume with the model the checkpoint was made with."
             )
         with torch.no_grad():
-            self.vector.copy_(vector)
+            self.vector.copy_(as_shards_of(self.vector, vector))

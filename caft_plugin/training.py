@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
@@ -18,12 +20,16 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from caft_plugin import checkpoint, resume
 from caft_plugin.config import CAFTConfig, ConfigError, MEAPConfig, named
-from caft_plugin.heads import AttachedHeads, Reading, build_heads, find_trunk
+from caft_plugin.heads import AttachedHeads, HiddenSubmodule, Reading, build_heads, find_trunk
 from caft_plugin.loss import PLAN, count_targets, gamma, head_targets, head_weights
 from caft_plugin.mask_token import AddedMaskToken, choose_mask_token, used_ids
 from caft_plugin.meap import EXAMPLE, MASKED, MAY_MASK, OVERLONG, Duplication, EpochOfMasks, MEAPCollator
 
 logger = logging.getLogger(__name__)
+
+
+# What accelerate's ParallelismConfig can share out among processes besides rows and weights.
+CUTTING = {"cp_size": "sequences", "sp_size": "sequences", "tp_size": "layers"}
 
 
 @dataclasses.dataclass
@@ -157,6 +163,18 @@ class CAFTTrainerMixin(_Base):
                 "the heads' parameters. Pass optimizer_cls_and_kwargs instead, or set train_heads: frozen."
             )
         self.caft = AttachedHeads(model, heads, trunk, config)
+        self._show_to_accelerate(self.caft.hidden)
+
+    def _show_to_accelerate(self, hidden: HiddenSubmodule) -> None:
+        """Where one process alone has read the weights, accelerate gives the others what the state dict holds while it
+        prepares the model."""
+        prepare = self.accelerator.prepare
+
+        def prepare_with_ours(*args: Any, **kwargs: Any) -> Any:
+            with hidden.in_state_dict():
+                return prepare(*args, **kwargs)
+
+        self.accelerator.prepare = prepare_with_ours
 
     def _check_trainer(self) -> None:
         if self.args.n_gpu > 1:
@@ -169,6 +187,18 @@ class CAFTTrainerMixin(_Base):
             raise ConfigError(
                 "caft: model_init makes a new model at every train(), which would lose the heads. Pass model=..."
             )
+        deepspeed = getattr(self.accelerator.state, "deepspeed_plugin", None)
+        if deepspeed is not None and deepspeed.zero_stage == 3:
+            raise ConfigError(
+                "caft: got DeepSpeed's zero_optimization.stage: 3, but it takes 0, 1 or 2: heads are copies of a layer "
+                "and use the unembedding, which ZeRO-3 has cut up. Use stage 2, or FSDP2, which CAFT works with."
+            )
+        parallelism = getattr(self.accelerator, "parallelism_config", None)
+        sizes = {key: getattr(parallelism, key, None) or 1 for key in CUTTING}
+        sizes["tp_size"] = max(sizes["tp_size"], self.get_tp_size())
+        for key, size in sizes.items():
+            if size > 1:
+                raise ConfigError(cut_up(f"parallelism_config.{key}", size, CUTTING[key]))
 
     # -- masked training ---------------------------------------------------------------------------
 
@@ -179,7 +209,6 @@ class CAFTTrainerMixin(_Base):
         Raises:
             ConfigError: there is no tokenizer, or no mask token to be had.
         """
-        self._check_trainer()
         self.meap_config = config
         model: Any = self.model
         embedding = model.get_input_embeddings()
@@ -190,7 +219,9 @@ class CAFTTrainerMixin(_Base):
         if self.args.process_index == 0:
             logger.warning("meap.mask_token: %s", token.words)  # a warning, because nothing less is shown by default
         if token.added:
+            self._check_trainer()
             self.mask_token = AddedMaskToken(model, token)
+            self._show_to_accelerate(self.mask_token.hidden)
         self._meap_collator = MEAPCollator(self.data_collator, config, token.id, self.args.seed)
         self.add_callback(EpochOfMasks(self._meap_collator))
 
@@ -516,6 +547,16 @@ class CAFTTrainerMixin(_Base):
             write=self.args.should_save,
         )
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Under FSDP2 this saves the adapter once more: newer accelerate takes every frozen parameter out of the state
+        dict, and so has to find the heads' there."""
+        adapter_alone = self.is_fsdp_enabled and isinstance(self.model, PeftModel)
+        with contextlib.ExitStack() as stack:
+            for ours in (self.caft, self.mask_token):
+                if ours is not None and adapter_alone:
+                    stack.enter_context(ours.hidden.in_state_dict("frozen"))
+            super()._save_optimizer_and_scheduler(output_dir)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self._load_ours(resume_from_checkpoint)
@@ -553,6 +594,15 @@ def tokenizer_of(processing_class: Any) -> Any:
             "meap: the trainer has no tokenizer, which says what tokens are special. Pass processing_class=tokenizer."
         )
     return tokenizer
+
+
+def cut_up(key: str, size: int, what: str) -> str:
+    """Why `size` processes may not share one model's sequences or layers."""
+    why = "targets k ahead would lie on another one" if what == "sequences" else "heads are whole layers"
+    return (
+        f"caft: got {key}: {size}, but it takes 1: CAFT does not work where processes share the {what} of one model "
+        f"({why}). Leave the key out and share rows and weights among the processes, with DDP or FSDP2."
+    )
 
 
 def warn_of_differences(config: CAFTConfig, record: checkpoint.HeadsRecord, model_config: Any) -> None:

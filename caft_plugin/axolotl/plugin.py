@@ -21,7 +21,7 @@ from caft_plugin import checkpoint
 from caft_plugin.config import CAFTConfig, ConfigError, MEAPConfig, PretrainConfig
 from caft_plugin.heads import refuse_encoder_decoder
 from caft_plugin.meap import Duplication
-from caft_plugin.training import CAFTTrainerMixin, with_caft
+from caft_plugin.training import CAFTTrainerMixin, cut_up, with_caft
 
 LOG = get_logger(__name__)
 
@@ -29,6 +29,12 @@ LOG = get_logger(__name__)
 OTHER_TRAINING = ("rl", "reward_model", "process_reward_model")
 # What Axolotl works out from the training set, unless the user said it.
 COUNTED = ("total_num_tokens", "total_supervised_tokens", "sample_packing_eff_est")
+# Keys that share out among processes what CAFT needs whole.
+CUTTING = {
+    "context_parallel_size": "sequences",
+    "sequence_parallel_degree": "sequences",
+    "tensor_parallel_size": "layers",
+}
 
 
 class CAFTPlugin(BasePlugin):
@@ -64,6 +70,9 @@ class CAFTPlugin(BasePlugin):
                 cfg[block] = {}  # Axolotl drops keys without a value
         if "meap" in cfg and MEAPConfig.read(_as_dict(cfg["meap"])).mode == "sft":
             _refuse_packed_stream(cfg)
+        for key, what in CUTTING.items():
+            if "caft" in cfg and (cfg.get(key) or 1) > 1:
+                raise ConfigError(cut_up(key, cfg[key], what))
 
     def get_input_args(self) -> str:
         return "caft_plugin.axolotl.schema.CAFTArgs"

@@ -101,6 +101,12 @@ def test_other_kinds_of_training(config, other, block):
         load_cfg(str(config(**{block: {}}, **other)))
 
 
+@pytest.mark.parametrize("key", ["context_parallel_size", "sequence_parallel_degree", "tensor_parallel_size"])
+def test_processes_that_share_one_models_work(config, key):
+    with pytest.raises(ConfigError, match=f"caft: got {key}: 2, but it takes 1"):
+        load_cfg(str(config(caft={}, **{key: 2})))
+
+
 def test_bare_blocks_survive(config):
     cfg = before_weights(config(caft=None))
     assert cfg.caft is not None and cfg.caft.num_heads == 4 and cfg.meap is None
@@ -164,3 +170,4 @@ def test_there_are_ready_configs():
     names = {file.name for file in READY}
     assert {"quickstart-cpu.yml", "llama-3.1-8b-qlora-24gb.yml", "llama-3.1-8b-full-fsdp2.yml"} <= names
     assert {"meap-sft.yml", "meap-pretrain.yml", "caft-meap.yml"} <= names
+    assert "llama-3.1-70b-qlora-fsdp2-2nodes.yml" in names
