@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import re
-from collections.abc import Iterable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -107,21 +106,29 @@ def _as_asked(wanted: Any, vocabulary: Any, text_of: Any, rows: int, used: Any, 
 
 
 def used_ids(dataset: Any) -> frozenset[int] | None:
-    """Token ids in the `input_ids` of a map-style data set; None for a streamed one."""
+    """Token ids in the `input_ids` of a map-style data set; None where there are none to be looked through."""
     if not hasattr(dataset, "__len__"):
         return None
-    return frozenset(functools.reduce(np.union1d, _id_chunks(dataset), np.empty(0, np.int64)).astype(int).tolist())
+    used: set[int] = set()
+    for ids in _id_chunks(dataset):
+        if ids is None:
+            return None
+        used.update(np.flatnonzero(np.bincount(ids)).tolist())
+    return frozenset(used)
 
 
-def _id_chunks(dataset: Any) -> Iterable[np.ndarray]:
+def _id_chunks(dataset: Any) -> Iterator[np.ndarray | None]:
     from datasets import Dataset
 
     if isinstance(dataset, Dataset):
+        if "input_ids" not in dataset.column_names:
+            yield None
+            return
         for table in dataset.select_columns(["input_ids"]).with_format("arrow").iter(1000):
-            yield np.unique(table.column("input_ids").combine_chunks().flatten().to_numpy(zero_copy_only=False))
+            yield table.column("input_ids").combine_chunks().flatten().to_numpy(zero_copy_only=False)
     else:
         for row in dataset:
-            yield np.unique(np.asarray(row["input_ids"]))
+            yield np.asarray(row["input_ids"], dtype=np.int64) if "input_ids" in row else None
 
 
 class AddedMaskToken(nn.Module):

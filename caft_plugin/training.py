@@ -214,7 +214,9 @@ class CAFTTrainerMixin(_Base):
         embedding = model.get_input_embeddings()
         rows = getattr(embedding, "num_embeddings", None) or len(embedding.weight)
         tokenizer = tokenizer_of(self.processing_class)
-        used = used_ids(self.train_dataset) if self.train_dataset is not None else frozenset()
+        used: frozenset[int] | None = frozenset()
+        if self.train_dataset is not None and config.mask_token != "add":
+            used = used_ids(self.train_dataset)
         token = choose_mask_token(config.mask_token, tokenizer, rows, used)
         if self.args.process_index == 0:
             logger.warning("meap.mask_token: %s", token.words)  # a warning, because nothing less is shown by default

@@ -129,6 +129,7 @@ def test_used_ids():
     assert used_ids(Dataset.from_list(rows)) == {1, 2, 9}
     assert used_ids(Dataset.from_list(rows).select([0])) == {1, 2}
     assert used_ids(IterableDataset.from_generator(lambda: iter(rows))) is None
+    assert used_ids(Dataset.from_list([{"text": "w1"}])) is None and used_ids([{"text": "w1"}]) is None
 
 
 # -- the added vector ------------------------------------------------------------------------------------

@@ -12,35 +12,28 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from datasets import load_dataset
+from pydantic import BaseModel
 from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser, get_peft_config, get_quantization_config
 
 from caft_plugin import CAFTConfig
 from caft_plugin.trl import CAFTSFTTrainer
 
-# The keys of CAFTConfig as a dataclass, which TRL's parser understands; None keeps CAFTConfig's default.
-CAFTArguments = dataclasses.make_dataclass(
-    "CAFTArguments",
-    [
-        (
-            name,
-            kind | None,
-            dataclasses.field(default=None, metadata={"help": CAFTConfig.model_fields[name].description}),
-        )
-        for name, kind in [
-            ("num_heads", int),
-            ("heads", str),
-            ("train_heads", str),
-            ("beta", float),
-            ("alpha", float),
-            ("schedule", str),
-            ("head_input", str),
-            ("head_norm", bool),
-        ]
-    ],
-)
+
+def options(config_class: type[BaseModel], name: str) -> type:
+    """The keys of a config class as a dataclass, which TRL's parser understands; None keeps the class's own default."""
+    fields = []
+    for key, field in config_class.model_fields.items():
+        kinds = get_args(field.annotation) or (field.annotation,)
+        kind = str if str in kinds else next((kind for kind in (bool, int, float) if kind in kinds), str)
+        fields.append((key, kind | None, dataclasses.field(default=None, metadata={"help": field.description})))
+    return dataclasses.make_dataclass(name, fields)
+
+
+def given(arguments: Any) -> dict[str, Any]:
+    return {key: value for key, value in dataclasses.asdict(arguments).items() if value is not None}
 
 
 def load(name: str, split: str) -> Any:
@@ -49,19 +42,23 @@ def load(name: str, split: str) -> Any:
     return load_dataset(name, split=split)
 
 
-def main() -> None:
-    parser = TrlParser((ScriptArguments, SFTConfig, ModelConfig, CAFTArguments))
-    script, training, model, caft = parser.parse_args_and_config()
+def how_to_load(model: ModelConfig) -> dict[str, Any]:
     kwargs = {"dtype": model.dtype or "auto", "attn_implementation": model.attn_implementation}
     if (quantization := get_quantization_config(model)) is not None:
         kwargs |= {"quantization_config": quantization}
-    training.model_init_kwargs = kwargs
+    return kwargs
+
+
+def main() -> None:
+    parser = TrlParser((ScriptArguments, SFTConfig, ModelConfig, options(CAFTConfig, "CAFTArguments")))
+    script, training, model, caft = parser.parse_args_and_config()
+    training.model_init_kwargs = how_to_load(model)
     trainer = CAFTSFTTrainer(
         model=model.model_name_or_path,
         args=training,
         train_dataset=load(script.dataset_name, script.dataset_train_split),
         peft_config=get_peft_config(model),
-        caft=CAFTConfig(**{key: value for key, value in dataclasses.asdict(caft).items() if value is not None}),
+        caft=CAFTConfig(**given(caft)),
     )
     trainer.train()
     trainer.save_model()

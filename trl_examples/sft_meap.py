@@ -13,30 +13,11 @@ from __future__ import annotations
 
 import dataclasses
 
-from sft_caft import load
-from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser, get_peft_config, get_quantization_config
+from sft_caft import given, how_to_load, load, options
+from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser, get_peft_config
 
 from caft_plugin import CAFTConfig, MEAPConfig
 from caft_plugin.trl import CAFTSFTTrainer
-
-# The keys of MEAPConfig as a dataclass, which TRL's parser understands; None keeps MEAPConfig's default.
-MEAPArguments = dataclasses.make_dataclass(
-    "MEAPArguments",
-    [
-        (
-            name,
-            kind | None,
-            dataclasses.field(default=None, metadata={"help": MEAPConfig.model_fields[name].description}),
-        )
-        for name, kind in [
-            ("mode", str),
-            ("mask_ratio", float),
-            ("layout", str),
-            ("min_answer_tokens", int),
-            ("mask_token", str),
-        ]
-    ],
-)
 
 
 @dataclasses.dataclass
@@ -45,19 +26,15 @@ class HeadArguments:
 
 
 def main() -> None:
-    parser = TrlParser((ScriptArguments, SFTConfig, ModelConfig, MEAPArguments, HeadArguments))
-    script, training, model, meap, heads = parser.parse_args_and_config()
-    kwargs = {"dtype": model.dtype or "auto", "attn_implementation": model.attn_implementation}
-    if (quantization := get_quantization_config(model)) is not None:
-        kwargs |= {"quantization_config": quantization}
-    training.model_init_kwargs = kwargs
-    given = {key: value for key, value in dataclasses.asdict(meap).items() if value is not None}
+    kinds = (ScriptArguments, SFTConfig, ModelConfig, options(MEAPConfig, "MEAPArguments"), HeadArguments)
+    script, training, model, meap, heads = TrlParser(kinds).parse_args_and_config()
+    training.model_init_kwargs = how_to_load(model)
     trainer = CAFTSFTTrainer(
         model=model.model_name_or_path,
         args=training,
         train_dataset=load(script.dataset_name, script.dataset_train_split),
         peft_config=get_peft_config(model),
-        meap=MEAPConfig(**given),
+        meap=MEAPConfig(**given(meap)),
         caft=None if heads.num_heads is None else CAFTConfig(num_heads=heads.num_heads),
     )
     trainer.train()
