@@ -82,10 +82,11 @@ def test_logs_and_steps(model, tmp_path, layout, caplog):
 
 
 def test_it_is_training_on_rows_doubled_by_hand(model, tmp_path):
-    """Same steps, same schedule of gamma, and where nothing is masked the same losses."""
+    """Same steps, same schedules of gamma and of the learning rate, and where nothing is masked the same losses."""
     by_hand = [{k: v * 2 for k, v in row.items()} if len(row["input_ids"]) > 54 else row for row in ROWS]
-    plain = trainer_of(copy.deepcopy(model), tmp_path, caft={}, data=by_hand)
-    ours = trainer_of(copy.deepcopy(model), tmp_path, caft={}, meap={})
+    settings = {"caft": {}, "lr_scheduler_type": "cosine", "warmup_steps": 2, "per_device_train_batch_size": 2}
+    plain = trainer_of(copy.deepcopy(model), tmp_path, data=by_hand, **settings)
+    ours = trainer_of(copy.deepcopy(model), tmp_path, meap={}, **settings)
     plain.train(), ours.train()
     assert plain.state.max_steps == ours.state.max_steps
     for key in ("caft/gamma", "learning_rate", "epoch"):
