@@ -37,7 +37,7 @@ def test_with_caft_it_leaves_a_plain_adapter(project):
 def test_packed_pairs_give_what_padded_ones_give(project):
     """The first row that multipack fills in order, against a padded batch of the same pairs."""
     in_order = {"curriculum_sampling": True, "shuffle_merged_datasets": False, "max_steps": 1, "save_steps": 1}
-    in_order |= {"gradient_accumulation_steps": 1, "caft": "bare"}
+    in_order |= {"gradient_accumulation_steps": 1, "caft": "bare", "dataset_prepared_path": "./prepared_in_order"}
     packing = {"sample_packing": True, "sample_packing_sequentially": True, "micro_batch_size": 4}
     project.train("meap_packed", **{**MEAP, **in_order, **packing})
     (packed,) = project.logs("meap_packed")
