@@ -34,7 +34,7 @@ class Figures:
 
     `masked` and `variance` are by (model, input): the attention weight on positions that the masked input masks, and
     the variance of the weights on all others (the first token, which takes up what no token needs, left out of both).
-    `segments`, by model and segment: share of the last token's attention, on the plain input.
+    `segments`, by model and segment: share of the last token's attention, plain input, over texts that have segments.
     """
 
     texts: int
@@ -137,13 +137,13 @@ def attention_report(
                         where = torch.tensor([name == segment for name in of_tokens])
                         share = weights[:, -1, where].sum(-1).mean().item()
                         sums[segment, model_name] = sums.get((segment, model_name), 0.0) + share
-    means = {key: value / len(kept) for key, value in sums.items()}
+    in_segments = sum(any(text.segments) for text, _ in kept)
     return Figures(
         texts=len(kept),
         mask_token=token.words,
-        masked={(m, i): means["masked", m, i] for m in MODELS for i in INPUTS},
-        variance={(m, i): means["variance", m, i] for m in MODELS for i in INPUTS},
-        segments={(m, s): means[s, m] for m in MODELS for s in SEGMENTS if any(s in t.segments for t, _ in kept)},
+        masked={(m, i): sums["masked", m, i] / len(kept) for m in MODELS for i in INPUTS},
+        variance={(m, i): sums["variance", m, i] / len(kept) for m in MODELS for i in INPUTS},
+        segments={(m, s): sums[s, m] / in_segments for m in MODELS for s in SEGMENTS} if in_segments else {},
     )
 
 
