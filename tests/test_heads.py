@@ -7,6 +7,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from tiny import LLAMA
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
@@ -224,6 +226,33 @@ def test_a_packed_row_gives_what_its_documents_give(family, attention, wiring):
     assert packed_row[1].keys() == one_by_one[1].keys() and any(MODULE_NAME in name for name in one_by_one[1])
     for name, wanted in one_by_one[1].items():
         torch.testing.assert_close(packed_row[1][name], wanted, rtol=1e-4, atol=1e-5 * wanted.abs().max().item())
+
+
+def test_no_tensor_is_as_large_as_the_logits_of_a_batch(monkeypatch):
+    """Forward and backward over heads alone, every position supervised; the host is not asked for logits."""
+
+    class Largest(TorchDispatchMode):
+        numel = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            made = function(*args, **(kwargs or {}))
+            for tensor in tree_leaves(made):
+                if isinstance(tensor, torch.Tensor):
+                    self.numel = max(self.numel, tensor.numel())
+            return made
+
+    vocab, rows, length = 1009, 4, 80
+    monkeypatch.setattr("caft_plugin.loss.LOGITS_AT_A_TIME", 64 * vocab)
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**{**LLAMA, "vocab_size": vocab}))
+    attached = attach(model)
+    ids = torch.randint(1, vocab, (rows, length))
+    targets = head_targets({"labels": ids}, 4)
+    reading = Reading(targets, torch.ones(4), [True] * 4, training=True)
+    with Largest() as largest, attached.reading(reading):
+        model(input_ids=ids, logits_to_keep=1)
+        reading.loss.backward()
+    assert 64 * vocab <= largest.numel < rows * length * vocab / 4
+    assert model.lm_head.weight.grad is not None
 
 
 def test_what_attention_kernels_need_is_passed_on_as_received():

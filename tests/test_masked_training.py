@@ -131,7 +131,8 @@ def test_evaluation_is_never_masked(model, tmp_path):
 @pytest.mark.parametrize("mask_token", [MASK, "add"])
 def test_a_resumed_run_logs_the_same_digits(model, tmp_path, mask_token):
     """Stopped in the middle of the second epoch."""
-    settings = {"save_strategy": "steps", "save_steps": 3, "meap": {"mask_token": mask_token}, "caft": {"beta": 0.5}}
+    settings = {"save_strategy": "steps", "save_steps": 3, "meap": {"mask_token": mask_token}}
+    settings["caft"] = {"beta": 0.5, "heads_per_step": 1}
     whole = trainer_of(copy.deepcopy(model), tmp_path / "a", **settings)
     whole.train()
     assert whole.state.max_steps == 4
