@@ -223,6 +223,12 @@ class CAFTTrainerMixin(_Base):
         if token.added:
             self._check_trainer()
             self.mask_token = AddedMaskToken(model, token)
+            if self.optimizer is not None and self.mask_token.vector.requires_grad:
+                self.detach_ours()
+                raise ConfigError(
+                    "meap.mask_token: got add, but the trainer was given a finished optimizer (optimizers=...), which "
+                    "cannot hold the new vector. Pass optimizer_cls_and_kwargs instead, or name a token."
+                )
             self._show_to_accelerate(self.mask_token.hidden)
         self._meap_collator = MEAPCollator(self.data_collator, config, token.id, self.args.seed)
         self.add_callback(EpochOfMasks(self._meap_collator))
@@ -582,6 +588,7 @@ class CAFTTrainerMixin(_Base):
         if self.mask_token is not None:
             self.mask_token.detach()
             self.mask_token = None
+        vars(self.accelerator).pop("prepare", None)  # what _show_to_accelerate put before the class's own
 
 
 def tokenizer_of(processing_class: Any) -> Any:

@@ -157,6 +157,7 @@ def test_add_leaves_the_saved_model_as_it_was(model, tmp_path, lora):
     assert shapes[0] == shapes[1]
     assert torch.equal(load_file(tmp_path / "ours" / FILE)["vector"], ours.mask_token.vector)
     ours.detach_ours()
+    assert "prepare" not in vars(ours.accelerator)
     assert not any("caft" in key for key in dict(ours.model.named_modules()))
 
 
@@ -271,6 +272,10 @@ def test_what_cannot_work_is_said(model, tmp_path):
         make(processing_class=None)
     with pytest.raises(ConfigError, match="the training data contains it"):
         make(meap={"mask_token": ROWS[0]["input_ids"][0]})
+    finished = (torch.optim.SGD(model.parameters()), None)
+    with pytest.raises(ConfigError, match="got add, but the trainer was given a finished optimizer"):
+        make(meap={"mask_token": "add"}, optimizers=finished)
+    assert not any("caft" in name for name, _ in model.named_modules())
     with pytest.raises(ConfigError, match="meap: got 3, but it takes a block of keys"):
         make(meap=3)
 
