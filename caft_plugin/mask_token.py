@@ -35,6 +35,12 @@ class MaskToken:
     added: bool = False
 
 
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Ids of every token that the tokenizer marks as special, with or without a role."""
+    marked = {id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return marked.union(tokenizer.all_special_ids)
+
+
 def choose_mask_token(
     wanted: int | str, tokenizer: PreTrainedTokenizerBase, rows: int, used: frozenset[int] | None
 ) -> MaskToken:
@@ -72,10 +78,8 @@ def choose_mask_token(
     if free(spare):
         return found(spare, f"the first of {rows - spare} embedding rows that the tokenizer does not use")
     if used is not None:
-        special = {id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special}
-        special.update(tokenizer.all_special_ids)
         taken = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id}
-        for id_ in sorted(special - taken):
+        for id_ in sorted(special_ids(tokenizer) - taken):
             if free(id_):
                 return found(id_, "a special token that neither the chat template nor the data uses")
     raise ConfigError(

@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from caft_plugin.config import ConfigError, MEAPConfig
 from caft_plugin.loss import BOUNDARY, IGNORE, PLAN, document_ids
+from caft_plugin.mask_token import special_ids
 
 # What labels say between duplication and collation, all of it gone from a batch:
 COPY = -101  # a token of a copy, outside of its answers
@@ -58,13 +59,12 @@ class Duplication:
 
     @classmethod
     def of(cls, config: MEAPConfig, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> Duplication:
-        added = {id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special}
         white = [tokenizer.encode(text, add_special_tokens=False) for text in ("\n", "\n\n", " ", "\r\n")]
         return cls(
             config.layout,
             config.min_answer_tokens,
             max_length,
-            special=tuple(sorted(added.union(tokenizer.all_special_ids))),
+            special=tuple(sorted(special_ids(tokenizer))),
             blank=tuple(sorted({id_ for ids in white for id_ in ids})),
         )
 
