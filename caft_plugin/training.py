@@ -280,8 +280,7 @@ class CAFTTrainerMixin(_Base):
         for of_batch, batch in zip(counts, batches, strict=True):
             if "labels" in batch:
                 of_batch += count_targets(head_targets(batch, num_heads)).to(counts.device)
-        if self.accelerator.num_processes > 1:
-            counts = self.accelerator.reduce(counts, reduction="sum")
+        counts = self._over_processes(counts)
         factor = gamma(self.caft_config.schedule, self.state.global_step, self.state.max_steps)
         draws = self._draws(len(batches))
         drawn = counts * torch.tensor(draws, device=counts.device).clamp(max=1)
@@ -291,6 +290,10 @@ class CAFTTrainerMixin(_Base):
         for index, count in enumerate(window.drawn_counts.tolist()):
             tally.steps_of_head[index] += factor != 0.0 and count > 0
         return window
+
+    def _over_processes(self, tensor: Tensor) -> Tensor:
+        """The sum of what all processes hold."""
+        return self.accelerator.reduce(tensor, reduction="sum") if self.accelerator.num_processes > 1 else tensor
 
     def _draws(self, micro_batches: int) -> list[list[int]]:
         """How often each head is drawn for each micro-batch; the same on all processes and after a restart."""
@@ -426,8 +429,7 @@ class CAFTTrainerMixin(_Base):
             output: Any = super().evaluation_loop(*args, **kwargs)
         finally:
             figures, self._caft_eval = self._caft_eval, None
-        if self.accelerator.num_processes > 1:
-            figures = self.accelerator.reduce(figures, reduction="sum")
+        figures = self._over_processes(figures)
         output.metrics.update(self._evaluation_metrics(figures, kwargs.get("metric_key_prefix", "eval")))
         return output
 
@@ -453,10 +455,8 @@ class CAFTTrainerMixin(_Base):
     def _caft_logs(self, tally: Tally) -> dict[str, float]:
         """Means over the steps since the last log and over all processes."""
         steps = max(self.state.global_step - tally.since_step, 1)
-        shares = torch.cat([tally.next_token[None], tally.aux[None], tally.heads])
         processes = self.accelerator.num_processes
-        if processes > 1:
-            shares = self.accelerator.reduce(shares, reduction="sum")
+        shares = self._over_processes(torch.cat([tally.next_token[None], tally.aux[None], tally.heads]))
         next_token, aux, *heads = shares.tolist()
         logs = {"caft/next_token_loss": next_token / processes / steps}
         for index, (share, of_head) in enumerate(zip(heads, tally.steps_of_head, strict=True)):
@@ -469,10 +469,7 @@ class CAFTTrainerMixin(_Base):
     def _meap_logs(self, tally: MaskTally) -> dict[str, float]:
         """Over the steps since the last log and all processes: masked over eligible tokens, and examples a step."""
         steps = max(self.state.global_step - tally.since_step, 1)
-        counts = tally.counts
-        if self.accelerator.num_processes > 1:
-            counts = self.accelerator.reduce(counts, reduction="sum")
-        masked, eligible, examples, too_long = counts.tolist()
+        masked, eligible, examples, too_long = self._over_processes(tally.counts).tolist()
         logs = {"meap/masked_fraction": masked / eligible} if eligible else {}
         return {**logs, "meap/examples_masked": examples / steps, "meap/examples_too_long": too_long / steps}
 

@@ -59,17 +59,17 @@ class CAFTPlugin(BasePlugin):
         for block, config_class in (("caft", CAFTConfig), ("meap", MEAPConfig)):
             if block not in cfg:
                 continue
-            config_class.read(_as_dict(cfg[block]))
+            config = config_class.read(_as_dict(cfg[block]))
             for key in OTHER_TRAINING:
                 if cfg.get(key):
                     raise ConfigError(
                         f"{block}: cannot be used together with `{key}: {cfg[key]}`; {block.upper()} takes supervised "
                         f"fine-tuning and pretraining. Take out the `{block}:` block or the key `{key}`."
                     )
+            if isinstance(config, MEAPConfig) and config.mode == "sft":
+                _refuse_packed_stream(cfg)
             if cfg[block] is None:
                 cfg[block] = {}  # Axolotl drops keys without a value
-        if "meap" in cfg and MEAPConfig.read(_as_dict(cfg["meap"])).mode == "sft":
-            _refuse_packed_stream(cfg)
         for key, what in CUTTING.items():
             if "caft" in cfg and (cfg.get(key) or 1) > 1:
                 raise ConfigError(cut_up(key, cfg[key], what))
