@@ -26,10 +26,11 @@ from torch.distributed.tensor import DTensor, Partial
 from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import ModelOutput
 
 from caft_plugin.config import CAFTConfig, ConfigError
-from caft_plugin.loss import IGNORE, summed_cross_entropy, summed_cross_entropy_and_hits, summed_divergence
+from caft_plugin.loss import IGNORE, cross_entropy_and_hit_of, cross_entropy_of, divergence_of, weighted_sum
 
 MODULE_NAME = "caft_heads"
 # The paper's LoRA (section 4), for heads whose base model has no LoRA to copy the rank from.
@@ -433,40 +434,51 @@ class AttachedHeads:
                 f"caft: {type(self.trunk.model).__name__} did not call its final norm, so heads cannot read the "
                 "final hidden state. Use head_input: penultimate."
             )
-        weights = reading.weights.to(source.device)
+        device, num_heads = source.device, len(self.heads)
         zero = source.new_zeros((), dtype=torch.float32)
-        loss, sums, hits = zero, [], []
+        rows: list[Tensor] = []
+        others: list[Tensor] = []
+        numbers: list[Tensor] = []  # of the head that each row belongs to
         for index, layer in enumerate(self.heads.layers):
             if not reading.run[index]:
-                sums.append(zero)
-                if reading.training:
-                    loss = loss + joined_zero(layer)
+                zero = zero + joined_zero(layer) if reading.training else zero
                 continue
-            targets = reading.targets[index].to(source.device)
-            valid = targets != IGNORE
-            hidden = self.head_output(layer, source, call)[valid]
+            targets = reading.targets[index].to(device).flatten()
+            positions = (targets != IGNORE).nonzero().squeeze(1)
+            rows.append(self.head_output(layer, source, call, positions))
+            numbers.append(torch.full_like(positions, index))
+            if reading.training and reading.distribution:
+                assert self._final is not None
+                others.append(self._final.detach().roll(-(index + 1), dims=1).flatten(0, 1)[positions])
+            else:
+                others.append(targets[positions])
+        loss, sums, hits = zero, zero.new_zeros(num_heads), None
+        if rows:
+            hidden, number = torch.cat(rows), torch.cat(numbers)
             if self.apply_norm:
                 hidden = trunk.norm(hidden)
-            unembed = (trunk.logits, trunk.vocab_size)
-            if not reading.training:
-                total, hit = summed_cross_entropy_and_hits(hidden, targets[valid], *unembed)
-                hits.append(hit)
-            elif reading.distribution:
-                assert self._final is not None
-                teacher = self._final.detach().roll(-(index + 1), dims=1)[valid]
-                total = summed_divergence(hidden, teacher, *unembed)
-            else:
-                total = summed_cross_entropy(hidden, targets[valid], *unembed)
-            loss = loss + weights[index] * total
-            sums.append(total.detach())
-        reading.loss, reading.sums = loss, torch.stack(sums)
-        reading.hits = torch.stack(hits) if hits else None
+            of_rows = cross_entropy_of if reading.training else cross_entropy_and_hit_of
+            of_rows = divergence_of if reading.training and reading.distribution else of_rows
+            weights = reading.weights.to(device)[number]
+            total, figures = weighted_sum(
+                of_rows(trunk.logits),
+                weights,
+                hidden,
+                torch.cat(others),
+                trunk.vocab_size,
+                trunk.unembedding.parameters(),
+            )
+            loss = zero + total
+            sums = sums.index_add(0, number, figures[:, 0])
+            hits = None if reading.training else torch.zeros_like(sums).index_add(0, number, figures[:, 1])
+        reading.loss, reading.sums, reading.hits = loss, sums, hits
 
-    def head_output(self, layer: nn.Module, source: Tensor, call: _LayerCall) -> Tensor:
-        """One head over `source` (batch, length, hidden size), before norm and unembedding; same shape."""
+    def head_output(self, layer: nn.Module, source: Tensor, call: _LayerCall, positions: Tensor) -> Tensor:
+        """One head over `source` (batch, length, hidden size), before norm and unembedding, at `positions` (n,) of the
+        flattened batch: (n, hidden size)."""
         if torch.is_grad_enabled() and getattr(self.trunk.model, "is_gradient_checkpointing", False):
-            return checkpoint(_replay, layer, source, call, use_reentrant=False, preserve_rng_state=False)
-        return _replay(layer, source, call)
+            return checkpoint(_replay, layer, source, call, positions, use_reentrant=False, preserve_rng_state=False)
+        return _replay(layer, source, call, positions)
 
 
 def joined_zero(module: nn.Module) -> Tensor:
@@ -531,7 +543,7 @@ def _hidden_states(call: _LayerCall) -> Tensor:
     return call.args[0] if call.args else call.kwargs["hidden_states"]
 
 
-def _replay(layer: nn.Module, source: Tensor, call: _LayerCall) -> Tensor:
+def _replay(layer: nn.Module, source: Tensor, call: _LayerCall, positions: Tensor) -> Tensor:
     """Calls a head as the model called its last layer, with `source` as hidden states and without a cache."""
     bound = _forward_signature(type(layer)).bind(*call.args, **call.kwargs)  # type: ignore[arg-type]
     named = dict(bound.arguments)
@@ -554,13 +566,62 @@ def _replay(layer: nn.Module, source: Tensor, call: _LayerCall) -> Tensor:
             named,
         )
     bound.arguments.update(named)
-    output = layer(*bound.args, **bound.kwargs)
+    with only_at(positions, pointwise_parts(layer)):
+        output = layer(*bound.args, **bound.kwargs)
     output = output if isinstance(output, Tensor) else output[0]
-    return output.to(source.dtype)
+    return output.flatten(0, 1)[positions].to(source.dtype)
+
+
+def pointwise_parts(layer: nn.Module) -> list[nn.Module]:
+    """The direct children of a decoder layer that treat each position by itself and so need not run at all of them:
+    the MLP, in most families.
+
+    A child counts where its forward takes one argument, and it has at least two linear layers, no other parameters and
+    no list of modules (experts).
+    """
+    return [child for child in layer.children() if _is_pointwise(child)]
+
+
+def _is_pointwise(module: nn.Module) -> bool:
+    if len(_forward_signature(type(module)).parameters) != 1:  # type: ignore[arg-type]
+        return False
+    linear: list[nn.Module] = []
+    inside: set[Tensor] = set()
+    for child in module.modules():
+        if isinstance(child, nn.ModuleList):
+            return False
+        if isinstance(child, (nn.Linear, Conv1D, BaseTunerLayer)):
+            linear.append(child)
+            inside.update(child.parameters())
+    return len(linear) >= 2 and inside == set(module.parameters())
+
+
+@contextlib.contextmanager
+def only_at(positions: Tensor, parts: list[nn.Module]) -> Iterator[None]:
+    """While this is open, `parts` are called with the given `positions` (n,) of the flattened batch alone, and their
+    output is 0 at the others."""
+
+    def pick(part: nn.Module, args: tuple) -> tuple:
+        picked.append(args[0].shape[:-1])
+        return (args[0].flatten(0, 1)[positions][None],)
+
+    def spread(part: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        shape = picked.pop()
+        whole = output.new_zeros(shape.numel(), output.shape[-1])
+        return whole.index_copy(0, positions, output[0]).view(*shape, -1)
+
+    picked: list[torch.Size] = []
+    handles = [part.register_forward_pre_hook(pick) for part in parts]
+    handles += [part.register_forward_hook(spread) for part in parts]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @functools.cache
-def _forward_signature(layer_class: type) -> inspect.Signature:
+def _forward_signature(layer_class: Any) -> inspect.Signature:
     signature = inspect.signature(layer_class.forward)  # type: ignore[attr-defined]
     return signature.replace(parameters=list(signature.parameters.values())[1:])
 

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import functools
 import math
-import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 IGNORE = -100
 # A key of MEAP's batches (batch, length): bits that say what each position is. BOUNDARY marks the first token of a copy
 # that stands behind its original.
 PLAN, BOUNDARY = "meap_plan", 1
-# Logits alive at a time: 2^24 float32 values are 64 MiB, whatever the vocabulary.
-LOGITS_AT_A_TIME = 2**24
+# Logits alive at a time, whatever the vocabulary: 2^23 float32 values are 32 MiB, which a CPU's caches half hold;
+# accelerators want more rows in one product.
+LOGITS_AT_A_TIME = {"cpu": 2**23, "accelerator": 2**25}
 
 
 def gamma(schedule: str, step: int, total_steps: int) -> float:
@@ -132,65 +130,111 @@ def count_targets(targets: Tensor) -> Tensor:
     return (targets != IGNORE).flatten(1).sum(1)
 
 
-def summed_cross_entropy(
-    hidden: Tensor, targets: Tensor, unembed: Callable[[Tensor], Tensor], vocab_size: int
-) -> Tensor:
-    """Sum over rows of cross_entropy(unembed(hidden), targets), with few logits alive at a time.
+def cross_entropy_of(unembed: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    """For `weighted_sum`: hidden states (n, hidden size) and token ids (n,) to each row's cross-entropy (n, 1)."""
 
-    Args:
-        hidden: (rows, hidden size), rows may be 0: the sum is then 0 and still joined to the graph.
-        targets: (rows,) token ids, none of them ignored.
-        unembed: maps (n, hidden size) to logits (n, vocab_size).
+    def of_rows(hidden: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(unembed(hidden).float(), targets, reduction="none")[:, None]
 
-    Returns:
-        float32 scalar, in nats, summed in float32 whatever the dtype of `hidden`.
+    return of_rows
+
+
+def cross_entropy_and_hit_of(unembed: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    """As `cross_entropy_of`, and 1 where the target has the largest logit: (n, 2)."""
+
+    def of_rows(hidden: Tensor, targets: Tensor) -> Tensor:
+        logits = unembed(hidden).float()
+        hits = logits.argmax(-1) == targets
+        return torch.stack([F.cross_entropy(logits, targets, reduction="none"), hits.float()], dim=1)
+
+    return of_rows
+
+
+def divergence_of(unembed: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    """For `weighted_sum`: hidden states and a teacher's, both (n, hidden size), to each row's KL(p || q), (n, 1).
+
+    p is the distribution that `unembed` makes of the teacher's hidden state, q that of the other one.
     """
 
-    def of_chunk(rows: Tensor, ids: Tensor) -> Tensor:
-        return F.cross_entropy(unembed(rows).float(), ids, reduction="sum")
-
-    return _sum_in_chunks(of_chunk, vocab_size, hidden, targets)
-
-
-def summed_cross_entropy_and_hits(
-    hidden: Tensor, targets: Tensor, unembed: Callable[[Tensor], Tensor], vocab_size: int
-) -> Tensor:
-    """`summed_cross_entropy`, and how many targets have the largest logit: float32 tensor (2,)."""
-
-    def of_chunk(rows: Tensor, ids: Tensor) -> Tensor:
-        logits = unembed(rows).float()
-        hits = (logits.argmax(-1) == ids).sum()
-        return torch.stack([F.cross_entropy(logits, ids, reduction="sum"), hits.float()])
-
-    return _sum_in_chunks(of_chunk, vocab_size, hidden, targets)
-
-
-def summed_divergence(hidden: Tensor, teacher: Tensor, unembed: Callable[[Tensor], Tensor], vocab_size: int) -> Tensor:
-    """Sum over rows of KL(p || q), p the distribution that `unembed` makes of `teacher`, q that of `hidden`.
-
-    Args:
-        hidden: (rows, hidden size), rows may be 0.
-        teacher: (rows, hidden size), the same rows; takes no gradient.
-        unembed: maps (n, hidden size) to logits (n, vocab_size).
-
-    Returns:
-        float32 scalar, in nats.
-    """
-
-    def of_chunk(rows: Tensor, teacher_rows: Tensor) -> Tensor:
+    def of_rows(hidden: Tensor, teacher: Tensor) -> Tensor:
         with torch.no_grad():
-            wanted = unembed(teacher_rows).float().log_softmax(-1)
-        return F.kl_div(unembed(rows).float().log_softmax(-1), wanted, reduction="sum", log_target=True)
+            wanted = unembed(teacher).float().log_softmax(-1)
+        log_q = unembed(hidden).float().log_softmax(-1)
+        return F.kl_div(log_q, wanted, reduction="none", log_target=True).sum(-1, keepdim=True)
 
-    return _sum_in_chunks(of_chunk, vocab_size, hidden, teacher)
+    return of_rows
 
 
-def _sum_in_chunks(of_chunk: Callable[..., Tensor], vocab_size: int, *rows: Tensor) -> Tensor:
-    """Sum of `of_chunk` over chunks of rows. A chunk's logits are dropped after its loss and computed again in the
-    backward pass."""
-    size = max(64, LOGITS_AT_A_TIME // vocab_size)
-    starts = range(0, max(len(rows[0]), 1), size)
-    once = of_chunk
-    if torch.is_grad_enabled():
-        once = functools.partial(checkpoint, of_chunk, use_reentrant=False, preserve_rng_state=False)
-    return functools.reduce(operator.add, (once(*(r[start : start + size] for r in rows)) for start in starts))
+def weighted_sum(
+    of_rows: Callable[..., Tensor],
+    weights: Tensor,
+    hidden: Tensor,
+    other: Tensor,
+    vocab_size: int,
+    parameters: Iterable[Tensor] = (),
+) -> tuple[Tensor, Tensor]:
+    """Sum over rows of `weights` times what `of_rows` makes of them, with few logits alive at a time.
+
+    Where gradients are wanted, they are taken in the forward pass, chunk by chunk, so that logits are computed once
+    and dropped. (`torch.nn.functional.linear_cross_entropy` does the same for a plain matrix; of half-precision
+    inputs it returns the loss in half precision.)
+
+    Args:
+        of_rows: maps chunks of `hidden` and `other` to float32 (n, figures), the loss first.
+        weights: (rows,) float32.
+        hidden: (rows, hidden size), rows may be 0: the sum is then 0 and still joined to the graph.
+        other: (rows, ...), takes no gradient.
+        vocab_size: of the logits in `of_rows`, for the size of a chunk.
+        parameters: what `of_rows` uses beside its arguments and may take a gradient.
+
+    Returns:
+        The sum, a float32 scalar in nats, and the figures of all rows (rows, figures), without gradient.
+    """
+    if not torch.is_grad_enabled():
+        hidden, parameters = hidden.detach(), ()
+    at_a_time = LOGITS_AT_A_TIME["cpu" if hidden.device.type == "cpu" else "accelerator"]
+    return _WeightedSum.apply(of_rows, max(64, at_a_time // vocab_size), weights, other, hidden, *parameters)
+
+
+class _WeightedSum(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        of_rows: Callable[..., Tensor],
+        size: int,
+        weights: Tensor,
+        other: Tensor,
+        hidden: Tensor,
+        *parameters: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        wanted = [index for index, tensor in enumerate(parameters) if tensor.requires_grad]
+        differentiate = hidden.requires_grad or bool(wanted)
+        # Gradients are taken with weights near 1, which float16 can hold; the factor comes back in the backward pass.
+        factor = weights.max().clamp(min=1e-30) if len(weights) else weights.new_ones(())
+        figures, of_hidden = [], []
+        of_parameters: list[Tensor | None] = [None] * len(parameters)
+        for start in range(0, max(len(hidden), 1), size):
+            chunk = slice(start, start + size)
+            with torch.set_grad_enabled(differentiate):
+                rows = hidden[chunk].detach().requires_grad_(hidden.requires_grad)
+                of_chunk = of_rows(rows, other[chunk])
+                loss = (of_chunk[:, 0] * (weights[chunk] / factor)).sum()
+            figures.append(of_chunk.detach())
+            if not loss.requires_grad:
+                continue
+            inputs = [rows] if hidden.requires_grad else []
+            found = list(torch.autograd.grad(loss, inputs + [parameters[i] for i in wanted], allow_unused=True))
+            of_hidden += [found.pop(0) for _ in inputs]
+            for index, gradient in zip(wanted, found, strict=True):
+                before = of_parameters[index]
+                of_parameters[index] = gradient if before is None else before.add_(gradient)
+        ctx.factor = factor
+        ctx.gradients = [torch.cat(of_hidden) if of_hidden else None, *of_parameters]
+        values = torch.cat(figures)
+        ctx.mark_non_differentiable(values)
+        return (values[:, 0] * weights).sum(), values
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        factor = gradients[0] * ctx.factor
+        return None, None, None, None, *(None if g is None else g * factor.to(g.dtype) for g in ctx.gradients)

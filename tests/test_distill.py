@@ -21,7 +21,7 @@ from caft_plugin.distill import (
     with_answer,
     write_answers,
 )
-from caft_plugin.loss import IGNORE, summed_cross_entropy_and_hits, summed_divergence
+from caft_plugin.loss import IGNORE, cross_entropy_and_hit_of, divergence_of, weighted_sum
 
 TEMPLATE = (
     "{% for m in messages %}{{ m.role }} {{ m.content }} </s> {% endfor %}"
@@ -147,11 +147,13 @@ def test_summed_divergence_and_hits():
     targets = torch.randint(0, 11, (70,))
     p, q = (teacher @ weight.T).log_softmax(-1), (hidden @ weight.T).log_softmax(-1)
     slow = (p.exp() * (p - q)).sum()
-    total = summed_divergence(hidden, teacher, lambda h: h @ weight.T, 11)
+    total, rows = weighted_sum(divergence_of(lambda h: h @ weight.T), torch.ones(70), hidden, teacher, 11)
     torch.testing.assert_close(total, slow)
+    torch.testing.assert_close(rows.sum(), slow)
     torch.testing.assert_close(*(torch.autograd.grad(x, hidden)[0] for x in (total, slow)))
-    _, hits = summed_cross_entropy_and_hits(hidden, targets, lambda h: h @ weight.T, 11)
-    assert hits == (q.argmax(-1) == targets).sum()
+    of_rows = cross_entropy_and_hit_of(lambda h: h @ weight.T)
+    _, rows = weighted_sum(of_rows, torch.ones(70), hidden, targets, 11)
+    assert rows[:, 1].sum() == (q.argmax(-1) == targets).sum()
 
 
 # -- answers ------------------------------------------------------------------------------------------

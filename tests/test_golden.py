@@ -47,11 +47,11 @@ def test_head_logits(golden, tmp_path, attention, tolerance):
     batch = inputs(golden)
     seen = []
     original = attached.head_output
-    attached.head_output = lambda layer, source, call: seen.append(original(layer, source, call)) or seen[-1]
-    reading = Reading(head_targets(batch, 4), torch.ones(4), [True] * 4, training=True)
-    with attached.reading(reading):
+    attached.head_output = lambda *args: seen.append(original(*args)) or seen[-1]
+    everywhere = torch.zeros(4, *batch["labels"].shape, dtype=torch.long)  # targets, so that every position is computed
+    with attached.reading(Reading(everywhere, torch.ones(4), [True] * 4, training=True)):
         own = trainer.model(**batch).logits
-    logits = [own, *(attached.trunk.logits(hidden) for hidden in seen)]
+    logits = [own, *(attached.trunk.logits(hidden).view_as(own) for hidden in seen)]
     torch.testing.assert_close(torch.stack(logits), golden[0]["logits"], rtol=0, atol=tolerance)
 
 

@@ -24,7 +24,7 @@ from transformers import (
 from caft_plugin import CAFTConfig, ConfigError
 from caft_plugin.checkpoint import resolve_wiring
 from caft_plugin.heads import MODULE_NAME, AttachedHeads, Reading, build_heads, find_trunk, plain_copy
-from caft_plugin.loss import IGNORE, head_targets
+from caft_plugin.loss import IGNORE, LOGITS_AT_A_TIME, head_targets
 
 FAMILIES = {
     "plain": LlamaConfig(**LLAMA),
@@ -57,14 +57,15 @@ def read(attached, inputs, model=None):
 
 
 def assert_the_models_own_logits(attached, inputs):
-    """The first head, a copy of the last layer, gives the model's logits wherever the attention mask is 1."""
+    """The first head, a copy of the last layer, gives the model's logits wherever it has a target."""
     seen = []
     original = attached.head_output
-    attached.head_output = lambda *args: seen.append(original(*args)) or seen[-1]
+    attached.head_output = lambda *args: seen.append((args[-1], original(*args))) or seen[-1][1]
     reading, output = read(attached, inputs)
-    logits = attached.trunk.logits(attached.trunk.norm(seen[0]))
-    kept = inputs["attention_mask"].bool()
-    torch.testing.assert_close(logits[kept], output.logits[kept], rtol=0, atol=1e-5)
+    positions, hidden = seen[0]
+    logits = attached.trunk.logits(attached.trunk.norm(hidden))
+    assert 0 < len(positions) < output.logits.shape[:-1].numel()
+    torch.testing.assert_close(logits, output.logits.flatten(0, 1)[positions], rtol=0, atol=1e-5)
     return reading, output
 
 
@@ -242,7 +243,7 @@ def test_no_tensor_is_as_large_as_the_logits_of_a_batch(monkeypatch):
             return made
 
     vocab, rows, length = 1009, 4, 80
-    monkeypatch.setattr("caft_plugin.loss.LOGITS_AT_A_TIME", 64 * vocab)
+    monkeypatch.setitem(LOGITS_AT_A_TIME, "cpu", 64 * vocab)
     model = AutoModelForCausalLM.from_config(LlamaConfig(**{**LLAMA, "vocab_size": vocab}))
     attached = attach(model)
     ids = torch.randint(1, vocab, (rows, length))

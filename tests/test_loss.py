@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from caft_plugin import loss
-from caft_plugin.loss import IGNORE, count_targets, gamma, head_targets, head_weights, summed_cross_entropy
+from caft_plugin.loss import IGNORE, count_targets, cross_entropy_of, gamma, head_targets, head_weights, weighted_sum
 
 LABELS = torch.tensor([[IGNORE, 1, 2, 3, 4, 5, 6, 7], [IGNORE, IGNORE, 8, 9, 10, IGNORE, IGNORE, IGNORE]])
 
@@ -98,24 +98,45 @@ def test_weights():
     assert head_weights(0.01, 0.8, 0.5, 3) == pytest.approx([0.004, 0.0032, 0.00256])
 
 
+@pytest.mark.parametrize("frozen", [(), ("hidden",), ("weight",), ("hidden", "weight")])
 @pytest.mark.parametrize("rows", [0, 1, 7, 64, 150])
-def test_summed_cross_entropy(rows, monkeypatch):
-    monkeypatch.setattr(loss, "LOGITS_AT_A_TIME", 1)  # chunks of 64 rows, so 150 has a partial one
-    weight = torch.randn(31, 8, requires_grad=True)
-    hidden = torch.randn(rows, 8, requires_grad=True)
-    targets = torch.randint(0, 31, (rows,))
-    expected = F.cross_entropy(hidden @ weight.T, targets, reduction="sum")
-    wanted = torch.autograd.grad(expected, (hidden, weight))
-    total = summed_cross_entropy(hidden, targets, lambda h: h @ weight.T, 31)
-    got = torch.autograd.grad(total, (hidden, weight))
-    torch.testing.assert_close(total, expected)
-    torch.testing.assert_close(got, wanted)
+def test_weighted_sum(rows, frozen, monkeypatch):
+    monkeypatch.setitem(loss.LOGITS_AT_A_TIME, "cpu", 1)  # chunks of 64 rows, so 150 has a partial one
+    weight = torch.randn(31, 8, requires_grad="weight" not in frozen)
+    unused = torch.randn(3, requires_grad=True)
+    hidden = torch.randn(rows, 8, requires_grad="hidden" not in frozen)
+    weights, targets = torch.rand(rows) / 1000, torch.randint(0, 31, (rows,))
+    slow = F.cross_entropy(hidden @ weight.T, targets, reduction="none")
+    total, figures = weighted_sum(
+        cross_entropy_of(lambda h: h @ weight.T), weights, hidden, targets, 31, [weight, unused]
+    )
+    torch.testing.assert_close(total, (slow * weights).sum())
+    torch.testing.assert_close(figures[:, 0], slow)
+    assert not figures.requires_grad
+    learning = [t for t in (hidden, weight) if t.requires_grad]
+    if learning:
+        wanted = torch.autograd.grad((slow * weights).sum() * 3, learning)
+        torch.testing.assert_close(torch.autograd.grad(total * 3, learning), wanted)
+    with torch.no_grad():
+        without, _ = weighted_sum(cross_entropy_of(lambda h: h @ weight.T), weights, hidden, targets, 31, [weight])
+    torch.testing.assert_close(without, total.detach(), rtol=0, atol=0)
 
 
 def test_half_precision_losses_are_summed_in_float32():
     weight, hidden = torch.randn(1000, 64).bfloat16(), torch.randn(500, 64).bfloat16()
     targets = torch.randint(0, 1000, (500,))
-    total = summed_cross_entropy(hidden, targets, lambda h: h @ weight.T, 1000)
+    total, _ = weighted_sum(cross_entropy_of(lambda h: h @ weight.T), torch.ones(500), hidden, targets, 1000)
     assert total.dtype == torch.float32
     exact = F.cross_entropy((hidden @ weight.T).double(), targets, reduction="sum")
     assert total.item() == pytest.approx(exact.item(), rel=1e-6)
+
+
+def test_float16_gradients_of_small_weights_do_not_vanish():
+    """A head's weight for one of 100,000 targets is about 1e-7; the smallest float16 is 6e-8."""
+    weight, hidden = torch.randn(1000, 64).half(), torch.randn(50, 64).half().requires_grad_()
+    targets, weights = torch.randint(0, 1000, (50,)), torch.full((50,), 1e-7)
+    total, _ = weighted_sum(cross_entropy_of(lambda h: h @ weight.T), weights, hidden, targets, 1000)
+    (got,) = torch.autograd.grad(total * 2.0**20, hidden)  # the factor is a GradScaler's
+    exact = hidden.detach().float().requires_grad_()
+    slow = F.cross_entropy(exact @ weight.float().T, targets, reduction="sum") * 1e-7 * 2.0**20
+    torch.testing.assert_close(got.float(), torch.autograd.grad(slow, exact)[0], rtol=0.01, atol=2e-3)

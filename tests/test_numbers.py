@@ -43,9 +43,8 @@ def slow_means(trainer, batches, outputs, dtype):
         for k, targets in enumerate(head_targets(batch, 4)):
             with torch.no_grad(), autocast(dtype):
                 logits = trunk.model.lm_head(trunk.model.model.norm(outputs.pop(0)))
-            for position in (targets != IGNORE).nonzero().tolist():
-                row, column = position
-                sums[k] -= logits[row, column].double().log_softmax(-1)[targets[row, column]]
+            for row, target in zip(logits, targets[targets != IGNORE], strict=True):
+                sums[k] -= row.double().log_softmax(-1)[target]
                 counts[k] += 1
     assert not outputs
     return (sums / counts).tolist()

@@ -467,7 +467,8 @@ def test_best_model_brings_its_heads(tiny_model, tmp_path):
         caft={"beta": 0.5},
         evaluate=DATA[:4],
         max_steps=4,
-        learning_rate=0.5,  # so high that the first evaluation stays the best
+        learning_rate=0.01,
+        greater_is_better=True,  # the loss falls, so the first evaluation stays the best
         save_strategy="steps",
         save_steps=1,
         eval_strategy="steps",

@@ -36,7 +36,7 @@ from caft_plugin.checkpoint import gathered
 
 # Rows of very different lengths and few logits at a time: processes then differ in how often they unembed.
 DATA = rows([4, 120, 7, 3, 22, 90, 5, 15, 60, 6, 3, 12, 100, 4, 8, 25], prompt=1)
-caft_plugin.loss.LOGITS_AT_A_TIME = 1
+caft_plugin.loss.LOGITS_AT_A_TIME["cpu"] = 1
 
 
 class Gradients(TrainerCallback):
