@@ -12,6 +12,7 @@ from pydantic_core import ErrorDetails
 HeadInput = Literal["penultimate", "final"]
 Schedule = Literal["rsine", "sine", "linear", "constant"]
 TrainHeads = Literal["auto", "full", "lora", "frozen"]
+FusedLoss = Literal["off", "auto", "on"]
 Targets = Literal["model", "dataset", "distribution"]
 MEAPMode = Literal["sft", "pretrain"]
 Layout = Literal["concat", "separate"]
@@ -46,7 +47,10 @@ class Block(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _no_booleans(cls, value: Any, info: ValidationInfo) -> Any:
-        if isinstance(value, bool) and bool not in _kinds(cls.model_fields[str(info.field_name)]):
+        kinds = _kinds(cls.model_fields[str(info.field_name)])
+        if isinstance(value, bool) and {"on", "off"} <= set(kinds):
+            return "on" if value else "off"  # YAML reads a bare on or off as true or false
+        if isinstance(value, bool) and bool not in kinds:
             raise ValueError("true and false mean nothing here")
         return value
 
@@ -126,6 +130,11 @@ class CAFTConfig(Block):
         le=32,
         description="draw this many heads for each micro-batch, with probability in proportion to alpha^k, and weigh "
         "them so that the mean gradient is that of all heads; left out: all heads run",
+    )
+    fused_loss: FusedLoss = Field(
+        "off",
+        description="let the plugin compute the next-token loss too, at supervised positions alone, so that the model "
+        "builds no logits; `auto`: where it can, `on`: or stop",
     )
 
 

@@ -35,7 +35,7 @@ from transformers import (
 
 from caft_plugin import checkpoint
 from caft_plugin.config import CAFTConfig, ConfigError, PretrainConfig
-from caft_plugin.heads import Reading
+from caft_plugin.heads import LAST_POSITION, Reading
 from caft_plugin.loss import IGNORE
 from caft_plugin.resume import Parts
 from caft_plugin.training import CAFTTrainerMixin, with_caft
@@ -371,7 +371,8 @@ class TrunkTrainer(Trainer):
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         # No logits are needed but those of one position, by which the heads' unembedding is checked.
-        outputs = model(**{k: v for k, v in inputs.items() if k != "labels"}, logits_to_keep=1, use_cache=False)
+        inputs = {k: v for k, v in inputs.items() if k != "labels"}
+        outputs = model(**inputs, logits_to_keep=LAST_POSITION.clone(), use_cache=False)
         loss = outputs.logits.new_zeros((), dtype=torch.float32)
         return (loss, {"loss": loss}) if return_outputs else loss
 

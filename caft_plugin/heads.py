@@ -40,6 +40,8 @@ UNFIT = {
     "rwkv": "hands a running state from layer to layer",
     **dict.fromkeys(("gemma3n", "gemma3n_text"), "hands several hidden states for each token from layer to layer"),
 }
+# A forward's `logits_to_keep` for the least logits. A plain number lets Gemma 4 cut hidden states of whole layers.
+LAST_POSITION = torch.tensor([-1])
 CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "layer_past", "cache_params")
 
 
@@ -281,6 +283,8 @@ class Reading:
     `weights` holds the weight of each head's summed loss (num_heads,); `run` says which heads run.
     With `distribution` a head learns the base model's own next-token distribution at the position whose next token is
     its target, instead of that token; in evaluation it is measured against tokens all the same.
+    With `next_tokens` (batch, length), targets of the model itself, it is called without labels and builds no logits;
+    its output has their summed cross-entropy times `next_token_weight` as its loss.
 
     After the model was called, `loss` is the weighted sum (joined to the graph), `sums` the summed loss of each head
     (num_heads,), float32, 0 for heads that did not run, and `hits`, in evaluation, how many targets each had right.
@@ -291,6 +295,8 @@ class Reading:
     run: list[bool]
     training: bool
     distribution: bool = False
+    next_tokens: Tensor | None = None
+    next_token_weight: Tensor | float = 1.0
     loss: Tensor | None = None
     sums: Tensor | None = None
     hits: Tensor | None = None
@@ -331,6 +337,7 @@ class AttachedHeads:
         self.hidden = HiddenSubmodule(model, MODULE_NAME, heads)
         self._handles = [
             trunk.norm.register_forward_hook(self._note_norm),
+            model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             model.register_forward_hook(self._after_forward),
         ]
 
@@ -381,6 +388,11 @@ class AttachedHeads:
         if self._call is not None and self._wants_notes():
             self._final = output
 
+    def _before_forward(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        if self._reading is None or self._reading.next_tokens is None or not self._wants_notes():
+            return None
+        return args, {**kwargs, "labels": None, "logits_to_keep": LAST_POSITION.clone()}
+
     def _after_forward(self, model: nn.Module, args: tuple, output: Any) -> Any:
         reading = self._reading
         if reading is None or not self._wants_notes() or self._call is None:
@@ -396,9 +408,31 @@ class AttachedHeads:
         trunk = self._whole_trunk(_hidden_states(call).dtype)
         with torch.autocast(device, dtype=dtype, enabled=enabled):
             self._check_logits(output, trunk)
+            if reading.next_tokens is not None:
+                output["loss"] = self._next_token_loss(reading, trunk)
             self._run(reading, call, trunk)
         assert reading.loss is not None
         return _with_aux_loss(output, reading.loss) if reading.training else None
+
+    def _next_token_loss(self, reading: Reading, trunk: Trunk) -> Tensor:
+        assert reading.next_tokens is not None
+        if self._final is None:
+            raise ConfigError(
+                f"caft.fused_loss: {type(self.trunk.model).__name__} did not call its final norm, so the plugin cannot "
+                "compute the next-token loss. Use fused_loss: off."
+            )
+        targets = reading.next_tokens.to(self._final.device).flatten()
+        positions = (targets != IGNORE).nonzero().squeeze(1)
+        weights = self._final.new_ones(len(positions), dtype=torch.float32) * reading.next_token_weight
+        hidden = self._final.flatten(0, 1)[positions]
+        return self._weighted_loss(cross_entropy_of, weights, hidden, targets[positions], trunk)[0]
+
+    @staticmethod
+    def _weighted_loss(
+        of_rows: Callable[..., Any], weights: Tensor, hidden: Tensor, other: Tensor, trunk: Trunk
+    ) -> tuple[Tensor, Tensor]:
+        parameters = trunk.unembedding.parameters()
+        return weighted_sum(of_rows(trunk.logits), weights, hidden, other, trunk.vocab_size, parameters)
 
     def _whole_trunk(self, dtype: torch.dtype) -> Trunk:
         """The trunk, norm and unembedding whole and free of FSDP's hooks where the model is sharded by FSDP2.
@@ -415,7 +449,7 @@ class AttachedHeads:
         logits = output.get("logits")
         if self._logits_checked or logits is None or self._final is None:
             return
-        if logits.shape[:-1] != self._final.shape[:-1]:
+        if logits.dim() != 3 or len(logits) != len(self._final):
             return
         self._logits_checked = True
         with torch.no_grad():
@@ -460,14 +494,7 @@ class AttachedHeads:
             of_rows = cross_entropy_of if reading.training else cross_entropy_and_hit_of
             of_rows = divergence_of if reading.training and reading.distribution else of_rows
             weights = reading.weights.to(device)[number]
-            total, figures = weighted_sum(
-                of_rows(trunk.logits),
-                weights,
-                hidden,
-                torch.cat(others),
-                trunk.vocab_size,
-                trunk.unembedding.parameters(),
-            )
+            total, figures = self._weighted_loss(of_rows, weights, hidden, torch.cat(others), trunk)
             loss = zero + total
             sums = sums.index_add(0, number, figures[:, 0])
             hits = None if reading.training else torch.zeros_like(sums).index_add(0, number, figures[:, 1])

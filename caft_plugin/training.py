@@ -6,12 +6,14 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import inspect
 import logging
 import random
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor
 from transformers import Trainer
@@ -21,7 +23,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from caft_plugin import checkpoint, resume
 from caft_plugin.config import CAFTConfig, ConfigError, MEAPConfig, named
 from caft_plugin.heads import AttachedHeads, HiddenSubmodule, Reading, build_heads, find_trunk
-from caft_plugin.loss import PLAN, count_targets, gamma, head_targets, head_weights
+from caft_plugin.loss import IGNORE, PLAN, count_targets, gamma, head_targets, head_weights
 from caft_plugin.mask_token import AddedMaskToken, choose_mask_token, used_ids
 from caft_plugin.meap import EXAMPLE, MASKED, MAY_MASK, OVERLONG, Duplication, EpochOfMasks, MEAPCollator
 
@@ -37,11 +39,12 @@ class Window:
     """One accumulation window, that is one optimisation step.
 
     `draws` says for each micro-batch how often each head was drawn, and `drawn_counts` how many targets it has in
-    those where it was. Counts are over all processes, (num_heads,).
+    those where it was. Counts are over all processes, (num_heads,); `next_tokens` counts the model's own targets.
     """
 
     gamma: float
     counts: Tensor
+    next_tokens: Tensor
     draws: list[list[int]]
     drawn_counts: Tensor
     micro_batch: int = 0
@@ -109,6 +112,9 @@ else:
 class CAFTTrainerMixin(_Base):
     """The part of `with_caft` that is the same for every trainer class."""
 
+    # Classes whose compute_loss takes of a model's output nothing but its loss, so that `fused_loss` may compute that.
+    caft_reads_loss_alone: tuple[type, ...] = (Trainer,)
+
     def __init__(
         self, *args: Any, caft: CAFTConfig | dict | None = None, meap: MEAPConfig | dict | None = None, **kwargs: Any
     ) -> None:
@@ -116,6 +122,7 @@ class CAFTTrainerMixin(_Base):
         self.caft_config: CAFTConfig | None = None
         self._caft_window: Window | None = None
         self._caft_tally: Tally | None = None
+        self._caft_fused = False
         self._caft_eval: Tensor | None = None  # sums, hits and counts of each head (3, num_heads)
         self.meap_config: MEAPConfig | None = None if meap is None else MEAPConfig.read(meap)
         self.mask_token: AddedMaskToken | None = None
@@ -162,8 +169,29 @@ class CAFTTrainerMixin(_Base):
                 "caft.train_heads: the trainer was given a finished optimizer (optimizers=...), which cannot hold "
                 "the heads' parameters. Pass optimizer_cls_and_kwargs instead, or set train_heads: frozen."
             )
+        self._caft_fused = config.fused_loss != "off" and self._may_fuse(config, trunk.model)
         self.caft = AttachedHeads(model, heads, trunk, config)
         self._show_to_accelerate(self.caft.hidden)
+
+    def _may_fuse(self, config: CAFTConfig, base: Any) -> bool:
+        """Whether `fused_loss` can compute the next-token loss; where it cannot, `on` raises ConfigError."""
+        mro = type(self).__mro__
+        host = next(c for c in mro[mro.index(CAFTTrainerMixin) + 1 :] if "compute_loss" in vars(c))
+        model, text_config = type(base).__name__, base.config.get_text_config()
+        if host not in self.caft_reads_loss_alone:
+            why = f"{host.__name__} computes its loss in a way of its own (TRL's does without logits by itself)"
+        elif self.label_smoother is not None or self.compute_loss_func is not None:
+            why = "label smoothing and compute_loss_func take all logits"
+        elif "logits_to_keep" not in inspect.signature(base.forward).parameters:
+            why = f"{model} cannot be asked for less than all logits (its forward has no logits_to_keep)"
+        elif base.loss_type not in (None, "ForCausalLM") or getattr(text_config, "output_router_logits", False):
+            why = f"{model} computes more than the next-token loss"
+        else:
+            return True
+        if config.fused_loss == "on":
+            raise ConfigError(f"caft.fused_loss: got on, but {why}. Use off, or auto for where it can.")
+        logger.info("caft.fused_loss: auto leaves the next-token loss to the framework: %s", why)
+        return False
 
     def _show_to_accelerate(self, hidden: HiddenSubmodule) -> None:
         """Where one process alone has read the weights, accelerate gives the others what the state dict holds while it
@@ -276,15 +304,17 @@ class CAFTTrainerMixin(_Base):
     def _open_window(self, batches: list[dict[str, Any]]) -> Window:
         assert self.caft is not None and self.caft_config is not None
         num_heads = len(self.caft.heads)
-        counts = torch.zeros(len(batches), num_heads, dtype=torch.long, device=self.args.device)
-        for of_batch, batch in zip(counts, batches, strict=True):
+        found = torch.zeros(len(batches), num_heads + 1, dtype=torch.long, device=self.args.device)
+        for of_batch, batch in zip(found, batches, strict=True):
             if "labels" in batch:
-                of_batch += count_targets(head_targets(batch, num_heads)).to(counts.device)
-        counts = self._over_processes(counts)
+                of_batch[:-1] = count_targets(head_targets(batch, num_heads))
+                of_batch[-1] = (batch["labels"][:, 1:] != IGNORE).sum()
+        found = self._over_processes(found)
+        counts, next_tokens = found[:, :-1], found[:, -1].sum()
         factor = gamma(self.caft_config.schedule, self.state.global_step, self.state.max_steps)
         draws = self._draws(len(batches))
         drawn = counts * torch.tensor(draws, device=counts.device).clamp(max=1)
-        window = Window(gamma=factor, counts=counts.sum(0), draws=draws, drawn_counts=drawn.sum(0))
+        window = Window(factor, counts.sum(0), next_tokens, draws, drawn.sum(0))
         tally = self._tally()
         tally.gamma += factor
         for index, count in enumerate(window.drawn_counts.tolist()):
@@ -338,6 +368,9 @@ class CAFTTrainerMixin(_Base):
         window = self._caft_window or self._open_window([inputs])
         self._take_plan(inputs)
         reading = self._reading(targets, window)
+        if self._caft_fused:
+            reading.next_tokens = F.pad(inputs["labels"][:, 1:], (0, 1), value=IGNORE)
+            reading.next_token_weight = self._next_token_weight(window, num_items_in_batch)
         with self.caft.reading(reading):
             result = host_loss()
         if reading.loss is None:
@@ -381,6 +414,13 @@ class CAFTTrainerMixin(_Base):
         if config.heads_per_step is not None:
             weights = [count * sum(weights) / config.heads_per_step for count in times]
         return torch.tensor(weights, device=window.counts.device) / window.counts.clamp(min=1)
+
+    def _next_token_weight(self, window: Window, num_items_in_batch: Tensor | int | None) -> Tensor | float:
+        """Of a token in the loss that the model hands to the class: as the class would have it where it counts the
+        window's tokens, else the share of the window's mean."""
+        if self.model_accepts_loss_kwargs and num_items_in_batch is not None:
+            return 1.0 / num_items_in_batch
+        return self._scale(num_items_in_batch) / window.next_tokens.clamp(min=1)
 
     def _accumulation_divisor(self, num_items_in_batch: Tensor | int | None) -> int:
         """What `Trainer.training_step` will divide the loss by: the accumulation steps, or 1 where the host's

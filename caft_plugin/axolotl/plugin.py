@@ -181,7 +181,7 @@ def _two_trainers(other: str) -> str:
 @functools.cache
 def axolotl_trainer(base: Any) -> type[Trainer]:
     """`with_caft(base)`, which also leaves what is ours beside the model when training is interrupted."""
-    caft_class = with_caft(base)
+    caft_class: Any = with_caft(base)
 
     def train(self: Any, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -190,4 +190,8 @@ def axolotl_trainer(base: Any) -> type[Trainer]:
             self.save_ours(self.args.output_dir)
             raise
 
-    return type(caft_class.__name__, (caft_class,), {"train": train, "__doc__": caft_class.__doc__})
+    from axolotl.core.trainers import AxolotlTrainer
+
+    reads = (*caft_class.caft_reads_loss_alone, AxolotlTrainer)
+    own = {"train": train, "caft_reads_loss_alone": reads, "__doc__": caft_class.__doc__}
+    return type(caft_class.__name__, (caft_class,), own)
