@@ -540,6 +540,7 @@ def whole(parameter: Tensor, dtype: torch.dtype) -> Tensor:
     tensor = parameter.full_tensor(grad_placements=[Partial()] * mesh.ndim)
     if tensor.requires_grad:
         tensor.register_hook(lambda gradient: gradient / mesh.size())
+        tensor = tensor.view_as(tensor)  # the hook is for what goes on to the shards, once
     return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 

@@ -14,8 +14,8 @@ IGNORE = -100
 # A key of MEAP's batches (batch, length): bits that say what each position is. BOUNDARY marks the first token of a copy
 # that stands behind its original.
 PLAN, BOUNDARY = "meap_plan", 1
-# Logits alive at a time, whatever the vocabulary: 2^23 float32 values are 32 MiB, which a CPU's caches half hold;
-# accelerators want more rows in one product.
+# Logits alive at a time, whatever the vocabulary. 2^23 float32 values are 32 MiB: few enough for a CPU to be quick,
+# and the size from which glibc gives memory back for certain. Accelerators want more rows in one product.
 LOGITS_AT_A_TIME = {"cpu": 2**23, "accelerator": 2**25}
 
 
@@ -193,7 +193,7 @@ def weighted_sum(
     if not torch.is_grad_enabled():
         hidden, parameters = hidden.detach(), ()
     at_a_time = LOGITS_AT_A_TIME["cpu" if hidden.device.type == "cpu" else "accelerator"]
-    return _WeightedSum.apply(of_rows, max(64, at_a_time // vocab_size), weights, other, hidden, *parameters)
+    return _WeightedSum.apply(of_rows, max(64, math.ceil(at_a_time / vocab_size)), weights, other, hidden, *parameters)
 
 
 class _WeightedSum(torch.autograd.Function):
@@ -236,5 +236,7 @@ class _WeightedSum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        factor = gradients[0] * ctx.factor
-        return None, None, None, None, *(None if g is None else g * factor.to(g.dtype) for g in ctx.gradients)
+        if ctx.gradients is None:
+            raise RuntimeError("caft: backward was called twice through one loss of the heads, which keeps no graph.")
+        factor, found, ctx.gradients = gradients[0] * ctx.factor, ctx.gradients, None
+        return None, None, None, None, *(None if g is None else g.mul_(factor.to(g.dtype)) for g in found)

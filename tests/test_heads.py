@@ -16,6 +16,7 @@ from transformers import (
     Gemma2Config,
     GraniteConfig,
     LlamaConfig,
+    MixtralConfig,
     Qwen2Config,
     T5Config,
     T5ForConditionalGeneration,
@@ -23,7 +24,7 @@ from transformers import (
 
 from caft_plugin import CAFTConfig, ConfigError
 from caft_plugin.checkpoint import resolve_wiring
-from caft_plugin.heads import MODULE_NAME, AttachedHeads, Reading, build_heads, find_trunk, plain_copy
+from caft_plugin.heads import MODULE_NAME, AttachedHeads, Reading, build_heads, find_trunk, plain_copy, pointwise_parts
 from caft_plugin.loss import IGNORE, LOGITS_AT_A_TIME, head_targets
 
 FAMILIES = {
@@ -227,6 +228,23 @@ def test_a_packed_row_gives_what_its_documents_give(family, attention, wiring):
     assert packed_row[1].keys() == one_by_one[1].keys() and any(MODULE_NAME in name for name in one_by_one[1])
     for name, wanted in one_by_one[1].items():
         torch.testing.assert_close(packed_row[1][name], wanted, rtol=1e-4, atol=1e-5 * wanted.abs().max().item())
+
+
+def test_a_heads_mlp_runs_where_there_is_a_target():
+    """Which children of a layer may do so is found by their structure; test_families.py has the numbers."""
+    attached = attach(AutoModelForCausalLM.from_config(FAMILIES["plain"]), num_heads=2)
+    head = attached.heads.layers[1]
+    assert pointwise_parts(head) == [head.mlp]
+    experts = AutoModelForCausalLM.from_config(MixtralConfig(**LLAMA, num_local_experts=4))
+    assert pointwise_parts(experts.model.layers[-1]) == []
+    shapes = []
+    for layer in (attached.trunk.last_layer, head):
+        for part in (layer.self_attn.k_proj, layer.mlp.up_proj):
+            part.register_forward_hook(lambda module, args, output: shapes.append(output.shape[:-1]))
+    reading, _ = read(attached, batch(rows=2, length=12))
+    targets = int((reading.targets[1] != IGNORE).sum())
+    assert targets == 2 * 8 and shapes == [(2, 12), (2, 12), (2, 12), (1, targets)]
+    assert not head.mlp._forward_hooks and not head.mlp._forward_pre_hooks
 
 
 def test_no_tensor_is_as_large_as_the_logits_of_a_batch(monkeypatch):

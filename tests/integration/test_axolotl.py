@@ -110,6 +110,27 @@ def test_full_fine_tuning(project):
     assert not torch.equal(heads["0.mlp.up_proj.weight"], before["model.layers.2.mlp.up_proj.weight"])
 
 
+def test_fused_loss(project):
+    """Axolotl's own loss where the window is one batch, and the same however the window is cut, where Axolotl's is not.
+
+    True is what a bare `on` is to YAML.
+    """
+    fused = {**FULL, **PLUGIN, "caft": {"fused_loss": True}}
+    whole = {"micro_batch_size": 4, "gradient_accumulation_steps": 1, "max_steps": 3}
+    cut = {**whole, "micro_batch_size": 1, "gradient_accumulation_steps": 4}
+    project.train("plain_whole", **FULL, **whole)
+    project.train("fused_whole", **fused, **whole)
+    project.train("fused_cut", **fused, **cut)
+    project.train("plain_cut", **FULL, **cut)
+    plain, plain_cut = (numbers(project.logs(name), "loss")[0] for name in ("plain_whole", "plain_cut"))
+    ours, ours_cut = (project.logs(name) for name in ("fused_whole", "fused_cut"))
+    assert ours[0]["caft/next_token_loss"] == pytest.approx(plain[0], rel=1e-5)
+    assert plain_cut[0] != pytest.approx(plain[0], rel=2e-5)  # a random model: any token costs about the same
+    for one, other in zip(ours, ours_cut, strict=True):
+        for key in ("loss", "grad_norm", "caft/next_token_loss", "caft/loss_head_1", "caft/aux_loss"):
+            assert other[key] == pytest.approx(one[key], rel=1e-4), key
+
+
 def test_saved_model_loads_where_the_plugin_is_not_installed(project):
     ours = project.train("ours", **LORA_RUN)
     full = project.train("full", **FULL, **PLUGIN, caft="bare")

@@ -29,6 +29,13 @@ CASES = {
     "authors' wiring": {"caft": {"beta": 0.5, "head_input": "final", "head_norm": False}},
     "tied": {"tied": True, "caft": {"beta": 0.5}},
     "accumulation": {"gradient_accumulation_steps": 2, "caft": {"beta": 0.5}},
+    "fused": {"caft": {"beta": 0.5, "fused_loss": "on"}},
+    "fused, gamma 0": {"caft": {"beta": 0.5, "fused_loss": "on", "schedule": "linear"}},
+    "lora, fused, checkpointing": {
+        "lora": True,
+        "gradient_checkpointing": True,
+        "caft": {"beta": 0.5, "fused_loss": "on"},
+    },
     "one drawn head": {"gradient_checkpointing": True, "caft": {"beta": 0.5, "heads_per_step": 1}},
     "lora, one drawn head": {"lora": True, "caft": {"beta": 0.5, "heads_per_step": 1}},
     "masked": {"caft": {"beta": 0.5}, "meap": {"min_answer_tokens": 3, "mask_token": "add"}},
@@ -121,8 +128,8 @@ def test_two_processes_equal_one(one_process, two_processes, way, case):
 
     ours, theirs = (load_file(where / f"{case}.safetensors") for where in (one_process, folder))
     assert ours.keys() == theirs.keys()
-    for name, gradient in ours.items():  # 5e-9: what float32 rounds of sums whose terms are around 0.1
-        assert (theirs[name] - gradient).norm() <= 1e-5 * gradient.norm() + 5e-9, name
+    for name, gradient in ours.items():  # 1e-8: what float32 rounds of sums whose terms are around 0.1
+        assert (theirs[name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-8, name
 
 
 def same(ours, theirs):

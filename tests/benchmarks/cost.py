@@ -1,0 +1,325 @@
+"""What CAFT costs beside plain fine-tuning and beside the authors' package, and how that grows. `make bench`.
+
+    python tests/benchmarks/cost.py --model outputs/smollm2-135m-instruct [--newest .venv-trl/bin/python]
+        [--official .venv-official/bin/python] [--only NAME ...] [--steps 9] [--out outputs/bench]
+
+Every run of a comparison is a process of its own, all of them alive together; they take steps in turn (A B A B), one
+at a time, so that whatever else the machine does meets all of them. Printed are medians with quartiles, ratios of
+paired steps, and peak memory: of tensors on a GPU, of the whole process on a CPU. Runs on CUDA where there is a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from multiprocessing.connection import Connection, Listener
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from tqdm import tqdm
+
+HERE = Path(__file__).parent
+WARM_UP = 2
+SHAPE = {"batch": 4, "length": 512, "supervised": 0.3}
+ONE = {"heads_per_step": 1}
+
+
+@dataclasses.dataclass
+class Comparison:
+    """Runs that take turns; the first is what the others are measured against. `limits` are the project's targets:
+    step time and memory."""
+
+    title: str
+    runs: dict[str, dict[str, Any]]
+    limits: dict[str, tuple[float, float]]
+    python: str = "this"
+
+
+def sft(how: str, title: str, limits: tuple[float, float, float], python: str = "this") -> Comparison:
+    base = {"door": "sft", "how": how, **SHAPE}
+    runs = {"plain": base, "4 heads": {**base, "caft": {}}, "one head a step": {**base, "caft": ONE}}
+    return Comparison(title, runs, {"4 heads": limits[::2], "one head a step": limits[1:]}, python)  # type: ignore[dict-item]
+
+
+def comparisons() -> dict[str, Comparison]:
+    axolotl = {"door": "axolotl", "how": "lora", **SHAPE}
+    official = {"door": "official", "how": "lora", **SHAPE}
+    return {
+        "lora": sft("lora", "SFTTrainer (TRL 1.9, chunked_nll), LoRA", (1.40, 1.10, 1.10)),
+        "qlora": sft("qlora", "SFTTrainer (TRL 1.9, chunked_nll), QLoRA", (1.40, 1.10, 1.10)),
+        "full": sft("full", "SFTTrainer (TRL 1.9, chunked_nll), full fine-tuning", (1.50, 1.15, 1.15)),
+        "newest": sft("lora", "SFTTrainer (TRL 1.16 as it comes), LoRA", (1.30, 1.05, 1.10), "newest"),
+        "axolotl": Comparison(
+            "axolotl train, LoRA",
+            {
+                "plain": axolotl,
+                "4 heads": {**axolotl, "caft": {}},
+                "4 heads, fused_loss": {**axolotl, "caft": {"fused_loss": "on"}},
+                "one head a step, fused_loss": {**axolotl, "caft": {**ONE, "fused_loss": "on"}},
+            },
+            {"4 heads, fused_loss": (1.0, 1.0)},
+        ),
+        "official": Comparison(
+            "caft-llm 0.0.1 on torch 2.5.1, LoRA",
+            {
+                "caft-llm": {**official, "caft": {"caft_num_heads": 4}},
+                "caft-llm's plain step": official,
+                "SFTTrainer (TRL 1.9), 4 heads": {"door": "sft", "how": "lora", **SHAPE, "caft": {}, "python": "this"},
+            },
+            {"SFTTrainer (TRL 1.9), 4 heads": (0.30, 0.60)},
+            "official",
+        ),
+    }
+
+
+# A model of random weights, small enough that its longest step takes seconds; one thing is varied at a time.
+SMALL = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "num_attention_heads": 4}
+USUAL = {"heads": 4, "vocabulary": 32_768, "supervised": 0.3, "length": 512}
+AXES = {
+    "heads": [1, 2, 4, 8],
+    "vocabulary": [32_768, 65_536, 131_072, 262_144],
+    "supervised": [0.1, 0.3, 0.6, 1.0],
+    "length": [256, 512, 1024, 2048, 4096],
+}
+
+
+def at_point(axis: str, value: float) -> Comparison:
+    point = {**USUAL, axis: value}
+    model = {**SMALL, "vocab_size": point["vocabulary"], "max_position_embeddings": 4096}
+    shape = {"batch": 2, "length": point["length"], "supervised": point["supervised"], "model": model}
+    base = {"door": "trainer", "how": "lora", **shape}
+    caft = {"num_heads": point["heads"]}
+    runs = {"plain": base, "heads": {**base, "caft": {**caft, "fused_loss": "on"}}}
+    return Comparison(f"{axis} {value}", runs, {})
+
+
+# -- running ----------------------------------------------------------------------------------------
+
+
+def command(spec: dict[str, Any], python: str, folder: Path) -> list[str]:
+    if spec["door"] != "axolotl":
+        return [python, str(HERE / "arm.py"), json.dumps(spec)]
+    sys.path.insert(0, str(HERE))
+    from arm import STEPS, TARGETS, rows
+
+    data = folder / "rows.jsonl"
+    made = rows(40_000, spec["batch"] * STEPS // 10, spec["length"], spec["supervised"])
+    data.write_text("".join(json.dumps({**row, "attention_mask": [1] * len(row["labels"])}) + "\n" for row in made))
+    config: dict[str, Any] = {
+        "base_model": str(Path(spec["model"]).resolve()),
+        "plugins": ["caft_plugin", "pace.PacePlugin"],
+        "datasets": [{"path": str(data), "ds_type": "json", "type": None}],
+        "dataset_prepared_path": str(folder / "prepared"),
+        "output_dir": str(folder / "output"),
+        "sequence_len": spec["length"],
+        "micro_batch_size": spec["batch"],
+        "gradient_accumulation_steps": 1,
+        "max_steps": STEPS,
+        "learning_rate": 5e-5,
+        "optimizer": "adamw_torch",
+        "lr_scheduler": "linear",
+        "bf16": True,
+        "gradient_checkpointing": False,
+        "save_strategy": "no",
+        "attn_implementation": "sdpa",
+        "adapter": "lora",
+        "lora_r": 8,
+        "lora_alpha": 16,
+        "lora_target_modules": TARGETS,
+    }
+    if not torch.cuda.is_available():
+        config |= {f"lora_{part}_kernel": False for part in ("mlp", "qkv", "o")}
+    if "caft" in spec:
+        config["caft"] = spec["caft"]
+    (folder / "config.yml").write_text(yaml.safe_dump(config))
+    return [python, "-m", "axolotl.cli.main", "train", str(folder / "config.yml"), "--launcher", "python"]
+
+
+@dataclasses.dataclass
+class Run:
+    process: subprocess.Popen
+    connection: Connection
+    seconds: list[float] = dataclasses.field(default_factory=list)
+    memory: int = 0
+
+    def step(self, counts: bool) -> None:
+        self.connection.send("go")
+        seconds, self.memory = self.connection.recv()
+        if counts:
+            self.seconds.append(seconds)
+
+
+@contextlib.contextmanager
+def started(spec: dict[str, Any], python: str, **environment: str) -> Iterator[Run]:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        environment = {
+            **os.environ,
+            **environment,
+            "CAFT_BENCH_SOCKET": str(folder / "socket"),
+            "PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")]),
+            "AXOLOTL_DO_NOT_TRACK": "1",
+            "HF_HUB_OFFLINE": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+        }
+        with (
+            Listener(environment["CAFT_BENCH_SOCKET"], family="AF_UNIX") as listener,
+            open(folder / "log", "w+") as log,
+        ):
+            process = subprocess.Popen(
+                command(spec, python, folder), env=environment, stdout=log, stderr=subprocess.STDOUT, cwd=folder
+            )
+            try:
+                yield Run(process, accepted(listener, process, log))
+            except (EOFError, ConnectionError):
+                log.seek(0)
+                raise SystemExit(f"{json.dumps(spec)} stopped:\n{log.read()[-3000:]}") from None
+            finally:
+                process.kill()
+                process.wait()
+
+
+def accepted(listener: Listener, process: subprocess.Popen, log: Any) -> Connection:
+    listener._listener._socket.settimeout(1)  # type: ignore[attr-defined]
+    while process.poll() is None:
+        with contextlib.suppress(TimeoutError):
+            return listener.accept()
+    raise EOFError
+
+
+def measured(comparison: Comparison, pythons: dict[str, str], model: str, steps: int) -> dict[str, Run]:
+    with contextlib.ExitStack() as stack:
+        runs = {}
+        for name, spec in tqdm(comparison.runs.items(), comparison.title, leave=False):
+            python = pythons[spec.get("python", comparison.python)]
+            runs[name] = stack.enter_context(started({"model": model, **spec}, python))
+        for step in tqdm(range(steps + WARM_UP), comparison.title, leave=False):
+            order = list(runs.values())
+            for run in order if step % 2 else order[::-1]:
+                run.step(counts=step >= WARM_UP)
+    if not torch.cuda.is_available():
+        # glibc keeps what was freed, more or less of it by chance: up to half a GB. Told to keep nothing, which takes
+        # time, a process is as large as what it holds.
+        for name, spec in comparison.runs.items():
+            python = pythons[spec.get("python", comparison.python)]
+            with started({"model": model, **spec}, python, MALLOC_MMAP_THRESHOLD_="65536") as run:
+                run.step(counts=False), run.step(counts=False)
+                runs[name].memory = run.memory
+    return runs
+
+
+# -- reporting --------------------------------------------------------------------------------------
+
+
+def spread(values: list[float]) -> str:
+    low, middle, high = statistics.quantiles(values, n=4)
+    return f"{middle:.2f} ({low:.2f} to {high:.2f})"
+
+
+def ratios(run: Run, against: Run) -> list[float]:
+    return [mine / theirs for mine, theirs in zip(run.seconds, against.seconds, strict=True)]
+
+
+def table(comparison: Comparison, runs: dict[str, Run]) -> Iterator[str]:
+    yield f"\n{comparison.title}\n"
+    yield "| run | seconds a step | step time, x | at most | peak memory, GB | x | at most |"
+    yield "| --- | --- | --- | --- | --- | --- | --- |"
+    first = next(iter(runs.values()))
+    for name, run in runs.items():
+        time, memory = (f"{limit:.2f}" for limit in comparison.limits[name]) if name in comparison.limits else ("", "")
+        if run is first:
+            yield f"| {name} | {spread(run.seconds)} | 1 | | {run.memory / 1e9:.2f} | 1 | |"
+        else:
+            of_memory = f"{run.memory / 1e9:.2f} | {run.memory / first.memory:.2f}"
+            yield f"| {name} | {spread(run.seconds)} | {spread(ratios(run, first))} | {time} | {of_memory} | {memory} |"
+
+
+def curves(found: dict[str, dict[float, dict[str, Run]]], file: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(2, len(found), figsize=(3.6 * len(found), 6), layout="constrained")
+    for column, (axis, points) in zip(axes.T, found.items(), strict=True):
+        for name, label in (("plain", "plain Trainer"), ("heads", "with heads, fused_loss: on")):
+            runs = [of_point[name] for of_point in points.values()]
+            column[0].plot(list(points), [statistics.median(run.seconds) for run in runs], marker="o", label=label)
+            column[1].plot(list(points), [run.memory / 1e9 for run in runs], marker="o", label=label)
+        column[0].set_ylabel("seconds a step")
+        column[1].set_ylabel("peak memory, GB")
+        column[1].set_xlabel(axis)
+        for part in column:
+            part.set_ylim(bottom=0)
+    axes[0, 0].legend()
+    figure.savefig(file, dpi=110)
+
+
+def growth_table(found: dict[str, dict[float, dict[str, Run]]]) -> Iterator[str]:
+    yield "\nGrowth\n"
+    yield "| | plain, s | with heads, s | plain, GB | with heads, GB |"
+    yield "| --- | --- | --- | --- | --- |"
+    for axis, points in found.items():
+        for value, runs in points.items():
+            seconds = " | ".join(f"{statistics.median(run.seconds):.2f}" for run in runs.values())
+            memory = " | ".join(f"{run.memory / 1e9:.2f}" for run in runs.values())
+            yield f"| {axis} {value} | {seconds} | {memory} |"
+
+
+def machine() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    name = platform.processor() or platform.machine()
+    if os.path.exists("/proc/cpuinfo"):
+        names = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
+        name = names[0] if names else name
+    return f"{name}, {torch.get_num_threads()} threads, no GPU"
+
+
+def main() -> None:
+    known = comparisons()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="outputs/smollm2-135m-instruct")
+    parser.add_argument("--newest", help="python of an environment with the newest TRL")
+    parser.add_argument("--official", help="python of an environment with caft-llm")
+    parser.add_argument("--only", nargs="+", choices=[*known, "growth"], help="some of the comparisons")
+    parser.add_argument("--steps", type=int, default=9, help="measured steps of each run, after two to warm up")
+    parser.add_argument("--out", type=Path, default=Path("outputs/bench"))
+    options = parser.parse_args()
+    pythons = {"this": sys.executable, "newest": options.newest, "official": options.official}
+    options.out.mkdir(parents=True, exist_ok=True)
+    model = str(Path(options.model).resolve())
+    with open(options.out / "tables.md", "a" if options.only else "w") as file:
+
+        def say(lines: Iterator[str]) -> None:
+            for line in lines:
+                tqdm.write(line)
+                file.write(line + "\n")
+            file.flush()
+
+        say(iter([f"\nMachine: {machine()}; torch {torch.__version__}; {options.steps} steps each"]))
+        for name, comparison in known.items():
+            if pythons[comparison.python] and (not options.only or name in options.only):
+                say(table(comparison, measured(comparison, pythons, model, options.steps)))
+        if not options.only or "growth" in options.only:
+            found = {
+                axis: {value: measured(at_point(axis, value), pythons, model, options.steps) for value in values}
+                for axis, values in AXES.items()
+            }
+            say(growth_table(found))
+            curves(found, options.out / "growth.png")
+
+
+if __name__ == "__main__":
+    main()
