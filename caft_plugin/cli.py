@@ -221,6 +221,31 @@ def attention_report_command(
         draw(figures, png)
 
 
+@caft.command("plan", short_help="What the heads will add to a run: memory and time.")
+@click.argument("config", type=click.Path(path_type=Path))
+@click.option("--gpu-memory", metavar="SIZE", help="Of one GPU, e.g. 24GB: will the whole run fit?")
+@click.option("--gpus", type=click.IntRange(1), default=1, show_default=True, help="GPUs over which FSDP shards.")
+@click.option(
+    "--supervised",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=0.3,
+    show_default=True,
+    help="Share of the tokens that are trained on.",
+)
+def plan_command(config: Path, gpu_memory: str | None, gpus: int, supervised: float) -> None:
+    """What auxiliary heads will add to the run of CONFIG, an Axolotl YAML: parameters, memory and time.
+
+    Of the base model only the config is read; no weights, no data and no GPU are needed.
+    """
+    from caft_plugin import plan
+
+    memory = None if gpu_memory is None else plan.parse_memory(gpu_memory)
+    made = plan.make_plan(plan.read_keys(config), gpus, supervised)
+    click.echo(plan.as_text(made))
+    if memory is not None:
+        click.echo(f"\n{plan.run_as_text(made)}\n\n{plan.verdict(made, memory, gpus, supervised)}")
+
+
 @caft.command("inspect", short_help="Show what is in a heads folder.")
 @click.argument("folder")
 def inspect_command(folder: str) -> None:

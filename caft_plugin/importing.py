@@ -160,26 +160,29 @@ def split_heads(state: Mapping[str, Tensor], file: Path) -> list[dict[str, Tenso
     return [heads[k] for k in range(len(heads))]
 
 
-def empty_trunk(base_model: str) -> Trunk:
+def empty_trunk(base_model: str, key: str = "--base-model", revision: str | None = None, **loading: Any) -> Trunk:
     """The trunk of a model built from its config alone, without memory for weights (on the meta device).
+
+    `key` is what the user said the model with; `loading` goes to `from_config` (dtype, attn_implementation).
 
     Raises:
         ConfigError: the config cannot be had, or is not that of a decoder-only model transformers knows.
     """
+    options = {} if revision is None else {"revision": revision}
     try:
-        config = AutoConfig.from_pretrained(base_model, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(base_model, trust_remote_code=False, **options)
     except Exception as error:  # no such name, offline, no permission, damaged: each library has its own kinds
         raise ConfigError(
-            f"--base-model: got {base_model!r}, of which no config can be read ({first_line(error)}). It takes a "
+            f"{key}: got {base_model!r}, of which no config can be read ({first_line(error)}). It takes a "
             "model folder or a Hub id: check the name, your connection and your Hub token."
         ) from error
     refuse_encoder_decoder(config, config.model_type)
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, **loading)
     except Exception as error:  # a config with impossible values fails wherever it is first used
         raise ConfigError(
-            f"--base-model: got {base_model!r}, of which transformers can build no causal language model "
+            f"{key}: got {base_model!r}, of which transformers can build no causal language model "
             f"({first_line(error)}). It takes a decoder-only model that transformers knows without remote code."
         ) from error
     return find_trunk(model)

@@ -1,0 +1,119 @@
+"""What a forward pass keeps for the backward pass, counted without weights, data or a GPU.
+
+The model is called once with fake tensors, which have shapes and no values, and what autograd saves is added up; so
+nothing of the architecture has to be known.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+from caft_plugin.heads import AuxiliaryHeads, Trunk, pointwise_parts
+
+
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """Bytes that one forward pass of one GPU keeps for the backward pass, without gradient checkpointing.
+
+    `base`: the model up to its final norm; `layers`: each of its layers; `hidden`: the last one's input; `head`: a head
+    at all positions, of which `pointwise` is what runs at supervised positions only; `norm`: the final norm on a head.
+    """
+
+    base: float
+    layers: list[float]
+    hidden: float
+    head: float = 0
+    pointwise: float = 0
+    norm: float = 0
+
+
+class SavedBytes:
+    """Counts the bytes of tensors that autograd saves, each once, those of `known` modules not at all."""
+
+    def __init__(self, *known: nn.Module) -> None:
+        tensors = [t for module in known for t in (*module.parameters(), *module.buffers())]
+        self.bytes = 0
+        self.figures: Counter[str] = Counter()
+        self._seen = {storage._cdata: storage for storage in (t.untyped_storage() for t in tensors)}
+
+    def pack(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._seen:
+            self._seen[storage._cdata] = storage
+            self.bytes += storage.nbytes()
+        return tensor
+
+    def watch(self, module: nn.Module, name: str) -> None:
+        """From now on `figures[name]` has what is saved during the module's calls."""
+        module.register_forward_pre_hook(lambda *_: self.figures.update({name: -self.bytes}))
+        module.register_forward_hook(lambda *_: self.figures.update({name: self.bytes}))
+
+
+def keeps(
+    model: nn.Module, trunk: Trunk, heads: AuxiliaryHeads | None, rows: int, length: int, dtype: torch.dtype
+) -> tuple[Kept, list[str]]:
+    """Calls the model, and one head as the model called its last layer, with fake tensors. The models that it is given
+    hold fake tensors afterwards."""
+    try:
+        return _keeps(model, trunk, heads, rows, length, dtype), []
+    except Exception as error:  # code of any model, that looks at values (which fake tensors do not have) or at devices
+        hidden = rows * length * trunk.hidden_size * dtype.itemsize
+        layers = [17.0 * hidden for _ in layers_of(trunk)]
+        guess = Kept(sum(layers), layers, hidden, layers[-1], norm=2.0 * hidden)
+        return guess, [
+            f"Activations are a guess, 17 values a token and hidden unit in each layer (arXiv 2205.05198): "
+            f"{type(trunk.model).__name__} cannot be followed by shapes alone ({type(error).__name__})."
+        ]
+
+
+def _keeps(
+    model: nn.Module, trunk: Trunk, heads: AuxiliaryHeads | None, rows: int, length: int, dtype: torch.dtype
+) -> Kept:
+    call: dict[str, Any] = {}
+    decoder: Any = trunk.model.get_decoder()
+    half = dtype != torch.float32
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        fake = [m.to_empty(device="cpu") for m in (model, heads) if m is not None]
+        saved = SavedBytes(*fake)
+        stack.enter_context(torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda tensor: tensor))
+        stack.enter_context(torch.autocast("cpu", dtype if half else torch.bfloat16, enabled=half))
+        # Rows without padding: a mask would be saved, and keys and values repeated, at every layer.
+        ALL_MASK_ATTENTION_FUNCTIONS["sdpa"] = lambda *_, **__: None
+        stack.callback(ALL_MASK_ATTENTION_FUNCTIONS.__delitem__, "sdpa")  # transformers' own is back
+        trunk.last_layer.register_forward_pre_hook(
+            lambda _, args, kwargs: call.update(args=args, kwargs=kwargs), with_kwargs=True
+        )
+        layers = layers_of(trunk)
+        for index, layer in enumerate(layers):
+            saved.watch(layer, f"layer {index}")
+        model.train()
+        decoder(input_ids=torch.zeros(rows, length, dtype=torch.long), use_cache=False)
+        base = saved.bytes
+        source = call["args"][0] if call["args"] else call["kwargs"]["hidden_states"]
+        hidden = source.untyped_storage().nbytes()
+        of_layers = [float(saved.figures[f"layer {index}"]) for index in range(len(layers))]
+        if heads is None:
+            return Kept(base, of_layers, hidden)
+        head = heads.layers[0]
+        for part in pointwise_parts(head):
+            saved.watch(part, "pointwise")
+        output = head(*call["args"], **call["kwargs"])
+        of_head = saved.bytes - base
+        trunk.norm(output if isinstance(output, Tensor) else output[0])
+        norm = saved.bytes - base - of_head
+    return Kept(base, of_layers, hidden, of_head, saved.figures["pointwise"], norm)
+
+
+def layers_of(trunk: Trunk) -> list[nn.Module]:
+    """The decoder layers of a model, its last one last."""
+    lists = (module for module in trunk.model.modules() if isinstance(module, nn.ModuleList))
+    return next(list(found) for found in lists if any(layer is trunk.last_layer for layer in found))
