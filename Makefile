@@ -1,4 +1,4 @@
-# make demo | test | soak | lint | format | clean, see `make help`. Settings, all with a default:
+# make demo | test | soak | bench | lint | format | clean, see `make help`. Settings, all with a default:
 #   PYTHON=python3.11   the interpreter to build .venv with
 #   VENV=.venv          where the environment goes; the one for the newest TRL goes to $(VENV)-trl
 #   TORCH_INDEX=URL     a package index for torch alone: without a GPU, PyTorch's index of CPU wheels, which
@@ -35,11 +35,11 @@ AXOLOTL_ENV := PATH="$(abspath $(BIN)):$$PATH" AXOLOTL_DO_NOT_TRACK=1 TOKENIZERS
 
 .DEFAULT_GOAL := help
 .PRECIOUS: %/.torch %/.dependencies %/.package
-.PHONY: help venv demo model train merge report test soak lint format clean
+.PHONY: help venv demo model train merge report test soak bench bench-official lint format clean
 .DELETE_ON_ERROR:
 
 help:  ## show this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*##  ?(.*)/  make \1|\2/' | \
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*##  ?(.*)/  make \1|\2/' | \
 		awk -F'|' '{ printf "%-14s %s\n", $$1, $$2 }'
 
 # --- the environment, in three steps, each done again only when what it depends on has changed
@@ -115,7 +115,7 @@ report: merge
 PYTEST := -n 2 --dist loadfile
 NEWEST := tests/test_golden.py tests/test_heads.py tests/test_training.py tests/test_families.py tests/test_vision.py \
 	tests/test_meap.py tests/test_mask_token.py tests/test_masked_training.py \
-	tests/test_numbers.py tests/test_resume.py \
+	tests/test_numbers.py tests/test_resume.py tests/test_fused_loss.py \
 	tests/integration/test_trl.py tests/integration/test_trl_meap.py tests/integration/test_restart.py
 
 test: $(VENV)/.package $(TRL_VENV)/.package  ## run every test, on Axolotl's stack and on the newest one
@@ -124,6 +124,20 @@ test: $(VENV)/.package $(TRL_VENV)/.package  ## run every test, on Axolotl's sta
 
 soak: $(VENV)/.package  ## kill runs with SIGKILL at random moments, 72 times, and resume them (2 to 5 minutes)
 	@CAFT_SOAK=1 "$(BIN)/pytest" -s tests/integration/test_restart.py $(PYTEST_ARGS)
+
+BENCH := "$(BIN)/python" tests/benchmarks/cost.py --model $(SMOLLM2) --newest "$(abspath $(TRL_VENV))/bin/python"
+
+bench: model $(TRL_VENV)/.package  ## time and memory beside plain fine-tuning, and how they grow (about an hour)
+	@$(BENCH) $(BENCH_ARGS)
+
+# The authors' package with what it pins. PyPI has this torch with CUDA alone, so it needs 5 GB of disk.
+$(VENV)-official/.ready:
+	@"$(PYTHON)" -m venv --clear "$(VENV)-official"
+	@"$(VENV)-official/bin/pip" install torch==2.5.1 transformers==4.51.3 peft==0.17.1 caft-llm==0.0.1 accelerate 'numpy<2'
+	@touch $@
+
+bench-official: model $(TRL_VENV)/.package $(VENV)-official/.ready  ## the same, and beside the authors' package
+	@$(BENCH) --official "$(abspath $(VENV)-official)/bin/python" $(BENCH_ARGS)
 
 lint: $(VENV)/.package  ## check format, style and types
 	@"$(BIN)/ruff" format --check . || { echo "error: make format puts this right"; exit 1; }

@@ -16,6 +16,7 @@ import dataclasses
 import json
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
@@ -54,7 +55,9 @@ def sft(how: str, title: str, limits: tuple[float, float, float], python: str = 
 
 def comparisons() -> dict[str, Comparison]:
     axolotl = {"door": "axolotl", "how": "lora", **SHAPE}
-    official = {"door": "official", "how": "lora", **SHAPE}
+    trl = {"door": "sft", **SHAPE}
+    official = {"door": "official", **SHAPE}
+    bare = {"args": {"bf16": False}}  # half-precision weights without autocast
     return {
         "lora": sft("lora", "SFTTrainer (TRL 1.9, chunked_nll), LoRA", (1.40, 1.10, 1.10)),
         "qlora": sft("qlora", "SFTTrainer (TRL 1.9, chunked_nll), QLoRA", (1.40, 1.10, 1.10)),
@@ -73,9 +76,19 @@ def comparisons() -> dict[str, Comparison]:
         "official": Comparison(
             "caft-llm 0.0.1 on torch 2.5.1, LoRA",
             {
-                "caft-llm": {**official, "caft": {"caft_num_heads": 4}},
-                "caft-llm's plain step": official,
-                "SFTTrainer (TRL 1.9), 4 heads": {"door": "sft", "how": "lora", **SHAPE, "caft": {}, "python": "this"},
+                "caft-llm": {**official, "how": "lora", "caft": {"caft_num_heads": 4}},
+                "its plain step": {**official, "how": "lora"},
+                "SFTTrainer (TRL 1.9), 4 heads": {**trl, "how": "lora", "caft": {}, "python": "this"},
+            },
+            {"SFTTrainer (TRL 1.9), 4 heads": (0.30, 0.60)},
+            "official",
+        ),
+        "official-full": Comparison(
+            "caft-llm 0.0.1 on torch 2.5.1, full fine-tuning, without autocast",
+            {
+                "caft-llm": {**official, **bare, "how": "full", "caft": {"caft_num_heads": 4}},
+                "its plain step": {**official, **bare, "how": "full"},
+                "SFTTrainer (TRL 1.9), 4 heads": {**trl, **bare, "how": "full", "caft": {}, "python": "this"},
             },
             {"SFTTrainer (TRL 1.9), 4 heads": (0.30, 0.60)},
             "official",
@@ -149,24 +162,42 @@ def command(spec: dict[str, Any], python: str, folder: Path) -> list[str]:
 @dataclasses.dataclass
 class Run:
     process: subprocess.Popen
-    connection: Connection
+    listener: Listener
+    log: Any
+    connection: Connection | None = None
     seconds: list[float] = dataclasses.field(default_factory=list)
     memory: int = 0
 
+    def wait_for_start(self) -> None:
+        self.listener._listener._socket.settimeout(1)  # type: ignore[attr-defined]
+        while self.connection is None:
+            if self.process.poll() is not None:
+                raise SystemExit(f"a run stopped before its first step:\n{self.said()}")
+            with contextlib.suppress(TimeoutError):
+                self.connection = self.listener.accept()
+
     def step(self, counts: bool) -> None:
-        self.connection.send("go")
-        seconds, self.memory = self.connection.recv()
+        assert self.connection is not None
+        try:
+            self.connection.send("go")
+            seconds, self.memory = self.connection.recv()
+        except (EOFError, ConnectionError):
+            raise SystemExit(f"a run stopped in a step:\n{self.said()}") from None
         if counts:
             self.seconds.append(seconds)
 
+    def said(self) -> str:
+        self.log.seek(0)
+        return self.log.read()[-3000:]
+
 
 @contextlib.contextmanager
-def started(spec: dict[str, Any], python: str, **environment: str) -> Iterator[Run]:
+def launched(spec: dict[str, Any], python: str, **settings: str) -> Iterator[Run]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         environment = {
             **os.environ,
-            **environment,
+            **settings,
             "CAFT_BENCH_SOCKET": str(folder / "socket"),
             "PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")]),
             "AXOLOTL_DO_NOT_TRACK": "1",
@@ -178,32 +209,37 @@ def started(spec: dict[str, Any], python: str, **environment: str) -> Iterator[R
             open(folder / "log", "w+") as log,
         ):
             process = subprocess.Popen(
-                command(spec, python, folder), env=environment, stdout=log, stderr=subprocess.STDOUT, cwd=folder
+                command(spec, python, folder),
+                env=environment,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                cwd=folder,
+                start_new_session=True,  # with whatever it starts itself, so that all of it can be ended
             )
             try:
-                yield Run(process, accepted(listener, process, log))
-            except (EOFError, ConnectionError):
-                log.seek(0)
-                raise SystemExit(f"{json.dumps(spec)} stopped:\n{log.read()[-3000:]}") from None
+                yield Run(process, listener, log)
             finally:
-                process.kill()
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
 
 
-def accepted(listener: Listener, process: subprocess.Popen, log: Any) -> Connection:
-    listener._listener._socket.settimeout(1)  # type: ignore[attr-defined]
-    while process.poll() is None:
-        with contextlib.suppress(TimeoutError):
-            return listener.accept()
-    raise EOFError
+@contextlib.contextmanager
+def all_launched(
+    comparison: Comparison, pythons: dict[str, str], model: str, **settings: str
+) -> Iterator[dict[str, Run]]:
+    with contextlib.ExitStack() as stack:
+        runs = {}
+        for name, spec in comparison.runs.items():
+            python = pythons[spec.get("python", comparison.python)]
+            runs[name] = stack.enter_context(launched({"model": model, **spec}, python, **settings))
+        for run in runs.values():
+            run.wait_for_start()
+        yield runs
 
 
 def measured(comparison: Comparison, pythons: dict[str, str], model: str, steps: int) -> dict[str, Run]:
-    with contextlib.ExitStack() as stack:
-        runs = {}
-        for name, spec in tqdm(comparison.runs.items(), comparison.title, leave=False):
-            python = pythons[spec.get("python", comparison.python)]
-            runs[name] = stack.enter_context(started({"model": model, **spec}, python))
+    with all_launched(comparison, pythons, model) as runs:
         for step in tqdm(range(steps + WARM_UP), comparison.title, leave=False):
             order = list(runs.values())
             for run in order if step % 2 else order[::-1]:
@@ -211,9 +247,8 @@ def measured(comparison: Comparison, pythons: dict[str, str], model: str, steps:
     if not torch.cuda.is_available():
         # glibc keeps what was freed, more or less of it by chance: up to half a GB. Told to keep nothing, which takes
         # time, a process is as large as what it holds.
-        for name, spec in comparison.runs.items():
-            python = pythons[spec.get("python", comparison.python)]
-            with started({"model": model, **spec}, python, MALLOC_MMAP_THRESHOLD_="65536") as run:
+        with all_launched(comparison, pythons, model, MALLOC_MMAP_THRESHOLD_="65536") as again:
+            for name, run in again.items():
                 run.step(counts=False), run.step(counts=False)
                 runs[name].memory = run.memory
     return runs
@@ -313,10 +348,15 @@ def main() -> None:
             if pythons[comparison.python] and (not options.only or name in options.only):
                 say(table(comparison, measured(comparison, pythons, model, options.steps)))
         if not options.only or "growth" in options.only:
-            found = {
-                axis: {value: measured(at_point(axis, value), pythons, model, options.steps) for value in values}
-                for axis, values in AXES.items()
-            }
+            once: dict[str, dict[str, Run]] = {}  # the usual point lies on every axis
+            found: dict[str, dict[float, dict[str, Run]]] = {axis: {} for axis in AXES}
+            for axis, values in AXES.items():
+                for value in values:
+                    comparison = at_point(axis, value)
+                    key = json.dumps(comparison.runs)
+                    if key not in once:
+                        once[key] = measured(comparison, pythons, model, options.steps)
+                    found[axis][value] = once[key]
             say(growth_table(found))
             curves(found, options.out / "growth.png")
 

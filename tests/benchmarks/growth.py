@@ -32,9 +32,10 @@ BATCH, LENGTH, SUPERVISED = 2, 256, 0.3
 def predicted(config: LlamaConfig, heads: int) -> tuple[int, float]:
     """Bytes that full training of the heads adds in float32, and the ratio of step times (see the README)."""
     hidden, layers, vocab = config.hidden_size, config.num_hidden_layers, config.vocab_size
-    layer = 4 * hidden * hidden + 3 * hidden * config.intermediate_size  # weights of the matrices
+    mlp = 3 * hidden * config.intermediate_size  # weights of the matrices
+    layer = 4 * hidden * hidden + mlp
     attention = 2 * LENGTH * hidden  # scores and sums, every position against every other
-    head = layer + attention + SUPERVISED * hidden * vocab * 4 / 3  # 4/3: its logits are computed again in backward
+    head = layer - mlp + attention + SUPERVISED * (mlp + hidden * vocab)
     plain = layers * (layer + attention) + hidden * vocab
     return heads * (layer + 2 * hidden) * 16, 1 + heads * head / plain
 
