@@ -191,12 +191,14 @@ def answers(lines: Lines) -> list[str]:
             if difference.half is None
             else f", 95 % interval {number(difference.low, name, True)} to {number(difference.high, name, True)}"
         )
-        said.append(
-            f"**{comparison.question}** {start} {shown.title.capitalize()} {number(ours.mean, name)} for `{comparison.arm}` against "
-            f"{number(theirs.mean, name)} for `{comparison.against}`; difference {number(difference.mean, name, True)}"
-            f"{unit}{interval}, {difference.seeds} {'seed' if difference.seeds == 1 else 'seeds'}"
-            + (f"; {ratio:.2f} times the training time." if ratio is not None else ".")
+        both = (
+            f"{shown.title.capitalize()} {number(ours.mean, name)} for `{comparison.arm}` against "
+            f"{number(theirs.mean, name)} for `{comparison.against}`"
         )
+        seeds = f"{difference.seeds} {'seed' if difference.seeds == 1 else 'seeds'}"
+        time = "." if ratio is None else f"; {ratio:.2f} times the training time."
+        apart = f"difference {number(difference.mean, name, True)}{unit}{interval}, {seeds}{time}"
+        said.append(f"**{comparison.question}** {start} {both}; {apart}")
     return said
 
 
