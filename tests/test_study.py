@@ -24,6 +24,8 @@ import results
 import run as one_run
 import study
 
+from caft_plugin import CAFTConfig, MEAPConfig
+
 # -- data -------------------------------------------------------------------------------------------
 
 
@@ -114,6 +116,9 @@ def test_every_planned_run_can_be_set_up():
     assert planned == {(task.name, arm.name) for task in design.TASKS.values() for arm in task.arms}
     for run in runs:
         settings = design.settings(run, lines)
+        for key, block in (("caft", CAFTConfig), ("meap", MEAPConfig)):
+            if settings.get(key) is not None:
+                block(**settings[key])
         assert json.loads(json.dumps(settings)) == settings
         arm = design.TASKS[run.task].arm(run.arm)
         assert all(design.TASKS[run.task].arm(other) for other in arm.against)

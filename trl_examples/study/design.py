@@ -10,8 +10,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from caft_plugin import CAFTConfig, MEAPConfig
-
 MODEL = "SmolLM2-135M-Instruct"
 THREADS = 2
 MAIN_HEADS = "distribution"  # the stage 1 whose heads the arms named stage1 start from
@@ -27,6 +25,19 @@ TRAINING = {
 }
 WARMUP = 0.05  # share of the steps
 
+# The blocks, every key written out, so that a later change of a default changes nothing here.
+CAFT = {
+    "num_heads": 4,
+    "train_heads": "auto",
+    "beta": 0.01,
+    "alpha": 0.8,
+    "schedule": "rsine",
+    "head_input": "penultimate",
+    "head_norm": True,
+    "heads_per_step": None,
+}
+MEAP = {"mode": "sft", "mask_ratio": 0.1, "layout": "concat", "min_answer_tokens": 51, "mask_token": "auto"}
+
 
 class Run(NamedTuple):
     task: str
@@ -36,8 +47,8 @@ class Run(NamedTuple):
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to train. `caft` and `meap` are the keys of these blocks, None leaves the method out. `rate` is a
-    learning rate or the name of the choice that makes it. What is None is the task's."""
+    """One way to train. `caft` and `meap` are what differs from CAFT and MEAP above, None leaves the method out. `rate`
+    is a learning rate or the name of the choice that makes it. Of what else is None the task's counts."""
 
     name: str
     says: str
@@ -116,7 +127,7 @@ def is_choice(line: Mapping[str, Any]) -> bool:
 # -- arms -------------------------------------------------------------------------------------------
 
 LORA_RATE, FULL_RATE, RETRIEVAL_RATE = "molecules-lora", "molecules-full", "retrieval-lora"
-ALL: dict[str, Any] = {}  # a block with all defaults
+ALL: dict[str, Any] = {}  # CAFT or MEAP as they stand above
 
 MOLECULES = (
     Arm("ntp", "next-token, LoRA", LORA_RATE),
@@ -158,7 +169,7 @@ RETRIEVAL = (
         "meap-concat",
         "MEAP, the copy behind its original",
         RETRIEVAL_RATE,
-        meap={"layout": "concat"},
+        meap=ALL,
         against=("ntp", "ntp-2x"),
     ),
     Arm(
@@ -175,7 +186,7 @@ RETRIEVAL = (
         RETRIEVAL_RATE,
         ALL,
         heads=MAIN_HEADS,
-        meap={"layout": "concat"},
+        meap=ALL,
         against=("ntp", "ntp-2x", "meap-concat"),
     ),
 )
@@ -187,7 +198,7 @@ PRETRAIN = (
         "meap",
         "MEAP pretraining on plain text (0.15), LoRA",
         RETRIEVAL_RATE,
-        meap={"mode": "pretrain"},
+        meap={"mode": "pretrain", "mask_ratio": 0.15},
         against=("ntp",),
     ),
 )
@@ -225,7 +236,15 @@ def ablations() -> tuple[Arm, ...]:
         meap = {"mask_ratio": ratio, "min_answer_tokens": 12}
         arms.append(ablation(f"meap-{ratio:g}", masks, f"ratio {ratio:g}, concat", meap=meap))
     separate = {"layout": "separate", "min_answer_tokens": 12}
-    arms.append(ablation("meap-separate", masks, "ratio 0.1, separate", meap=separate, batch=32))
+    arms.append(
+        ablation(
+            "meap-separate",
+            masks,
+            "ratio 0.1, separate (short answers have no copy: a few rows come twice)",
+            meap=separate,
+            batch=32,
+        )
+    )
     return tuple(arms)
 
 
@@ -252,6 +271,8 @@ class Stage1:
     options: Mapping[str, Any] = field(
         default_factory=lambda: {
             "num-heads": 4,
+            "head-input": "penultimate",
+            "head-norm": True,
             "steps": 300,
             "batch-size": 8,
             "learning-rate": 1e-3,  # the paper's 1e-4 is for longer training
@@ -484,9 +505,7 @@ def settings(run: Run, lines: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
         "learning_rate": chosen_rate(arm.rate, lines) if isinstance(arm.rate, str) else arm.rate,
         "max_length": task.max_length,
         "rows": task.rows,
-        "caft": None if arm.caft is None else CAFTConfig(**arm.caft).model_dump(),
+        "caft": None if arm.caft is None else {**CAFT, **arm.caft},
         "heads": arm.heads,
-        "meap": None
-        if arm.meap is None
-        else {**(meap := MEAPConfig(**arm.meap)).model_dump(), "mask_ratio": meap.ratio},
+        "meap": None if arm.meap is None else {**MEAP, **arm.meap},
     }

@@ -601,7 +601,7 @@ def page(lines: Lines) -> str:
         f"{len(lines)} runs, {hours:.1f} hours on {listed(line['processor'] for line in lines)}, {design.THREADS} "
         + "threads. Versions: "
         + ", ".join(f"{name} {version}" for name, version in versions.items())
-        + f". Commits of the code: {listed(line['commit'][:10] for line in lines)}.",
+        + f". Commits of the code: {listed(line['commit'][:10] + line['commit'][40:] for line in lines)}.",
         words.PAPERS,
         words.CONCLUSIONS,
     ]

@@ -215,8 +215,13 @@ def processor() -> str:
 
 
 def commit() -> str:
-    result = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    return result.stdout.strip() or "unknown"
+    """The commit of the code, and whether code was changed since."""
+
+    def git(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
+
+    changed = git("diff", "--quiet", "HEAD", "--", "*.py").returncode != 0
+    return (git("rev-parse", "HEAD").stdout.strip() or "unknown") + ("-changed" if changed else "")
 
 
 def do(
