@@ -1,4 +1,4 @@
-# make demo | test | soak | bench | lint | format | clean, see `make help`. Settings, all with a default:
+# make demo | study | test | soak | bench | lint | format | clean, see `make help`. Settings, all with a default:
 #   PYTHON=python3.11   the interpreter to build .venv with
 #   VENV=.venv          where the environment goes; the one for the newest TRL goes to $(VENV)-trl
 #   TORCH_INDEX=URL     a package index for torch alone: without a GPU, PyTorch's index of CPU wheels, which
@@ -35,12 +35,12 @@ AXOLOTL_ENV := PATH="$(abspath $(BIN)):$$PATH" AXOLOTL_DO_NOT_TRACK=1 TOKENIZERS
 
 .DEFAULT_GOAL := help
 .PRECIOUS: %/.torch %/.dependencies %/.package
-.PHONY: help venv demo model train merge report test soak bench bench-official lint format clean
+.PHONY: help venv demo model train merge report study study-report test soak bench bench-official lint format clean
 .DELETE_ON_ERROR:
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*##  ?(.*)/  make \1|\2/' | \
-		awk -F'|' '{ printf "%-14s %s\n", $$1, $$2 }'
+		awk -F'|' '{ printf "%-19s %s\n", $$1, $$2 }'
 
 # --- the environment, in three steps, each done again only when what it depends on has changed
 
@@ -61,7 +61,7 @@ venv: $(VENV)/.package  ## build the environment in .venv (5 GB, a few minutes)
 	@touch $@
 
 # Axolotl with what it pins, and in an environment of its own the newest TRL that pyproject.toml allows.
-$(VENV)/.dependencies: EXTRA := axolotl
+$(VENV)/.dependencies: EXTRA := axolotl,study
 $(TRL_VENV)/.dependencies: EXTRA := trl
 %/.dependencies: pyproject.toml | %/.torch
 	@echo "== installing $(EXTRA) and the development tools into $*"
@@ -108,6 +108,15 @@ merge: train
 
 report: merge
 	@$(AXOLOTL_ENV) "$(BIN)/python" axolotl_configs/demo_report.py --config $(CONFIG) $(OVERRIDES)
+
+# --- the study, on SmolLM2-135M whatever BASE_MODEL says
+
+study: $(VENV)/.package  ## do the runs that trl_examples/study/results.jsonl lacks (all: about 10 hours on two free cores)
+	@"$(BIN)/python" axolotl_configs/make_base_model.py --out $(SMOLLM2) --cache $(CACHE)
+	@PATH="$(abspath $(BIN)):$$PATH" "$(BIN)/python" trl_examples/study/study.py
+
+study-report: $(VENV)/.package  ## write trl_examples/study/REPORT.md and its figures from results.jsonl
+	@"$(BIN)/python" trl_examples/study/report.py
 
 # --- development
 

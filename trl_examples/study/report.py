@@ -1,0 +1,629 @@
+"""`make study-report`: REPORT.md and its figures from results.jsonl and nothing else, the same bytes each time."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import design
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+import results
+import words
+from scipy import stats
+
+HERE = Path(__file__).parent
+CONFIDENCE = 0.95
+
+Lines = Sequence[results.Line]
+Value = Callable[[results.Line], float]
+
+
+# -- statistics -------------------------------------------------------------------------------------
+
+
+class Estimate(NamedTuple):
+    """A mean over `seeds` seeds and the half width of its t-interval, None where one seed gives none."""
+
+    mean: float
+    half: float | None
+    seeds: int
+
+    @property
+    def low(self) -> float:
+        return self.mean - (self.half or 0.0)
+
+    @property
+    def high(self) -> float:
+        return self.mean + (self.half or 0.0)
+
+    @property
+    def excludes_zero(self) -> bool:
+        return self.half is not None and (self.low > 0 or self.high < 0)
+
+
+def estimate(values: Iterable[float]) -> Estimate:
+    """The mean with its 95 % t-interval."""
+    found = np.asarray(list(values), dtype=float)
+    if len(found) < 2:
+        return Estimate(float(found.mean()), None, len(found))
+    width = stats.t.ppf((1 + CONFIDENCE) / 2, len(found) - 1) * stats.sem(found)
+    return Estimate(float(found.mean()), float(width), len(found))
+
+
+def paired(lines: Lines, task: str, arm: str, against: str, value: Value) -> Estimate | None:
+    """The mean difference `arm` minus `against` over the seeds that both have; None without any."""
+    ours, theirs = ({line["seed"]: value(line) for line in of(lines, task, name)} for name in (arm, against))
+    seeds = sorted(ours.keys() & theirs.keys())
+    return estimate(ours[seed] - theirs[seed] for seed in seeds) if seeds else None
+
+
+def of(lines: Lines, task: str, arm: str) -> Lines:
+    return sorted(
+        (line for line in lines if line["task"] == task and line["arm"] == arm), key=lambda line: line["seed"]
+    )
+
+
+def metric(name: str) -> Value:
+    return lambda line: float(line["metrics"][name])
+
+
+def verdict(difference: Estimate | None, lower_is_better: bool) -> str:
+    """'better' or 'worse' only where the interval of the paired difference excludes zero."""
+    if difference is None:
+        return "not run"
+    if difference.half is None:
+        return "one seed, no interval"
+    if not difference.excludes_zero:
+        return "no difference shown"
+    return "better" if (difference.mean < 0) == lower_is_better else "worse"
+
+
+# -- words and tables -------------------------------------------------------------------------------
+
+
+def number(value: float, name: str, sign: bool = False) -> str:
+    shown = design.METRICS[name]
+    text = f"{value * 100 if shown.percent else value:{'+' if sign else ''}.{shown.digits}f}"
+    zero = f"{0:.{shown.digits}f}"
+    return zero if text.lstrip("+-") == zero else text
+
+
+def with_interval(found: Estimate | None, name: str, sign: bool = False) -> str:
+    if found is None:
+        return "-"
+    if found.half is None:
+        return f"{number(found.mean, name, sign)} (one seed)"
+    return f"{number(found.mean, name, sign)} ({number(found.low, name, sign)} to {number(found.high, name, sign)})"
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows))
+
+
+def title(name: str) -> str:
+    shown = design.METRICS[name]
+    return f"{shown.title}{', %' if shown.percent else ''} {'↓' if shown.lower_is_better else '↑'}"
+
+
+def metrics_table(lines: Lines, task: str) -> str:
+    names = design.SHOWN[task]
+    rows = []
+    for arm in design.TASKS[task].arms:
+        found = of(lines, task, arm.name)
+        cells = [with_interval(estimate(map(metric(name), found)), name) if found else "-" for name in names]
+        rows.append([f"`{arm.name}`", arm.says, str(len(found)), *cells])
+    return table(["arm", "", "seeds", *map(title, names)], rows)
+
+
+def differences_table(lines: Lines, task: str) -> str:
+    names = design.SHOWN[task]
+    rows = []
+    for arm in design.TASKS[task].arms:
+        for against in arm.against:
+            cells = []
+            for name in names:
+                difference = paired(lines, task, arm.name, against, metric(name))
+                said = verdict(difference, design.METRICS[name].lower_is_better)
+                strong = f"**{said}**" if said in ("better", "worse") else said
+                cells.append(f"{with_interval(difference, name, sign=True)} {strong}" if difference else said)
+            rows.append([f"`{arm.name}` - `{against}`", *cells])
+    return table(["paired difference", *map(title, names)], rows)
+
+
+def cost_table(lines: Lines, task: str) -> str:
+    rows = []
+    for arm in design.TASKS[task].arms:
+        found = of(lines, task, arm.name)
+        base = "ntp-full" if arm.full else "ntp"
+        ratio = paired_ratio(lines, task, arm.name, base)
+        if not found:
+            continue
+        seconds = estimate(line["train_seconds"] for line in found)
+        rows.append(
+            [
+                f"`{arm.name}`",
+                str(found[0]["settings"]["steps"]),
+                f"{np.mean([line['tokens'] for line in found]):,.0f}",
+                f"{seconds.mean:.0f}",
+                "-" if ratio is None else f"{ratio:.2f}",
+                f"{np.mean([line['wall_seconds'] for line in found]) / 60:.1f}",
+            ]
+        )
+    return table(["arm", "steps", "tokens trained on", "training, s", "times next-token's", "whole run, min"], rows)
+
+
+def paired_ratio(lines: Lines, task: str, arm: str, against: str) -> float | None:
+    """How many times as long `arm` trained: the median over the seeds that both have."""
+    ours, theirs = ({line["seed"]: line["train_seconds"] for line in of(lines, task, name)} for name in (arm, against))
+    ratios = [ours[seed] / theirs[seed] for seed in sorted(ours.keys() & theirs.keys()) if theirs[seed]]
+    return float(np.median(ratios)) if ratios else None
+
+
+def answers(lines: Lines) -> list[str]:
+    """One item a primary comparison, in the words that its interval allows."""
+    said = []
+    for comparison in design.COMPARISONS:
+        task, name = comparison.task, comparison.metric
+        difference = paired(lines, task, comparison.arm, comparison.against, metric(name))
+        if difference is None:
+            said.append(f"**{comparison.question}** Not run.")
+            continue
+        shown = design.METRICS[name]
+        unit = " points" if shown.percent else " nats a token"
+        ours, theirs = (
+            estimate(map(metric(name), of(lines, task, arm))) for arm in (comparison.arm, comparison.against)
+        )
+        ratio = paired_ratio(lines, task, comparison.arm, comparison.against)
+        start = {"better": "Yes, here.", "worse": "No, it did harm here."}.get(
+            verdict(difference, shown.lower_is_better),
+            "Not shown: one seed alone." if difference.half is None else "Not shown: the interval includes zero.",
+        )
+        interval = (
+            ""
+            if difference.half is None
+            else f", 95 % interval {number(difference.low, name, True)} to {number(difference.high, name, True)}"
+        )
+        both = (
+            f"{shown.title.capitalize()} {number(ours.mean, name)} for `{comparison.arm}` against "
+            f"{number(theirs.mean, name)} for `{comparison.against}`"
+        )
+        seeds = f"{difference.seeds} {'seed' if difference.seeds == 1 else 'seeds'}"
+        time = "." if ratio is None else f"; {ratio:.2f} times the training time."
+        apart = f"difference {number(difference.mean, name, True)}{unit}{interval}, {seeds}{time}"
+        said.append(f"**{comparison.question}** {start} {both}; {apart}")
+    return said
+
+
+def summary(lines: Lines) -> str:
+    """For whom, in one sentence."""
+    found: dict[str, list[str]] = {"better": [], "worse": [], "open": [], "not run": []}
+    for comparison in design.COMPARISONS:
+        difference = paired(lines, comparison.task, comparison.arm, comparison.against, metric(comparison.metric))
+        said = verdict(difference, design.METRICS[comparison.metric].lower_is_better)
+        found[said if said in found else "open"].append(f"`{comparison.arm}` against `{comparison.against}`")
+    parts = {
+        "better": "better, with an interval that excludes zero: ",
+        "worse": "worse, with an interval that excludes zero: ",
+        "open": "no difference shown: ",
+        "not run": "not run: ",
+    }
+    said = "; ".join(parts[key] + ", ".join(pairs) for key, pairs in found.items() if pairs)
+    return f"Of {len(design.COMPARISONS)} primary comparisons, declared before the runs: {said}."
+
+
+def rates_table(lines: Lines) -> str:
+    rows = []
+    for choice, rates in design.RATES.items():
+        losses = {
+            rate: [line["metrics"]["validation_loss"] for line in of(lines, f"rates-{choice}", f"{choice}-{rate:g}")]
+            for rate in rates
+        }
+        cells = ", ".join(f"{rate:g}: {losses[rate][0]:.4f}" if losses[rate] else f"{rate:g}: -" for rate in rates)
+        chosen = design.chosen_rate(choice, lines) if all(losses.values()) else None
+        edge = " (at the edge of what was tried)" if chosen in (rates[0], rates[-1]) else ""
+        rows.append([choice, cells, "-" if chosen is None else f"{chosen:g}{edge}"])
+    return table(["for", "learning rate: validation loss", "chosen"], rows)
+
+
+def stage1_table(lines: Lines) -> str:
+    rows = []
+    for arm in design.TASKS["stage1"].arms:
+        for line in of(lines, "stage1", arm.name):
+            heads = [
+                f"{line['metrics'][f'untrained_loss_head_{k}']:.2f} to {line['metrics'][f'trained_loss_head_{k}']:.2f}"
+                for k in range(1, 5)
+            ]
+            rows.append([f"`{arm.name}`", *heads, f"{line['wall_seconds'] / 60:.0f}"])
+    return table(["targets", *(f"head {k}: loss, untrained to trained" for k in range(1, 5)), "minutes"], rows)
+
+
+def equal_time_table(lines: Lines) -> str:
+    """Losses on the marked molecules when next-token training of the same seed had ended, by linear interpolation."""
+    rows = []
+    for arm in design.TASKS["molecules"].arms:
+        base = "ntp-full" if arm.full else "ntp"
+        ends = {line["seed"]: line["marks"][-1]["train_seconds"] for line in of(lines, "molecules", base)}
+        found, base_losses = {}, {}
+        for line in of(lines, "molecules", arm.name):
+            if line["seed"] in ends:
+                found[line["seed"]] = loss_at(line, ends[line["seed"]])
+        for line in of(lines, "molecules", base):
+            base_losses[line["seed"]] = line["marks"][-1]["loss"]
+        seeds = sorted(found)
+        if not seeds:
+            continue
+        difference = estimate(found[seed] - base_losses[seed] for seed in seeds)
+        rows.append(
+            [
+                f"`{arm.name}`",
+                with_interval(estimate(found.values()), "heldout_loss"),
+                "-" if arm.name == base else with_interval(difference, "heldout_loss", sign=True),
+                "-" if arm.name == base else verdict(difference, True),
+            ]
+        )
+    return table(["arm", "loss at that time", "minus next-token's", ""], rows)
+
+
+def loss_at(line: results.Line, seconds: float) -> float:
+    """Between marks; after the last one its loss stays."""
+    marks = line["marks"]
+    return float(np.interp(seconds, [m["train_seconds"] for m in marks], [m["loss"] for m in marks]))
+
+
+def cells_table(lines: Lines, task: str, names: Sequence[str], head: Sequence[str]) -> str:
+    """Share of questions found, by cell: means over seeds, in percent."""
+    rows = []
+    for arm in design.TASKS[task].arms:
+        found = of(lines, task, arm.name)
+        if found:
+            rows.append(
+                [f"`{arm.name}`", *(f"{100 * np.mean([line['metrics'][n] for line in found]):.1f}" for n in names)]
+            )
+    return table(["arm", *head], rows)
+
+
+def needle_names() -> list[tuple[str, str]]:
+    return [
+        (f"needle_{length}_{depth:g}", f"{length} at {depth:.0%}")
+        for length in design.NEEDLE_LENGTHS
+        for depth in design.NEEDLE_DEPTHS
+    ]
+
+
+def mdqa_names() -> list[tuple[str, str]]:
+    return [(f"mdqa_{n}_{place}", f"{n}, {place}") for n in design.MDQA_DOCUMENTS for place in design.MDQA_PLACES]
+
+
+def ablations_table(lines: Lines) -> str:
+    rows = []
+    task, name = "ablations", "heldout_loss"
+    for arm in sorted(
+        design.TASKS[task].arms, key=lambda arm: list(design.DEFAULT_OF_KNOB).index(arm.knob) if arm.knob else -1
+    ):
+        found = of(lines, task, arm.name)
+        default = design.DEFAULT_OF_KNOB.get(arm.knob)
+        cells = [
+            with_interval(paired(lines, task, arm.name, other, metric(name)), name, sign=True) if other else "-"
+            for other in ("ntp" if arm.knob else None, default if default != arm.name else None)
+        ]
+        losses = ", ".join(number(line["metrics"][name], name) for line in found) or "-"
+        default_says = f"{arm.says} (default)" if default == arm.name else arm.says
+        rows.append([arm.knob or "reference", f"`{arm.name}`: {default_says}", losses, *cells])
+    return table(["knob", "setting", "held-out loss, by seed", "minus `ntp`", "minus the default"], rows)
+
+
+# -- figures ----------------------------------------------------------------------------------------
+
+
+def figure(folder: Path, name: str, panels: int, height: float = 3.4) -> tuple[Any, list[Any], Callable[[], None]]:
+    drawing, axes = plt.subplots(1, panels, figsize=(4.6 * panels, height), squeeze=False, layout="constrained")
+
+    def save() -> None:
+        drawing.savefig(folder / f"{name}.png", dpi=110, metadata={"Software": None})
+        plt.close(drawing)
+
+    return drawing, list(axes[0]), save
+
+
+def draw_by_arm(lines: Lines, folder: Path) -> None:
+    """Held-out loss of each arm with its interval."""
+    _, axes, save = figure(folder, "molecules", 2)
+    for axis, full in zip(axes, (False, True), strict=True):
+        arms = [arm.name for arm in design.TASKS["molecules"].arms if arm.full == full]
+        arms = [arm for arm in arms if of(lines, "molecules", arm)]
+        for place, arm in enumerate(arms):
+            found = of(lines, "molecules", arm)
+            losses = [line["metrics"]["heldout_loss"] for line in found]
+            whole = estimate(losses)
+            axis.plot(losses, [place] * len(losses), "o", color="tab:gray", alpha=0.5, markersize=4)
+            axis.errorbar(whole.mean, place, xerr=whole.half or 0, fmt="D", color="tab:blue", capsize=4)
+        axis.set_yticks(range(len(arms)), arms)
+        axis.invert_yaxis()
+        axis.set_title("full fine-tuning" if full else "LoRA")
+        axis.set_xlabel("held-out loss, nats a token")
+    save()
+
+
+def draw_time(lines: Lines, folder: Path) -> None:
+    """Held-out loss of the marked molecules by seconds of training, means over seeds."""
+    _, axes, save = figure(folder, "time", 2)
+    for axis, full in zip(axes, (False, True), strict=True):
+        for arm in design.TASKS["molecules"].arms:
+            found = [line for line in of(lines, "molecules", arm.name) if arm.full == full and line["marks"]]
+            if found:
+                seconds, losses = (
+                    np.mean([[mark[key] for mark in line["marks"]] for line in found], axis=0)
+                    for key in ("train_seconds", "loss")
+                )
+                axis.plot(seconds, losses, "o-", markersize=3, label=arm.name)
+        axis.set_title("full fine-tuning" if full else "LoRA")
+        axis.set_xlabel("seconds of training")
+        axis.set_ylabel(f"loss on {design.SIZES.marked} held-out molecules")
+        if axis.lines:
+            axis.legend(fontsize=8)
+    save()
+
+
+def draw_heads(lines: Lines, folder: Path) -> None:
+    """Training loss of each head, means over seeds."""
+    arms = ("caft-copy", "caft-stage1", "caft-stage1-full")
+    _, axes, save = figure(folder, "heads", len(arms))
+    for axis, arm in zip(axes, arms, strict=True):
+        found = [line["curve"] for line in of(lines, "molecules", arm)]
+        keys = ["caft/next_token_loss", *(f"caft/loss_head_{k}" for k in range(1, 5))]
+        for key in keys if found else []:
+            steps = [entry["step"] for entry in found[0]]
+            losses = np.mean([[entry[key] for entry in curve] for curve in found], axis=0)
+            axis.plot(steps, losses, label=key.removeprefix("caft/").replace("_", " "))
+        axis.set_title(arm)
+        axis.set_xlabel("step")
+        axis.set_ylabel("training loss, nats")
+    if axes[0].lines:
+        axes[0].legend(fontsize=8)
+    save()
+
+
+def draw_places(lines: Lines, folder: Path) -> None:
+    """Share of questions found by the place of their document."""
+    _, axes, save = figure(folder, "documents", len(design.MDQA_DOCUMENTS))
+    for axis, documents in zip(axes, design.MDQA_DOCUMENTS, strict=True):
+        for shift, arm in enumerate(design.TASKS["retrieval"].arms):
+            found = of(lines, "retrieval", arm.name)
+            if found:
+                cells = [estimate(map(metric(f"mdqa_{documents}_{p}"), found)) for p in design.MDQA_PLACES]
+                axis.errorbar(
+                    np.arange(len(cells)) + 0.05 * shift,
+                    [100 * cell.mean for cell in cells],
+                    yerr=[100 * (cell.half or 0) for cell in cells],
+                    fmt="o-",
+                    capsize=3,
+                    markersize=4,
+                    label=arm.name,
+                )
+        axis.set_xticks(range(len(design.MDQA_PLACES)), design.MDQA_PLACES)
+        axis.set_title(f"{documents} documents")
+        axis.set_ylabel("found, %")
+    if axes[-1].containers:
+        axes[-1].legend(fontsize=8)
+    save()
+
+
+def draw_needle(lines: Lines, folder: Path) -> None:
+    """Share of needles found, each arm a grid of length by depth."""
+    pairs = [(task, arm.name) for task in ("retrieval", "pretrain") for arm in design.TASKS[task].arms]
+    pairs = [pair for pair in pairs if of(lines, *pair)]
+    _, axes, save = figure(folder, "needle", max(len(pairs), 1), height=2.8)
+    for axis, (task, arm) in zip(axes, pairs, strict=False):
+        grid = [
+            [
+                np.mean([line["metrics"][f"needle_{n}_{d:g}"] for line in of(lines, task, arm)])
+                for d in design.NEEDLE_DEPTHS
+            ]
+            for n in design.NEEDLE_LENGTHS
+        ]
+        axis.imshow(grid, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+        for i, row in enumerate(grid):
+            for j, share in enumerate(row):
+                color = "black" if share > 0.6 else "white"
+                axis.text(j, i, f"{share:.0%}", ha="center", va="center", color=color, fontsize=8)
+        axis.set_xticks(range(len(design.NEEDLE_DEPTHS)), [f"{depth:.0%}" for depth in design.NEEDLE_DEPTHS])
+        axis.set_yticks(range(len(design.NEEDLE_LENGTHS)), [str(length) for length in design.NEEDLE_LENGTHS])
+        axis.set_title(f"{task}: {arm}", fontsize=10)
+        axis.set_xlabel("depth")
+    save()
+
+
+DRAWINGS = (draw_by_arm, draw_time, draw_heads, draw_places, draw_needle)
+
+
+# -- checks -----------------------------------------------------------------------------------------
+
+
+def check(lines: Lines) -> None:
+    """Raises SystemExit where a line is not what design.py declares: results and protocol have parted."""
+    seen: set[design.Run] = set()
+    for line in lines:
+        run = results.run_of(line)
+        if run not in design.plan():
+            raise SystemExit(f"error: {run} is in results.jsonl and not declared in design.py")
+        if run in seen:
+            raise SystemExit(f"error: {run} is in results.jsonl twice; delete one of its lines")
+        seen.add(run)
+        try:
+            declared: Mapping[str, Any] = design.settings(run, lines)
+        except ValueError as error:
+            raise SystemExit(f"error: {run}: {error}") from None
+        changed = [
+            key for key in declared.keys() | line["settings"].keys() if declared.get(key) != line["settings"].get(key)
+        ]
+        if changed:
+            key = sorted(changed)[0]
+            raise SystemExit(
+                f"error: {run} was made with {key} {line['settings'].get(key)!r}, and design.py declares "
+                f"{declared.get(key)!r}. Delete its line and run make study."
+            )
+    if len({line["data"] for line in lines}) > 1:
+        raise SystemExit("error: the lines of results.jsonl were made on different data (key `data`)")
+
+
+def by_arm(runs: Iterable[design.Run]) -> str:
+    seeds: dict[tuple[str, str], list[int]] = {}
+    for run in runs:
+        seeds.setdefault((run.task, run.arm), []).append(run.seed)
+    return ", ".join(f"{task} {arm} (seed {', '.join(map(str, found))})" for (task, arm), found in seeds.items())
+
+
+# -- the page ---------------------------------------------------------------------------------------
+
+
+def listed(values: Iterable[Any]) -> str:
+    return ", ".join(sorted({str(value) for value in values})) or "-"
+
+
+def page(lines: Lines) -> str:
+    missing = results.missing(lines)
+    hours = sum(line["wall_seconds"] for line in lines) / 3600
+    settings = design.TRAINING
+    molecules, retrieval, pretrain = (design.TASKS[name] for name in ("molecules", "retrieval", "pretrain"))
+    names = [design.METRICS[name].title for name in design.SHOWN["molecules"]]
+    versions = {
+        name: listed(line["versions"][name] for line in lines) for name in (lines[0]["versions"] if lines else ())
+    }
+    not_done = (
+        "Every planned run was done."
+        if not missing
+        else f"**{len(missing)} of {len(design.plan())} planned runs are not done** (`make study` does them): "
+        + by_arm(missing)
+        + "."
+    )
+    sections = [
+        "# Does it help? CAFT and MEAP on SmolLM2-135M, on two cores",
+        "Written by `make study-report` from `results.jsonl`; not edited by hand.",
+        "## Answer",
+        summary(lines),
+        "\n".join(f"- {said}" for said in answers(lines)),
+        "This holds for a model of 135M parameters, short runs and the data below. What it lets a user of an 8B model "
+        "conclude stands under 'What an 8B user may conclude'.",
+        not_done,
+        "## Protocol",
+        words.PROTOCOL.format(
+            model=design.MODEL,
+            threads=design.THREADS,
+            steps=molecules.steps,
+            batch=molecules.batch,
+            time_steps=molecules.arm("ntp-time").steps,
+            generated=design.SIZES.generated,
+            marked=design.SIZES.marked,
+            metrics=", ".join(names[1:]),
+            rank=design.LORA["r"],
+            alpha=design.LORA["lora_alpha"],
+            schedule=settings["lr_scheduler_type"],
+            warmup=f"{design.WARMUP:.0%}",
+            main_heads=design.MAIN_HEADS,
+            stage1_steps=design.STAGE1.options["steps"],
+            stage1_batch=design.STAGE1.options["batch-size"],
+            retrieval_rows=retrieval.rows,
+            retrieval_steps=retrieval.steps,
+            retrieval_batch=retrieval.batch,
+            documents=" and ".join(map(str, design.MDQA_DOCUMENTS)),
+            questions=design.SIZES.document_questions,
+            lengths=", ".join(map(str, design.NEEDLE_LENGTHS)),
+            depths=", ".join(f"{depth:.0%}" for depth in design.NEEDLE_DEPTHS),
+            needles=design.SIZES.needle_questions,
+            pretrain_steps=pretrain.steps,
+            pretrain_batch=pretrain.batch,
+            pretrain_length=pretrain.max_length,
+            seeds=len(molecules.seeds),
+            fewer=len(retrieval.seeds),
+            cuts=design.CUTS,
+        ),
+        "Primary comparisons: "
+        + "; ".join(
+            f"{c.task}, {design.METRICS[c.metric].title}, `{c.arm}` - `{c.against}`" for c in design.COMPARISONS
+        )
+        + ". Everything else is secondary. Intervals are not corrected for the number of comparisons: of twenty "
+        "secondary ones without any effect, one excludes zero on average.",
+        "### Learning rates",
+        "Chosen for the next-token arm on validation rows that serve for nothing else, with a seed of its own; the "
+        "other arms take the same rate.",
+        rates_table(lines),
+        "### Stage 1",
+        "By `caft pretrain-heads` on training molecules, training records and Old Testament passages. The loss is on a "
+        "part of these rows that it holds out, for each kind against its own targets: kinds are not comparable here.",
+        stage1_table(lines),
+        "## Molecules: systematic name to SMILES",
+        metrics_table(lines, "molecules"),
+        "Means over seeds with 95 % t-intervals (↓ lower is better). Held-out loss is over all 1,000 held-out "
+        f"molecules, the other metrics over the SMILES written for the first {design.SIZES.generated} of them.",
+        "![held-out loss by arm](molecules.png)",
+        "### Paired differences",
+        differences_table(lines, "molecules"),
+        "### At equal time",
+        "`ntp-time` is next-token training with about as many steps more as take CAFT's time (see 'training, s' "
+        f"below). Besides that, each arm's loss on {design.SIZES.marked} held-out molecules when next-token "
+        "training of the same seed ended. The learning rate of a slower arm had not come down to zero by then, which "
+        "counts against it.",
+        equal_time_table(lines),
+        "![held-out loss by time](time.png)",
+        "![training loss of each head](heads.png)",
+        "### Cost",
+        cost_table(lines, "molecules"),
+        "## Retrieval",
+        metrics_table(lines, "retrieval"),
+        "### Paired differences",
+        differences_table(lines, "retrieval"),
+        "### Found by the place of the document, %",
+        cells_table(lines, "retrieval", *zip(*mdqa_names(), strict=True)),
+        "![found by place](documents.png)",
+        "### Needles found by length and depth, %",
+        cells_table(lines, "retrieval", *zip(*needle_names(), strict=True)),
+        "![needles found](needle.png)",
+        "### Cost",
+        cost_table(lines, "retrieval"),
+        "## MEAP pretraining",
+        metrics_table(lines, "pretrain"),
+        differences_table(lines, "pretrain"),
+        cells_table(lines, "pretrain", *zip(*needle_names(), strict=True)),
+        cost_table(lines, "pretrain"),
+        "## Ablations",
+        f"Molecules, LoRA, {design.TASKS['ablations'].steps} steps. Two seeds give a wide interval and no claim: these "
+        "rows are for choosing defaults.",
+        ablations_table(lines),
+        "## What it cost",
+        f"{len(lines)} runs, {hours:.1f} hours on {listed(line['processor'] for line in lines)}, {design.THREADS} "
+        + "threads. Versions: "
+        + ", ".join(f"{name} {version}" for name, version in versions.items())
+        + f". Commits of the code: {listed(line['commit'][:10] + line['commit'][40:] for line in lines)}.",
+        words.PAPERS,
+        words.CONCLUSIONS,
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--results", type=Path, default=results.FILE)
+    parser.add_argument("--out", type=Path, default=HERE, help="folder for REPORT.md and the figures")
+    options = parser.parse_args(arguments)
+    lines = results.read(options.results)
+    if not lines:
+        raise SystemExit(f"error: {options.results} holds no run yet: make study")
+    check(lines)
+    options.out.mkdir(parents=True, exist_ok=True)
+    for draw in DRAWINGS:
+        draw(lines, options.out)
+    (options.out / "REPORT.md").write_text(page(lines), encoding="utf-8")
+    print(f"wrote {options.out / 'REPORT.md'} and {len(DRAWINGS)} figures")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

