@@ -447,7 +447,9 @@ def test_a_small_run_of_each_task(smollm2, tmp_path, monkeypatch):
     monkeypatch.setattr(one_run, "MODEL", smollm2)
     monkeypatch.setattr(one_run, "HEADS", tmp_path / "heads")
     monkeypatch.setattr(data, "FOLDER", tmp_path / "data")
-    monkeypatch.setattr(design, "NEEDLE_LENGTHS", (512,))
+    monkeypatch.setattr(design, "NEEDLE_LENGTHS", (256,))
+    monkeypatch.setattr(design, "NEEDLE_DEPTHS", (0.5,))
+    monkeypatch.setattr(design, "MDQA_DOCUMENTS", (4,))
     file = tmp_path / "results.jsonl"
     for line in choices():
         if line["arm"] != "molecules-lora-0.0005":
@@ -471,7 +473,7 @@ def test_a_small_run_of_each_task(smollm2, tmp_path, monkeypatch):
     assert [entry["step"] for entry in molecules["curve"]] == [1, 2]
     assert {"caft/next_token_loss", "caft/loss_head_4"} <= set(molecules["curve"][0])
     assert not any(key.startswith("caft/") for key in found["molecules", "ntp-full"]["curve"][0])
-    assert {"mdqa_accuracy", "mdqa_20_middle", "needle_512_0.25"} <= set(found["retrieval", "caft-meap"]["metrics"])
+    assert {"mdqa_accuracy", "mdqa_4_middle", "needle_256_0.5"} <= set(found["retrieval", "caft-meap"]["metrics"])
     assert {"trained_loss_head_4", "untrained_loss_head_1"} <= set(found["stage1", "distribution"]["metrics"])
     for line in found.values():
         assert all(math.isfinite(value) for value in line["metrics"].values())

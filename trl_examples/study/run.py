@@ -58,7 +58,7 @@ def train_and_measure(run: design.Run, settings: dict[str, Any], sizes: design.S
     import torch
     from datasets import Dataset
     from peft import LoraConfig, PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, set_seed
     from trl import SFTConfig
 
     from caft_plugin import CAFTConfig, MEAPConfig
@@ -115,6 +115,7 @@ def train_and_measure(run: design.Run, settings: dict[str, Any], sizes: design.S
         if settings["caft"] is not None:
             heads = None if arm.heads is None else str(HEADS / arm.heads)
             caft = CAFTConfig(**{**settings["caft"], "heads": heads})
+        set_seed(run.seed)  # TRL draws the adapter before its own seed is set
         trainer = CAFTSFTTrainer(
             model=model,
             args=SFTConfig(
