@@ -190,7 +190,7 @@ class CAFTTrainerMixin(_Base):
             return True
         if config.fused_loss == "on":
             raise ConfigError(f"caft.fused_loss: got on, but {why}. Use off, or auto for where it can.")
-        logger.info("caft.fused_loss: auto leaves the next-token loss to the framework: %s", why)
+        logger.warning("caft.fused_loss: auto leaves the next-token loss to the framework: %s", why)
         return False
 
     def _show_to_accelerate(self, hidden: HiddenSubmodule) -> None:

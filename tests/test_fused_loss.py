@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 
 import pytest
 import torch
@@ -111,8 +110,6 @@ class OwnLoss(Trainer):
 
 
 def test_where_it_cannot_be_done(tiny_model, tmp_path, caplog):
-    caplog.set_level(logging.INFO, "caft_plugin.training")
-
     def refused(message, model=tiny_model, **more):
         with pytest.raises(ConfigError, match=message):
             trainer_of(copy.deepcopy(model), tmp_path, caft={"fused_loss": "on"}, **more)
