@@ -172,31 +172,41 @@ def document_questions(records: Sequence[data.Row], each: int) -> dict[str, list
 
 
 def needle_questions(tokenizer: Any, records: Sequence[data.Row], plain: bool, each: int) -> dict[str, list[data.Row]]:
-    """By cell (`512_0.25` ...): one record somewhere in verses of the New Testament, the whole prompt just below a
-    length in tokens. `plain` asks by the beginning of a sentence, else as fine-tuning asked."""
+    """By cell (`512_0.25` ...): one record somewhere in verses of the New Testament, a few other records evenly between
+    them, the whole prompt just below a length in tokens. `plain` tells and asks by a sentence and its beginning, else
+    it is as in fine-tuning. The same questions and verses at each depth."""
+
+    def said(record: data.Row) -> str:
+        return f"{data.opening(record).strip()} {record['cas']}." if plain else data.document(record)
+
     verses = data.verses(2)
     sizes = [len(tokenizer(verse + " ").input_ids) for verse in verses]
-    cells = {}
+    cells: dict[str, list[data.Row]] = {}
     for length in design.NEEDLE_LENGTHS:
         draw = random.Random(length)
-        chosen = [(record, draw.randrange(len(verses) // 2)) for record in draw.sample(records, each)]
-        for depth in design.NEEDLE_DEPTHS:
-            rows = []
-            for record, start in chosen:
-                needle = data.document(record)
-                around = f"\n{data.opening(record).strip()}" if plain else data.question([""], record)
-                room = length - len(tokenizer(needle + around + data.opening(record)).input_ids) - 24
-                hay: list[str] = []
-                for verse, size in zip(verses[start:], sizes[start:], strict=True):
-                    if room < size:
-                        break
-                    hay.append(verse)
-                    room -= size
+        for _ in range(each):
+            record, *others = draw.sample(records, 1 + design.NEEDLE_OTHERS)
+            start = draw.randrange(len(verses) // 2)
+            asking = (
+                f"\n{data.opening(record).strip()}" if plain else data.question([""], record) + data.opening(record)
+            )
+            needle, *other_needles = (said(one) for one in (record, *others))
+            room = length - len(tokenizer(" ".join((needle, *other_needles, asking))).input_ids) - 24
+            hay: list[str] = []
+            for verse, size in zip(verses[start:], sizes[start:], strict=True):
+                if room < size:
+                    break
+                hay.append(verse)
+                room -= size
+            apart = len(hay) / max(len(others), 1)
+            for number, other in reversed(list(enumerate(other_needles))):
+                hay.insert(round((number + 0.5) * apart), other)
+            for depth in design.NEEDLE_DEPTHS:
                 place = round(depth * len(hay))
                 text = " ".join((*hay[:place], needle, *hay[place:]))
-                prompt = f"{text}{around}" if plain else data.question([text], record) + data.opening(record)
-                rows.append({"prompt": prompt, "completion": f" {record['cas']}"})
-            cells[f"{length}_{depth:g}"] = rows
+                prompt = f"{text}{asking}" if plain else data.question([text], record) + data.opening(record)
+                row = {"prompt": prompt, "completion": f" {record['cas']}"}
+                cells.setdefault(f"{length}_{depth:g}", []).append(row)
     return cells
 
 
