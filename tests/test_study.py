@@ -297,6 +297,14 @@ def test_the_report_is_the_same_bytes_each_time(lines, tmp_path):
     )
 
 
+def test_what_is_committed_is_what_the_committed_results_say():
+    lines = results.read()
+    report.check(lines)
+    readme = report.README.read_text(encoding="utf-8")
+    assert (report.HERE / "REPORT.md").read_text(encoding="utf-8") == report.page(lines), "run: make study-report"
+    assert readme == report.with_section(readme, lines), "run: make study-report"
+
+
 # 97.5 % quantiles of Student's t by degrees of freedom, from a printed table
 QUANTILES = {1: 12.706, 2: 4.303, 4: 2.776}
 

@@ -1,9 +1,11 @@
-"""`make study-report`: REPORT.md and its figures from results.jsonl and nothing else, the same bytes each time."""
+"""`make study-report`: REPORT.md, its figures and README.md's section, from results.jsonl and nothing else, the same
+bytes each time."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +22,8 @@ import words
 from scipy import stats
 
 HERE = Path(__file__).parent
+README = HERE.parents[1] / "README.md"
+MARKS = ("<!-- the study -->", "<!-- end of the study -->")
 CONFIDENCE = 0.95
 
 Lines = Sequence[results.Line]
@@ -320,6 +324,28 @@ def ablations_table(lines: Lines) -> str:
     return table(["knob", "setting", "held-out loss, by seed", "minus `ntp`", "minus the default"], rows)
 
 
+def primary_table(lines: Lines) -> str:
+    """The primary comparisons, one row each."""
+    rows = []
+    for comparison in design.COMPARISONS:
+        task, name = comparison.task, comparison.metric
+        pair = (comparison.arm, comparison.against)
+        difference = paired(lines, task, *pair, metric(name))
+        ratio = paired_ratio(lines, task, *pair)
+        means = [number(estimate(map(metric(name), of(lines, task, arm))).mean, name) for arm in pair if difference]
+        rows.append(
+            [
+                comparison.question,
+                f"{title(name)}: `{pair[0]}` against `{pair[1]}`",
+                " against ".join(means) or "-",
+                with_interval(difference, name, sign=True),
+                "-" if ratio is None else f"{ratio:.2f}",
+                verdict(difference, design.METRICS[name].lower_is_better),
+            ]
+        )
+    return table(["question", "measured", "means", "paired difference (95 %)", "training time", "verdict"], rows)
+
+
 # -- figures ----------------------------------------------------------------------------------------
 
 
@@ -609,6 +635,33 @@ def page(lines: Lines) -> str:
     return "\n\n".join(sections) + "\n"
 
 
+def readme_section(lines: Lines) -> str:
+    """What README.md says between its marks."""
+    missing, planned = len(results.missing(lines)), len(design.plan())
+    state = "" if not missing else f" **{missing} of {planned} runs are still to be done.**"
+    figure = "trl_examples/study/molecules.png"
+    return "\n\n".join(
+        [
+            textwrap.fill(
+                words.README.format(model=design.MODEL, runs=planned, state=state), 120, break_on_hyphens=False
+            ),
+            primary_table(lines),
+            f"![Held-out loss of each arm on molecules, with 95 % intervals]({figure})",
+        ]
+    )
+
+
+def with_section(text: str, lines: Lines) -> str:
+    """README.md's text with that section anew.
+
+    Raises:
+        ValueError: the marks are not there once each.
+    """
+    (before, rest), end = text.split(MARKS[0]), MARKS[1]
+    _, after = rest.split(end)
+    return f"{before}{MARKS[0]}\n\n{readme_section(lines)}\n\n{end}{after}"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--results", type=Path, default=results.FILE)
@@ -623,6 +676,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         draw(lines, options.out)
     (options.out / "REPORT.md").write_text(page(lines), encoding="utf-8")
     print(f"wrote {options.out / 'REPORT.md'} and {len(DRAWINGS)} figures")
+    if options.out == HERE:
+        README.write_text(with_section(README.read_text(encoding="utf-8"), lines), encoding="utf-8")
+        print(f"and the study's section of {README}")
     return 0
 
 
