@@ -54,8 +54,10 @@ def judge(model: Any, rows: Sequence[Asked], pad: int, tokens_in_batch: int = 40
     for batch in by_length([len(row.prompt) + len(row.answer) for row in rows], tokens_in_batch):
         inputs = padded([rows[i].prompt + rows[i].answer for i in batch], pad)
         longest = max(len(rows[i].answer) for i in batch)
+        # A tensor, because what a number cuts is not contiguous, and the unembedding is then copied for every row.
+        keep = torch.arange(-longest - 1, 0)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            logits = model(**inputs, logits_to_keep=longest + 1, use_cache=False).logits.float()
+            logits = model(**inputs, logits_to_keep=keep, use_cache=False).logits.float()
         for i, of_row in zip(batch, logits, strict=True):
             answer = torch.tensor(rows[i].answer)
             before = of_row[-len(answer) - 1 : -1]
