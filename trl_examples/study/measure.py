@@ -196,10 +196,9 @@ def needle_questions(tokenizer: Any, records: Sequence[data.Row], plain: bool, e
             room = length - len(tokenizer(" ".join((needle, *other_needles, asking))).input_ids) - 24
             hay: list[str] = []
             for verse, size in zip(verses[start:], sizes[start:], strict=True):
-                if room < size:
-                    break
-                hay.append(verse)
-                room -= size
+                if size <= room:
+                    hay.append(verse)
+                    room -= size
             apart = len(hay) / max(len(others), 1)
             for number, other in reversed(list(enumerate(other_needles))):
                 hay.insert(round((number + 0.5) * apart), other)
