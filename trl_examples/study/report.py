@@ -64,9 +64,14 @@ def estimate(values: Iterable[float]) -> Estimate:
 
 def paired(lines: Lines, task: str, arm: str, against: str, value: Value) -> Estimate | None:
     """The mean difference `arm` minus `against` over the seeds that both have; None without any."""
+    pairs = by_seed(lines, task, arm, against, value)
+    return estimate(ours - theirs for ours, theirs in pairs) if pairs else None
+
+
+def by_seed(lines: Lines, task: str, arm: str, against: str, value: Value) -> list[tuple[float, float]]:
+    """The values of two arms, for each seed that both have."""
     ours, theirs = ({line["seed"]: value(line) for line in of(lines, task, name)} for name in (arm, against))
-    seeds = sorted(ours.keys() & theirs.keys())
-    return estimate(ours[seed] - theirs[seed] for seed in seeds) if seeds else None
+    return [(ours[seed], theirs[seed]) for seed in sorted(ours.keys() & theirs.keys())]
 
 
 def of(lines: Lines, task: str, arm: str) -> Lines:
@@ -166,28 +171,45 @@ def cost_table(lines: Lines, task: str) -> str:
 
 def paired_ratio(lines: Lines, task: str, arm: str, against: str) -> float | None:
     """How many times as long `arm` trained: the median over the seeds that both have."""
-    ours, theirs = ({line["seed"]: line["train_seconds"] for line in of(lines, task, name)} for name in (arm, against))
-    ratios = [ours[seed] / theirs[seed] for seed in sorted(ours.keys() & theirs.keys()) if theirs[seed]]
+    pairs = by_seed(lines, task, arm, against, lambda line: float(line["train_seconds"]))
+    ratios = [ours / theirs for ours, theirs in pairs if theirs]
     return float(np.median(ratios)) if ratios else None
+
+
+class Compared(NamedTuple):
+    """What a primary comparison found."""
+
+    ours: Estimate
+    theirs: Estimate
+    difference: Estimate
+    time: float | None
+    verdict: str
+
+
+def compared(lines: Lines, comparison: design.Comparison) -> Compared | None:
+    """None where no seed has both arms."""
+    task, value, pair = comparison.task, metric(comparison.metric), (comparison.arm, comparison.against)
+    difference = paired(lines, task, *pair, value)
+    if difference is None:
+        return None
+    ours, theirs = (estimate(map(value, of(lines, task, arm))) for arm in pair)
+    said = verdict(difference, design.METRICS[comparison.metric].lower_is_better)
+    return Compared(ours, theirs, difference, paired_ratio(lines, task, *pair), said)
 
 
 def answers(lines: Lines) -> list[str]:
     """One item a primary comparison, in the words that its interval allows."""
     said = []
     for comparison in design.COMPARISONS:
-        task, name = comparison.task, comparison.metric
-        difference = paired(lines, task, comparison.arm, comparison.against, metric(name))
-        if difference is None:
+        name, found = comparison.metric, compared(lines, comparison)
+        if found is None:
             said.append(f"**{comparison.question}** Not run.")
             continue
+        ours, theirs, difference, ratio, judged = found
         shown = design.METRICS[name]
         unit = " points" if shown.percent else " nats a token"
-        ours, theirs = (
-            estimate(map(metric(name), of(lines, task, arm))) for arm in (comparison.arm, comparison.against)
-        )
-        ratio = paired_ratio(lines, task, comparison.arm, comparison.against)
         start = {"better": "Yes, here.", "worse": "No, it did harm here."}.get(
-            verdict(difference, shown.lower_is_better),
+            judged,
             "Not shown: one seed alone." if difference.half is None else "Not shown: the interval includes zero.",
         )
         interval = (
@@ -210,8 +232,8 @@ def summary(lines: Lines) -> str:
     """For whom, in one sentence."""
     found: dict[str, list[str]] = {"better": [], "worse": [], "open": [], "not run": []}
     for comparison in design.COMPARISONS:
-        difference = paired(lines, comparison.task, comparison.arm, comparison.against, metric(comparison.metric))
-        said = verdict(difference, design.METRICS[comparison.metric].lower_is_better)
+        one = compared(lines, comparison)
+        said = one.verdict if one else "not run"
         found[said if said in found else "open"].append(f"`{comparison.arm}` against `{comparison.against}`")
     parts = {
         "better": "better, with an interval that excludes zero: ",
@@ -328,19 +350,16 @@ def primary_table(lines: Lines) -> str:
     """The primary comparisons, one row each."""
     rows = []
     for comparison in design.COMPARISONS:
-        task, name = comparison.task, comparison.metric
-        pair = (comparison.arm, comparison.against)
-        difference = paired(lines, task, *pair, metric(name))
-        ratio = paired_ratio(lines, task, *pair)
-        means = [number(estimate(map(metric(name), of(lines, task, arm))).mean, name) for arm in pair if difference]
+        name, found = comparison.metric, compared(lines, comparison)
+        means = [number(one.mean, name) for one in (found.ours, found.theirs)] if found else []
         rows.append(
             [
                 comparison.question,
-                f"{title(name)}: `{pair[0]}` against `{pair[1]}`",
+                f"{title(name)}: `{comparison.arm}` against `{comparison.against}`",
                 " against ".join(means) or "-",
-                with_interval(difference, name, sign=True),
-                "-" if ratio is None else f"{ratio:.2f}",
-                verdict(difference, design.METRICS[name].lower_is_better),
+                with_interval(found.difference if found else None, name, sign=True),
+                f"{found.time:.2f}" if found and found.time is not None else "-",
+                found.verdict if found else "not run",
             ]
         )
     return table(["question", "measured", "means", "paired difference (95 %)", "training time", "verdict"], rows)
