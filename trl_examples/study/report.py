@@ -151,8 +151,7 @@ def cost_table(lines: Lines, task: str) -> str:
     rows = []
     for arm in design.TASKS[task].arms:
         found = of(lines, task, arm.name)
-        base = "ntp-full" if arm.full else "ntp"
-        ratio = paired_ratio(lines, task, arm.name, base)
+        ratio = paired_ratio(lines, task, arm.name, plain_arm(arm))
         if not found:
             continue
         seconds = estimate(line["train_seconds"] for line in found)
@@ -167,6 +166,11 @@ def cost_table(lines: Lines, task: str) -> str:
             ]
         )
     return table(["arm", "steps", "tokens trained on", "training, s", "times next-token's", "whole run, min"], rows)
+
+
+def plain_arm(arm: design.Arm) -> str:
+    """The next-token arm that an arm's cost is a multiple of."""
+    return "ntp-full" if arm.full else "ntp"
 
 
 def paired_ratio(lines: Lines, task: str, arm: str, against: str) -> float | None:
@@ -275,22 +279,20 @@ def equal_time_table(lines: Lines) -> str:
     """Losses on the marked molecules when next-token training of the same seed had ended, by linear interpolation."""
     rows = []
     for arm in design.TASKS["molecules"].arms:
-        base = "ntp-full" if arm.full else "ntp"
-        ends = {line["seed"]: line["marks"][-1]["train_seconds"] for line in of(lines, "molecules", base)}
-        found, base_losses = {}, {}
-        for line in of(lines, "molecules", arm.name):
-            if line["seed"] in ends:
-                found[line["seed"]] = loss_at(line, ends[line["seed"]])
-        for line in of(lines, "molecules", base):
-            base_losses[line["seed"]] = line["marks"][-1]["loss"]
-        seeds = sorted(found)
-        if not seeds:
+        base = plain_arm(arm)
+        ends = {line["seed"]: line["marks"][-1] for line in of(lines, "molecules", base)}
+        pairs = [
+            (loss_at(line, ends[line["seed"]]["train_seconds"]), ends[line["seed"]]["loss"])
+            for line in of(lines, "molecules", arm.name)
+            if line["seed"] in ends
+        ]
+        if not pairs:
             continue
-        difference = estimate(found[seed] - base_losses[seed] for seed in seeds)
+        difference = estimate(ours - theirs for ours, theirs in pairs)
         rows.append(
             [
                 f"`{arm.name}`",
-                with_interval(estimate(found.values()), "heldout_loss"),
+                with_interval(estimate(ours for ours, _ in pairs), "heldout_loss"),
                 "-" if arm.name == base else with_interval(difference, "heldout_loss", sign=True),
                 "-" if arm.name == base else verdict(difference, True),
             ]
