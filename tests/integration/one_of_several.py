@@ -118,6 +118,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    faulthandler.enable()  # a process that crashes says where
     faulthandler.dump_traceback_later(540, exit=True)  # processes that wait for each other say where
     main()
     # Taking the process group down, gloo's threads now and then abort the interpreter ("terminate called without an

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -89,16 +90,30 @@ def zero(case, stage=2):
     return {**CASES[case], "resume": False, "deepspeed": config}
 
 
+# How torchrun names a process that crashed in torch or in gloo; Python code alone cannot do that. Two processes on a
+# CPU were seen to do so twice, at different places, in some hundred runs.
+CRASHES = ("(SIGSEGV)", "(SIGABRT)")
+
+
 def run(folder, cases, processes):
+    """The folder that the run left; a run in which a process crashed is warned of and done again, twice at most."""
     rows = {case: 8 // processes // settings.get("gradient_accumulation_steps", 1) for case, settings in cases.items()}
     cases = {case: {**settings, "per_device_train_batch_size": rows[case]} for case, settings in cases.items()}
-    command = [sys.executable, str(SCRIPT), str(folder), json.dumps(cases)]
-    if processes > 1:
-        command[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert result.returncode == 0, result.stderr[-3000:]
-    return folder
+    for attempt in range(3):
+        into = folder / str(attempt)
+        into.mkdir()
+        command = [sys.executable, str(SCRIPT), str(into), json.dumps(cases)]
+        if processes > 1:
+            command[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+        if result.returncode == 0:
+            return into
+        if attempt == 2 or not any(crash in result.stderr for crash in CRASHES):
+            break
+        stack = result.stderr.find("Fatal Python error")
+        warnings.warn(f"a process crashed: {result.stderr[max(stack, 0) :][:3000]}", stacklevel=2)
+    pytest.fail(result.stderr[-3000:])
 
 
 @pytest.fixture(scope="module")
@@ -178,9 +193,9 @@ def test_processes_that_share_one_models_work_are_refused(tmp_path):
     sizes = ("sp_size", "tp_size", "cp_size")  # the last with FSDP, which accelerate then remembers
     cases = {size: {**CASES["full"], "parallelism": {size: 2}} for size in sizes}
     cases["cp_size"] |= fsdp("full", **LAYERS)  # accelerate asks for it
-    run(tmp_path, cases, 2)
+    folder = run(tmp_path, cases, 2)
     for size in sizes:
-        refused = json.loads((tmp_path / f"{size}.json").read_text())["refused"]
+        refused = json.loads((folder / f"{size}.json").read_text())["refused"]
         assert refused.startswith(f"caft: got parallelism_config.{size}: 2, but it takes 1")
 
 
