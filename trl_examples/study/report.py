@@ -181,7 +181,7 @@ def paired_ratio(lines: Lines, task: str, arm: str, against: str) -> float | Non
 
 
 class Compared(NamedTuple):
-    """What a primary comparison found."""
+    """What a primary comparison found, over the seeds that both arms have."""
 
     ours: Estimate
     theirs: Estimate
@@ -196,7 +196,7 @@ def compared(lines: Lines, comparison: design.Comparison) -> Compared | None:
     difference = paired(lines, task, *pair, value)
     if difference is None:
         return None
-    ours, theirs = (estimate(map(value, of(lines, task, arm))) for arm in pair)
+    ours, theirs = map(estimate, zip(*by_seed(lines, task, *pair, value), strict=True))
     said = verdict(difference, design.METRICS[comparison.metric].lower_is_better)
     return Compared(ours, theirs, difference, paired_ratio(lines, task, *pair), said)
 
