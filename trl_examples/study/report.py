@@ -212,7 +212,7 @@ def answers(lines: Lines) -> list[str]:
         ours, theirs, difference, ratio, judged = found
         shown = design.METRICS[name]
         unit = " points" if shown.percent else " nats a token"
-        start = {"better": "Yes, here.", "worse": "No, it did harm here."}.get(
+        start = {"better": "Yes, here.", "worse": "No, it was worse here."}.get(
             judged,
             "Not shown: one seed alone." if difference.half is None else "Not shown: the interval includes zero.",
         )
