@@ -65,7 +65,11 @@ def estimate(values: Iterable[float]) -> Estimate:
 def paired(lines: Lines, task: str, arm: str, against: str, value: Value) -> Estimate | None:
     """The mean difference `arm` minus `against` over the seeds that both have; None without any."""
     pairs = by_seed(lines, task, arm, against, value)
-    return estimate(ours - theirs for ours, theirs in pairs) if pairs else None
+    return mean_difference(pairs) if pairs else None
+
+
+def mean_difference(pairs: Iterable[tuple[float, float]]) -> Estimate:
+    return estimate(ours - theirs for ours, theirs in pairs)
 
 
 def by_seed(lines: Lines, task: str, arm: str, against: str, value: Value) -> list[tuple[float, float]]:
@@ -151,9 +155,9 @@ def cost_table(lines: Lines, task: str) -> str:
     rows = []
     for arm in design.TASKS[task].arms:
         found = of(lines, task, arm.name)
-        ratio = paired_ratio(lines, task, arm.name, plain_arm(arm))
         if not found:
             continue
+        ratio = paired_ratio(lines, task, arm.name, plain_arm(arm))
         seconds = estimate(line["train_seconds"] for line in found)
         rows.append(
             [
@@ -169,7 +173,7 @@ def cost_table(lines: Lines, task: str) -> str:
 
 
 def plain_arm(arm: design.Arm) -> str:
-    """The next-token arm that an arm's cost is a multiple of."""
+    """The next-token arm whose time an arm's is compared with."""
     return "ntp-full" if arm.full else "ntp"
 
 
@@ -193,10 +197,11 @@ class Compared(NamedTuple):
 def compared(lines: Lines, comparison: design.Comparison) -> Compared | None:
     """None where no seed has both arms."""
     task, value, pair = comparison.task, metric(comparison.metric), (comparison.arm, comparison.against)
-    difference = paired(lines, task, *pair, value)
-    if difference is None:
+    pairs = by_seed(lines, task, *pair, value)
+    if not pairs:
         return None
-    ours, theirs = map(estimate, zip(*by_seed(lines, task, *pair, value), strict=True))
+    ours, theirs = map(estimate, zip(*pairs, strict=True))
+    difference = mean_difference(pairs)
     said = verdict(difference, design.METRICS[comparison.metric].lower_is_better)
     return Compared(ours, theirs, difference, paired_ratio(lines, task, *pair), said)
 
@@ -288,7 +293,7 @@ def equal_time_table(lines: Lines) -> str:
         ]
         if not pairs:
             continue
-        difference = estimate(ours - theirs for ours, theirs in pairs)
+        difference = mean_difference(pairs)
         rows.append(
             [
                 f"`{arm.name}`",
