@@ -349,6 +349,22 @@ def test_better_only_where_the_interval_excludes_zero(values, said):
     assert report.verdict(report.estimate(values), lower_is_better=True) == said
 
 
+@pytest.mark.parametrize(
+    ("apart", "start"),
+    [(-0.1, "**CAFT helped here in 1 of 3 primary comparisons** (better: `caft-stage1` against `ntp`;"),
+     (0.1, "**CAFT is not shown to help here** (worse: `caft-stage1` against `ntp`;")],
+)  # fmt: skip
+def test_the_answer_at_the_top_says_helped_only_where_a_comparison_came_out_better(apart, start):
+    lines = [
+        {"task": "molecules", "arm": arm, "seed": seed, "metrics": {"heldout_loss": loss}, "train_seconds": 1.0}
+        for seed in range(3)
+        for arm, loss in (("ntp", 1.0), ("caft-stage1", 1.0 + apart + 0.001 * seed))
+    ]
+    said = report.summary(lines)
+    assert said.startswith(start)
+    assert "**MEAP is not shown to help here** (not run:" in said
+
+
 def test_results_that_are_not_what_was_declared_are_refused(lines):
     report.check(lines)
     changed = [*lines[:-1], {**lines[-1], "settings": {**lines[-1]["settings"], "steps": 7}}]

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 MODEL = "SmolLM2-135M-Instruct"
 THREADS = 2
+RUN_MINUTES = 15  # what a run should take at most
 MAIN_HEADS = "distribution"  # the stage 1 whose heads the arms named stage1 start from
 
 # The authors' rank and alpha. The learning rate is what a run adds.
@@ -469,6 +470,7 @@ SHOWN = {
 class Comparison:
     """A primary comparison: one question, one metric, two arms."""
 
+    method: str
     task: str
     metric: str
     arm: str
@@ -477,11 +479,17 @@ class Comparison:
 
 
 COMPARISONS = (
-    Comparison("molecules", "heldout_loss", "caft-stage1", "ntp", "Does CAFT help LoRA fine-tuning, step for step?"),
-    Comparison("molecules", "heldout_loss", "caft-stage1", "ntp-time", "Does it at equal time?"),
-    Comparison("molecules", "heldout_loss", "caft-stage1-full", "ntp-full", "Does CAFT help full fine-tuning?"),
-    Comparison("retrieval", "mdqa_accuracy", "meap-concat", "ntp-2x", "Does MEAP help fine-tuning for retrieval?"),
-    Comparison("pretrain", "needle_accuracy", "meap", "ntp", "Does MEAP help continued pretraining for retrieval?"),
+    Comparison(
+        "CAFT", "molecules", "heldout_loss", "caft-stage1", "ntp", "Does CAFT help LoRA fine-tuning, step for step?"
+    ),
+    Comparison("CAFT", "molecules", "heldout_loss", "caft-stage1", "ntp-time", "Does it at equal time?"),
+    Comparison("CAFT", "molecules", "heldout_loss", "caft-stage1-full", "ntp-full", "Does CAFT help full fine-tuning?"),
+    Comparison(
+        "MEAP", "retrieval", "mdqa_accuracy", "meap-concat", "ntp-2x", "Does MEAP help fine-tuning for retrieval?"
+    ),
+    Comparison(
+        "MEAP", "pretrain", "needle_accuracy", "meap", "ntp", "Does MEAP help continued pretraining for retrieval?"
+    ),
 )
 
 

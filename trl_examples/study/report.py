@@ -238,20 +238,46 @@ def answers(lines: Lines) -> list[str]:
 
 
 def summary(lines: Lines) -> str:
-    """For whom, in one sentence."""
-    found: dict[str, list[str]] = {"better": [], "worse": [], "open": [], "not run": []}
-    for comparison in design.COMPARISONS:
+    """Whether each method helped, one sentence each, from its primary comparisons."""
+    return " ".join(
+        helped(lines, method) for method in dict.fromkeys(comparison.method for comparison in design.COMPARISONS)
+    )
+
+
+def helped(lines: Lines, method: str) -> str:
+    of_method = [comparison for comparison in design.COMPARISONS if comparison.method == method]
+    found: dict[str, list[str]] = {"better": [], "worse": [], "no difference shown": [], "not run": []}
+    for comparison in of_method:
         one = compared(lines, comparison)
         said = one.verdict if one else "not run"
-        found[said if said in found else "open"].append(f"`{comparison.arm}` against `{comparison.against}`")
-    parts = {
-        "better": "better, with an interval that excludes zero: ",
-        "worse": "worse, with an interval that excludes zero: ",
-        "open": "no difference shown: ",
-        "not run": "not run: ",
-    }
-    said = "; ".join(parts[key] + ", ".join(pairs) for key, pairs in found.items() if pairs)
-    return f"Of {len(design.COMPARISONS)} primary comparisons, declared before the runs: {said}."
+        pair = f"`{comparison.arm}` against `{comparison.against}`"
+        found[said if said in found else "no difference shown"].append(pair)
+    parts = "; ".join(f"{said}: {', '.join(pairs)}" for said, pairs in found.items() if pairs)
+    if not found["better"]:
+        return f"**{method} is not shown to help here** ({parts})."
+    return f"**{method} helped here in {len(found['better'])} of {len(of_method)} primary comparisons** ({parts})."
+
+
+def secondary(lines: Lines) -> str:
+    """How many of the other differences to next-token training exclude zero; the ablations make no claim."""
+    primary = {(c.task, c.metric, c.arm, c.against) for c in design.COMPARISONS}
+    said = [
+        verdict(paired(lines, task, arm.name, against, metric(name)), design.METRICS[name].lower_is_better)
+        for task, names in design.SHOWN.items()
+        if task != "ablations"
+        for arm in design.TASKS[task].arms
+        if arm.caft is not None or arm.meap is not None
+        for against in arm.against
+        if against.startswith("ntp")
+        for name in names
+        if (task, name, arm.name, against) not in primary
+    ]
+    made = [one for one in said if one != "not run"]
+    return (
+        f"Of {len(made)} secondary differences between an arm with CAFT or MEAP and one of next-token training, "
+        f"{made.count('better')} came out better and {made.count('worse')} worse (bold in the tables below); without "
+        f"any effect about {len(made) * (1 - CONFIDENCE):.0f} would by chance."
+    )
 
 
 def rates_table(lines: Lines) -> str:
@@ -349,8 +375,11 @@ def ablations_table(lines: Lines) -> str:
         ]
         losses = ", ".join(number(line["metrics"][name], name) for line in found) or "-"
         default_says = f"{arm.says} (default)" if default == arm.name else arm.says
-        rows.append([arm.knob or "reference", f"`{arm.name}`: {default_says}", losses, *cells])
-    return table(["knob", "setting", "held-out loss, by seed", "minus `ntp`", "minus the default"], rows)
+        ratio = paired_ratio(lines, task, arm.name, "ntp")
+        time = "-" if ratio is None else f"{ratio:.2f}"
+        rows.append([arm.knob or "reference", f"`{arm.name}`: {default_says}", losses, *cells, time])
+    head = ["knob", "setting", "held-out loss, by seed", "minus `ntp`", "minus the default", "times next-token's time"]
+    return table(head, rows)
 
 
 def primary_table(lines: Lines) -> str:
@@ -526,6 +555,13 @@ def check(lines: Lines) -> None:
         raise SystemExit("error: the lines of results.jsonl were made on different data (key `data`)")
 
 
+def too_long(lines: Lines) -> str:
+    """Names the runs that took longer than a run should."""
+    limit = design.RUN_MINUTES
+    found = [f"{line['task']} {line['arm']} seed {line['seed']}" for line in lines if line["wall_seconds"] > 60 * limit]
+    return f"Longer than the {limit} minutes meant for a run: {', '.join(found) or 'none'}."
+
+
 def by_arm(runs: Iterable[design.Run]) -> str:
     seeds: dict[tuple[str, str], list[int]] = {}
     for run in runs:
@@ -562,6 +598,7 @@ def page(lines: Lines) -> str:
         "## Answer",
         summary(lines),
         "\n".join(f"- {said}" for said in answers(lines)),
+        secondary(lines),
         "This holds for a model of 135M parameters, short runs and the data below. What it lets a user of an 8B model "
         "conclude stands under 'What an 8B user may conclude'.",
         not_done,
@@ -651,10 +688,11 @@ def page(lines: Lines) -> str:
         "rows are for choosing defaults.",
         ablations_table(lines),
         "## What it cost",
-        f"{len(lines)} runs, {hours:.1f} hours on {listed(line['processor'] for line in lines)}, {design.THREADS} "
-        + "threads. Versions: "
+        f"{len(lines)} runs, {hours:.1f} hours (about ten were meant) on "
+        f"{listed(line['processor'] for line in lines)}, {design.THREADS} threads. Versions: "
         + ", ".join(f"{name} {version}" for name, version in versions.items())
         + f". Commits of the code: {listed(line['commit'][:10] + line['commit'][40:] for line in lines)}.",
+        too_long(lines),
         words.PAPERS,
         words.CONCLUSIONS,
     ]

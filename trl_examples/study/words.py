@@ -25,7 +25,7 @@ which order. What is measured is the saved model, loaded anew without heads.
   Old Testament, LoRA, the learning rate of retrieval; the same needles, asked for by the beginning of a sentence.
 - **Ablations**: the molecules, held-out loss.
 
-Cut to about ten hours on two cores. {cuts}"""
+Cut to about ten hours on two cores as they were meant; 'What it cost' says how many they became. {cuts}"""
 
 PAPERS = """\
 ## The papers' own results
