@@ -216,7 +216,7 @@ def answers(lines: Lines) -> list[str]:
             continue
         ours, theirs, difference, ratio, judged = found
         shown = design.METRICS[name]
-        unit = " points" if shown.percent else " nats a token"
+        percent, unit = (" %", " points") if shown.percent else ("", " nats a token")
         start = {"better": "Yes, here.", "worse": "No, it was worse here."}.get(
             judged,
             "Not shown: one seed alone." if difference.half is None else "Not shown: the interval includes zero.",
@@ -227,8 +227,8 @@ def answers(lines: Lines) -> list[str]:
             else f", 95 % interval {number(difference.low, name, True)} to {number(difference.high, name, True)}"
         )
         both = (
-            f"{shown.title.capitalize()} {number(ours.mean, name)} for `{comparison.arm}` against "
-            f"{number(theirs.mean, name)} for `{comparison.against}`"
+            f"{shown.title.capitalize()} {number(ours.mean, name)}{percent} for `{comparison.arm}` against "
+            f"{number(theirs.mean, name)}{percent} for `{comparison.against}`"
         )
         seeds = f"{difference.seeds} {'seed' if difference.seeds == 1 else 'seeds'}"
         time = "." if ratio is None else f"; {ratio:.2f} times the training time."
