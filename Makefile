@@ -111,7 +111,7 @@ report: merge
 
 # --- the study, on SmolLM2-135M whatever BASE_MODEL says
 
-study: $(VENV)/.package  ## do the runs that trl_examples/study/results.jsonl lacks (all: about 14 hours on two free cores)
+study: $(VENV)/.package  ## do the runs that trl_examples/study/results.jsonl lacks (all: about 13 hours on two free cores)
 	@"$(BIN)/python" axolotl_configs/make_base_model.py --out $(SMOLLM2) --cache $(CACHE)
 	@PATH="$(abspath $(BIN)):$$PATH" "$(BIN)/python" trl_examples/study/study.py
 

@@ -99,6 +99,11 @@ def verdict(difference: Estimate | None, lower_is_better: bool) -> str:
     return "better" if (difference.mean < 0) == lower_is_better else "worse"
 
 
+def judged(lines: Lines, task: str, arm: str, against: str, name: str) -> str:
+    """The verdict on a metric's paired difference `arm` minus `against`."""
+    return verdict(paired(lines, task, arm, against, metric(name)), design.METRICS[name].lower_is_better)
+
+
 # -- words and tables -------------------------------------------------------------------------------
 
 
@@ -119,6 +124,10 @@ def with_interval(found: Estimate | None, name: str, sign: bool = False) -> str:
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows))
+
+
+def times(ratio: float | None) -> str:
+    return "-" if ratio is None else f"{ratio:.2f}"
 
 
 def title(name: str) -> str:
@@ -157,7 +166,6 @@ def cost_table(lines: Lines, task: str) -> str:
         found = of(lines, task, arm.name)
         if not found:
             continue
-        ratio = paired_ratio(lines, task, arm.name, plain_arm(arm))
         seconds = estimate(line["train_seconds"] for line in found)
         rows.append(
             [
@@ -165,7 +173,7 @@ def cost_table(lines: Lines, task: str) -> str:
                 str(found[0]["settings"]["steps"]),
                 f"{np.mean([line['tokens'] for line in found]):,.0f}",
                 f"{seconds.mean:.0f}",
-                "-" if ratio is None else f"{ratio:.2f}",
+                times(paired_ratio(lines, task, arm.name, plain_arm(arm))),
                 f"{np.mean([line['wall_seconds'] for line in found]) / 60:.1f}",
             ]
         )
@@ -214,11 +222,11 @@ def answers(lines: Lines) -> list[str]:
         if found is None:
             said.append(f"**{comparison.question}** Not run.")
             continue
-        ours, theirs, difference, ratio, judged = found
+        ours, theirs, difference, ratio, outcome = found
         shown = design.METRICS[name]
         percent, unit = (" %", " points") if shown.percent else ("", " nats a token")
         start = {"better": "Yes, here.", "worse": "No, it was worse here."}.get(
-            judged,
+            outcome,
             "Not shown: one seed alone." if difference.half is None else "Not shown: the interval includes zero.",
         )
         interval = (
@@ -246,14 +254,12 @@ def summary(lines: Lines) -> str:
 
 def helped(lines: Lines, method: str) -> str:
     of_method = [comparison for comparison in design.COMPARISONS if comparison.method == method]
-    found: dict[str, list[str]] = {"better": [], "worse": [], "no difference shown": [], "not run": []}
+    found: dict[str, list[str]] = {}
     for comparison in of_method:
-        one = compared(lines, comparison)
-        said = one.verdict if one else "not run"
-        pair = f"`{comparison.arm}` against `{comparison.against}`"
-        found[said if said in found else "no difference shown"].append(pair)
-    parts = "; ".join(f"{said}: {', '.join(pairs)}" for said, pairs in found.items() if pairs)
-    if not found["better"]:
+        said = judged(lines, comparison.task, comparison.arm, comparison.against, comparison.metric)
+        found.setdefault(said, []).append(f"`{comparison.arm}` against `{comparison.against}`")
+    parts = "; ".join(f"{said}: {', '.join(pairs)}" for said, pairs in found.items())
+    if "better" not in found:
         return f"**{method} is not shown to help here** ({parts})."
     return f"**{method} helped here in {len(found['better'])} of {len(of_method)} primary comparisons** ({parts})."
 
@@ -262,7 +268,7 @@ def secondary(lines: Lines) -> str:
     """How many of the other differences to next-token training exclude zero; the ablations make no claim."""
     primary = {(c.task, c.metric, c.arm, c.against) for c in design.COMPARISONS}
     said = [
-        verdict(paired(lines, task, arm.name, against, metric(name)), design.METRICS[name].lower_is_better)
+        judged(lines, task, arm.name, against, name)
         for task, names in design.SHOWN.items()
         if task != "ablations"
         for arm in design.TASKS[task].arms
@@ -369,17 +375,29 @@ def ablations_table(lines: Lines) -> str:
     ):
         found = of(lines, task, arm.name)
         default = design.DEFAULT_OF_KNOB.get(arm.knob)
-        cells = [
-            with_interval(paired(lines, task, arm.name, other, metric(name)), name, sign=True) if other else "-"
+        apart = [
+            paired(lines, task, arm.name, other, metric(name)) if other else None
             for other in ("ntp" if arm.knob else None, default if default != arm.name else None)
         ]
+        cells = [number(one.mean, name, sign=True) if one else "-" for one in apart]
         losses = ", ".join(number(line["metrics"][name], name) for line in found) or "-"
         default_says = f"{arm.says} (default)" if default == arm.name else arm.says
-        ratio = paired_ratio(lines, task, arm.name, "ntp")
-        time = "-" if ratio is None else f"{ratio:.2f}"
+        time = times(paired_ratio(lines, task, arm.name, plain_arm(arm)))
         rows.append([arm.knob or "reference", f"`{arm.name}`: {default_says}", losses, *cells, time])
-    head = ["knob", "setting", "held-out loss, by seed", "minus `ntp`", "minus the default", "times next-token's time"]
+    head = ["knob", "setting", "held-out loss ↓", "minus `ntp`", "minus the default", "times next-token's time"]
     return table(head, rows)
+
+
+def seeds_apart(lines: Lines) -> str:
+    """How much a difference changes with the seed: what the ablations' differences are to be held against."""
+    pairs = by_seed(lines, "molecules", "caft-stage1", "ntp", metric("heldout_loss"))
+    if len(pairs) < 2:
+        return ""
+    spread = float(np.std([ours - theirs for ours, theirs in pairs], ddof=1))
+    return (
+        f"Over {len(pairs)} seeds of the molecules the difference `caft-stage1` - `ntp` has a standard deviation of "
+        f"{number(spread, 'heldout_loss')}: differences below twice that may be the seed's."
+    )
 
 
 def primary_table(lines: Lines) -> str:
@@ -394,7 +412,7 @@ def primary_table(lines: Lines) -> str:
                 f"{title(name)}: `{comparison.arm}` against `{comparison.against}`",
                 " against ".join(means) or "-",
                 with_interval(found.difference if found else None, name, sign=True),
-                f"{found.time:.2f}" if found and found.time is not None else "-",
+                times(found.time if found else None),
                 found.verdict if found else "not run",
             ]
         )
@@ -558,8 +576,8 @@ def check(lines: Lines) -> None:
 def too_long(lines: Lines) -> str:
     """Names the runs that took longer than a run should."""
     limit = design.RUN_MINUTES
-    found = [f"{line['task']} {line['arm']} seed {line['seed']}" for line in lines if line["wall_seconds"] > 60 * limit]
-    return f"Longer than the {limit} minutes meant for a run: {', '.join(found) or 'none'}."
+    found = by_arm(results.run_of(line) for line in lines if line["wall_seconds"] > 60 * limit)
+    return f"Longer than the {limit} minutes meant for a run: {found or 'none'}."
 
 
 def by_arm(runs: Iterable[design.Run]) -> str:
@@ -684,8 +702,8 @@ def page(lines: Lines) -> str:
         cells_table(lines, "pretrain", *zip(*needle_names(), strict=True)),
         cost_table(lines, "pretrain"),
         "## Ablations",
-        f"Molecules, LoRA, {design.TASKS['ablations'].steps} steps. Two seeds give a wide interval and no claim: these "
-        "rows are for choosing defaults.",
+        f"Molecules, LoRA, {design.TASKS['ablations'].steps} steps, one seed: no interval and no claim. "
+        + seeds_apart(lines),
         ablations_table(lines),
         "## What it cost",
         f"{len(lines)} runs, {hours:.1f} hours (about ten were meant) on "
