@@ -246,22 +246,30 @@ def answers(lines: Lines) -> list[str]:
 
 
 def summary(lines: Lines) -> str:
-    """Whether each method helped, one sentence each, from its primary comparisons."""
-    return " ".join(
-        helped(lines, method) for method in dict.fromkeys(comparison.method for comparison in design.COMPARISONS)
-    )
+    """Whether each method helped, one sentence each, and what each of its primary comparisons came to."""
+    said = []
+    for method in methods():
+        found: dict[str, list[str]] = {}
+        for one, outcome in primary_verdicts(lines, method):
+            found.setdefault(outcome, []).append(f"`{one.arm}` against `{one.against}`")
+        parts = "; ".join(f"{outcome}: {', '.join(pairs)}" for outcome, pairs in found.items())
+        said.append(f"**{helped(lines, method)}** ({parts}).")
+    return " ".join(said)
+
+
+def methods() -> list[str]:
+    return list(dict.fromkeys(comparison.method for comparison in design.COMPARISONS))
+
+
+def primary_verdicts(lines: Lines, method: str) -> list[tuple[design.Comparison, str]]:
+    return [(c, judged(lines, c.task, c.arm, c.against, c.metric)) for c in design.COMPARISONS if c.method == method]
 
 
 def helped(lines: Lines, method: str) -> str:
-    of_method = [comparison for comparison in design.COMPARISONS if comparison.method == method]
-    found: dict[str, list[str]] = {}
-    for comparison in of_method:
-        said = judged(lines, comparison.task, comparison.arm, comparison.against, comparison.metric)
-        found.setdefault(said, []).append(f"`{comparison.arm}` against `{comparison.against}`")
-    parts = "; ".join(f"{said}: {', '.join(pairs)}" for said, pairs in found.items())
-    if "better" not in found:
-        return f"**{method} is not shown to help here** ({parts})."
-    return f"**{method} helped here in {len(found['better'])} of {len(of_method)} primary comparisons** ({parts})."
+    verdicts = [outcome for _, outcome in primary_verdicts(lines, method)]
+    if "better" not in verdicts:
+        return f"{method} is not shown to help here"
+    return f"{method} helped here in {verdicts.count('better')} of {len(verdicts)} primary comparisons"
 
 
 def secondary(lines: Lines) -> str:
@@ -721,11 +729,14 @@ def readme_section(lines: Lines) -> str:
     """What README.md says between its marks."""
     missing, planned = len(results.missing(lines)), len(design.plan())
     state = "" if not missing else f" **{missing} of {planned} runs are still to be done.**"
+    answer = " ".join(f"**{helped(lines, method)}.**" for method in methods())
     figure = "trl_examples/study/molecules.png"
     return "\n\n".join(
         [
             textwrap.fill(
-                words.README.format(model=design.MODEL, runs=planned, state=state), 120, break_on_hyphens=False
+                words.README.format(model=design.MODEL, runs=planned, state=state, answer=answer),
+                120,
+                break_on_hyphens=False,
             ),
             primary_table(lines),
             f"![Held-out loss of each arm on molecules, with 95 % intervals]({figure})",

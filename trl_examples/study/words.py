@@ -67,8 +67,8 @@ CONCLUSIONS = """\
 - Run your own comparison: the next-token arm and the other with the same seed, three seeds at least, your metric."""
 
 README = """\
-A study on {model} that two cores can rerun: `make study` does its {runs} runs, each a line of
-[results.jsonl](trl_examples/study/results.jsonl), and `make study-report` makes
+{answer} 'Here' is short fine-tuning of {model}, which two cores can rerun: `make study` does the {runs}
+runs, each a line of [results.jsonl](trl_examples/study/results.jsonl), and `make study-report` makes
 [the report](trl_examples/study/REPORT.md) and this section from them.{state} Protocol and primary comparisons were
 committed before the runs; 'better' and 'worse' stand only where the interval of the paired difference excludes zero.
 All arms, metrics and ablations, what they cost, and what a user of an 8B model may conclude stand in the report."""
