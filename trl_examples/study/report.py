@@ -396,15 +396,25 @@ def ablations_table(lines: Lines) -> str:
     return table(head, rows)
 
 
-def seeds_apart(lines: Lines) -> str:
-    """How much a difference changes with the seed: what the ablations' differences are to be held against."""
-    pairs = by_seed(lines, "molecules", "caft-stage1", "ntp", metric("heldout_loss"))
+def ablations_words(lines: Lines) -> str:
+    """What the ablations' differences are to be held against, how much a difference changes with the seed, and which
+    of them are beyond it."""
+    task, name = "ablations", "heldout_loss"
+    said = f"Molecules, LoRA, {design.TASKS[task].steps} steps, one seed: no interval and no claim."
+    pairs = by_seed(lines, "molecules", "caft-stage1", "ntp", metric(name))
     if len(pairs) < 2:
-        return ""
+        return said
     spread = float(np.std([ours - theirs for ours, theirs in pairs], ddof=1))
+    beyond = []
+    for arm in design.TASKS[task].arms:
+        default = design.DEFAULT_OF_KNOB.get(arm.knob, arm.name)
+        apart = paired(lines, task, arm.name, default, metric(name))
+        if default != arm.name and apart and abs(apart.mean) > 2 * spread:
+            beyond.append(f"`{arm.name}` ({number(apart.mean, name, sign=True)})")
     return (
-        f"Over {len(pairs)} seeds of the molecules the difference `caft-stage1` - `ntp` has a standard deviation of "
-        f"{number(spread, 'heldout_loss')}: differences below twice that may be the seed's."
+        f"{said} Over {len(pairs)} seeds of the molecules the difference `caft-stage1` - `ntp` has a standard deviation "
+        f"of {number(spread, name)}; differences below twice that may be the seed's. Further than that from their "
+        f"knob's default: {', '.join(beyond) or 'none'}. {words.DEFAULTS}"
     )
 
 
@@ -710,8 +720,7 @@ def page(lines: Lines) -> str:
         cells_table(lines, "pretrain", *zip(*needle_names(), strict=True)),
         cost_table(lines, "pretrain"),
         "## Ablations",
-        f"Molecules, LoRA, {design.TASKS['ablations'].steps} steps, one seed: no interval and no claim. "
-        + seeds_apart(lines),
+        ablations_words(lines),
         ablations_table(lines),
         "## What it cost",
         f"{len(lines)} runs, {hours:.1f} hours (about ten were meant) on "

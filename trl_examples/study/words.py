@@ -66,6 +66,12 @@ CONCLUSIONS = """\
   papers report.
 - Run your own comparison: the next-token arm and the other with the same seed, three seeds at least, your metric."""
 
+DEFAULTS = (
+    "One seed on a third of the steps is no reason to change a default of the product, and none was changed. Copies that "
+    "lack the final norm start from a far higher loss, which the base model pays for; the authors, who leave the norm "
+    "out, start from trained heads."
+)
+
 README = """\
 {answer} 'Here' is short fine-tuning of {model}, which two cores can rerun: `make study` does the {runs}
 runs, each a line of [results.jsonl](trl_examples/study/results.jsonl), and `make study-report` makes
