@@ -412,9 +412,9 @@ def ablations_words(lines: Lines) -> str:
         if default != arm.name and apart and abs(apart.mean) > 2 * spread:
             beyond.append(f"`{arm.name}` ({number(apart.mean, name, sign=True)})")
     return (
-        f"{said} Over {len(pairs)} seeds of the molecules the difference `caft-stage1` - `ntp` has a standard deviation "
-        f"of {number(spread, name)}; differences below twice that may be the seed's. Further than that from their "
-        f"knob's default: {', '.join(beyond) or 'none'}. {words.DEFAULTS}"
+        f"{said} Over {len(pairs)} seeds of the molecules the difference `caft-stage1` - `ntp` has a standard "
+        f"deviation of {number(spread, name)}; differences below twice that may be the seed's. Further than that from "
+        f"their knob's default: {', '.join(beyond) or 'none'}. {words.DEFAULTS}"
     )
 
 

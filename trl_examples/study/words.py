@@ -67,9 +67,9 @@ CONCLUSIONS = """\
 - Run your own comparison: the next-token arm and the other with the same seed, three seeds at least, your metric."""
 
 DEFAULTS = (
-    "One seed on a third of the steps is no reason to change a default of the product, and none was changed. Copies that "
-    "lack the final norm start from a far higher loss, which the base model pays for; the authors, who leave the norm "
-    "out, start from trained heads."
+    "One seed on a third of the steps is no reason to change a default of the product, and none was changed. Copies "
+    "that lack the final norm start from a far higher loss, which the base model pays for; the authors, who leave the "
+    "norm out, start from trained heads."
 )
 
 README = """\
