@@ -243,7 +243,7 @@ def ablations() -> tuple[Arm, ...]:
         ablation(
             "meap-separate",
             masks,
-            "ratio 0.1, separate (short answers have no copy: a few rows come twice)",
+            "ratio 0.1, separate (short answers have no copy, so one row in seven comes twice)",
             meap=separate,
             batch=32,
         )

@@ -400,7 +400,7 @@ def ablations_words(lines: Lines) -> str:
     """What the ablations' differences are to be held against, how much a difference changes with the seed, and which
     of them are beyond it."""
     task, name = "ablations", "heldout_loss"
-    said = f"Molecules, LoRA, {design.TASKS[task].steps} steps, one seed: no interval and no claim."
+    said = f"Molecules, LoRA, {design.TASKS[task].steps} steps, one seed: no interval, no claim, times of one run."
     pairs = by_seed(lines, "molecules", "caft-stage1", "ntp", metric(name))
     if len(pairs) < 2:
         return said
