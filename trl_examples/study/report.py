@@ -441,13 +441,19 @@ def primary_table(lines: Lines) -> str:
 
 
 def figure(folder: Path, name: str, panels: int, height: float = 3.4) -> tuple[Any, list[Any], Callable[[], None]]:
-    drawing, axes = plt.subplots(1, panels, figsize=(4.6 * panels, height), squeeze=False, layout="constrained")
+    """A drawing of so many panels, three in a row at most, `height` inches each row; the last saves it."""
+    columns = min(panels, 3)
+    rows = -(-panels // columns)
+    size = (4.6 * columns, height * rows)
+    drawing, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    for unused in axes.flat[panels:]:
+        unused.set_axis_off()
 
     def save() -> None:
         drawing.savefig(folder / f"{name}.png", dpi=110, metadata={"Software": None})
         plt.close(drawing)
 
-    return drawing, list(axes[0]), save
+    return drawing, list(axes.flat[:panels]), save
 
 
 def draw_by_arm(lines: Lines, folder: Path) -> None:
