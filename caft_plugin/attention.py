@@ -154,7 +154,7 @@ def _mask_token(wanted: str, tuned: str, tokenizer: Any, models: dict[str, Any],
     token = choose_mask_token(int(wanted) if wanted.isdigit() else wanted, tokenizer, rows, used)
     if token.added:
         for name, model in models.items():
-            added = AddedMaskToken(model, token)
+            added = AddedMaskToken(model, token).attach()
             if name == "tuned" and (Path(tuned) / FILE).is_file():
                 added.load(Path(tuned))
     return token

@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -45,6 +45,7 @@ class HeadsRecord(BaseModel):
     hidden_size: PositiveInt
     vocab_size: PositiveInt
     base_model: str
+    train_heads: Literal["full", "lora", "frozen"] | None = None  # of a checkpoint's heads
 
 
 def resolve_wiring(config: CAFTConfig, record: HeadsRecord | None) -> CAFTConfig:
@@ -248,6 +249,7 @@ def save_heads(
         hidden_size=trunk.hidden_size,
         vocab_size=trunk.vocab_size,
         base_model=trunk.model.config.name_or_path or trunk.model.config.model_type,
+        train_heads=heads.how if resumable else None,
     )
     (folder / RECORD).unlink(missing_ok=True)
     for left_by_a_killed_run in folder.glob(".*.tmp"):
@@ -259,7 +261,7 @@ def save_heads(
     else:
         (folder / LORA).unlink(missing_ok=True)
     write_whole(folder / WEIGHTS, lambda path: save_file(tensors, path, {"format": "pt"}))
-    text = json.dumps(record.model_dump(), indent=2) + "\n"
+    text = json.dumps(record.model_dump(exclude_none=True), indent=2) + "\n"
     write_whole(folder / RECORD, lambda path: path.write_text(text, encoding="utf-8"))
     return folder
 
@@ -302,7 +304,7 @@ def load_pretrained(folder: Path, heads: AuxiliaryHeads, layer_class: str) -> No
     _copy_into(wanted, folder / WEIGHTS, held=record.num_heads)
 
 
-def load_checkpoint(checkpoint: str | os.PathLike[str], heads: AuxiliaryHeads) -> None:
+def load_checkpoint(checkpoint: str | os.PathLike[str], heads: AuxiliaryHeads, config: CAFTConfig) -> None:
     """Puts heads and LoRA factors back as a checkpoint holds them, for exact resuming.
 
     Raises:
@@ -314,15 +316,23 @@ def load_checkpoint(checkpoint: str | os.PathLike[str], heads: AuxiliaryHeads) -
             f"caft: the checkpoint {checkpoint} has no {FOLDER}/ folder, so it was made without CAFT and cannot be "
             "resumed with it. Resume without the `caft:` block, or start anew."
         )
+    record = read_record(folder)
+    this_run = {
+        "num_heads": len(heads),
+        "train_heads": heads.how,
+        "head_input": config.head_input,
+        "head_norm": config.head_norm,
+    }
+    for key, value in this_run.items():
+        recorded = getattr(record, key)
+        if recorded is not None and recorded != value:
+            raise ConfigError(
+                f"caft.{key}: this run has {str(value).lower()}, but the checkpoint {checkpoint} was made with "
+                f"{str(recorded).lower()}. Resume with caft.{key}: {str(recorded).lower()}, or start anew."
+            )
     state = heads.layers.state_dict()
     weights = {plain_name(name): t for name, t in state.items() if ".lora_" not in name}
     lora = {plain_name(name): t for name, t in state.items() if ".lora_" in name}
-    if bool(lora) != (folder / LORA).exists():
-        raise ConfigError(
-            f"caft.train_heads: the heads of the checkpoint {checkpoint} were trained "
-            f"{'fully' if lora else 'with LoRA'}, but this run trains them {'with LoRA' if lora else 'fully'}. "
-            "Resume with the settings the checkpoint was made with."
-        )
     _copy_into(weights, folder / WEIGHTS, held=len(heads))
     if lora:
         _copy_into(lora, folder / LORA, held=len(heads))

@@ -391,13 +391,13 @@ class HeadsTrainer(with_caft(TrunkTrainer)):  # type: ignore[misc]
         return dataclasses.replace(super()._checkpoint_parts(), weights=False)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        checkpoint.load_checkpoint(resume_from_checkpoint, self.caft.heads)
+        checkpoint.load_checkpoint(resume_from_checkpoint, self.caft.heads, self.caft_config)
 
     def _load_best_model(self) -> None:
-        checkpoint.load_checkpoint(self.state.best_model_checkpoint, self.caft.heads)
+        checkpoint.load_checkpoint(self.state.best_model_checkpoint, self.caft.heads, self.caft_config)
 
-    def _reading(self, targets: Tensor, window: Any) -> Reading:
-        return dataclasses.replace(super()._reading(targets, window), distribution=self.distribution)
+    def _reading(self, *args: Any) -> Reading:
+        return dataclasses.replace(super()._reading(*args), distribution=self.distribution)
 
     def _evaluation_metrics(self, figures: Tensor, prefix: str) -> dict[str, float]:
         metrics = super()._evaluation_metrics(figures, prefix)

@@ -25,7 +25,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Partial
 from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import ModelOutput
 
@@ -33,6 +33,7 @@ from caft_plugin.config import CAFTConfig, ConfigError
 from caft_plugin.loss import IGNORE, cross_entropy_and_hit_of, cross_entropy_of, divergence_of, weighted_sum
 
 MODULE_NAME = "caft_heads"
+NOTING = "_caft_notes_its_call"  # marks the class that the last layer has while heads are on
 # The paper's LoRA (section 4), for heads whose base model has no LoRA to copy the rank from.
 LORA_RANK, LORA_ALPHA = 8, 16
 # Model types whose layers hand on something that a head cannot take up, and what it is.
@@ -42,7 +43,6 @@ UNFIT = {
 }
 # A forward's `logits_to_keep` for the least logits. A plain number lets Gemma 4 cut hidden states of whole layers.
 LAST_POSITION = torch.tensor([-1])
-CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "layer_past", "cache_params")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,6 +170,13 @@ class AuxiliaryHeads(nn.Module):
 
     def __len__(self) -> int:
         return len(self.layers)
+
+    @property
+    def how(self) -> Literal["full", "lora", "frozen"]:
+        """How the heads train, as `caft.train_heads` names it."""
+        if self.lora is not None:
+            return "lora"
+        return "full" if any(p.requires_grad for p in self.parameters()) else "frozen"
 
 
 def build_heads(model: nn.Module, trunk: Trunk, config: CAFTConfig, seed: int) -> AuxiliaryHeads:
@@ -312,11 +319,11 @@ class _LayerCall:
 
 
 class AttachedHeads:
-    """Heads on a model, and the handle that takes them off again; also a context manager.
+    """Heads for a model: a handle that puts them on and takes them off, also as a context manager.
 
-    The heads are the submodule `caft_heads` of `model`, so that optimizers and distributed wrappers see them,
-    but they are left out of its state dict. They run in a forward hook of `model`, inside of whatever wraps
-    it, and only within `reading`.
+    While they are on, the heads are the submodule `caft_heads` of `model`, so that optimizers and distributed wrappers
+    see them, but they are left out of its state dict. They run in a forward hook of `model`, inside of whatever wraps
+    it, and only within `reading`. While they are off, nothing of them is on the model.
     """
 
     def __init__(self, model: nn.Module, heads: AuxiliaryHeads, trunk: Trunk, config: CAFTConfig) -> None:
@@ -325,24 +332,48 @@ class AttachedHeads:
         self.trunk = trunk
         self.from_final = config.head_input == "final"
         self.apply_norm = bool(config.head_norm)
+        self.hidden = HiddenSubmodule(model, MODULE_NAME, heads)
+        self._handles: list[Any] = []
+        self._layer_class: type | None = None
+        self._noting_class: type | None = None
         self._reading: Reading | None = None
         self._call: _LayerCall | None = None
         self._final: Tensor | None = None
         self._logits_checked = False
 
-        layer = trunk.last_layer
+    @property
+    def attached(self) -> bool:
+        return self._noting_class is not None
+
+    def attach(self) -> AttachedHeads:
+        """Puts the heads on the model. Doing it twice does no harm.
+
+        Raises:
+            ConfigError: others' heads are on the model or on its last layer.
+        """
+        if self.attached:
+            return self
+        layer = self.trunk.last_layer
+        if hasattr(type(layer), NOTING):
+            raise taken(self.trunk.model)
+        self.hidden.attach()
+        device = next(layer.parameters()).device
+        if next(self.heads.parameters()).device != device:
+            self.heads.to(device)
         self._layer_class = type(layer)
         self._noting_class = _noting(type(layer), self._note_call)
         layer.__class__ = self._noting_class
-        self.hidden = HiddenSubmodule(model, MODULE_NAME, heads)
         self._handles = [
-            trunk.norm.register_forward_hook(self._note_norm),
-            model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
-            model.register_forward_hook(self._after_forward),
+            self.trunk.norm.register_forward_hook(self._note_norm),
+            self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
+            self.model.register_forward_hook(self._after_forward),
         ]
+        return self
 
     def detach(self) -> None:
         """Takes the heads and every hook off the model. Doing it twice does no harm."""
+        if self._noting_class is None or self._layer_class is None:
+            return
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -354,22 +385,25 @@ class AttachedHeads:
             wrapper.__bases__ = tuple(
                 self._layer_class if base is self._noting_class else base for base in wrapper.__bases__
             )
+        self._layer_class = self._noting_class = None
         self.hidden.detach()
 
     def __enter__(self) -> AttachedHeads:
-        return self
+        return self.attach()
 
     def __exit__(self, *_: object) -> None:
         self.detach()
 
     @contextlib.contextmanager
     def reading(self, reading: Reading) -> Iterator[Reading]:
-        """While this is open, the model's first call (in training: the first with gradients) runs the heads."""
-        self._reading = reading
-        try:
-            yield reading
-        finally:
-            self._reading = self._call = self._final = None
+        """While this is open, the heads are on the model, and its first call (in training: the first with gradients)
+        runs them."""
+        with contextlib.nullcontext() if self.attached else self:
+            self._reading = reading
+            try:
+                yield reading
+            finally:
+                self._reading = self._call = self._final = None
 
     def _wants_notes(self) -> bool:
         reading = self._reading
@@ -410,7 +444,8 @@ class AttachedHeads:
             self._check_logits(output, trunk)
             if reading.next_tokens is not None:
                 output["loss"] = self._next_token_loss(reading, trunk)
-            self._run(reading, call, trunk)
+            with without_dropout(trunk.norm, trunk.unembedding):
+                self._run(reading, call, trunk)
         assert reading.loss is not None
         return _with_aux_loss(output, reading.loss) if reading.training else None
 
@@ -421,6 +456,7 @@ class AttachedHeads:
                 f"caft.fused_loss: {type(self.trunk.model).__name__} did not call its final norm, so the plugin cannot "
                 "compute the next-token loss. Use fused_loss: off."
             )
+        self._check_shape(self._final, reading.next_tokens)
         targets = reading.next_tokens.to(self._final.device).flatten()
         positions = (targets != IGNORE).nonzero().squeeze(1)
         weights = self._final.new_ones(len(positions), dtype=torch.float32) * reading.next_token_weight
@@ -461,6 +497,17 @@ class AttachedHeads:
                 "its heads would learn something else than the model. Please report the model's name."
             )
 
+    def _check_shape(self, hidden: Tensor, targets: Tensor) -> None:
+        """Each position that is read must have its target: `hidden` (batch, length, hidden size), `targets` (batch,
+        length)."""
+        if hidden.shape[:-1] != targets.shape:
+            raise ConfigError(
+                f"caft: {type(self.trunk.model).__name__} was called with another shape than its labels have: hidden "
+                f"states {tuple(hidden.shape[:-1])}, targets {tuple(targets.shape)} (batch, length), so heads would "
+                "learn the wrong tokens. CAFT needs a trainer that calls the model with its batch as it is (no virtual "
+                "tokens, no reshaping, no rows put together). Use one, or take the `caft:` block out."
+            )
+
     def _run(self, reading: Reading, call: _LayerCall, trunk: Trunk) -> None:
         source = self._final if self.from_final else _hidden_states(call)
         if source is None:
@@ -468,6 +515,7 @@ class AttachedHeads:
                 f"caft: {type(self.trunk.model).__name__} did not call its final norm, so heads cannot read the "
                 "final hidden state. Use head_input: penultimate."
             )
+        self._check_shape(source, reading.targets[0])
         device, num_heads = source.device, len(self.heads)
         zero = source.new_zeros((), dtype=torch.float32)
         rows: list[Tensor] = []
@@ -560,6 +608,7 @@ def _noting(layer_class: type, note: Callable[[nn.Module, tuple, dict[str, Any]]
         (layer_class,),
         {
             "__call__": __call__,
+            NOTING: True,
             "__module__": layer_class.__module__,
             "__qualname__": layer_class.__qualname__,
         },
@@ -578,8 +627,8 @@ def _replay(layer: nn.Module, source: Tensor, call: _LayerCall, positions: Tenso
     extra = dict(named.get("kwargs", {}))
     first = next(iter(named))
     for arguments in (named, extra):
-        for name in CACHE_ARGUMENTS:
-            if name in arguments:
+        for name, value in arguments.items():
+            if is_cache(name, value):
                 arguments[name] = None
         if "use_cache" in arguments:
             arguments["use_cache"] = False
@@ -598,6 +647,30 @@ def _replay(layer: nn.Module, source: Tensor, call: _LayerCall, positions: Tenso
         output = layer(*bound.args, **bound.kwargs)
     output = output if isinstance(output, Tensor) else output[0]
     return output.flatten(0, 1)[positions].to(source.dtype)
+
+
+def is_cache(name: str, value: Any) -> bool:
+    """Whether an argument of a layer is the model's cache of keys and values, which a head may not write into. Its name
+    changes with the version and the family (`past_key_value(s)`, `layer_past`, `cache`, `cache_params`)."""
+    if value is None or isinstance(value, (Tensor, bool, int, float, str)):
+        return False
+    name, kind = name.lower(), type(value).__name__.lower()
+    return isinstance(value, Cache) or "cache" in kind or "cache" in name or "past" in name
+
+
+@contextlib.contextmanager
+def without_dropout(*modules: nn.Module) -> Iterator[None]:
+    """While this is open, dropout inside of `modules` (that of a LoRA on the unembedding) lets everything through and
+    draws no random number."""
+    dropouts = [m for module in modules for m in module.modules() if "dropout" in type(m).__name__.lower()]
+    dropouts = [dropout for dropout in dropouts if dropout.training]
+    for dropout in dropouts:
+        dropout.training = False
+    try:
+        yield
+    finally:
+        for dropout in dropouts:
+            dropout.training = True
 
 
 def pointwise_parts(layer: nn.Module) -> list[nn.Module]:
@@ -668,20 +741,37 @@ def _with_aux_loss(output: ModelOutput, loss: Tensor) -> ModelOutput:
     return _output_class(type(output))(**dict(output.items()), caft_loss=loss)
 
 
+def taken(model: nn.Module) -> ConfigError:
+    return ConfigError(
+        f"caft: this {type(model).__name__} has another trainer's heads or mask token on it. Two trainers can take "
+        "turns on one model, but not use it within each other's train() or evaluate(): end the other's first."
+    )
+
+
 class HiddenSubmodule:
-    """A submodule of a model, for optimizers and distributed wrappers to find, that the model's state dict does not
-    show; and the handle that takes it off again."""
+    """A handle that makes a module a submodule of a model, for optimizers and distributed wrappers to find, without the
+    model's state dict or `num_parameters` showing it, and takes it off again."""
 
     def __init__(self, model: nn.Module, name: str, module: nn.Module) -> None:
         self.model = model
         self.name = name
         self.module = module
         self._shown: Literal["all", "frozen"] | None = None
-        model.add_module(name, module)
+        self._handles: list[Any] = []
+
+    def attach(self) -> None:
+        """Raises ConfigError where the model has a submodule of this name."""
+        if hasattr(self.model, self.name):
+            raise taken(self.model)
+        self.model.add_module(self.name, self.module)
         self._handles = [
-            model.register_state_dict_post_hook(functools.partial(self._hide)),  # torch sets a mark on what it is given
-            model.register_load_state_dict_post_hook(self._forgive),
+            # functools.partial, because torch sets a mark on what it is given
+            self.model.register_state_dict_post_hook(functools.partial(self._hide)),
+            self.model.register_load_state_dict_post_hook(self._forgive),
         ]
+        if isinstance(self.model, PreTrainedModel):  # it writes its count into the index of a sharded save
+            self._count = self.model.num_parameters
+            self.model.num_parameters = self._num_parameters  # type: ignore[method-assign]
 
     def detach(self) -> None:
         for handle in self._handles:
@@ -689,6 +779,13 @@ class HiddenSubmodule:
         self._handles = []
         if getattr(self.model, self.name, None) is self.module:
             delattr(self.model, self.name)
+            if isinstance(self.model, PreTrainedModel):
+                vars(self.model).pop("num_parameters", None)
+
+    def _num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """As `PreTrainedModel.num_parameters`."""
+        ours = sum(p.numel() for p in self.module.parameters() if p.requires_grad or not only_trainable)
+        return self._count(only_trainable, exclude_embeddings) - ours
 
     @contextlib.contextmanager
     def in_state_dict(self, which: Literal["all", "frozen"] = "all") -> Iterator[None]:

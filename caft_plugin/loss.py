@@ -1,4 +1,4 @@
-"""The auxiliary loss: targets k ahead, linear cross-entropy, weights and schedule. Needs torch alone."""
+"""The auxiliary loss: targets k ahead, linear cross-entropy, weights and schedule. Knows no framework."""
 
 from __future__ import annotations
 
@@ -10,10 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from caft_plugin.config import ConfigError
+
 IGNORE = -100
 # A key of MEAP's batches (batch, length): bits that say what each position is. BOUNDARY marks the first token of a copy
 # that stands behind its original.
 PLAN, BOUNDARY = "meap_plan", 1
+# What is added to an attention score hides a key from here down, and is a bias above.
+HIDDEN = -1000.0
 # Logits alive at a time, whatever the vocabulary. 2^23 float32 values are 32 MiB: few enough for a CPU to be quick,
 # and the size from which glibc gives memory back for certain. Accelerators want more rows in one product.
 LOGITS_AT_A_TIME = {"cpu": 2**23, "accelerator": 2**25}
@@ -44,13 +48,14 @@ def document_ids(batch: Mapping[str, Any]) -> Tensor | None:
     """Which document each position belongs to, or None where the batch has no sign of boundaries.
 
     A document is what the host's attention separates: position ids that do not count on (those of M-RoPE: that are
-    back at 0 on every axis), a numbered attention mask (1 1 2 2 2 ...), or cumulative sequence lengths. Padding
-    (attention mask 0) is -1. The masked copy in a MEAP pair counts as a document of its own.
+    back at 0 on every axis), a numbered attention mask (1 1 2 2 2 ...), a mask of queries and keys by which a position
+    does not see the one before it, or cumulative sequence lengths. Padding (attention mask 0) is -1. The masked copy in
+    a MEAP pair counts as a document of its own.
 
     Args:
         batch: `labels` (batch, length), and where there are any `position_ids` (batch, length), or (axes, batch,
-            length) with 3 axes (time, height, width) or 4 (text before them), `attention_mask`, `cu_seq_lens_q` and
-            MEAP's plan.
+            length) with 3 axes (time, height, width) or 4 (text before them), `attention_mask` (batch, length), or
+            as in `sees_back`, `cu_seq_lens_q` and MEAP's plan.
 
     Returns:
         Long tensor (batch, length), equal within a document and different between neighbours.
@@ -74,11 +79,12 @@ def document_ids(batch: Mapping[str, Any]) -> Tensor | None:
         found = True
 
     mask = batch.get("attention_mask")
-    if mask is not None and mask.dim() == 2 and mask.shape == shape:
+    if isinstance(mask, Tensor) and mask.shape == shape:
         starts[:, 1:] |= mask[:, 1:] != mask[:, :-1]
         found = True
-    else:
-        mask = None
+    elif mask is not None:
+        starts[:, 1:] |= ~sees_back(mask, 1, shape)
+        mask, found = None, True
 
     lengths = batch.get("cu_seq_lens_q")
     if lengths is not None:
@@ -98,11 +104,44 @@ def document_ids(batch: Mapping[str, Any]) -> Tensor | None:
     return documents if mask is None else documents.masked_fill(mask == 0, -1)
 
 
+def sees_back(mask: Any, distance: int, shape: torch.Size) -> Tensor:
+    """Which positions attend to the one that stands `distance` before them, by a mask of queries and keys.
+
+    Args:
+        mask: (batch or 1, length, length) or (batch or 1, heads or 1, length, length): True or not 0 where a query
+            (last axis but one) sees a key (last axis); or floating point, as it is added to the scores. Or a dict of
+            such masks by kind of layer, of which one is enough.
+        shape: of the labels, (batch, length).
+
+    Returns:
+        Boolean tensor (batch, length - distance), for positions from `distance` on.
+
+    Raises:
+        ConfigError: a mask of another kind or shape.
+    """
+    length = shape[1]
+    if isinstance(mask, Mapping):
+        of_layers = [sees_back(m, distance, shape) for m in mask.values() if m is not None]
+        return torch.stack(of_layers).any(0) if of_layers else torch.ones(shape[0], length - distance).bool()
+    if not isinstance(mask, Tensor) or mask.dim() not in (3, 4) or mask.shape[-2:] != (length, length):
+        kind = f"a tensor of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
+        raise ConfigError(
+            f"caft: the batch's attention_mask is {kind}, by which documents cannot be told apart for labels of shape "
+            f"{tuple(shape)}. It takes (batch, length), (batch, length, length) or (batch, heads, length, length); or "
+            "leave it out and give position_ids that start again with each document."
+        )
+    pairs = mask.diagonal(-distance, dim1=-2, dim2=-1)
+    seen = pairs > HIDDEN if mask.is_floating_point() else pairs != 0
+    if seen.dim() == 3:
+        seen = seen.any(1)
+    return seen.expand(shape[0], -1)
+
+
 def head_targets(batch: Mapping[str, Any], num_heads: int) -> Tensor:
     """The token each head has to predict at each position.
 
     Head k (k = 1..num_heads) at position t is to predict `labels[t + k + 1]`; where that lies past the end,
-    is ignored, is padding or belongs to another document, the target is -100.
+    is ignored, is padding, belongs to another document or does not attend to position t, the target is -100.
 
     Args:
         batch: `labels` (batch, length), and what marks documents (see `document_ids`).
@@ -110,8 +149,10 @@ def head_targets(batch: Mapping[str, Any], num_heads: int) -> Tensor:
     Returns:
         Long tensor (num_heads, batch, length).
     """
-    labels = batch["labels"]
-    documents = document_ids(batch)
+    labels, mask = batch["labels"], batch.get("attention_mask")
+    pairwise = mask is not None and not (isinstance(mask, Tensor) and mask.shape == labels.shape)
+    # What a mask of queries and keys says holds as it stands, also where documents lie between each other.
+    documents = document_ids({**batch, "attention_mask": None} if pairwise else batch)
     targets = labels.new_full((num_heads, *labels.shape), IGNORE)
     for index in range(num_heads):
         ahead = index + 2
@@ -121,6 +162,8 @@ def head_targets(batch: Mapping[str, Any], num_heads: int) -> Tensor:
         if documents is not None:
             there, here = documents[:, ahead:], documents[:, :-ahead]
             target = target.masked_fill((there != here) | (there < 0), IGNORE)
+        if pairwise:
+            target = target.masked_fill(~sees_back(mask, ahead, labels.shape), IGNORE)
         targets[index, :, :-ahead] = target
     return targets
 

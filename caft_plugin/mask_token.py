@@ -136,9 +136,10 @@ def _id_chunks(dataset: Any) -> Iterator[np.ndarray | None]:
 
 
 class AddedMaskToken(nn.Module):
-    """One input vector more, for the id after the embedding's last row; also the handle that takes it off.
+    """One input vector more, for the id after the embedding's last row; also the handle that puts it on a model and
+    takes it off, and a context manager.
 
-    It starts as the mean of the table's outputs and trains where the table trains. It is the submodule
+    It starts as the mean of the table's outputs and trains where the table trains. While it is on, it is the submodule
     `caft_mask_token` of the outermost model, left out of the model's state dict.
     """
 
@@ -153,11 +154,29 @@ class AddedMaskToken(nn.Module):
         self.vector = nn.Parameter(mean.to(embedding.weight.dtype), requires_grad=trainable)
         self.token = token
         self._where: Tensor | None = None
+        self._embedding = (embedding,)  # in a tuple, so that it is no submodule of this one
         self.hidden = HiddenSubmodule(model, MODULE_NAME, self)
-        self._handles = [
-            embedding.register_forward_pre_hook(self._before),
-            embedding.register_forward_hook(self._after),
-        ]
+        self._handles: list[Any] = []
+
+    @property
+    def attached(self) -> bool:
+        return bool(self._handles)
+
+    def attach(self) -> AddedMaskToken:
+        """Puts vector and hooks on the model. Doing it twice does no harm.
+
+        Raises:
+            ConfigError: another trainer's vector is on it.
+        """
+        if not self.attached:
+            (embedding,) = self._embedding
+            self.hidden.attach()
+            self.vector.data = self.vector.data.to(embedding.weight.device)
+            self._handles = [
+                embedding.register_forward_pre_hook(self._before),
+                embedding.register_forward_hook(self._after),
+            ]
+        return self
 
     def _before(self, embedding: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         self._where = args[0] == self.token.id
@@ -174,6 +193,12 @@ class AddedMaskToken(nn.Module):
             handle.remove()
         self._handles = []
         self.hidden.detach()
+
+    def __enter__(self) -> AddedMaskToken:
+        return self.attach()
+
+    def __exit__(self, *_: object) -> None:
+        self.detach()
 
     def save(self, folder: Path, write: bool) -> None:
         """Writes the vector into `folder`. Every process has to call it; the one with `write` writes."""

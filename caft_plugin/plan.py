@@ -280,7 +280,7 @@ def make_plan(keys: dict[str, Any], gpus: int = 1, supervised: float = 0.3, devi
         heads=int(all_heads),
         parameters=counts[0],
         trained=counts[1],
-        how="none" if heads is None else _how(heads),
+        how="none" if heads is None else heads.how,
         base=base,
         added=added,
         losses=losses,
@@ -382,12 +382,6 @@ def _checked(run: Run, trunk: Trunk) -> CAFTConfig:
         record = read_record(folder)
         check_record(record, folder, run.caft, trunk.model.config)
     return resolve_wiring(run.caft, record)
-
-
-def _how(heads: AuxiliaryHeads) -> str:
-    if heads.lora is not None:
-        return "lora"
-    return "full" if any(p.requires_grad for p in heads.parameters()) else "frozen"
 
 
 def _bytes(parameter: Tensor) -> int:

@@ -9,6 +9,7 @@ import functools
 import inspect
 import logging
 import random
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,14 +17,16 @@ import torch
 import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from caft_plugin import checkpoint, resume
 from caft_plugin.config import CAFTConfig, ConfigError, MEAPConfig, named
-from caft_plugin.heads import AttachedHeads, HiddenSubmodule, Reading, build_heads, find_trunk
+from caft_plugin.heads import NOTING, AttachedHeads, HiddenSubmodule, Reading, build_heads, find_trunk, taken
 from caft_plugin.loss import IGNORE, PLAN, count_targets, gamma, head_targets, head_weights
+from caft_plugin.mask_token import FILE as MASK_TOKEN_FILE
 from caft_plugin.mask_token import AddedMaskToken, choose_mask_token, used_ids
 from caft_plugin.meap import EXAMPLE, MASKED, MAY_MASK, OVERLONG, Duplication, EpochOfMasks, MEAPCollator
 
@@ -35,24 +38,62 @@ CUTTING = {"cp_size": "sequences", "sp_size": "sequences", "tp_size": "layers"}
 
 
 @dataclasses.dataclass
+class MicroBatch:
+    """One micro-batch of a window, and what its losses were, on this process.
+
+    `targets` (num_heads, batch, length) are of its `labels`, None where it has none; `draws` says how often each head
+    was drawn. The host may ask for a loss of the batch more than once, or of its parts: `counted` are the next tokens
+    of all that it asked for, `tokens` those of the batch.
+    """
+
+    inputs: Any
+    targets: Tensor | None
+    draws: list[int]
+    tokens: Tensor
+    next_token: Tensor
+    aux: Tensor
+    heads: Tensor
+    counted: Tensor
+    asked: int = 0
+
+    @property
+    def share(self) -> Tensor:
+        """What one batch is of all that was asked for."""
+        return torch.where(self.counted > 0, self.tokens / self.counted.clamp(min=1), 1 / max(self.asked, 1))
+
+
+@dataclasses.dataclass
 class Window:
     """One accumulation window, that is one optimisation step.
 
-    `draws` says for each micro-batch how often each head was drawn, and `drawn_counts` how many targets it has in
-    those where it was. Counts are over all processes, (num_heads,); `next_tokens` counts the model's own targets.
+    Counts are over all processes, (num_heads,): `counts` of a head's targets, `drawn_counts` of those in micro-batches
+    where the head was drawn; `next_tokens` counts the model's own targets.
     """
 
     gamma: float
     counts: Tensor
     next_tokens: Tensor
-    draws: list[list[int]]
     drawn_counts: Tensor
-    micro_batch: int = 0
+    micro_batches: list[MicroBatch]
+    steps_begun: int = 0
 
     @property
     def run(self) -> list[bool]:
         """The heads that run in some micro-batch."""
-        return [self.gamma != 0.0 and any(times) for times in zip(*self.draws, strict=True)]
+        draws = [micro_batch.draws for micro_batch in self.micro_batches]
+        return [self.gamma != 0.0 and any(times) for times in zip(*draws, strict=True)]
+
+    def begun(self, inputs: Any) -> MicroBatch | None:
+        """The micro-batch that a `training_step` with `inputs` is about: the one that they are or whose labels they
+        have; where the host has made other inputs of it, the next one; None where all had their turn."""
+        self.steps_begun += 1
+        labels = inputs.get("labels") if isinstance(inputs, Mapping) else None
+        for micro_batch in self.micro_batches:
+            theirs = micro_batch.inputs
+            if theirs is inputs or (labels is not None and theirs.get("labels") is labels):
+                return micro_batch
+        in_turn = self.steps_begun - 1
+        return self.micro_batches[in_turn] if in_turn < len(self.micro_batches) else None
 
 
 class Tally:
@@ -65,6 +106,16 @@ class Tally:
         self.gamma = 0.0
         self.heads = torch.zeros(num_heads, dtype=torch.float64, device=device)
         self.steps_of_head = [0] * num_heads
+
+    def add(self, window: Window) -> None:
+        self.gamma += window.gamma
+        for index, count in enumerate(window.drawn_counts.tolist()):
+            self.steps_of_head[index] += window.gamma != 0.0 and count > 0
+        for micro_batch in window.micro_batches:
+            share = micro_batch.share
+            self.next_token += micro_batch.next_token * share
+            self.aux += micro_batch.aux * share
+            self.heads += micro_batch.heads * share / window.drawn_counts.clamp(min=1)
 
 
 class MaskTally:
@@ -121,6 +172,8 @@ class CAFTTrainerMixin(_Base):
         self.caft: AttachedHeads | None = None
         self.caft_config: CAFTConfig | None = None
         self._caft_window: Window | None = None
+        self._caft_step: tuple[Window, MicroBatch] | None = None  # what training_step is about, while it runs
+        self._caft_ran = False  # whether heads ran since training began
         self._caft_tally: Tally | None = None
         self._caft_fused = False
         self._caft_eval: Tensor | None = None  # sums, hits and counts of each head (3, num_heads)
@@ -129,6 +182,7 @@ class CAFTTrainerMixin(_Base):
         self._meap_collator: MEAPCollator | None = None
         self._meap_tally: MaskTally | None = None
         self._meap_duplicated = False
+        self._saving_checkpoint = False
         super().__init__(*args, **kwargs)
         if caft is not None:
             self.attach_caft(CAFTConfig.read(caft))
@@ -140,7 +194,7 @@ class CAFTTrainerMixin(_Base):
             self.attach_meap(self.meap_config)
 
     def attach_caft(self, config: CAFTConfig) -> None:
-        """Builds the heads and attaches them to the model, before the optimizer exists.
+        """Builds the heads, which will be on the model while it trains or is evaluated.
 
         At beta 0 no head is built: the run is the host's own.
 
@@ -150,6 +204,8 @@ class CAFTTrainerMixin(_Base):
         self._check_trainer()
         model: Any = self.model
         trunk = find_trunk(model)
+        if hasattr(type(trunk.last_layer), NOTING):
+            raise taken(trunk.model)
         record = folder = None
         if config.heads is not None:
             folder = checkpoint.locate_heads(config.heads)
@@ -171,7 +227,7 @@ class CAFTTrainerMixin(_Base):
             )
         self._caft_fused = config.fused_loss != "off" and self._may_fuse(config, trunk.model)
         self.caft = AttachedHeads(model, heads, trunk, config)
-        self._show_to_accelerate(self.caft.hidden)
+        self._start_afresh_with_each_loop()
 
     def _may_fuse(self, config: CAFTConfig, base: Any) -> bool:
         """Whether `fused_loss` can compute the next-token loss; where it cannot, `on` raises ConfigError."""
@@ -193,16 +249,66 @@ class CAFTTrainerMixin(_Base):
         logger.warning("caft.fused_loss: auto leaves the next-token loss to the framework: %s", why)
         return False
 
-    def _show_to_accelerate(self, hidden: HiddenSubmodule) -> None:
+    @contextlib.contextmanager
+    def _ours_on_model(self) -> Iterator[None]:
+        """While this is open, heads and an added mask token are on the model. Those that are on it already stay."""
+        parts = [part for part in (self.caft, self.mask_token) if part is not None and not part.attached]
+        if not parts:
+            yield
+            return
+        with contextlib.ExitStack() as stack:
+            for part in parts:
+                stack.enter_context(part)
+            stack.enter_context(self._shown_to_accelerate([part.hidden for part in parts]))
+            yield
+
+    @contextlib.contextmanager
+    def _shown_to_accelerate(self, parts: list[HiddenSubmodule]) -> Iterator[None]:
         """Where one process alone has read the weights, accelerate gives the others what the state dict holds while it
         prepares the model."""
-        prepare = self.accelerator.prepare
+        accelerator = self.accelerator
+        prepare, own = accelerator.prepare, "prepare" in vars(accelerator)
 
         def prepare_with_ours(*args: Any, **kwargs: Any) -> Any:
-            with hidden.in_state_dict():
+            with contextlib.ExitStack() as stack:
+                for part in parts:
+                    stack.enter_context(part.in_state_dict())
                 return prepare(*args, **kwargs)
 
-        self.accelerator.prepare = prepare_with_ours
+        accelerator.prepare = prepare_with_ours
+        try:
+            yield
+        finally:
+            if own:
+                accelerator.prepare = prepare
+            else:
+                del accelerator.prepare
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        with self._ours_on_model():
+            optimizer = super().create_optimizer(*args, **kwargs)
+        if not self.is_deepspeed_enabled:  # DeepSpeed's optimizers hold tensors of their own
+            self._check_optimizer(optimizer)
+        return optimizer
+
+    def _check_optimizer(self, optimizer: Any) -> None:
+        """Heads and an added vector that are to train must be among what the optimizer trains."""
+        if isinstance(optimizer, LayerWiseDummyOptimizer):  # each parameter has an optimizer of its own
+            return
+        held = {id(p) for group in getattr(optimizer, "param_groups", []) for p in group["params"]}
+        for block, part in (("caft", self.caft), ("meap", self.mask_token)):
+            trained = [] if part is None else [p for p in part.hidden.module.parameters() if p.requires_grad]
+            lacking = sum(id(parameter) not in held for parameter in trained)
+            if lacking:
+                raise ConfigError(
+                    f"{block}: the optimizer {type(optimizer).__name__} of {self._host_name()} lacks {lacking} of the "
+                    f"{len(trained)} tensors that {block} is to train. Let the trainer make its optimizer from all "
+                    "parameters of the model that require gradients (optimizer_cls_and_kwargs takes a class and its "
+                    "settings), or set caft.train_heads: frozen."
+                )
+
+    def _host_name(self) -> str:
+        return type(self).__name__.removeprefix("CAFT")
 
     def _check_trainer(self) -> None:
         if self.args.n_gpu > 1:
@@ -257,9 +363,9 @@ class CAFTTrainerMixin(_Base):
                     "meap.mask_token: got add, but the trainer was given a finished optimizer (optimizers=...), which "
                     "cannot hold the new vector. Pass optimizer_cls_and_kwargs instead, or name a token."
                 )
-            self._show_to_accelerate(self.mask_token.hidden)
         self._meap_collator = MEAPCollator(self.data_collator, config, token.id, self.args.seed)
         self.add_callback(EpochOfMasks(self._meap_collator))
+        self._start_afresh_with_each_loop()
 
     def _duplicated(self, dataset: Any, processing_class: Any, args: Any, max_length: int | None) -> Any:
         assert self.meap_config is not None
@@ -298,28 +404,42 @@ class CAFTTrainerMixin(_Base):
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         samples, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self.caft is not None and samples:
+            self._close_window()
             self._caft_window = self._open_window(samples)
         return samples, num_items
 
     def _open_window(self, batches: list[dict[str, Any]]) -> Window:
         assert self.caft is not None and self.caft_config is not None
-        num_heads = len(self.caft.heads)
-        found = torch.zeros(len(batches), num_heads + 1, dtype=torch.long, device=self.args.device)
+        num_heads, device = len(self.caft.heads), self.args.device
+        found = torch.zeros(len(batches), num_heads + 1, dtype=torch.long, device=device)
+        all_targets: list[Tensor | None] = []
         for of_batch, batch in zip(found, batches, strict=True):
-            if "labels" in batch:
-                of_batch[:-1] = count_targets(head_targets(batch, num_heads))
-                of_batch[-1] = (batch["labels"][:, 1:] != IGNORE).sum()
+            all_targets.append(head_targets(batch, num_heads) if self._has_targets(batch) else None)
+            if all_targets[-1] is not None:
+                of_batch[:-1] = count_targets(all_targets[-1])
+                of_batch[-1] = next_tokens_in(batch)
+        tokens = found[:, -1].double()
         found = self._over_processes(found)
-        counts, next_tokens = found[:, :-1], found[:, -1].sum()
-        factor = gamma(self.caft_config.schedule, self.state.global_step, self.state.max_steps)
+        counts = found[:, :-1]
         draws = self._draws(len(batches))
-        drawn = counts * torch.tensor(draws, device=counts.device).clamp(max=1)
-        window = Window(factor, counts.sum(0), next_tokens, draws, drawn.sum(0))
-        tally = self._tally()
-        tally.gamma += factor
-        for index, count in enumerate(window.drawn_counts.tolist()):
-            tally.steps_of_head[index] += factor != 0.0 and count > 0
-        return window
+        drawn = counts * torch.tensor(draws, device=device).clamp(max=1)
+        zero = torch.zeros((), dtype=torch.float64, device=device)
+        micro_batches = [
+            MicroBatch(batch, targets, times, n, zero, zero, zero.expand(num_heads), zero)
+            for batch, targets, times, n in zip(batches, all_targets, draws, tokens, strict=True)
+        ]
+        factor = gamma(self.caft_config.schedule, self.state.global_step, self.state.max_steps)
+        return Window(factor, counts.sum(0), found[:, -1].sum(), drawn.sum(0), micro_batches)
+
+    def _close_window(self) -> None:
+        if self._caft_window is not None:
+            self._tally().add(self._caft_window)
+            self._caft_window = None
+
+    @staticmethod
+    def _has_targets(batch: Any) -> bool:
+        labels = batch.get("labels") if isinstance(batch, Mapping) else None
+        return isinstance(labels, Tensor) and labels.dim() == 2
 
     def _over_processes(self, tensor: Tensor) -> Tensor:
         """The sum of what all processes hold."""
@@ -358,20 +478,34 @@ class CAFTTrainerMixin(_Base):
                 model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
             )
 
-        if self.caft is None or "labels" not in inputs:
+        if self.caft is None or not (torch.is_grad_enabled() or self._has_targets(inputs)):
             self._take_plan(inputs)
             return host_loss()
-        targets = head_targets(inputs, len(self.caft.heads))
+        if not self._has_targets(inputs):
+            raise ConfigError(
+                f"caft: the batches of {self._host_name()} have no `labels` (batch, length), in which heads would find "
+                f"the tokens ahead; they have {', '.join(map(str, inputs))}. Use a trainer of supervised fine-tuning "
+                "or pretraining, such as Trainer or SFTTrainer, or take the `caft:` block out."
+            )
         if not torch.is_grad_enabled():
-            return self._evaluated(targets, host_loss)
+            return self._evaluated(inputs, host_loss)
 
-        window = self._caft_window or self._open_window([inputs])
+        if self._caft_step is not None:
+            window, micro_batch = self._caft_step
+        else:  # called by hand: a window of its own
+            window = self._open_window([inputs])
+            (micro_batch,) = window.micro_batches
+        targets = micro_batch.targets
+        if targets is None or micro_batch.inputs["labels"] is not inputs["labels"]:
+            targets = head_targets(inputs, len(self.caft.heads))
+        micro_batch.asked += 1
+        micro_batch.counted = micro_batch.counted + next_tokens_in(inputs).to(micro_batch.counted.device)
         self._take_plan(inputs)
-        reading = self._reading(targets, window)
+        reading = self._reading(targets, window, micro_batch)
         if self._caft_fused:
             reading.next_tokens = F.pad(inputs["labels"][:, 1:], (0, 1), value=IGNORE)
             reading.next_token_weight = self._next_token_weight(window, num_items_in_batch)
-        with self.caft.reading(reading):
+        with self._ours_on_model(), self.caft.reading(reading):
             result = host_loss()
         if reading.loss is None:
             raise RuntimeError(
@@ -379,16 +513,16 @@ class CAFTTrainerMixin(_Base):
                 "heads did not run. CAFT works with trainers whose compute_loss calls the model."
             )
         assert reading.sums is not None
+        self._caft_ran = True
         loss = result[0] if return_outputs else result
         scale = self._scale(num_items_in_batch)
         aux = reading.loss.to(loss.device) * scale
         total = loss + aux
 
         steps = self._accumulation_divisor(num_items_in_batch)
-        tally = self._tally()
-        tally.next_token += loss.detach().double() / steps
-        tally.aux += aux.detach().double() / steps
-        tally.heads += (reading.sums / window.drawn_counts.clamp(min=1)).double()
+        micro_batch.next_token = micro_batch.next_token + loss.detach().double() / steps
+        micro_batch.aux = micro_batch.aux + aux.detach().double() / steps
+        micro_batch.heads = micro_batch.heads + reading.sums.to(micro_batch.heads)
         return (total, *result[1:]) if return_outputs else total
 
     def _take_plan(self, inputs: dict[str, Any]) -> None:
@@ -399,11 +533,9 @@ class CAFTTrainerMixin(_Base):
                 self._meap_tally = MaskTally(self.state.global_step, self.args.device)
             self._meap_tally.add(plan)
 
-    def _reading(self, targets: Tensor, window: Window) -> Reading:
-        times = window.draws[window.micro_batch]
-        window.micro_batch += 1
-        run = [window.gamma != 0.0 and count > 0 for count in times]
-        return Reading(targets, self._weights(window, times), run, training=True)
+    def _reading(self, targets: Tensor, window: Window, micro_batch: MicroBatch) -> Reading:
+        run = [window.gamma != 0.0 and count > 0 for count in micro_batch.draws]
+        return Reading(targets, self._weights(window, micro_batch.draws), run, training=True)
 
     def _weights(self, window: Window, times: list[int]) -> Tensor:
         """The weight of each head's summed loss in the window's mean: beta gamma alpha^k / its targets. Of drawn heads
@@ -434,24 +566,43 @@ class CAFTTrainerMixin(_Base):
         over processes. A share of the window's global mean times this comes out as that mean."""
         return self._accumulation_divisor(num_items_in_batch) * self.accelerator.num_processes
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        loss = super().training_step(*args, **kwargs)
-        if self.caft is not None and self._caft_window is not None and self.accelerator.sync_gradients:
+    def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        if self.caft is None:
+            return super().training_step(model, inputs, *args, **kwargs)
+        micro_batch = None if self._caft_window is None else self._caft_window.begun(inputs)
+        if self._caft_window is None or micro_batch is None:  # called by hand: a window of its own
+            window = self._open_window([inputs])
+            (micro_batch,) = window.micro_batches
+        else:
+            window = self._caft_window
+        self._caft_step = window, micro_batch
+        try:
+            loss = super().training_step(model, inputs, *args, **kwargs)
+        finally:
+            self._caft_step = None
+        if not self._caft_ran:
+            raise ConfigError(
+                f"caft: {self._host_name()} trained on its first batch without computing its loss through compute_loss "
+                "with gradients, so the heads did not run. Use a trainer whose training_step calls compute_loss, or "
+                "take the `caft:` block out."
+            )
+        if self.accelerator.sync_gradients:
             # Joined to the graph for DDP's sake only: no gradient, not one of zeros, so that neither the
             # gradient norm nor the optimizer sees these heads.
-            for layer, ran in zip(self.caft.heads.layers, self._caft_window.run, strict=True):
+            for layer, ran in zip(self.caft.heads.layers, window.run, strict=True):
                 if not ran:
                     layer.zero_grad(set_to_none=True)
         return loss
 
     # -- evaluation --------------------------------------------------------------------------------
 
-    def _evaluated(self, targets: Tensor, host_loss: Any) -> Any:
+    def _evaluated(self, inputs: Mapping[str, Any], host_loss: Any) -> Any:
         """The host's loss alone; the heads' own losses are summed beside it."""
         assert self.caft is not None
         if self._caft_eval is None:
             return host_loss()
-        num_heads = len(targets)
+        num_heads = len(self.caft.heads)
+        targets = head_targets(inputs, num_heads)
         reading = Reading(targets, torch.zeros(num_heads), [True] * num_heads, training=False)
         with self.caft.reading(reading):
             result = host_loss()
@@ -466,7 +617,8 @@ class CAFTTrainerMixin(_Base):
         shape = (3, len(self.caft.heads))
         self._caft_eval = torch.zeros(shape, dtype=torch.float64, device=self.args.device)
         try:
-            output: Any = super().evaluation_loop(*args, **kwargs)
+            with self._ours_on_model():
+                output: Any = super().evaluation_loop(*args, **kwargs)
         finally:
             figures, self._caft_eval = self._caft_eval, None
         figures = self._over_processes(figures)
@@ -484,6 +636,8 @@ class CAFTTrainerMixin(_Base):
     # -- logs --------------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs:
+            self._close_window()
         if "loss" in logs and self._caft_tally is not None:
             logs.update(self._caft_logs(self._caft_tally))
             self._caft_tally = None
@@ -518,7 +672,21 @@ class CAFTTrainerMixin(_Base):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         if resume_from_checkpoint and (self.caft_config or self.meap_config):
             resume_from_checkpoint = self._whole_checkpoint(resume_from_checkpoint)
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        try:
+            with self._ours_on_model():
+                return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            self._caft_window = None
+
+    def _start_afresh_with_each_loop(self) -> None:
+        if not any(isinstance(callback, FreshSums) for callback in self.callback_handler.callbacks):
+            self.add_callback(FreshSums(self))
+
+    def start_afresh(self) -> None:
+        """Forgets what was summed: a loop begins, be it the first, one after an interrupt, or one with smaller batches
+        (auto_find_batch_size)."""
+        self._caft_window = self._caft_tally = self._meap_tally = None
+        self._caft_ran = False
 
     def newest_whole_checkpoint(self) -> str | None:
         """The newest checkpoint of the output folder that this run can resume from, None where there is none.
@@ -568,7 +736,11 @@ class CAFTTrainerMixin(_Base):
             # One that stands there already is overwritten file by file: until that is done it is not whole.
             name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
             (Path(self._get_output_dir(trial=trial)) / name / TRAINER_STATE_NAME).unlink(missing_ok=True)
-        super()._save_checkpoint(model, trial)
+        self._saving_checkpoint = True
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._saving_checkpoint = False
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call)
@@ -588,7 +760,7 @@ class CAFTTrainerMixin(_Base):
             self.caft.heads,
             self.caft.trunk,
             self.caft_config,
-            resumable=Path(output_dir).name.startswith(f"{PREFIX_CHECKPOINT_DIR}-"),
+            resumable=self._saving_checkpoint,
             write=self.args.should_save,
         )
 
@@ -614,18 +786,41 @@ class CAFTTrainerMixin(_Base):
     def _load_ours(self, folder: str) -> None:
         if self.mask_token is not None:
             self.mask_token.load(Path(folder))
+        elif self.meap_config is not None and (Path(folder) / MASK_TOKEN_FILE).exists():
+            raise ConfigError(
+                f"meap.mask_token: this run has {self.meap_config.mask_token}, but the checkpoint {folder} was made "
+                "with add: its optimizer trains one vector more. Resume with mask_token: add, or start anew."
+            )
         if self.caft is not None:
-            checkpoint.load_checkpoint(folder, self.caft.heads)
+            assert self.caft_config is not None
+            checkpoint.load_checkpoint(folder, self.caft.heads, self.caft_config)
+        elif self.caft_config is not None and (Path(folder) / checkpoint.FOLDER).exists():
+            raise ConfigError(
+                f"caft.beta: this run has 0 and so no heads, but the checkpoint {folder} was made with heads. Resume "
+                "with the beta it was made with, or start anew."
+            )
 
     def detach_ours(self) -> None:
-        """Takes heads and an added mask token off the model."""
-        if self.caft is not None:
-            self.caft.detach()
-            self.caft = None
-        if self.mask_token is not None:
-            self.mask_token.detach()
-            self.mask_token = None
-        vars(self.accelerator).pop("prepare", None)  # what _show_to_accelerate put before the class's own
+        """Takes heads and an added mask token off the model, for good."""
+        for part in (self.caft, self.mask_token):
+            if part is not None:
+                part.detach()
+        self.caft = self.mask_token = None
+
+
+class FreshSums(TrainerCallback):
+    """Whatever starts a training loop starts with empty sums."""
+
+    def __init__(self, trainer: CAFTTrainerMixin) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.start_afresh()
+
+
+def next_tokens_in(batch: Mapping[str, Any]) -> Tensor:
+    """How many targets the model itself has in a batch with `labels` (batch, length)."""
+    return (batch["labels"][:, 1:] != IGNORE).sum()
 
 
 def tokenizer_of(processing_class: Any) -> Any:

@@ -39,7 +39,7 @@ FAMILIES = {
 def attach(model, **settings):
     config = resolve_wiring(CAFTConfig(**settings), None)
     trunk = find_trunk(model)
-    return AttachedHeads(model, build_heads(model, trunk, config, seed=0), trunk, config)
+    return AttachedHeads(model, build_heads(model, trunk, config, seed=0), trunk, config).attach()
 
 
 def batch(rows=2, length=12):
