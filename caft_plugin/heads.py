@@ -483,7 +483,7 @@ class AttachedHeads:
     def _check_logits(self, output: ModelOutput, trunk: Trunk) -> None:
         """Once, where the host has logits: our way from final hidden states to logits must be the model's."""
         logits = output.get("logits")
-        if self._logits_checked or logits is None or self._final is None:
+        if self._logits_checked or logits is None or self._final is None or active_dropouts(trunk.unembedding):
             return
         if logits.dim() != 3 or len(logits) != len(self._final):
             return
@@ -658,12 +658,15 @@ def is_cache(name: str, value: Any) -> bool:
     return isinstance(value, Cache) or "cache" in kind or "cache" in name or "past" in name
 
 
+def active_dropouts(module: nn.Module) -> list[nn.Module]:
+    return [m for m in module.modules() if m.training and "dropout" in type(m).__name__.lower()]
+
+
 @contextlib.contextmanager
 def without_dropout(*modules: nn.Module) -> Iterator[None]:
     """While this is open, dropout inside of `modules` (that of a LoRA on the unembedding) lets everything through and
     draws no random number."""
-    dropouts = [m for module in modules for m in module.modules() if "dropout" in type(m).__name__.lower()]
-    dropouts = [dropout for dropout in dropouts if dropout.training]
+    dropouts = [dropout for module in modules for dropout in active_dropouts(module)]
     for dropout in dropouts:
         dropout.training = False
     try:

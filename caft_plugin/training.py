@@ -405,6 +405,7 @@ class CAFTTrainerMixin(_Base):
         samples, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self.caft is not None and samples:
             self._close_window()
+            self._tally()  # which notes the step that it begins with
             self._caft_window = self._open_window(samples)
         return samples, num_items
 
@@ -556,7 +557,9 @@ class CAFTTrainerMixin(_Base):
 
     def _accumulation_divisor(self, num_items_in_batch: Tensor | int | None) -> int:
         """What `Trainer.training_step` will divide the loss by: the accumulation steps, or 1 where the host's
-        loss is already a share of the whole window."""
+        loss is already a share of the whole window, or where the loss was asked for by hand."""
+        if self._caft_step is None:
+            return 1
         if (not self.model_accepts_loss_kwargs or num_items_in_batch is None) and self.compute_loss_func is None:
             return getattr(self, "current_gradient_accumulation_steps", 1)
         return 1

@@ -6,8 +6,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from caft_plugin import loss
-from caft_plugin.loss import IGNORE, count_targets, cross_entropy_of, gamma, head_targets, head_weights, weighted_sum
+from caft_plugin import ConfigError, loss
+from caft_plugin.loss import (
+    IGNORE,
+    count_targets,
+    cross_entropy_of,
+    document_ids,
+    gamma,
+    head_targets,
+    head_weights,
+    weighted_sum,
+)
 
 LABELS = torch.tensor([[IGNORE, 1, 2, 3, 4, 5, 6, 7], [IGNORE, IGNORE, 8, 9, 10, IGNORE, IGNORE, IGNORE]])
 
@@ -140,3 +149,66 @@ def test_float16_gradients_of_small_weights_do_not_vanish():
     exact = hidden.detach().float().requires_grad_()
     slow = F.cross_entropy(exact @ weight.float().T, targets, reduction="sum") * 1e-7 * 2.0**20
     torch.testing.assert_close(got.float(), torch.autograd.grad(slow, exact)[0], rtol=0.01, atol=2e-3)
+
+
+# -- masks of queries and keys -----------------------------------------------------------------------------
+
+
+def masks_of(allowed):
+    """One mask in all the forms that hosts give it in; `allowed` (batch, length, length) is True where a query sees a
+    key."""
+    four = allowed[:, None]
+    added = torch.zeros(four.shape)
+    return {
+        "boolean": four,
+        "one of three axes": allowed,
+        "numbers": four.long(),
+        "of two attention heads": torch.cat([four, four], dim=1),
+        "least float": added.masked_fill(~four, torch.finfo(torch.float32).min),
+        "infinite": added.masked_fill(~four, float("-inf")),
+        "-1e9": added.masked_fill(~four, -1e9),
+        "half precision": added.half().masked_fill(~four, torch.finfo(torch.float16).min),
+        "with a bias": (added - torch.arange(four.shape[-1]) * 0.1).masked_fill(~four, -1e4),
+        "by kind of layer": {"full_attention": four, "sliding_attention": four & torch.ones_like(four).triu(-1)},
+    }
+
+
+def blocks(*lengths):
+    allowed = torch.block_diag(*(torch.ones(n, n) for n in lengths)).bool()
+    return allowed.tril()[None].repeat(2, 1, 1)
+
+
+INTERLEAVED = (torch.arange(9)[:, None] % 2 == torch.arange(9) % 2).tril()[None].repeat(2, 1, 1)
+
+
+@pytest.mark.parametrize("allowed", [blocks(4, 5), blocks(1, 6, 2), INTERLEAVED], ids=["two", "three", "interleaved"])
+@pytest.mark.parametrize("form", masks_of(blocks(1)))
+def test_a_target_is_valid_where_its_position_sees_the_heads(allowed, form):
+    labels = torch.arange(1, 19).view(2, 9)
+    found = head_targets({"labels": labels, "attention_mask": masks_of(allowed)[form]}, 3)
+    for k in range(1, 4):
+        for row in range(2):
+            for t in range(9):
+                there = t + k + 1
+                valid = there < 9 and bool(allowed[row, there, t])
+                assert found[k - 1, row, t] == (labels[row, there] if valid else IGNORE), (k, row, t)
+
+
+@pytest.mark.parametrize("form", masks_of(blocks(1)))
+def test_such_a_mask_separates_documents(form):
+    documents = document_ids({"labels": torch.ones(2, 9).long(), "attention_mask": masks_of(blocks(1, 6, 2))[form]})
+    assert documents.diff(dim=1).ne(0).tolist() == [[True, *[False] * 5, True, False]] * 2
+
+
+def test_position_ids_and_such_a_mask_both_count():
+    batch = {"labels": torch.ones(2, 9).long(), "position_ids": torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])}
+    alone = head_targets(batch, 2)
+    assert torch.equal(head_targets({**batch, "attention_mask": blocks(9)[:, None]}, 2), alone)
+    both = head_targets({**batch, "attention_mask": blocks(7, 2)[:, None]}, 2)
+    assert (both[0, 0] != IGNORE).tolist() == [True, True, False, False, True, False, False, False, False]
+
+
+@pytest.mark.parametrize("mask", [torch.ones(2, 1, 9, 12), torch.ones(2, 12), object()])
+def test_a_mask_that_cannot_be_read_is_an_error(mask):
+    with pytest.raises(ConfigError, match="attention_mask is .*, by which documents cannot be told apart"):
+        head_targets({"labels": torch.ones(2, 9).long(), "attention_mask": mask}, 2)

@@ -175,3 +175,80 @@ def test_without_caft_resuming_is_the_trainers_own(run, tmp_path):
             trainer.train(resume_from_checkpoint=True)
         found.append(str(error.value))
     assert found[0] == found[1]
+
+
+# -- settings that must agree -----------------------------------------------------------------------------
+
+
+def stopped_at_two(model, folder, base, **caft):
+    trainer = trainer_of(
+        lora(model) if base == "lora" else model, folder, caft=caft, max_steps=2, save_strategy="steps", save_steps=2
+    )
+    trainer.train()
+
+
+CHANGES = {
+    "other input": (
+        "full",
+        {},
+        {"head_input": "final"},
+        "caft.head_input: this run has final, .* made with penultimate",
+    ),
+    "other norm": ("full", {}, {"head_norm": False}, "caft.head_norm: this run has false, .* made with true"),
+    "more heads": ("full", {"num_heads": 2}, {"num_heads": 4}, "caft.num_heads: this run has 4, .* made with 2"),
+    "fewer heads": ("full", {"num_heads": 2}, {"num_heads": 1}, "caft.num_heads: this run has 1, .* made with 2"),
+    "full to frozen": (
+        "full",
+        {},
+        {"train_heads": "frozen"},
+        "caft.train_heads: this run has frozen, .* made with full",
+    ),
+    "frozen to full": (
+        "full",
+        {"train_heads": "frozen"},
+        {},
+        "caft.train_heads: this run has full, .* made with frozen",
+    ),
+    "full to lora": ("full", {}, {"train_heads": "lora"}, "caft.train_heads: this run has lora, .* made with full"),
+    "lora to frozen": (
+        "lora",
+        {},
+        {"train_heads": "frozen"},
+        "caft.train_heads: this run has frozen, .* made with lora",
+    ),
+    "lora to full": ("lora", {}, {"train_heads": "full"}, "caft.train_heads: this run has full, .* made with lora"),
+    "beta to 0": ("full", {}, {"beta": 0}, "caft.beta: this run has 0 and so no heads"),
+    "beta from 0": ("full", {"beta": 0}, {}, "has no caft_heads/ folder"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_resuming_with_other_settings_is_an_error_that_names_them(tiny_model, tmp_path, change):
+    base, before, after, words = CHANGES[change]
+    stopped_at_two(copy.deepcopy(tiny_model), tmp_path, base, **before)
+    with pytest.raises(ConfigError, match=words):
+        trainer_of(
+            lora(copy.deepcopy(tiny_model)) if base == "lora" else copy.deepcopy(tiny_model),
+            tmp_path,
+            caft={**before, **after},
+            max_steps=4,
+        ).train(resume_from_checkpoint=True)
+
+
+def test_settings_that_may_change_do(tiny_model, tmp_path):
+    stopped_at_two(copy.deepcopy(tiny_model), tmp_path, "full")
+    changed = {"beta": 0.5, "alpha": 0.5, "schedule": "constant", "heads_per_step": 2}
+    trainer = trainer_of(tiny_model, tmp_path, caft=changed, max_steps=4)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 4
+
+
+@pytest.mark.parametrize("name", ["checkpoint-best", "checkpoint-7", "final"])
+def test_what_a_user_saves_is_no_checkpoint_whatever_its_name(tiny_model, tmp_path, name):
+    """LoRA is merged, so a later run can start from it; a checkpoint of the run itself keeps it apart."""
+    trainer = trainer_of(lora(copy.deepcopy(tiny_model)), tmp_path, caft={}, save_strategy="steps", save_steps=3)
+    trainer.train()
+    trainer.save_model(str(tmp_path / name))
+    assert not (tmp_path / name / "caft_heads" / "lora.safetensors").exists()
+    assert (tmp_path / "checkpoint-3" / "caft_heads" / "lora.safetensors").exists()
+    trainer_of(tiny_model, tmp_path / "later", caft={"heads": str(tmp_path / name)}, max_steps=1).train()

@@ -1,0 +1,214 @@
+"""The model is the host's: outside of `train()` and evaluation it is what it would be without us."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import pickle
+
+import pytest
+import torch
+from safetensors import safe_open
+from test_training import DATA, CAFTTrainer, arguments, lora, losses, pad, trainer_of
+from transformers import LlamaForCausalLM, Trainer, TrainerCallback
+
+from caft_plugin import ConfigError
+from caft_plugin.heads import MODULE_NAME
+
+HOOKS = [name for name in vars(torch.nn.Linear(1, 1)) if name.endswith("_hooks")]
+
+
+def anatomy(model):
+    """All of a model that a plugin might leave something on."""
+    return {
+        "modules": [(name, type(module)) for name, module in model.named_modules()],
+        "parameters": [(name, tuple(p.shape), p.requires_grad) for name, p in model.named_parameters()],
+        "state": list(model.state_dict()),
+        "attributes": [sorted(vars(module)) for module in model.modules()],
+        "hooks": [[len(getattr(module, name)) for name in HOOKS] for module in model.modules()],
+        "count": model.num_parameters(),
+    }
+
+
+def saved_how(model):
+    """How `torch.save` of a whole model ends: some models cannot be pickled, whoever trained them."""
+    try:
+        torch.save(model, io.BytesIO())
+    except (AttributeError, TypeError, pickle.PicklingError) as error:
+        return type(error).__name__
+    return "whole"
+
+
+class Stop(TrainerCallback):
+    def __init__(self, error):
+        self.error = error
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.error and state.global_step == 2:
+            raise self.error
+
+
+AFTER = {
+    "construction": lambda t: None,
+    "training": lambda t: t.train(),
+    "evaluation": lambda t: t.evaluate(),
+    "prediction": lambda t: t.predict(DATA[:3]),
+    "an interrupt": lambda t: t.train(),
+    "a failure": lambda t: t.train(),
+    "a loss by hand": lambda t: t.compute_loss(t.model, pad(DATA[:2])),
+    "an optimizer by hand": lambda t: t.create_optimizer(),
+}
+ERRORS = {"an interrupt": KeyboardInterrupt, "a failure": RuntimeError}
+
+
+@pytest.mark.parametrize("base", ["full", "lora"])
+@pytest.mark.parametrize("after", AFTER)
+def test_outside_of_training_and_evaluation_it_is_as_a_plain_trainer_leaves_it(tiny_model, tmp_path, base, after):
+    found = []
+    for trainer_class in (Trainer, CAFTTrainer):
+        model = copy.deepcopy(tiny_model)
+        trainer = trainer_of(
+            lora(model) if base == "lora" else model,
+            tmp_path,
+            caft={"num_heads": 2},
+            trainer_class=trainer_class,
+            evaluate=DATA[:4],
+            callbacks=[Stop(ERRORS[after]() if after in ERRORS else None)],
+        )
+        if after in ERRORS:
+            with pytest.raises(ERRORS[after]):
+                AFTER[after](trainer)
+        else:
+            AFTER[after](trainer)
+        assert "prepare" not in vars(trainer.accelerator)
+        ids = pad(DATA[:2])["input_ids"]
+        model = trainer.model.eval()
+        assert torch.equal(copy.deepcopy(model)(ids).logits, model(ids).logits)
+        found.append((anatomy(model), saved_how(model)))
+    assert found[0] == found[1]
+
+
+def test_the_heads_are_on_it_while_it_trains_and_is_evaluated(tiny_model, tmp_path):
+    seen = []
+
+    class Look(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            seen.append(hasattr(model, MODULE_NAME))
+
+        on_prediction_step = on_step_end
+
+    trainer = trainer_of(tiny_model, tmp_path, caft={}, callbacks=[Look()], evaluate=DATA[:4], max_steps=1)
+    trainer.train()
+    trainer.evaluate()
+    assert seen == [True, True] and not hasattr(trainer.model, MODULE_NAME)
+
+
+def test_a_sharded_save_in_mid_training_is_the_plain_one(tiny_model, tmp_path):
+    """Keys, shapes, config and the counts in the index."""
+
+    class Save(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            model.save_pretrained(f"{args.output_dir}/mid", max_shard_size="20KB")
+
+    for name, trainer_class in (("plain", Trainer), ("ours", CAFTTrainer)):
+        model = copy.deepcopy(tiny_model)
+        trainer_of(model, tmp_path / name, {}, trainer_class, callbacks=[Save()], max_steps=1).train()
+
+    def content(folder):
+        tensors = {}
+        for file in sorted(folder.glob("*.safetensors")):
+            with safe_open(file, "pt") as opened:
+                tensors |= {key: opened.get_slice(key).get_shape() for key in opened.keys()}
+        texts = {file.name: json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))}
+        return tensors, texts
+
+    plain, ours = (content(tmp_path / name / "mid") for name in ("plain", "ours"))
+    assert ours == plain and "total_parameters" in ours[1]["model.safetensors.index.json"]["metadata"]
+
+
+def test_flops_are_counted_without_heads(tiny_model, tmp_path):
+    """The Trainer counts them from the model's number of parameters."""
+    counts = []
+    for trainer_class in (Trainer, CAFTTrainer):
+        trainer = trainer_of(copy.deepcopy(tiny_model), tmp_path, {}, trainer_class)
+        trainer.train()
+        counts.append(trainer.state.total_flos)
+    assert counts[0] == counts[1] > 0
+
+
+def test_the_trainer_goes_on_with_its_heads(tiny_model, tmp_path):
+    """Two calls of train() with a save, an evaluation and a deepcopy between them are as without these."""
+    runs = []
+    for between in (False, True):
+        trainer = trainer_of(
+            copy.deepcopy(tiny_model), tmp_path, {"num_heads": 2, "beta": 0.5}, evaluate=DATA[:4], max_steps=2
+        )
+        trainer.train()
+        if between:
+            copy.deepcopy(trainer.model)
+            trainer.evaluate()
+            trainer.save_model()
+        trainer.train()
+        runs.append((losses(trainer), trainer.caft.heads.state_dict()))
+    for key in ("loss", "grad_norm", "caft/loss_head_1", "caft/loss_head_2"):
+        assert [e[key] for e in runs[0][0]] == [e[key] for e in runs[1][0]], key
+    assert all(torch.equal(runs[0][1][name], tensor) for name, tensor in runs[1][1].items())
+
+
+def test_trainers_take_turns_on_one_model(tiny_model, tmp_path):
+    """A second trainer, then a plain one, on the model that came out: as on one read from disk."""
+    first = trainer_of(tiny_model, tmp_path / "first", {"num_heads": 2})
+    first.train()
+    first.save_model()
+    results = []
+    for model in (first.model, LlamaForCausalLM.from_pretrained(tmp_path / "first")):
+        second = trainer_of(model, tmp_path / "second", {"num_heads": 3}, data=DATA[:8])
+        second.train()
+        plain = trainer_of(model, tmp_path / "plain", trainer_class=Trainer, data=DATA[8:])
+        plain.train()
+        results.append([[(e["loss"], e["grad_norm"]) for e in losses(t)] for t in (second, plain)])
+        assert plain.get_num_trainable_parameters() == model.num_parameters()
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("how", ["train", "evaluate", "construct"])
+def test_a_second_attach_is_refused_by_name(tiny_model, tmp_path, how):
+    plain = copy.deepcopy(tiny_model)
+    trainer_of(plain, tmp_path, trainer_class=Trainer).train()
+    other = trainer_of(tiny_model, tmp_path / "other", {}, evaluate=DATA[:2])
+
+    class Meddle(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            with pytest.raises(ConfigError, match="LlamaForCausalLM has another trainer's heads or mask token on it"):
+                trainer_of(tiny_model, tmp_path, {}) if how == "construct" else getattr(other, how)()
+
+    trainer = trainer_of(tiny_model, tmp_path, {}, callbacks=[Meddle()])
+    trainer.train()
+    assert len(losses(trainer)) == 3 and anatomy(tiny_model) == anatomy(plain)
+
+
+# -- optimizers ------------------------------------------------------------------------------------------
+
+
+def test_an_optimizer_made_by_hand_holds_the_heads(tiny_model, tmp_path):
+    trainer = trainer_of(tiny_model, tmp_path, {"beta": 0.5})
+    trainer.create_optimizer_and_scheduler(num_training_steps=3)
+    before = [p.detach().clone() for p in trainer.caft.heads.parameters()]
+    trainer.train()
+    assert not any(torch.equal(a, b) for a, b in zip(before, trainer.caft.heads.parameters(), strict=True))
+
+
+def test_an_optimizer_without_the_heads_is_refused(tiny_model, tmp_path):
+    class Own(Trainer):
+        def create_optimizer(self, model=None):
+            self.optimizer = torch.optim.SGD(self.model.lm_head.parameters(), lr=0.1)
+            return self.optimizer
+
+    trainer = CAFTTrainer(model=tiny_model, args=arguments(tmp_path), train_dataset=DATA, data_collator=pad, caft={})
+    trainer.optimizer = torch.optim.SGD(tiny_model.parameters(), lr=0.1)  # given after construction
+    for late in (trainer_of(copy.deepcopy(tiny_model), tmp_path, {}, type("CAFTOwn", (CAFTTrainer, Own), {})), trainer):
+        with pytest.raises(ConfigError, match=r"the optimizer SGD of \w+ lacks 36 of the 36 tensors that caft"):
+            late.train()
+    frozen = trainer_of(tiny_model, tmp_path, {"train_heads": "frozen"}, type("CAFTOwn", (CAFTTrainer, Own), {}))
+    frozen.train()

@@ -1,0 +1,298 @@
+"""Hosts that ask for the loss more often than once a micro-batch, for parts of it, by hand, or not at all; and what
+sums begin with."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
+from test_training import DATA, CAFTTrainer, Gradients, losses, pad, trainer_of
+from torch import nn
+from transformers import DynamicCache, Trainer, TrainerCallback
+
+from caft_plugin import ConfigError, with_caft
+from caft_plugin.heads import _LayerCall, _replay
+
+KEYS = ("loss", "grad_norm", "caft/next_token_loss", "caft/loss_head_1", "caft/gamma", "caft/aux_loss")
+
+
+class AsksTwice(Trainer):
+    """As adversarial training does (FGM): the same batch once more within the step."""
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        again = [self.compute_loss(model, self._prepare_inputs(inputs), num_items_in_batch=num_items_in_batch)]
+        again.append(self.compute_loss(model, dict(inputs), num_items_in_batch=num_items_in_batch))
+        assert torch.equal(again[0], again[1]) and torch.equal(again[0].detach(), loss)
+        return loss
+
+
+class AsksForHalves(Trainer):
+    """The rows of a micro-batch one half after the other."""
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        model.train()
+        whole = 0
+        for half in (slice(0, 2), slice(2, 4)):
+            part = {key: value[half] for key, value in inputs.items()}
+            loss = self.compute_loss(model, part, num_items_in_batch=num_items_in_batch)
+            self.accelerator.backward(loss)
+            whole = whole + loss.detach()
+        return whole
+
+
+@pytest.mark.parametrize("drawn", [None, 1])
+@pytest.mark.parametrize("host", [AsksTwice, AsksForHalves])
+def test_how_a_host_asks_changes_nothing(tiny_model, tmp_path, host, drawn):
+    """Losses, logs and gradients against the Trainer's own step: float32, 1e-5 relative."""
+    runs = []
+    for trainer_class in (CAFTTrainer, with_caft(host)):
+        seen = Gradients()
+        trainer = trainer_of(
+            copy.deepcopy(tiny_model),
+            tmp_path,
+            {"beta": 0.5, "num_heads": 2, "heads_per_step": drawn},
+            trainer_class,
+            callbacks=[seen],
+            gradient_accumulation_steps=2,
+            max_steps=2,
+        )
+        trainer.train()
+        runs.append((losses(trainer), seen.steps))
+    for one, other in zip(runs[0][0], runs[1][0], strict=True):
+        assert one.keys() == other.keys()
+        assert [other[k] for k in KEYS if k in one] == pytest.approx([one[k] for k in KEYS if k in one], rel=1e-5)
+    for one, other in zip(runs[0][1], runs[1][1], strict=True):
+        for name, gradient in one.items():
+            if gradient is None:
+                assert other[name] is None
+            else:
+                torch.testing.assert_close(other[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_a_step_whose_inputs_the_host_has_changed_keeps_its_draws(tiny_model, tmp_path):
+    """Other dicts and other labels than those that were counted: micro-batches are then taken in turn."""
+
+    class Relabels(CAFTTrainer):
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            inputs = {key: value.clone() for key, value in inputs.items()}
+            return super().training_step(model, inputs, num_items_in_batch)
+
+    runs = []
+    for trainer_class in (CAFTTrainer, Relabels):
+        trainer = trainer_class(
+            model=copy.deepcopy(tiny_model),
+            args=trainer_of(tiny_model, tmp_path, {}, gradient_accumulation_steps=2).args,
+            train_dataset=DATA,
+            data_collator=pad,
+            caft={"heads_per_step": 1, "beta": 0.5},
+        )
+        trainer.train()
+        runs.append([{k: v for k, v in e.items() if "caft" in k or k == "loss"} for e in losses(trainer)])
+    assert runs[0] == runs[1]
+
+
+def test_a_loss_by_hand_is_a_window_of_its_own(tiny_model, tmp_path):
+    """The same before training, twice, within it and after it; and the logs do not see it."""
+
+    class ByHand(TrainerCallback):
+        def __init__(self):
+            self.losses = []
+
+        def on_step_end(self, args, state, control, **kwargs):
+            self.ask()
+
+        on_substep_end = on_step_end
+
+        def ask(self):
+            self.losses.append(self.trainer.compute_loss(self.trainer.model, pad(DATA[:3])).item())
+
+    runs = []
+    for by_hand in (None, ByHand()):
+        trainer = trainer_of(
+            copy.deepcopy(tiny_model),
+            tmp_path,
+            {"schedule": "constant", "beta": 0.5},
+            callbacks=[by_hand] if by_hand else None,
+            gradient_accumulation_steps=2,
+            learning_rate=0.0,
+        )
+        if by_hand:
+            by_hand.trainer = trainer
+            by_hand.ask(), by_hand.ask()
+        trainer.train()
+        if by_hand:
+            by_hand.ask()
+            trainer.training_step(trainer.model, pad(DATA[:3]))
+            trainer.training_step(trainer.model, pad(DATA[4:6]))
+        runs.append([{key: e[key] for key in KEYS} for e in losses(trainer)])
+    assert runs[0] == runs[1]
+    # Within training the model is in training mode, which changes nothing: it has no dropout.
+    assert by_hand.losses == pytest.approx([by_hand.losses[0]] * 9, rel=1e-6)
+
+
+class MakesItsOwnTargets(Trainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(input_ids=inputs["input_ids"])
+        loss = F.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), inputs["input_ids"][:, 1:].flatten())
+        return (loss, outputs) if return_outputs else loss
+
+
+class StepsByItself(Trainer):
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        loss = model(**inputs).loss
+        self.accelerator.backward(loss)
+        return loss.detach()
+
+
+def only_ids(rows):
+    return {key: value for key, value in pad(rows).items() if key != "labels"}
+
+
+def one_label_a_row(rows):
+    return {**pad(rows), "labels": torch.zeros(len(rows), dtype=torch.long)}
+
+
+@pytest.mark.parametrize(
+    ("host", "collator", "words"),
+    [
+        (MakesItsOwnTargets, only_ids, "the batches of MakesItsOwnTargets have no `labels`"),
+        (MakesItsOwnTargets, one_label_a_row, "the batches of MakesItsOwnTargets have no `labels`"),
+        (StepsByItself, pad, "StepsByItself trained on its first batch without computing its loss through"),
+    ],
+)
+def test_a_host_that_heads_cannot_follow_is_named_at_the_first_step(tiny_model, tmp_path, host, collator, words):
+    trainer = trainer_of(tiny_model, tmp_path, {}, with_caft(host))
+    trainer.data_collator = collator
+    with pytest.raises(ConfigError, match=words):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+# -- shapes ------------------------------------------------------------------------------------------------
+
+
+def joined(batch):  # as preference training does
+    return {key: torch.cat([value, value]) for key, value in batch.items()}
+
+
+def flattened(batch):
+    return {key: value.reshape(1, -1) for key, value in batch.items()}
+
+
+def shortened(batch):
+    return {key: value[:, :-1] for key, value in batch.items()}
+
+
+@pytest.mark.parametrize("fused", ["off", "on"])
+@pytest.mark.parametrize("reshape", [joined, flattened, shortened])
+def test_a_host_that_reshapes_the_batch_is_an_error_with_both_shapes(tiny_model, tmp_path, reshape, fused):
+    class Reshapes(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            loss = model(**reshape(inputs)).loss
+            return (loss, None) if return_outputs else loss
+
+    trainer_class = type("Fusing", (with_caft(Reshapes),), {"caft_reads_loss_alone": (Reshapes,)})
+    trainer = trainer_class(
+        model=tiny_model,
+        args=trainer_of(tiny_model, tmp_path, {}).args,
+        train_dataset=DATA[:4],
+        data_collator=pad,
+        caft={"fused_loss": fused},
+    )
+    found = tuple(reshape(pad(DATA[:4]))["labels"].shape)
+    words = rf"hidden states \({found[0]}, {found[1]}\), targets \(4, 30\)"
+    with pytest.raises(ConfigError, match=words):
+        trainer.train()
+
+
+# -- sums ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["interrupted", "smaller batches"])
+def test_whatever_starts_a_loop_starts_with_empty_sums(tiny_model, tmp_path, how):
+    """The first log line after a loop that broke off between two lines is the mean of its own steps."""
+
+    class BreaksOff(TrainerCallback):
+        broken = False
+
+        def on_step_end(self, args, state, control, **kwargs):
+            if not self.broken and state.global_step == 8:
+                BreaksOff.broken = True
+                raise KeyboardInterrupt if how == "interrupted" else RuntimeError("CUDA out of memory.")
+
+    settings = {"logging_steps": 5, "max_steps": 10, "learning_rate": 0.0, "per_device_train_batch_size": 8}
+    trainer = trainer_of(
+        tiny_model,
+        tmp_path,
+        {"num_heads": 2, "schedule": "constant"},
+        callbacks=[BreaksOff()],
+        auto_find_batch_size=how == "smaller batches",
+        **settings,
+    )
+    if how == "interrupted":
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train()
+    trainer.train()
+    assert BreaksOff.broken
+    for entry in losses(trainer):
+        assert entry["caft/gamma"] == 1.0
+        assert entry["loss"] == pytest.approx(entry["caft/next_token_loss"] + entry["caft/aux_loss"], rel=1e-5)
+        assert 4 < entry["caft/loss_head_1"] < 6
+
+
+# -- random numbers and caches -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "lm_head"], "all-linear"])
+def test_the_host_draws_its_own_random_numbers_where_the_unembedding_has_dropout(tiny_model, tmp_path, targets):
+    """With a vanishing beta the losses are the plain run's, to the digit that float32 has."""
+    runs = []
+    for trainer_class in (Trainer, CAFTTrainer):
+        torch.manual_seed(0)
+        modules = ["q_proj", "lm_head"] if targets != "all-linear" else targets
+        model = get_peft_model(
+            copy.deepcopy(tiny_model),
+            LoraConfig(r=4, lora_dropout=0.3, target_modules=modules, init_lora_weights=False),
+        )
+        trainer = trainer_of(model, tmp_path, {"train_heads": "frozen", "beta": 1e-12}, trainer_class, max_steps=6)
+        trainer.train()
+        runs.append([entry["loss"] for entry in losses(trainer)])
+    assert runs[0] == pytest.approx(runs[1], rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values", "past_key_value", "layer_past", "kv_cache", "state"])
+def test_a_head_never_gets_the_models_cache(name):
+    """Whatever a family or version calls that argument (transformers 5.24: `cache`)."""
+    received = {}
+
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.eye(4))
+
+        def forward(self, hidden_states, cache_position=None, use_cache=True, **kwargs):
+            received.update(kwargs, use_cache=use_cache, cache_position=cache_position)
+            return hidden_states @ self.weight
+
+    cache, hidden, positions = DynamicCache(), torch.randn(1, 3, 4), torch.arange(3)
+    kwargs = {name: cache, "cache_position": positions, "use_cache": True}
+    call = _LayerCall((hidden,), kwargs, ("cpu", torch.bfloat16, False))
+    assert torch.equal(_replay(Layer(), hidden, call, positions), hidden[0])
+    assert received[name] is None and received["use_cache"] is False and received["cache_position"] is positions
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_model_with_a_cache_trains_as_one_without(tiny_model, tmp_path, padded):
+    runs = []
+    for use_cache in (False, True):
+        model = copy.deepcopy(tiny_model)
+        model.config.use_cache = use_cache
+        data = DATA[:4] if padded else [DATA[1]] * 4
+        trainer = trainer_of(model, tmp_path, {"num_heads": 2}, data=data, max_steps=1, use_cache=use_cache)
+        trainer.train()
+        runs.append([losses(trainer)[0][key] for key in KEYS])
+    assert runs[0] == pytest.approx(runs[1], rel=1e-5)
