@@ -218,7 +218,7 @@ CHANGES = {
     ),
     "lora to full": ("lora", {}, {"train_heads": "full"}, "caft.train_heads: this run has full, .* made with lora"),
     "beta to 0": ("full", {}, {"beta": 0}, "caft.beta: this run has 0 and so no heads"),
-    "beta from 0": ("full", {"beta": 0}, {}, "has no caft_heads/ folder"),
+    "beta from 0": ("full", {"beta": 0}, {"beta": 0.5}, "has no caft_heads/ folder"),
 }
 
 
