@@ -455,7 +455,8 @@ class AttachedHeads:
         with torch.no_grad():
             theirs = logits[:1, -1].float()
             ours = trunk.logits(self._final[:1, -1]).float()
-        if not (ours - theirs).norm() <= 0.05 * theirs.norm() + 1e-3:
+            same = (ours - theirs).norm() <= 0.05 * theirs.norm() + 1e-3
+        if not same:
             raise ConfigError(
                 f"caft: {type(self.trunk.model).__name__} makes its logits in a way that CAFT does not know, so "
                 "its heads would learn something else than the model. Please report the model's name."

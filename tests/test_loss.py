@@ -140,3 +140,23 @@ def test_float16_gradients_of_small_weights_do_not_vanish():
     exact = hidden.detach().float().requires_grad_()
     slow = F.cross_entropy(exact @ weight.float().T, targets, reduction="sum") * 1e-7 * 2.0**20
     torch.testing.assert_close(got.float(), torch.autograd.grad(slow, exact)[0], rtol=0.01, atol=2e-3)
+
+
+def test_a_hosts_saved_tensor_hooks_see_nothing_of_a_chunk(monkeypatch):
+    """What is saved and used within one chunk is no activation of the host's."""
+    monkeypatch.setitem(loss.LOGITS_AT_A_TIME, "cpu", 64 * 11)
+    weight, hidden = torch.randn(11, 4, requires_grad=True), torch.randn(200, 4, requires_grad=True)
+    seen = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: seen.append("saved") or t, lambda t: seen.append("used") or t
+    ):
+        total, _ = weighted_sum(
+            cross_entropy_of(lambda h: h @ weight.T),
+            torch.ones(200),
+            hidden,
+            torch.randint(0, 11, (200,)),
+            11,
+            [weight],
+        )
+        total.backward()
+    assert seen == []
