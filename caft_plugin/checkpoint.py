@@ -279,16 +279,12 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
             temporary.unlink()
 
 
-def load_pretrained(folder: Path, heads: AuxiliaryHeads, layer_class: str) -> None:
-    """Puts the weights of a heads folder into heads; a folder with more heads serves its first ones.
-
-    LoRA factors of a checkpoint's folder are refused: they have to be merged first, which training does at
-    its end.
+def check_layers(record: HeadsRecord, folder: Path, layer_class: str) -> None:
+    """Holds a heads folder against the model's layers, before the heads' weights are read.
 
     Raises:
-        ConfigError: damaged files, another layer class, missing, unknown or misshapen tensors.
+        ConfigError: heads of another class, or LoRA factors, which have to be merged first.
     """
-    record = read_record(folder)
     if record.layer_class != layer_class:
         raise ConfigError(
             f"caft.heads: the heads in {folder} are of class {named(record.layer_class)} (base model "
@@ -300,6 +296,19 @@ def load_pretrained(folder: Path, heads: AuxiliaryHeads, layer_class: str) -> No
             f"caft.heads: {folder} belongs to a checkpoint, its LoRA is not merged. Give the {FOLDER}/ folder of a "
             "finished run, or resume from that checkpoint."
         )
+
+
+def load_pretrained(folder: Path, heads: AuxiliaryHeads, layer_class: str) -> None:
+    """Puts the weights of a heads folder into heads; a folder with more heads serves its first ones.
+
+    LoRA factors of a checkpoint's folder are refused: they have to be merged first, which training does at
+    its end.
+
+    Raises:
+        ConfigError: damaged files, another layer class, missing, unknown or misshapen tensors.
+    """
+    record = read_record(folder)
+    check_layers(record, folder, layer_class)
     wanted = {plain_name(name): t for name, t in heads.layers.state_dict().items() if ".lora_" not in name}
     _copy_into(wanted, folder / WEIGHTS, held=record.num_heads)
 

@@ -75,12 +75,7 @@ def find_trunk(model: nn.Module) -> Trunk:
     """
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     name = type(base).__name__
-    refuse_encoder_decoder(base.config, name)
-    if base.config.model_type in UNFIT:
-        raise ConfigError(
-            f"caft: {name} {UNFIT[base.config.model_type]}, which a head cannot follow. Take the `caft:` block out, "
-            "or use another model."
-        )
+    refuse_unfit(base.config, name)
     text_config = base.config.get_text_config()
     layers, norms = None, []
     for module in base.get_decoder().modules():
@@ -118,12 +113,22 @@ def find_trunk(model: nn.Module) -> Trunk:
     )
 
 
-def refuse_encoder_decoder(config: Any, name: str) -> None:
+def refuse_unfit(config: Any, name: str) -> None:
+    """Raises ConfigError if `config` is that of a model that heads cannot follow."""
+    refuse_encoder_decoder(config, name)
+    if config.model_type in UNFIT:
+        raise ConfigError(
+            f"caft: {name} {UNFIT[config.model_type]}, which a head cannot follow. Take the `caft:` block out, or use "
+            "another model."
+        )
+
+
+def refuse_encoder_decoder(config: Any, name: str, block: str = "caft") -> None:
     """Raises ConfigError if `config` is that of an encoder-decoder model."""
     if getattr(config, "is_encoder_decoder", False):
         raise ConfigError(
-            f"caft: {name} is an encoder-decoder model, but CAFT takes decoder-only causal language models "
-            "(Llama, Qwen, Mistral, Gemma ...). Use one of these, or take the `caft:` block out."
+            f"{block}: {name} is an encoder-decoder model, but {block.upper()} takes decoder-only causal language "
+            f"models (Llama, Qwen, Mistral, Gemma ...). Use one of these, or take the `{block}:` block out."
         )
 
 
@@ -491,7 +496,8 @@ class AttachedHeads:
         with torch.no_grad():
             theirs = logits[:1, -1].float()
             ours = trunk.logits(self._final[:1, -1]).float()
-        if not (ours - theirs).norm() <= 0.05 * theirs.norm() + 1e-3:
+            same = (ours - theirs).norm() <= 0.05 * theirs.norm() + 1e-3
+        if not same:
             raise ConfigError(
                 f"caft: {type(self.trunk.model).__name__} makes its logits in a way that CAFT does not know, so "
                 "its heads would learn something else than the model. Please report the model's name."

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import pickle
 import re
 import shutil
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from caft_plugin.checkpoint import RECORD, WEIGHTS, HeadsRecord, write_whole
 from caft_plugin.config import CAFTConfig, ConfigError, HeadInput
-from caft_plugin.heads import Trunk, find_trunk, refuse_encoder_decoder
+from caft_plugin.heads import Trunk, find_trunk, refuse_unfit
+
+logger = logging.getLogger(__name__)
 
 PREFIX = "auxiliary_head."  # of the keys, where a file was cut out of a whole model's state dict
 KEY = re.compile(r"(0|[1-9]\d*)\.(?:layers\.(0|[1-9]\d*)|lm_head)\.(.+)")
@@ -176,7 +179,7 @@ def empty_trunk(base_model: str, key: str = "--base-model", revision: str | None
             f"{key}: got {base_model!r}, of which no config can be read ({first_line(error)}). It takes a "
             "model folder or a Hub id: check the name, your connection and your Hub token."
         ) from error
-    refuse_encoder_decoder(config, config.model_type)
+    refuse_unfit(config, config.model_type)
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, **loading)
@@ -185,6 +188,27 @@ def empty_trunk(base_model: str, key: str = "--base-model", revision: str | None
             f"{key}: got {base_model!r}, of which transformers can build no causal language model "
             f"({first_line(error)}). It takes a decoder-only model that transformers knows without remote code."
         ) from error
+    return find_trunk(model)
+
+
+def trunk_without_weights(config: Any, name: str, build: Callable[[], nn.Module]) -> Trunk | None:
+    """The trunk of a model before its weights are loaded: `build` makes the model from its config, here without memory
+    for weights. None, and a warning, where that fails: whether heads fit is then seen on the loaded model.
+
+    Raises:
+        ConfigError: the model is not one that heads can be built for.
+    """
+    refuse_unfit(config, name)
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            model = build()
+    except Exception as error:  # a package that is missing, code of the model's own: loading meets it again
+        logger.warning(
+            "caft: whether heads fit %s shows when its weights are loaded: it cannot be built without them (%s)",
+            name,
+            first_line(error),
+        )
+        return None
     return find_trunk(model)
 
 

@@ -239,6 +239,12 @@ def weighted_sum(
     return _WeightedSum.apply(of_rows, max(64, math.ceil(at_a_time / vocab_size)), weights, other, hidden, *parameters)
 
 
+def _own_saved_tensors() -> torch.autograd.graph.saved_tensors_hooks:
+    """Keeps a host's hooks off tensors that live only within one chunk. TRL's activation offloading would take the
+    first of them that comes back for the start of the backward pass, and hold all that follows until its end."""
+    return torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
+
+
 class _WeightedSum(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -258,7 +264,7 @@ class _WeightedSum(torch.autograd.Function):
         of_parameters: list[Tensor | None] = [None] * len(parameters)
         for start in range(0, max(len(hidden), 1), size):
             chunk = slice(start, start + size)
-            with torch.set_grad_enabled(differentiate):
+            with torch.set_grad_enabled(differentiate), _own_saved_tensors():
                 rows = hidden[chunk].detach().requires_grad_(hidden.requires_grad)
                 of_chunk = of_rows(rows, other[chunk])
                 loss = (of_chunk[:, 0] * (weights[chunk] / factor)).sum()

@@ -35,6 +35,8 @@ logger = logging.getLogger(__name__)
 
 # What accelerate's ParallelismConfig can share out among processes besides rows and weights.
 CUTTING = {"cp_size": "sequences", "sp_size": "sequences", "tp_size": "layers"}
+# Keys that add parameters to the model, and which.
+ADDS = {"caft": "the heads", "meap.mask_token": "the added vector"}
 
 
 @dataclasses.dataclass
@@ -201,7 +203,8 @@ class CAFTTrainerMixin(_Base):
         Raises:
             ConfigError: the model, the trainer's settings or the heads folder do not fit.
         """
-        self._check_trainer()
+        if config.beta != 0:
+            self._check_trainer()
         model: Any = self.model
         trunk = find_trunk(model)
         if hasattr(type(trunk.last_layer), NOTING):
@@ -310,29 +313,31 @@ class CAFTTrainerMixin(_Base):
     def _host_name(self) -> str:
         return type(self).__name__.removeprefix("CAFT")
 
-    def _check_trainer(self) -> None:
+    def _check_trainer(self, asks: str = "caft") -> None:
+        """Raises ConfigError where the trainer's settings do not go with what `asks`, a key of ours, adds to the
+        model."""
         if self.args.n_gpu > 1:
             raise ConfigError(
-                f"caft: one process drives {self.args.n_gpu} GPUs (nn.DataParallel), which CAFT does not support. "
+                f"{asks}: one process drives {self.args.n_gpu} GPUs (nn.DataParallel), which is not supported. "
                 "Start one process a GPU with `accelerate launch` or `torchrun`, or show it one GPU with "
                 "CUDA_VISIBLE_DEVICES=0."
             )
         if self.model_init is not None:
             raise ConfigError(
-                "caft: model_init makes a new model at every train(), which would lose the heads. Pass model=..."
+                f"{asks}: model_init makes a new model at every train(), which would lose {ADDS[asks]}. Pass model=..."
             )
         deepspeed = getattr(self.accelerator.state, "deepspeed_plugin", None)
         if deepspeed is not None and deepspeed.zero_stage == 3:
-            raise ConfigError(
-                "caft: got DeepSpeed's zero_optimization.stage: 3, but it takes 0, 1 or 2: heads are copies of a layer "
-                "and use the unembedding, which ZeRO-3 has cut up. Use stage 2, or FSDP2, which CAFT works with."
-            )
+            raise ConfigError(zero3("DeepSpeed's zero_optimization.stage: 3", asks))
+        fsdp = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if fsdp is not None and fsdp.fsdp_version != 2:
+            raise ConfigError(fsdp1(f"fsdp_config.version: {fsdp.fsdp_version}", asks))
         parallelism = getattr(self.accelerator, "parallelism_config", None)
         sizes = {key: getattr(parallelism, key, None) or 1 for key in CUTTING}
         sizes["tp_size"] = max(sizes["tp_size"], self.get_tp_size())
         for key, size in sizes.items():
             if size > 1:
-                raise ConfigError(cut_up(f"parallelism_config.{key}", size, CUTTING[key]))
+                raise ConfigError(cut_up(f"parallelism_config.{key}: {size}", CUTTING[key], asks))
 
     # -- masked training ---------------------------------------------------------------------------
 
@@ -355,7 +360,7 @@ class CAFTTrainerMixin(_Base):
         if self.args.process_index == 0:
             logger.warning("meap.mask_token: %s", token.words)  # a warning, because nothing less is shown by default
         if token.added:
-            self._check_trainer()
+            self._check_trainer("meap.mask_token")
             self.mask_token = AddedMaskToken(model, token)
             if self.optimizer is not None and self.mask_token.vector.requires_grad:
                 self.detach_ours()
@@ -840,12 +845,31 @@ def tokenizer_of(processing_class: Any) -> Any:
     return tokenizer
 
 
-def cut_up(key: str, size: int, what: str) -> str:
-    """Why `size` processes may not share one model's sequences or layers."""
+def cut_up(got: str, what: str, asks: str = "caft") -> str:
+    """Why processes may not share one model's sequences, layers or experts, as the setting `got` has it."""
     why = "targets k ahead would lie on another one" if what == "sequences" else "heads are whole layers"
+    if asks != "caft":
+        why = f"{ADDS[asks]} was never tried there"
     return (
-        f"caft: got {key}: {size}, but it takes 1: CAFT does not work where processes share the {what} of one model "
+        f"{asks}: got {got}, but it takes 1: it does not work where processes share the {what} of one model "
         f"({why}). Leave the key out and share rows and weights among the processes, with DDP or FSDP2."
+    )
+
+
+def zero3(got: str, asks: str = "caft") -> str:
+    """Why ZeRO-3, which the setting `got` asks for, cannot be used."""
+    why = "heads are copies of a layer and use the unembedding, which ZeRO-3 has cut up"
+    if asks != "caft":
+        why = f"{ADDS[asks]} was never tried with ZeRO-3"
+    return f"{asks}: got {got}, but it takes 0, 1 or 2: {why}. Use stage 2, or FSDP2, which works."
+
+
+def fsdp1(got: str, asks: str = "caft") -> str:
+    """Why FSDP1, which the setting `got` asks for, cannot be used."""
+    return (
+        f"{asks}: got {got}, which is FSDP1, but it takes FSDP2: FSDP1 hides {ADDS[asks]} in modules of its own. Set "
+        'fsdp_version: 2 (Axolotl) or fsdp_config={"version": 2} (TrainingArguments), and the other keys of '
+        "fsdp_config as FSDP2 has them."
     )
 
 

@@ -212,3 +212,23 @@ def test_position_ids_and_such_a_mask_both_count():
 def test_a_mask_that_cannot_be_read_is_an_error(mask):
     with pytest.raises(ConfigError, match="attention_mask is .*, by which documents cannot be told apart"):
         head_targets({"labels": torch.ones(2, 9).long(), "attention_mask": mask}, 2)
+
+
+def test_a_hosts_saved_tensor_hooks_see_nothing_of_a_chunk(monkeypatch):
+    """What is saved and used within one chunk is no activation of the host's."""
+    monkeypatch.setitem(loss.LOGITS_AT_A_TIME, "cpu", 64 * 11)
+    weight, hidden = torch.randn(11, 4, requires_grad=True), torch.randn(200, 4, requires_grad=True)
+    seen = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: seen.append("saved") or t, lambda t: seen.append("used") or t
+    ):
+        total, _ = weighted_sum(
+            cross_entropy_of(lambda h: h @ weight.T),
+            torch.ones(200),
+            hidden,
+            torch.randint(0, 11, (200,)),
+            11,
+            [weight],
+        )
+        total.backward()
+    assert seen == []

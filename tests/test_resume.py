@@ -206,7 +206,7 @@ CHANGES = {
     "frozen to full": (
         "full",
         {"train_heads": "frozen"},
-        {},
+        {"train_heads": "full"},
         "caft.train_heads: this run has full, .* made with frozen",
     ),
     "full to lora": ("full", {}, {"train_heads": "lora"}, "caft.train_heads: this run has lora, .* made with full"),

@@ -610,3 +610,37 @@ def test_a_drawn_heads_loss_is_its_mean_where_it_was_drawn(tiny_model, tmp_path,
     both.train(), first.train()
     assert losses(both)[0]["caft/loss_head_1"] == pytest.approx(losses(first)[0]["caft/loss_head_1"], rel=1e-6)
     assert "caft/loss_head_2" in losses(both)[0] and "caft/loss_head_2" not in losses(first)[0]
+
+
+@pytest.mark.parametrize("caft", [None, {}, {"fused_loss": "on"}])
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+def test_what_a_host_saves_comes_back_in_one_backward_pass(tiny_model, tmp_path, gradient_checkpointing, caft):
+    """As TRL's activation offloading needs it: it takes the first tensor that comes back for the start of the backward
+    pass, and lets go of all others when the gradient computation ends in which that was."""
+
+    class Offloading(Trainer):
+        def training_step(self, *args, **kwargs):
+            saved, passes = {}, set()
+
+            def pack(tensor):
+                saved[len(saved)] = tensor
+                return len(saved) - 1
+
+            def unpack(key):
+                passes.add(torch._C._current_graph_task_id())
+                tensor, saved[key] = saved[key], None
+                return tensor
+
+            with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+                loss = super().training_step(*args, **kwargs)
+            steps.append((len(passes), sum(tensor is not None for tensor in saved.values())))
+            return loss
+
+    steps = []
+    trainer = trainer_of(
+        tiny_model, tmp_path, caft, with_caft(Offloading), gradient_checkpointing=gradient_checkpointing
+    )
+    trainer.train()
+    assert [passes for passes, _ in steps] == [1, 1, 1]
+    if not caft:  # the fused loss leaves one position's logits unused
+        assert [left for _, left in steps] == [0, 0, 0]

@@ -6,10 +6,11 @@ import functools
 from typing import Any
 
 import torch
+import transformers
+from accelerate.utils.deepspeed import HfDeepSpeedConfig
 from axolotl.common.datasets import TrainDatasetMeta, load_datasets
 from axolotl.integrations.base import BasePlugin, PluginManager
-from axolotl.loaders import load_tokenizer
-from axolotl.loaders.utils import load_model_config
+from axolotl.loaders import ModelLoader, load_tokenizer
 from axolotl.utils.dict import DictDefault
 from axolotl.utils.import_helper import get_cls_from_module_str
 from axolotl.utils.logging import get_logger
@@ -18,10 +19,11 @@ from datasets import Dataset
 from transformers import Trainer
 
 from caft_plugin import checkpoint
-from caft_plugin.config import CAFTConfig, ConfigError, MEAPConfig, PretrainConfig
+from caft_plugin.config import CAFTConfig, ConfigError, MEAPConfig, PretrainConfig, named
 from caft_plugin.heads import refuse_encoder_decoder
+from caft_plugin.importing import trunk_without_weights
 from caft_plugin.meap import Duplication
-from caft_plugin.training import CAFTTrainerMixin, cut_up, with_caft
+from caft_plugin.training import CAFTTrainerMixin, cut_up, fsdp1, with_caft, zero3
 
 LOG = get_logger(__name__)
 
@@ -29,11 +31,12 @@ LOG = get_logger(__name__)
 OTHER_TRAINING = ("rl", "reward_model", "process_reward_model")
 # What Axolotl works out from the training set, unless the user said it.
 COUNTED = ("total_num_tokens", "total_supervised_tokens", "sample_packing_eff_est")
-# Keys that share out among processes what CAFT needs whole.
+# Keys that share out among processes what is needed whole.
 CUTTING = {
     "context_parallel_size": "sequences",
     "sequence_parallel_degree": "sequences",
     "tensor_parallel_size": "layers",
+    "expert_parallel_size": "experts",
 }
 
 
@@ -68,11 +71,12 @@ class CAFTPlugin(BasePlugin):
                     )
             if isinstance(config, MEAPConfig) and config.mode == "sft":
                 _refuse_packed_stream(cfg)
+            if isinstance(config, CAFTConfig) and config.beta != 0:
+                _refuse_cut_up(cfg, "caft")
+            if isinstance(config, MEAPConfig) and config.mask_token == "add":
+                _refuse_cut_up(cfg, "meap.mask_token")
             if cfg[block] is None:
                 cfg[block] = {}  # Axolotl drops keys without a value
-        for key, what in CUTTING.items():
-            if "caft" in cfg and (cfg.get(key) or 1) > 1:
-                raise ConfigError(cut_up(key, cfg[key], what))
 
     def get_input_args(self) -> str:
         return "caft_plugin.axolotl.schema.CAFTArgs"
@@ -83,11 +87,12 @@ class CAFTPlugin(BasePlugin):
         caft, meap = caft_config(cfg), meap_config(cfg)
         if preprocess or (caft is None and meap is None):
             return None
-        model_config = load_model_config(cfg)
-        refuse_encoder_decoder(model_config, cfg.base_model)
-        if caft is not None and caft.heads is not None:
-            folder = checkpoint.locate_heads(caft.heads)
-            checkpoint.check_record(checkpoint.read_record(folder), folder, caft, model_config)
+        self.get_trainer_cls(cfg)
+        loader = ModelLoader(cfg, None)
+        if caft is None:
+            refuse_encoder_decoder(loader.model_config, cfg.base_model, "meap")
+        else:
+            _check_model(loader, caft)
         if meap is None or meap.mode != "sft":
             return None
         return self._duplicated_datasets(cfg, meap)
@@ -165,6 +170,64 @@ def _refuse_packed_stream(cfg: Any) -> None:
             f"meap.mode: got sft, but `{key}` packs its rows while it reads them, so examples cannot be duplicated. "
             "Use mode: pretrain, or `datasets:` with one of sample_packing and streaming, not both."
         )
+
+
+def _refuse_cut_up(cfg: Any, asks: str) -> None:
+    """Raises ConfigError where processes would share what `asks`, a key of ours, needs whole: in the same words as
+    `CAFTTrainerMixin`, which sees it only beside a loaded model."""
+    for key, what in CUTTING.items():
+        if str(cfg.get(key) or 1) != "1":
+            raise ConfigError(cut_up(f"{key}: {cfg[key]}", what, asks))
+    deepspeed = cfg.get("deepspeed")
+    if deepspeed and _zero_stage(deepspeed) == "3":
+        where = f" ({named(deepspeed)})" if isinstance(deepspeed, str) else ""
+        raise ConfigError(zero3(f"DeepSpeed's zero_optimization.stage: 3{where}", asks))
+    if cfg.get("fsdp") or cfg.get("fsdp_config"):
+        inside = cfg["fsdp_config"] if isinstance(cfg.get("fsdp_config"), dict) else {}
+        said = {
+            "fsdp_version": cfg.get("fsdp_version"),
+            "fsdp_config.fsdp_version": inside.get("fsdp_version"),
+            "fsdp_config.version": inside.get("version"),
+        }
+        said = {key: version for key, version in said.items() if version}
+        if not said:  # Axolotl takes version 1 then
+            raise ConfigError(fsdp1(f"{'fsdp_config' if inside else 'fsdp'} without fsdp_version", asks))
+        for key, version in said.items():
+            if str(version) != "2":
+                raise ConfigError(fsdp1(f"{key}: {version}", asks))
+
+
+def _zero_stage(deepspeed: Any) -> str:
+    """The ZeRO stage of a DeepSpeed config: a dict, or a JSON file's path, as Axolotl takes it."""
+    try:
+        return str(HfDeepSpeedConfig(deepspeed).get_value("zero_optimization.stage"))
+    except (ValueError, OSError, AttributeError):  # no such file, or none of JSON: Axolotl itself stops there
+        return "unknown"
+
+
+def _check_model(loader: ModelLoader, caft: CAFTConfig) -> None:
+    """Raises ConfigError if heads cannot be built for the model that Axolotl will load, or a heads folder does not fit
+    it. Of the model only the config is read."""
+    cfg, model_config = loader.cfg, loader.model_config
+    trunk = trunk_without_weights(model_config, cfg.base_model, functools.partial(_build, loader))
+    if caft.heads is not None:
+        folder = checkpoint.locate_heads(caft.heads)
+        record = checkpoint.read_record(folder)
+        checkpoint.check_record(record, folder, caft, model_config)
+        if trunk is not None:
+            checkpoint.check_layers(record, folder, trunk.layer_class)
+
+
+def _build(loader: ModelLoader) -> torch.nn.Module:
+    """The model, of the class that `ModelLoader` will take, from its config."""
+    cfg = loader.cfg
+    loader._set_auto_model_loader()
+    model_class = loader.auto_model_loader
+    if cfg.type_of_model not in (None, "AutoModelForCausalLM") and not cfg.trust_remote_code and not cfg.gptq:
+        model_class = getattr(transformers, cfg.type_of_model)
+    if issubclass(model_class, transformers.PreTrainedModel):
+        return model_class(loader.model_config)
+    return model_class.from_config(loader.model_config, trust_remote_code=bool(cfg.trust_remote_code))
 
 
 def _as_dict(block: Any) -> Any:

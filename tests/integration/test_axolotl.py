@@ -319,6 +319,17 @@ def test_bad_config_stops_before_anything_is_loaded(project, case):
     assert not (project.folder / "bad" / "adapter_config.json").exists()
 
 
+def test_what_heads_cannot_follow_stops_before_weights_are_loaded(project):
+    """A model without an unembedding, of which there are no weights to load."""
+    folder = project.folder / "no weights"
+    shutil.copytree(project.folder / "tiny", folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    project.config("unfit", **FULL, **PLUGIN, caft={}, base_model=str(folder), model_type="LlamaModel")
+    result = project.axolotl("train", "unfit.yml", check=False)
+    output = result.stdout + result.stderr
+    assert result.returncode != 0
+    assert output.count("ConfigError: caft: LlamaModel has no ") == 1, output[-3000:]
+
+
 # -- stage 1 -----------------------------------------------------------------------------------------
 
 

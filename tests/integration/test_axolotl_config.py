@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
+import torch
 import yaml
 from paths import ROOT
-from transformers import LlamaConfig, T5Config
+from tiny import LLAMA
+from transformers import BertConfig, Gemma3nConfig, Gemma3nTextConfig, LlamaConfig, RwkvConfig, T5Config
 
 from caft_plugin import ConfigError
+from caft_plugin.checkpoint import HeadsRecord
+from caft_plugin.importing import write_folder
 
 pytest.importorskip("axolotl")
 
@@ -101,10 +107,85 @@ def test_other_kinds_of_training(config, other, block):
         load_cfg(str(config(**{block: {}}, **other)))
 
 
-@pytest.mark.parametrize("key", ["context_parallel_size", "sequence_parallel_degree", "tensor_parallel_size"])
+SHARED = ["context_parallel_size", "sequence_parallel_degree", "tensor_parallel_size", "expert_parallel_size"]
+
+
+@pytest.mark.parametrize("key", SHARED)
 def test_processes_that_share_one_models_work(config, key):
     with pytest.raises(ConfigError, match=f"caft: got {key}: 2, but it takes 1"):
         load_cfg(str(config(caft={}, **{key: 2})))
+
+
+WRAP = {"transformer_layer_cls_to_wrap": "LlamaDecoderLayer"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "got"),
+    [
+        ({"fsdp": ["full_shard", "auto_wrap"], "fsdp_config": WRAP}, "fsdp_config without fsdp_version"),
+        ({"fsdp": ["full_shard", "auto_wrap"]}, "fsdp without fsdp_version"),
+        ({"fsdp_config": WRAP}, "fsdp_config without fsdp_version"),
+        ({"fsdp_version": 1, "fsdp_config": WRAP}, "fsdp_version: 1"),
+        ({"fsdp_config": {**WRAP, "fsdp_version": 1}}, "fsdp_config.fsdp_version: 1"),
+        ({"fsdp_config": {**WRAP, "version": "1"}}, "fsdp_config.version: 1"),
+        ({"fsdp_version": 2, "fsdp_config": {**WRAP, "fsdp_version": 1}}, "fsdp_config.fsdp_version: 1"),
+    ],
+)
+def test_fsdp1(config, changes, got):
+    with pytest.raises(ConfigError, match=f"caft: got {got}, which is FSDP1, but it takes FSDP2.* fsdp_version: 2 "):
+        load_cfg(str(config(caft={}, **changes)))
+    with pytest.raises(ConfigError, match=f"meap.mask_token: got {got}, which is FSDP1.* hides the added vector"):
+        load_cfg(str(config(meap={"mask_token": "add"}, **changes)))
+
+
+def registered(file):
+    """What the plugin says of a YAML before Axolotl looks at it, on a machine where Axolotl would not go on."""
+    prepare_plugins(DictDefault(yaml.safe_load(file.read_text())))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"fsdp_version": 2, "fsdp_config": WRAP},
+        {"fsdp_config": {**WRAP, "fsdp_version": 2}},
+        {"fsdp_config": {**WRAP, "version": "2"}},
+        {"fsdp_version": 1},  # of nothing
+        {"fsdp": [], "fsdp_config": {}},
+        {"deepspeed": {"zero_optimization": {"stage": 2}}},
+        {"deepspeed": {"train_batch_size": 1}},
+        {"deepspeed": "nowhere/zero3.json"},  # Axolotl's own error
+        {"tensor_parallel_size": 1, "context_parallel_size": None},
+    ],
+)
+def test_processes_that_share_rows_and_weights(config, changes):
+    registered(config(caft={}, **changes))
+
+
+def test_deepspeed_zero3(config, tmp_path, monkeypatch):
+    """The config as a dict, or in a file, whose path is relative to where Axolotl was started."""
+    stage3 = {"zero_optimization": {"stage": 3}}
+    (tmp_path / "deepspeed_configs").mkdir()
+    (tmp_path / "deepspeed_configs" / "zero3.json").write_text(json.dumps(stage3))
+    monkeypatch.chdir(tmp_path)
+    words = r"zero_optimization.stage: 3{}, but it takes 0, 1 or 2: heads are copies .* Use stage 2, or FSDP2"
+    for deepspeed, where in ((stage3, ""), ("deepspeed_configs/zero3.json", r" \(deepspeed_configs/zero3.json\)")):
+        with pytest.raises(ConfigError, match="caft: got DeepSpeed's " + words.format(where)):
+            load_cfg(str(config(caft={}, deepspeed=deepspeed)))
+        with pytest.raises(ConfigError, match="meap.mask_token: got DeepSpeed's zero_optimization.stage: 3"):
+            load_cfg(str(config(meap={"mask_token": "add"}, deepspeed=deepspeed)))
+
+
+@pytest.mark.parametrize("blocks", [{"caft": {"beta": 0}}, {"meap": {}}, {"caft": {"beta": 0}, "meap": {}}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"fsdp_config": WRAP},
+        {"deepspeed": {"zero_optimization": {"stage": 3}}},
+        {"tensor_parallel_size": 2},
+    ],
+)
+def test_where_nothing_is_added_to_the_model_it_is_shared_as_the_host_likes(config, blocks, changes):
+    registered(config(**blocks, **changes))
 
 
 def test_bare_blocks_survive(config):
@@ -136,26 +217,101 @@ def test_heads_folder_is_checked_before_weights_load(config, tmp_path):
         before_weights(config(caft={"heads": str(folder)}))
 
 
-def test_encoder_decoder_is_refused_before_weights_load(config, tmp_path):
-    file = config(caft={})
-    T5Config(vocab_size=9, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2).save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match="is an encoder-decoder model"):
+def test_heads_of_another_layer_class_are_refused_before_weights_load(config, tmp_path):
+    record = HeadsRecord(
+        num_heads=4,
+        head_input="final",
+        head_norm=False,
+        layer_class="Qwen2DecoderLayer",
+        model_type="qwen2",
+        hidden_size=32,
+        vocab_size=97,
+        base_model="m",
+    )
+    folder = tmp_path / "heads"
+    write_folder(folder, {"0.w": torch.zeros(1)}, record)
+    with pytest.raises(ConfigError, match=r"are of class Qwen2DecoderLayer .* this model's layers are of class Llama"):
+        before_weights(config(caft={"heads": str(folder)}))
+
+
+T5 = T5Config(vocab_size=9, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+RWKV = RwkvConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1)
+
+
+@pytest.mark.parametrize(
+    ("model_config", "changes", "message"),
+    [
+        (T5, {}, "caft: .* is an encoder-decoder model, but CAFT takes decoder-only"),
+        (T5, {"caft": None, "meap": {}}, "meap: .* is an encoder-decoder model, but MEAP takes .* the `meap:` block"),
+        (RWKV, {}, "hands a running state from layer to layer, which a head cannot follow"),
+        (Gemma3nConfig(), {}, "hands several hidden states for each token from layer to layer"),
+        (Gemma3nTextConfig(), {}, "hands several hidden states for each token from layer to layer"),
+        (LlamaConfig(**LLAMA), {"type_of_model": "LlamaModel"}, r"LlamaModel has no .*unembedding \(lm_head\)"),
+        (LlamaConfig(**LLAMA), {"model_type": "LlamaForSequenceClassification"}, "has no .*unembedding"),
+        (BertConfig(num_hidden_layers=1, is_decoder=True), {}, "BertLMHeadModel has no"),
+    ],
+)
+def test_unfit_models_are_refused_before_weights_load(config, tmp_path, model_config, changes, message):
+    """Where Axolotl has no weights to load, and of some models could not even build the class."""
+    changes = {"caft": {}, **changes}
+    file = config(**{key: value for key, value in changes.items() if value is not None})
+    model_config.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=message):
         before_weights(file)
 
 
-def test_another_plugins_trainer_stops_the_run(config):
-    from axolotl.integrations.base import BasePlugin
-    from transformers import Trainer
+def test_a_model_of_code_of_its_own(config, tmp_path, caplog):
+    """Its class is built from the config, without weights, where the YAML allows the code to run; where it cannot be
+    built so, the run goes on, with a warning."""
+    file = config(caft={}, trust_remote_code=True)
+    content = json.loads((tmp_path / "config.json").read_text())
+    content |= {
+        "model_type": "own",
+        "auto_map": {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    code = """
+from transformers import LlamaConfig, LlamaForCausalLM
 
-    class Other(BasePlugin):
-        def get_trainer_cls(self, cfg):
-            return Trainer
+class OwnConfig(LlamaConfig):
+    model_type = "own"
 
-    cfg = before_weights(config(caft={}))
-    manager = PluginManager.get_instance()
-    manager.plugins["other.Other"] = Other()
-    with pytest.raises(ConfigError, match=r"other.Other brings a trainer of its own"):
-        manager.get_trainer_cls(cfg)
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        {line}
+"""
+    (tmp_path / "own.py").write_text(code.format(line="pass"))
+    before_weights(file)
+    (tmp_path / "own.py").write_text(code.format(line="del self.model.norm"))
+    with pytest.raises(ConfigError, match="OwnForCausalLM has no .*final norm"):
+        before_weights(file)
+    (tmp_path / "own.py").write_text(code.format(line="self.model.norm.weight.sum().item()"))
+    before_weights(file)
+    assert "whether heads fit" in caplog.text and "cannot be built without them (RuntimeError: " in caplog.text
+
+
+@pytest.mark.parametrize("block", [{"caft": {}}, {"meap": {}}])
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize(
+    ("plugin", "changes"),
+    [
+        ("axolotl.integrations.diffusion.DiffusionPlugin", {"diffusion": {}}),
+        ("axolotl.integrations.kd.KDPlugin", {"kd_trainer": True}),
+        ("axolotl.integrations.hatchery.HatcheryPlugin", {}),
+    ],
+)
+def test_another_plugins_trainer_stops_the_run_before_weights_load(config, plugin, changes, first, block):
+    """Axolotl takes the trainer of the plugin that is listed first."""
+    plugins = [plugin, "caft_plugin"] if first else ["caft_plugin", plugin]
+    with pytest.raises(ConfigError, match=f"{plugin} brings a trainer of its own"):
+        before_weights(config(plugins=plugins, **block, **changes))
+
+
+def test_another_plugin_without_a_trainer(config):
+    before_weights(config(caft={}, plugins=["axolotl.integrations.kd.KDPlugin", "caft_plugin"]))
 
 
 @pytest.mark.parametrize("file", READY, ids=[file.name for file in READY])

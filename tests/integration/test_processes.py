@@ -199,6 +199,16 @@ def test_processes_that_share_one_models_work_are_refused(tmp_path):
         assert refused.startswith(f"caft: got parallelism_config.{size}: 2, but it takes 1")
 
 
+def test_fsdp1_is_refused(tmp_path):
+    one = {**LAYERS, "version": 1, "reshard_after_forward": "FULL_SHARD", "sync_module_states": False}
+    alone = {"caft": {"beta": 0}}  # a plain run, but for the added vector
+    cases = {"caft": fsdp("full", **one), "meap.mask_token": {**fsdp("masked", **one), **alone}}
+    folder = run(tmp_path, cases, 2)
+    for key in cases:
+        refused = json.loads((folder / f"{key}.json").read_text())["refused"]
+        assert refused.startswith(f"{key}: got fsdp_config.version: 1, which is FSDP1, but it takes FSDP2")
+
+
 def test_deepspeed_zero3_is_refused(zero2_run):
     refused = json.loads((zero2_run / "zero3.json").read_text())["refused"]
     assert refused.startswith("caft: got DeepSpeed's zero_optimization.stage: 3, but it takes 0, 1 or 2")
