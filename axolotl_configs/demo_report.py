@@ -84,7 +84,7 @@ def read_questions(path: Path, count: int) -> list[tuple[str, str]]:
     return questions
 
 
-def generate(model_path: str, questions: list[str], label: str) -> list[str]:
+def generate(model_path: str, questions: list[str], label: str, dtype: str) -> list[str]:
     """The model's greedy answer to each question, through its own chat template."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -92,7 +92,7 @@ def generate(model_path: str, questions: list[str], label: str) -> list[str]:
     print(f"loading the {label} model {model_path}", file=sys.stderr, flush=True)
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(model_path)
-        model: Any = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.bfloat16)
+        model: Any = AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype)
     except (OSError, ValueError) as error:
         raise ReportError(f"the {label} model {model_path} does not load: {error}") from error
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
@@ -125,6 +125,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--config", type=Path, required=True, help="the YAML that was trained and merged")
     parser.add_argument("--base-model", help="the same option that axolotl was given, if it was")
     parser.add_argument("--output-dir", help="the same option that axolotl was given, if it was")
+    parser.add_argument("--bf16", choices=("true", "false"), default="true", help="the same option, if axolotl had it")
     parser.add_argument("--molecules", type=int, default=5, help="questions to ask (default: %(default)s)")
     parser.add_argument("--heldout", type=Path, default=HELDOUT, help="chat rows to ask (default: %(default)s)")
     options = parser.parse_args(arguments)
@@ -138,8 +139,9 @@ def main(arguments: list[str] | None = None) -> int:
             raise ReportError(f"no merged model in {merged}: run `axolotl merge-lora` with this config first")
         rows = read_questions(options.heldout, options.molecules)
         questions = [question for question, _ in rows]
-        base_answers = generate(options.base_model or config["base_model"], questions, "base")
-        merged_answers = generate(str(merged), questions, "merged")
+        dtype = "bfloat16" if options.bf16 == "true" else "float32"
+        base_answers = generate(options.base_model or config["base_model"], questions, "base", dtype)
+        merged_answers = generate(str(merged), questions, "merged", dtype)
     except (ReportError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

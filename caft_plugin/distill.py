@@ -37,6 +37,7 @@ from caft_plugin import checkpoint
 from caft_plugin.config import CAFTConfig, ConfigError, PretrainConfig
 from caft_plugin.heads import LAST_POSITION, Reading
 from caft_plugin.loss import IGNORE
+from caft_plugin.precision import warn_of_slow_bf16
 from caft_plugin.resume import Parts
 from caft_plugin.training import CAFTTrainerMixin, with_caft
 
@@ -455,6 +456,7 @@ def pretrain_heads(job: Job) -> Path:
             f"pretrain_heads: {arguments.world_size} processes were started, but stage 1 takes one. Start it with "
             "`accelerate launch --num_processes 1`, or without a launcher."
         )
+    warn_of_slow_bf16(arguments, model)
     out = Path(str(arguments.output_dir))
     rows = [row for row in job.rows if config.targets == "distribution" or supervised(row)]
     heldout = job.heldout

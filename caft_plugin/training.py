@@ -29,6 +29,7 @@ from caft_plugin.loss import IGNORE, PLAN, count_targets, gamma, head_targets, h
 from caft_plugin.mask_token import FILE as MASK_TOKEN_FILE
 from caft_plugin.mask_token import AddedMaskToken, choose_mask_token, used_ids
 from caft_plugin.meap import EXAMPLE, MASKED, MAY_MASK, OVERLONG, Duplication, EpochOfMasks, MEAPCollator
+from caft_plugin.precision import warn_of_slow_bf16
 
 logger = logging.getLogger(__name__)
 
@@ -678,8 +679,10 @@ class CAFTTrainerMixin(_Base):
     # -- saving and resuming -----------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        if resume_from_checkpoint and (self.caft_config or self.meap_config):
-            resume_from_checkpoint = self._whole_checkpoint(resume_from_checkpoint)
+        if self.caft_config or self.meap_config:
+            warn_of_slow_bf16(self.args, self.model)
+            if resume_from_checkpoint:
+                resume_from_checkpoint = self._whole_checkpoint(resume_from_checkpoint)
         try:
             with self._ours_on_model():
                 return super().train(resume_from_checkpoint, *args, **kwargs)

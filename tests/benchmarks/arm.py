@@ -5,6 +5,7 @@ how     full, lora, qlora
 caft    the plugin's settings, or left out: a plain run
 model   a folder, or {"vocab_size": ..., ...}: a Llama of random weights
 batch, length, supervised       rows a step, tokens a row, share of them with a label
+dtype   bfloat16 or float32
 args    more training arguments
 """
 
@@ -34,14 +35,15 @@ def rows(vocab_size: int, count: int, length: int, supervised: float) -> list[di
 
 def load(spec: dict[str, Any]) -> Any:
     torch.manual_seed(0)
+    dtype = getattr(torch, spec["dtype"])
     if isinstance(spec["model"], dict):
-        return LlamaForCausalLM(LlamaConfig(**spec["model"])).to(torch.bfloat16)
-    options: dict[str, Any] = {"dtype" if spec["door"] != "official" else "torch_dtype": torch.bfloat16}
+        return LlamaForCausalLM(LlamaConfig(**spec["model"])).to(dtype)
+    options: dict[str, Any] = {"dtype" if spec["door"] != "official" else "torch_dtype": dtype}
     if spec["how"] == "qlora":
         from transformers import BitsAndBytesConfig
 
         options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
         )
     return AutoModelForCausalLM.from_pretrained(spec["model"], **options)
 
@@ -63,7 +65,7 @@ def main() -> None:
         "report_to": [],
         "save_strategy": "no",
         "use_cpu": not torch.cuda.is_available(),
-        "bf16": True,
+        "bf16": spec["dtype"] == "bfloat16",
         "gradient_checkpointing": False,
         "disable_tqdm": True,
         "logging_steps": STEPS,

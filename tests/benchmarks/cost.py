@@ -30,6 +30,8 @@ import torch
 import yaml
 from tqdm import tqdm
 
+from caft_plugin.precision import choice, quick_dtype
+
 HERE = Path(__file__).parent
 WARM_UP = 2
 SHAPE = {"batch": 4, "length": 512, "supervised": 0.3}
@@ -142,7 +144,7 @@ def command(spec: dict[str, Any], python: str, folder: Path) -> list[str]:
         "learning_rate": 5e-5,
         "optimizer": "adamw_torch",
         "lr_scheduler": "linear",
-        "bf16": True,
+        "bf16": spec["dtype"] == "bfloat16",
         "gradient_checkpointing": False,
         "save_strategy": "no",
         "attn_implementation": "sdpa",
@@ -232,7 +234,8 @@ def all_launched(
         runs = {}
         for name, spec in comparison.runs.items():
             python = pythons[spec.get("python", comparison.python)]
-            runs[name] = stack.enter_context(launched({"model": model, **spec}, python, **settings))
+            spec = {"model": model, "dtype": str(quick_dtype()).removeprefix("torch."), **spec}
+            runs[name] = stack.enter_context(launched(spec, python, **settings))
         for run in runs.values():
             run.wait_for_start()
         yield runs
@@ -343,7 +346,7 @@ def main() -> None:
                 file.write(line + "\n")
             file.flush()
 
-        say(iter([f"\nMachine: {machine()}; torch {torch.__version__}; {options.steps} steps each"]))
+        say(iter([f"\nMachine: {machine()}; torch {torch.__version__}; {options.steps} steps each, {choice()}"]))
         for name, comparison in known.items():
             if pythons[comparison.python] and (not options.only or name in options.only):
                 say(table(comparison, measured(comparison, pythons, model, options.steps)))

@@ -18,6 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
 from caft_plugin import with_caft
+from caft_plugin.precision import choice, quick_dtype
 
 
 def steps(model: Any, tokenizer: Any, rows: list[dict[str, list[int]]], meap: dict | None) -> Any:
@@ -55,7 +56,8 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=128, help="tokens of an example before it is doubled")
     options = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(options.model)
-    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=quick_dtype())
+    print(choice())
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(100, 10_000, (2 * (options.pairs + 2), options.length), generator=generator).tolist()
     rows = [{"input_ids": row, "labels": [-100] * 16 + row[16:]} for row in ids]

@@ -32,6 +32,7 @@ from caft_plugin.distill import (
     with_answer,
     write_answers,
 )
+from caft_plugin.precision import choice, quick_dtype
 
 DATA = Path(__file__).parents[2] / "axolotl_configs" / "data"
 KINDS = ("untrained", "model", "dataset", "distribution")
@@ -51,7 +52,7 @@ def arguments(folder: str, seed: int, steps: int = 100_000) -> TrainingArguments
     return TrainingArguments(
         output_dir=folder,
         use_cpu=not torch.accelerator.is_available(),
-        bf16=True,
+        bf16=quick_dtype() == torch.bfloat16,
         max_steps=steps,
         per_device_train_batch_size=8,
         per_device_eval_batch_size=8,
@@ -71,7 +72,7 @@ def run(kind: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     rows = read_rows(DATA / "molecules-train.jsonl", tokenizer, 256)
     heldout = read_rows(DATA / "molecules-heldout.jsonl", tokenizer, 256)[:64]
     settings = PretrainConfig(max_new_tokens=48, temperature=0.7, top_p=0.95, generation_batch_size=32)
-    base = load_base(options.model, torch.bfloat16)
+    base = load_base(options.model, quick_dtype())
     base.eval()
     prompts = [prompt_of(row) for row in heldout]
     said = write_answers(base, tokenizer, prompts, settings, options.heldout_answers, options.model)
@@ -90,7 +91,7 @@ def run(kind: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
             steps = json.loads((heads / "metrics.json").read_text())["steps"]
             caft["heads"] = str(heads)
         seconds = time.monotonic() - start
-        fresh = load_base(options.model, torch.bfloat16)
+        fresh = load_base(options.model, quick_dtype())
         trainer = HeadsTrainer(
             model=fresh,
             args=arguments(folder, seed),
@@ -134,6 +135,7 @@ def main() -> None:
     results = (
         [json.loads(line) for line in options.results.read_text().splitlines()] if options.results.exists() else []
     )
+    print(choice())
     for seed in options.seeds:
         for kind in KINDS:
             if kind == "untrained" and seed != options.seeds[0]:

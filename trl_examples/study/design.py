@@ -497,6 +497,9 @@ COMPARISONS = (
 # -- the settings of one run, as its line in results.jsonl records them ------------------------------
 
 
+FLOAT32 = "float32"  # the dtype of runs on a CPU without instructions for bfloat16
+
+
 def settings(run: Run, lines: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """Every hyperparameter of a run; `lines` hold the runs by which its learning rate was chosen."""
     task, arm = TASKS[run.task], TASKS[run.task].arm(run.arm)

@@ -14,6 +14,8 @@ import data
 import design
 import torch
 
+from caft_plugin.precision import cpu_has_bf16
+
 
 class Asked(NamedTuple):
     """A prompt and its answer, as token ids."""
@@ -56,7 +58,7 @@ def judge(model: Any, rows: Sequence[Asked], pad: int, tokens_in_batch: int = 40
         longest = max(len(rows[i].answer) for i in batch)
         # A tensor, because what a number cuts is not contiguous, and the unembedding is then copied for every row.
         keep = torch.arange(-longest - 1, 0)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=cpu_has_bf16()):
             logits = model(**inputs, logits_to_keep=keep, use_cache=False).logits.float()
         for i, of_row in zip(batch, logits, strict=True):
             answer = torch.tensor(rows[i].answer)
@@ -96,7 +98,7 @@ def write(model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: in
         chosen = order[start : start + batch]
         inputs = padded([ids[i] for i in chosen], tokenizer.pad_token_id)
         del inputs["position_ids"]  # generate makes its own from the mask
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=cpu_has_bf16()):
             out = model.generate(
                 **inputs,
                 do_sample=False,

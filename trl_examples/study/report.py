@@ -584,6 +584,8 @@ def check(lines: Lines) -> None:
             declared: Mapping[str, Any] = design.settings(run, lines)
         except ValueError as error:
             raise SystemExit(f"error: {run}: {error}") from None
+        if in_float32(line):
+            declared = {**declared, "dtype": design.FLOAT32}
         changed = [
             key for key in declared.keys() | line["settings"].keys() if declared.get(key) != line["settings"].get(key)
         ]
@@ -597,11 +599,17 @@ def check(lines: Lines) -> None:
         raise SystemExit("error: the lines of results.jsonl were made on different data (key `data`)")
 
 
+def in_float32(line: results.Line) -> bool:
+    return line["settings"].get("dtype") == design.FLOAT32
+
+
 def too_long(lines: Lines) -> str:
     """Names the runs that took longer than a run should."""
     limit = design.RUN_MINUTES
     found = by_arm(results.run_of(line) for line in lines if line["wall_seconds"] > 60 * limit)
-    return f"Longer than the {limit} minutes meant for a run: {found or 'none'}."
+    said = f"Longer than the {limit} minutes meant for a run: {found or 'none'}."
+    slow = by_arm(results.run_of(line) for line in lines if in_float32(line))
+    return f"{said} In float32, not as declared, for want of a CPU with bfloat16: {slow}." if slow else said
 
 
 def by_arm(runs: Iterable[design.Run]) -> str:

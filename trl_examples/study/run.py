@@ -28,6 +28,8 @@ import data
 import design
 import results
 
+from caft_plugin.precision import cpu_has_bf16
+
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "outputs" / "smollm2-135m-instruct"
 HEADS = ROOT / "outputs" / "study" / "heads"
@@ -69,10 +71,11 @@ def train_and_measure(run: design.Run, settings: dict[str, Any], sizes: design.S
     torch.utils.deterministic.fill_uninitialized_memory = False
     task = design.TASKS[run.task]
     arm, full = task.arm(run.arm), settings["method"] == "full"
+    half = settings["dtype"] != design.FLOAT32
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
 
     def load() -> Any:
-        return AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32 if full else torch.bfloat16)
+        return AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.bfloat16 if half and not full else torch.float32)
 
     rows = data.read(f"{task.data}-train")
     heldout = data.read(f"{task.data}-heldout")
@@ -127,7 +130,7 @@ def train_and_measure(run: design.Run, settings: dict[str, Any], sizes: design.S
                 learning_rate=settings["learning_rate"],
                 warmup_steps=settings["warmup_steps"],
                 **{key: settings[key] for key in design.TRAINING},
-                bf16=True,
+                bf16=half,
                 use_cpu=True,
                 gradient_checkpointing=False,
                 logging_steps=sizes.log_every,
@@ -186,10 +189,11 @@ def make_heads(kind: str, settings: dict[str, Any], sizes: design.Sizes, out: Pa
     out.mkdir(parents=True)
     file = out / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in data.read("stage1")[: sizes.stage1]), encoding="utf-8")
-    options = {key: value for key, value in settings.items() if key not in ("model", "threads")}
+    options = {key: value for key, value in settings.items() if key not in ("model", "threads", "dtype")}
     command = [str(Path(sys.executable).parent / "caft"), "pretrain-heads", "--model", str(MODEL)]
     command += ["--data", str(file), "--output", str(out)]
     command += [word for key, value in options.items() for word in (f"--{key}", str(value))]
+    command += ["--float32"] if settings.get("dtype") == design.FLOAT32 else []
     start = time.perf_counter()
     subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": str(settings["threads"])})
     seconds = time.perf_counter() - start
@@ -239,6 +243,8 @@ def do(
     """
     lines = results.read(file)
     settings = {**design.settings(run, lines), **(changes or {})}
+    if not cpu_has_bf16():
+        settings["dtype"] = design.FLOAT32
     arm = design.TASKS[run.task].arm(run.arm)
     if arm.heads is not None and not heads_are_there(arm.heads):
         raise ValueError(

@@ -19,6 +19,8 @@ import results
 import run as one_run
 from tqdm import tqdm
 
+from caft_plugin.precision import choice
+
 LOGS = one_run.ROOT / "outputs" / "study" / "logs"
 HERE = Path(__file__).parent
 
@@ -76,6 +78,7 @@ def main() -> int:
         print(f"every one of the {len(design.plan())} planned runs is in {results.FILE}; make study-report shows them")
         return 0
     data.prepare()
+    print(choice())
     print(f"{len(runs)} runs to do, {left(runs, lines)} on {design.THREADS} free cores; stop and start at will")
     total = len(design.plan())
     try:
