@@ -196,7 +196,8 @@ def active_peft_configs(model: Any) -> list[Any]:
         names = model.active_adapters
     else:
         names = next((m.active_adapters for m in model.modules() if isinstance(m, BaseTunerLayer)), [])
-    return [configs[name] for name in names if name in configs]
+    # X-LoRA's own is not among the names: those are of the adapters that it mixes.
+    return [c for name, c in configs.items() if name in names or c.peft_type == PeftType.XLORA]
 
 
 def refuse_adapters(model: nn.Module) -> None:
@@ -418,11 +419,13 @@ def _merged(tuner: Any, dtype: torch.dtype | None) -> nn.Module:
     inner = chain[-1]
     has_adapter_inside = isinstance(inner.base_layer, nn.MultiheadAttention)
     if not has_adapter_inside:
-        inner.base_layer = _plain(inner.base_layer, dtype)
-        if any(parameter.is_meta for parameter in inner.base_layer.parameters()):
-            return inner.base_layer
-        if is_plain_linear(inner.base_layer):
-            return _with_effect(inner.base_layer, tuner)
+        theirs = inner.base_layer
+        base = _plain(copy.deepcopy(theirs) if is_quantised(theirs) else theirs, dtype)  # dequantising spoils some
+        if any(parameter.is_meta for parameter in base.parameters()):
+            return base
+        if is_plain_linear(base):
+            return _with_effect(base, tuner)
+        inner.base_layer = base
     try:
         for part in reversed(chain):
             merges = not part.disable_adapters and not part.merged
@@ -441,16 +444,24 @@ def is_plain_linear(module: nn.Module) -> bool:
 
 @torch.no_grad()
 def _with_effect(base: Any, tuner: Any) -> nn.Module:
-    """`base`, a linear layer, with weight and bias that do what `tuner` around it does, which is read from its answer
-    to the identity, in float32. A tuner that changes nothing leaves it as it is, to the bit."""
+    """`base`, a linear layer, with weight and bias that do what `tuner` does, whose base layer it is or was made of.
+
+    They are read from what `tuner` makes of the identity, in float32 (a quantised one computes as it does), so it need
+    not know how to merge. A tuner that changes nothing leaves `base` as it is, to the bit.
+    """
     kind = base.weight.dtype
     exact = torch.promote_types(kind, torch.float32)
-    tuner.to(exact)
     out_in = isinstance(base, nn.Linear)
     size, device = base.weight.shape[1 if out_in else 0], base.weight.device
+    theirs = tuner.get_base_layer()
+    if theirs is base:
+        tuner.to(exact)
+    takes = base.weight.dtype
+    base.to(exact)
 
     def change(rows: Tensor) -> Tensor:
-        return (tuner(rows[None]) - base(rows[None]))[0]
+        rows = rows[None].to(takes)
+        return (tuner(rows).to(exact) - theirs(rows).to(exact))[0]
 
     with full_precision(), torch.random.fork_rng(devices=[]):
         probe = torch.randn(4, size, generator=torch.Generator().manual_seed(0)).to(device, exact)
@@ -463,7 +474,8 @@ def _with_effect(base: Any, tuner: Any) -> nn.Module:
             identity = torch.eye(size, device=device, dtype=exact)
             weight = torch.cat([change(rows) - bias for rows in identity.split(1024)])
             off = (probe @ weight + bias - wanted).norm()
-            if not off <= 0.01 * wanted.norm() + 1e-5 * base(probe).norm():
+            rounding = 1e-5 if theirs is base else 0.02  # of 8 bits, or bfloat16
+            if not off <= 0.01 * wanted.norm() + rounding * base(probe).norm():
                 raise _unmergeable(tuner, "what it adds is not linear in its input")
             base.weight.data += weight.T if out_in else weight
             if bias.any():
