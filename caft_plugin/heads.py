@@ -16,20 +16,22 @@ from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import torch
-from peft import LoraConfig, PeftModel, inject_adapter_in_model
+from peft import LoraConfig, PeftMixedModel, PeftModel, PeftType, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.integrations import dequantize_module_weight
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Partial
+from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 from transformers import Cache, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import ModelOutput
 
-from caft_plugin.config import CAFTConfig, ConfigError
+from caft_plugin.config import CAFTConfig, ConfigError, shown
 from caft_plugin.loss import IGNORE, cross_entropy_and_hit_of, cross_entropy_of, divergence_of, weighted_sum
 
 MODULE_NAME = "caft_heads"
@@ -43,6 +45,8 @@ UNFIT = {
 }
 # A forward's `logits_to_keep` for the least logits. A plain number lets Gemma 4 cut hidden states of whole layers.
 LAST_POSITION = torch.tensor([-1])
+# What accelerate, or a kernel, puts into an instance to have its own forward called in place of the class's.
+OWN_FORWARD = ("forward", "_old_forward", "_hf_hook")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,28 +77,38 @@ def find_trunk(model: nn.Module) -> Trunk:
     Raises:
         ConfigError: the model is not one that heads can be built for.
     """
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    refuse_adapters(model)
+    base: Any = model
+    while isinstance(base, (PeftModel, PeftMixedModel)):
+        base = base.get_base_model() if isinstance(base, PeftModel) else base.base_model.model
     name = type(base).__name__
+    if not isinstance(base, PreTrainedModel):
+        inside = next((f"{at} ({type(m).__name__})" for at, m in base.named_modules() if is_model(m)), None)
+        raise ConfigError(
+            f"caft: got a model of class {name}, but CAFT takes a transformers model (PreTrainedModel) itself, or one "
+            "with an adapter of PEFT. "
+            + (f"Pass its {inside} as the model" if inside else "Derive its class from PreTrainedModel")
+            + ", or take the `caft:` block out."
+        )
     refuse_unfit(base.config, name)
     text_config = base.config.get_text_config()
     layers, norms = None, []
-    for module in base.get_decoder().modules():
-        for child in module.children():
-            if isinstance(child, nn.ModuleList) and len(child) == text_config.num_hidden_layers:
-                layers = child
-        if layers is not None:  # the final norm lies beside the layers: the next after them, else the last before
-            children = list(module.children())
-            at = children.index(layers)
-            norms = [c for c in [*children[at:], *reversed(children[:at])] if "norm" in type(c).__name__.lower()]
-            break
+    at = find_layers(base, getattr(text_config, "num_hidden_layers", None))
+    if at is not None:  # the final norm lies beside the layers: the next after them, else the last before
+        decoder = base.get_decoder()
+        layers = decoder.get_submodule(at)
+        children = list(decoder.get_submodule(at.rpartition(".")[0]).children())
+        place = children.index(layers)
+        near = [*children[place:], *reversed(children[:place])]
+        norms = [child for child in near if "norm" in type(inmost(child)).__name__.lower()]
     unembedding = base.get_output_embeddings()
     if layers is None or not norms or unembedding is None:
         missing = [
             what
             for what, found in [
-                ("a list of decoder layers", layers),
-                ("a final norm", norms),
-                ("an unembedding (lm_head)", unembedding),
+                ("list of decoder layers", layers),
+                ("final norm", norms),
+                ("unembedding (lm_head)", unembedding),
             ]
             if not found
         ]
@@ -102,15 +116,101 @@ def find_trunk(model: nn.Module) -> Trunk:
             f"caft: {name} has no {' and no '.join(missing)} where decoder-only models have it, so CAFT cannot "
             "build heads for it. Use a decoder-only causal language model, or take the `caft:` block out."
         )
+    last_layer = layers[-1]
     return Trunk(
         model=base,
-        last_layer=layers[-1],
+        last_layer=in_use(last_layer) if isinstance(last_layer, AuxiliaryTrainingWrapper) else last_layer,
         norm=norms[0],
         unembedding=unembedding,
         transform=logit_transform(text_config),
-        hidden_size=text_config.hidden_size,
-        vocab_size=text_config.vocab_size,
+        hidden_size=size_of(base, "hidden_size"),
+        vocab_size=size_of(base, "vocab_size"),
     )
+
+
+def find_layers(base: PreTrainedModel, count: int | None) -> str | None:
+    """The name, in the model's decoder, of the list of decoder layers, or None. `count` is how many the config says
+    there are, if it does.
+
+    It is the list whose modules the model keeps on one device or checkpoints; else one as long as the config says.
+    Lists inside of layers (experts) and lists of modules without children are none.
+
+    Raises:
+        ConfigError: several lists remain.
+    """
+    whole = set(getattr(base, "_no_split_modules", None) or ())
+
+    def is_layer(module: nn.Module) -> bool:
+        return isinstance(module, GradientCheckpointingLayer) or type(module).__name__ in whole
+
+    lists = {
+        at: [inmost(layer) for layer in module]
+        for at, module in base.get_decoder().named_modules()
+        if isinstance(module, nn.ModuleList) and any(list(layer.children()) for layer in module)
+    }
+    found = [at for at, layers in lists.items() if any(map(is_layer, layers))]
+    if not found:
+        found = [at for at, layers in lists.items() if count in (None, len(layers))]
+    found = [at for at in found if not any(at.startswith(f"{outer}.") for outer in found)]
+    if len(found) > 1:
+        found = [at for at in found if len(lists[at]) == count] or found
+    if len(found) > 1:
+        named = ", ".join(f"{at} ({len(lists[at])} {type(lists[at][-1]).__name__})" for at in found)
+        raise ConfigError(
+            f"caft: {type(base).__name__} has several lists that may be its decoder layers: {named}. Name the layers' "
+            "class in the model's `_no_split_modules`, or take the `caft:` block out."
+        )
+    return found[0] if found else None
+
+
+def size_of(base: PreTrainedModel, key: str) -> int:
+    size = getattr(base.config.get_text_config(), key, None)
+    if size is None:
+        raise ConfigError(
+            f"caft: {type(base.config).__name__} of {type(base).__name__} has no {key}, which heads are saved and "
+            "checked with. Give the config that name (transformers' `attribute_map`), or take the `caft:` block out."
+        )
+    return size
+
+
+def is_model(module: nn.Module) -> bool:
+    return isinstance(module, (PreTrainedModel, PeftModel, PeftMixedModel))
+
+
+def inmost(module: nn.Module) -> Any:
+    """What PEFT has wrapped, or `module` itself."""
+    if isinstance(module, AuxiliaryTrainingWrapper):
+        return inmost(module.original_module)
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
+def active_peft_configs(model: Any) -> list[Any]:
+    """Configs of the adapters that are active, by `get_peft_model` or by the model's own `add_adapter`."""
+    configs = getattr(model, "peft_config", None) or {}
+    if isinstance(model, (PeftModel, PeftMixedModel)):
+        names = model.active_adapters
+    else:
+        names = next((m.active_adapters for m in model.modules() if isinstance(m, BaseTunerLayer)), [])
+    # X-LoRA's own is not among the names: those are of the adapters that it mixes.
+    return [c for name, c in configs.items() if name in names or c.peft_type == PeftType.XLORA]
+
+
+def refuse_adapters(model: nn.Module) -> None:
+    """Raises ConfigError if an adapter is active that heads cannot read beside, or that no copy of a layer can have."""
+    for config in active_peft_configs(model):
+        kind = type(config).__name__
+        if getattr(config, "alora_invocation_tokens", None):
+            kind += " with alora_invocation_tokens"
+        if config.is_prompt_learning:
+            why = "whose virtual tokens move the positions that heads read"
+        elif config.peft_type == PeftType.XLORA or kind.endswith("tokens"):
+            why = "whose effect follows the text, so no copy of a layer can have it"
+        else:
+            continue
+        raise ConfigError(
+            f"caft: got an adapter by PEFT's {kind}, {why}. Use an adapter on the layers alone, such as LoRA "
+            "(LoraConfig), or take the `caft:` block out."
+        )
 
 
 def refuse_unfit(config: Any, name: str) -> None:
@@ -187,14 +287,18 @@ class AuxiliaryHeads(nn.Module):
 def build_heads(model: nn.Module, trunk: Trunk, config: CAFTConfig, seed: int) -> AuxiliaryHeads:
     """`config.num_heads` copies of the last layer, trainable as `config.train_heads` says.
 
-    Copies are taken from the base layer without its adapters, dequantised, in the layer's compute dtype.
+    Copies do what the layer does, its active adapters included, and are plain, dequantised, in its compute dtype.
+
+    Raises:
+        ConfigError: the layer cannot be copied, or is not at hand.
     """
+    refuse_offloaded(trunk)
     dtype = trunk.model.config.dtype
     first = plain_copy(trunk.last_layer, dtype if isinstance(dtype, torch.dtype) else None)
     layers = [first] + [copy.deepcopy(first) for _ in range(config.num_heads - 1)]
     how = config.train_heads
     if how == "auto":
-        how = "lora" if isinstance(model, PeftModel) else "full"
+        how = "lora" if is_model_with_adapter(model) else "full"
     lora = head_lora_config(model, first) if how == "lora" else None
     with torch.random.fork_rng(devices=[]):  # the host's random stream stays as it was
         torch.manual_seed(seed)
@@ -205,47 +309,225 @@ def build_heads(model: nn.Module, trunk: Trunk, config: CAFTConfig, seed: int) -
     return heads
 
 
+def is_model_with_adapter(model: nn.Module) -> bool:
+    return isinstance(model, (PeftModel, PeftMixedModel)) or any(isinstance(m, BaseTunerLayer) for m in model.modules())
+
+
+def refuse_offloaded(trunk: Trunk) -> None:
+    """Raises ConfigError if accelerate keeps what heads need elsewhere and brings it for each call."""
+    for name, module in trunk.model.named_modules():
+        if module not in (trunk.last_layer, trunk.norm, trunk.unembedding):
+            continue
+        hooked = any(hasattr(part, "_hf_hook") for part in module.modules())
+        if hooked and any(tensor.is_meta for tensor in module.parameters()):
+            raise ConfigError(
+                f"caft: accelerate keeps {name} of {type(trunk.model).__name__} on disk or in the CPU's memory "
+                f"(device_map: {shown(getattr(trunk.model, 'hf_device_map', None))}), but heads are copies of the last "
+                "layer and use the final norm and the unembedding at each step. Give these three a device in "
+                "device_map (first layers may be elsewhere), or take the `caft:` block out."
+            )
+
+
 def head_lora_config(model: nn.Module, layer: nn.Module) -> LoraConfig:
-    """LoRA on every linear layer of a head, with the rank and alpha of the base model's adapter."""
-    targets = [name for name, module in layer.named_modules() if isinstance(module, nn.Linear)]
-    base = model.active_peft_config if isinstance(model, PeftModel) else None
+    """LoRA on every linear layer of a head, with the rank and alpha of the base model's LoRA, if it has one."""
+    targets = [name for name, module in layer.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
+    lora = (c for c in active_peft_configs(model) if isinstance(c, LoraConfig) and c.r > 0)
+    base = next(lora, LoraConfig(r=LORA_RANK, lora_alpha=LORA_ALPHA))
     return LoraConfig(
-        r=getattr(base, "r", LORA_RANK),
-        lora_alpha=getattr(base, "lora_alpha", LORA_ALPHA),
-        use_rslora=getattr(base, "use_rslora", False),
+        r=base.r,
+        lora_alpha=base.lora_alpha,
+        use_rslora=base.use_rslora,
         target_modules=targets,
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in layer.modules()),
     )
 
 
 def plain_copy(layer: nn.Module, dtype: torch.dtype | None) -> nn.Module:
-    """A deep copy of a decoder layer as the base model has it.
+    """A copy of a decoder layer that does what the layer does, made of plain modules and tensors.
 
-    Adapters, and whatever was put in the place of a module's forward, are left out; quantised weights are
-    dequantised to `dtype` (the one the model was loaded with); all floating-point tensors take the dtype of the
-    largest one.
+    What active adapters do is put into its weights. Hooks, and whatever was put in the place of a module's forward, are
+    left out; parametrisations become their value; quantised weights are dequantised to `dtype` (the one the model was
+    loaded with); all floating-point tensors take the dtype of the largest one.
 
     Raises:
-        ConfigError: a quantisation whose weights cannot be had back.
+        ConfigError: an adapter whose effect no weight can hold, or a quantisation whose weights cannot be had back.
     """
-    layer = copy.deepcopy(layer)
-    _make_plain(layer, dtype)
+    layer = _plain(_without_hooks(layer).eval(), dtype)
+    _check_plain(layer)
     largest = max((p for p in layer.parameters() if p.is_floating_point()), key=Tensor.numel)
     layer = layer.to(largest.dtype)
     layer.requires_grad_(False)
     return layer
 
 
-def _make_plain(module: nn.Module, dtype: torch.dtype | None) -> None:
-    module.__dict__.pop("forward", None)
+def _without_hooks(layer: nn.Module) -> nn.Module:
+    """A deep copy without hooks of any kind and without forwards of an instance's own (accelerate's, a kernel's).
+
+    What these hold (a user's recorder, a whole model) is not copied.
+    """
+    memo: dict[int, Any] = {}
+    for module in layer.modules():
+        for name, value in vars(module).items():
+            if name in OWN_FORWARD:
+                memo[id(value)] = OWN_FORWARD
+            elif "_hooks" in name and isinstance(value, dict):
+                memo[id(value)] = type(value)()
+    layer = copy.deepcopy(layer, memo)
+    for module in layer.modules():
+        for name in OWN_FORWARD:
+            module.__dict__.pop(name, None)
+    return layer
+
+
+def _plain(module: Any, dtype: torch.dtype | None) -> nn.Module:
+    """`module` itself, made plain with all that is in it, or what takes its place."""
+    if isinstance(module, AuxiliaryTrainingWrapper):
+        return _plain(in_use(module), dtype)
+    if isinstance(module, BaseTunerLayer):
+        return _merged(module, dtype)
+    if type(module).__module__.startswith("peft.") and not torch.any(getattr(module, "adaption_gate", torch.ones(1))):
+        return _plain(module.model, dtype)  # an adaption prompt's start
+    if parametrize.is_parametrized(module):
+        _take_value(module, dtype)
+    if is_quantised(module):
+        return dequantised_linear(module, dtype)
     for name, child in list(module.named_children()):
-        if isinstance(child, AuxiliaryTrainingWrapper):
-            child = child.original_module
-        if isinstance(child, BaseTunerLayer):
-            child = child.get_base_layer()
-        if is_quantised(child):
-            child = dequantised_linear(child, dtype)
-        setattr(module, name, child)
-        _make_plain(child, dtype)
+        setattr(module, name, _plain(child, dtype))
+    return module
+
+
+def in_use(wrapper: Any) -> nn.Module:
+    """What a wrapper of PEFT calls: the trained copy (`modules_to_save`), or the original where adapters are off."""
+    active = wrapper.active_adapters
+    if wrapper.disable_adapters or not active or any(name not in wrapper._adapters for name in active):
+        return wrapper.original_module
+    return wrapper.token_adapter if hasattr(wrapper, "token_adapter") else wrapper.modules_to_save[active[0]]
+
+
+def _take_value(module: Any, dtype: torch.dtype | None) -> None:
+    """Puts plain parameters in the place of parametrised ones.
+
+    torch's own `remove_parametrizations` changes the class, which a copy shares with its original.
+    """
+    values = {}
+    for name, parametrisation in module.parametrizations.items():
+        stored = [*parametrisation.parameters(recurse=False), *parametrisation.buffers(recurse=False)]
+        value = getattr(module, name).detach().clone()
+        values[name] = value if all(map(torch.is_floating_point, stored)) else value.to(dtype or value.dtype)
+    module.__class__ = type(module).__bases__[0]
+    del module.parametrizations
+    for name, value in values.items():
+        module.register_parameter(name, nn.Parameter(value, requires_grad=False))
+
+
+def _merged(tuner: Any, dtype: torch.dtype | None) -> nn.Module:
+    """The base layer of a PEFT layer (which may wrap another), plain, with what active adapters do in its weights."""
+    chain = [tuner]
+    while isinstance(chain[-1].base_layer, BaseTunerLayer):
+        chain.append(chain[-1].base_layer)
+    for part in chain:
+        if part.disable_adapters and part.merged:
+            part.unmerge()
+    inner = chain[-1]
+    has_adapter_inside = isinstance(inner.base_layer, nn.MultiheadAttention)
+    if not has_adapter_inside:
+        theirs = inner.base_layer
+        base = _plain(copy.deepcopy(theirs) if is_quantised(theirs) else theirs, dtype)  # dequantising spoils some
+        if any(parameter.is_meta for parameter in base.parameters()):
+            return base
+        if is_plain_linear(base):
+            return _with_effect(base, tuner)
+        inner.base_layer = base
+    try:
+        for part in reversed(chain):
+            merges = not part.disable_adapters and not part.merged
+            if has_adapter_inside:
+                return _plain(part.unload_and_optionally_merge_module(merges, False, None), dtype)
+            if merges:
+                part.merge()
+    except NotImplementedError as error:
+        raise _unmergeable(tuner, str(error)) from None
+    return tuner.get_base_layer()
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Linear, Conv1D)) and type(module).forward in (nn.Linear.forward, Conv1D.forward)
+
+
+@torch.no_grad()
+def _with_effect(base: Any, tuner: Any) -> nn.Module:
+    """`base`, a linear layer, with weight and bias that do what `tuner` does, whose base layer it is or was made of.
+
+    They are read from what `tuner` makes of the identity, in float32 (a quantised one computes as it does), so it need
+    not know how to merge. A tuner that changes nothing leaves `base` as it is, to the bit.
+    """
+    kind = base.weight.dtype
+    exact = torch.promote_types(kind, torch.float32)
+    out_in = isinstance(base, nn.Linear)
+    size, device = base.weight.shape[1 if out_in else 0], base.weight.device
+    theirs = tuner.get_base_layer()
+    if theirs is base:
+        tuner.to(exact)
+    takes = base.weight.dtype
+    base.to(exact)
+
+    def change(rows: Tensor) -> Tensor:
+        rows = rows[None].to(takes)
+        return (tuner(rows).to(exact) - theirs(rows).to(exact))[0]
+
+    with full_precision(), torch.random.fork_rng(devices=[]):
+        probe = torch.randn(4, size, generator=torch.Generator().manual_seed(0)).to(device, exact)
+        try:
+            wanted = change(probe)
+        except Exception as error:  # a method that wants more than an input, each in its own way
+            raise _unmergeable(tuner, f"{type(error).__name__}: {error}") from error
+        if wanted.any():
+            bias = change(probe.new_zeros(1, size))[0]
+            identity = torch.eye(size, device=device, dtype=exact)
+            weight = torch.cat([change(rows) - bias for rows in identity.split(1024)])
+            off = (probe @ weight + bias - wanted).norm()
+            rounding = 1e-5 if theirs is base else 0.02  # of 8 bits, or bfloat16
+            if not off <= 0.01 * wanted.norm() + rounding * base(probe).norm():
+                raise _unmergeable(tuner, "what it adds is not linear in its input")
+            base.weight.data += weight.T if out_in else weight
+            if bias.any():
+                base.bias = nn.Parameter(bias if base.bias is None else base.bias + bias)
+    return base.to(kind)
+
+
+@contextlib.contextmanager
+def full_precision() -> Iterator[None]:
+    """While this is open, float32 products on a GPU are exact (no TF32)."""
+    settings = torch.backends.cuda.matmul
+    before, settings.fp32_precision = settings.fp32_precision, "ieee"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
+
+
+def _unmergeable(tuner: Any, why: str) -> ConfigError:
+    kind = f"{type(tuner).__module__.split('.')[2]} ({type(tuner).__name__})"
+    return ConfigError(
+        f"caft: the last layer has an adapter of PEFT's {kind}, which no weight can stand for ({why}), so the layer "
+        "cannot be copied into heads. Use an adapter that can be merged, such as LoRA, or take the `caft:` block out."
+    )
+
+
+def _check_plain(layer: nn.Module) -> None:
+    """Raises ConfigError if something in a copy is not what a plain layer has."""
+    for name, module in layer.named_modules():
+        if type(module).__module__.startswith("peft."):
+            raise _unmergeable(module, f"{name} is not a layer that can be merged")
+        for key, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            plain = type(tensor) in (nn.Parameter, Tensor)
+            small = tensor.itemsize == 1 and tensor.dtype != torch.bool
+            if not plain or small or (isinstance(tensor, nn.Parameter) and not tensor.is_floating_point()):
+                raise ConfigError(
+                    f"caft: {key} of the last layer's {name or type(layer).__name__} ({type(module).__name__}) is a "
+                    f"{type(tensor).__name__} of {tensor.dtype}, which cannot be dequantised, so the layer cannot be "
+                    "copied into heads. Load the base with bitsandbytes (load_in_4bit or load_in_8bit) or unquantised."
+                )
 
 
 def is_quantised(module: nn.Module) -> bool:
