@@ -20,6 +20,7 @@ from transformers import Trainer
 from caft_plugin import checkpoint
 from caft_plugin.config import CAFTConfig, ConfigError, MEAPConfig, PretrainConfig
 from caft_plugin.heads import refuse_encoder_decoder
+from caft_plugin.mask_token import placeholder_ids
 from caft_plugin.meap import Duplication
 from caft_plugin.training import CAFTTrainerMixin, cut_up, with_caft
 
@@ -66,6 +67,12 @@ class CAFTPlugin(BasePlugin):
                         f"{block}: cannot be used together with `{key}: {cfg[key]}`; {block.upper()} takes supervised "
                         f"fine-tuning and pretraining. Take out the `{block}:` block or the key `{key}`."
                     )
+            if isinstance(config, MEAPConfig) and cfg.get("processor_type"):
+                raise ConfigError(
+                    f"meap: cannot be used together with `processor_type: {cfg['processor_type']}`: Axolotl then makes "
+                    "tokens and labels out of images and text in each batch, where no copy can be put behind an "
+                    "example. Take out the `meap:` block, or, for text alone, the key `processor_type`."
+                )
             if isinstance(config, MEAPConfig) and config.mode == "sft":
                 _refuse_packed_stream(cfg)
             if cfg[block] is None:
@@ -90,12 +97,14 @@ class CAFTPlugin(BasePlugin):
             checkpoint.check_record(checkpoint.read_record(folder), folder, caft, model_config)
         if meap is None or meap.mode != "sft":
             return None
-        return self._duplicated_datasets(cfg, meap)
+        return self._duplicated_datasets(cfg, meap, placeholder_ids(model_config))
 
-    def _duplicated_datasets(self, cfg: DictDefault, meap: MEAPConfig) -> TrainDatasetMeta:
+    def _duplicated_datasets(
+        self, cfg: DictDefault, meap: MEAPConfig, placeholders: frozenset[int]
+    ) -> TrainDatasetMeta:
         said = {key: cfg[key] for key in COUNTED}
         data = load_datasets(cfg=cfg)
-        duplication = Duplication.of(meap, load_tokenizer(cfg), cfg.sequence_len)
+        duplication = Duplication.of(meap, load_tokenizer(cfg), cfg.sequence_len, placeholders)
         data.train_dataset = duplication.of_dataset(data.train_dataset)
         self._duplicated = True
         if isinstance(data.train_dataset, Dataset):
