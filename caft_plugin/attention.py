@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from caft_plugin.checkpoint import write_whole
 from caft_plugin.config import DEFAULT_MASK_RATIO, ConfigError
-from caft_plugin.mask_token import FILE, AddedMaskToken, MaskToken, choose_mask_token
+from caft_plugin.mask_token import FILE, AddedMaskToken, MaskToken, choose_mask_token, placeholder_ids, row_norms
 
 SEGMENTS = ("context", "answer", "query")
 MODELS, INPUTS = ("base", "tuned"), ("plain", "masked")
@@ -151,7 +151,10 @@ def _mask_token(wanted: str, tuned: str, tokenizer: Any, models: dict[str, Any],
     rows = models["tuned"].get_input_embeddings().num_embeddings
     if wanted == "auto" and (Path(tuned) / FILE).is_file():
         wanted = "add"
-    token = choose_mask_token(int(wanted) if wanted.isdigit() else wanted, tokenizer, rows, used)
+    # As the training run chose it, that is by the rows that the base has.
+    norms = row_norms(models["base"].get_input_embeddings())
+    of_media = placeholder_ids(models["base"].config)
+    token = choose_mask_token(int(wanted) if wanted.isdigit() else wanted, tokenizer, rows, used, norms, of_media)
     if token.added:
         for name, model in models.items():
             added = AddedMaskToken(model, token).attach()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils.data import IterableDataset as TorchIterableDataset
 from transformers import PreTrainedTokenizerBase
 
 from caft_plugin.checkpoint import as_shards_of, gathered, write_whole
@@ -22,6 +25,14 @@ from caft_plugin.heads import HiddenSubmodule
 # Names that makers of models give to tokens kept for later use: <|reserved_special_token_0|>, <unused0>, [control_8],
 # <|placeholder1|>, <|dummy_0|>.
 SPARE_NAME = re.compile(r"[<\[].*(reserved|unused|place.?holder|dummy|control_\d).*[>\]]", re.IGNORECASE)
+# Keys of a model's config that name the tokens in whose place images, video or sound go, or that stand around them.
+PLACEHOLDER_KEY = re.compile(
+    r".*(image|img|video|vision|visual|media|audio|speech|[be]o[iav])\w*_(token_ids?|token_index)"
+)
+# A row of the embedding this far below the table's median norm was never trained: rows that were lie within a factor of
+# a few of each other, those of reserved tokens are often zeros. The model's first norm divides by the row's size, so
+# the first gradients there are as many times too large.
+UNTRAINED = 0.1
 MODULE_NAME = "caft_mask_token"
 FILE = Path("caft_meap") / "mask_token.safetensors"
 
@@ -41,16 +52,52 @@ def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     return marked.union(tokenizer.all_special_ids)
 
 
+def placeholder_ids(config: Any) -> frozenset[int]:
+    """Ids that a model's config gives to images, video and sound, those of its parts included."""
+    found: set[int] = set()
+    parts = [config.to_dict()]
+    while parts:
+        for key, value in parts.pop().items():
+            if isinstance(value, Mapping):
+                parts.append(value)
+            elif isinstance(key, str) and PLACEHOLDER_KEY.fullmatch(key):
+                found.update(id_ for id_ in (value if isinstance(value, list) else [value]) if isinstance(id_, int))
+    return frozenset(found)
+
+
+def row_norms(embedding: nn.Module) -> Tensor | None:
+    """The norm of each row of an input embedding; None where its weight is quantised, sharded or not there."""
+    weight = getattr(embedding, "weight", None)
+    if not isinstance(weight, Tensor) or isinstance(weight, DTensor) or weight.is_meta:
+        return None
+    if weight.dim() != 2 or not weight.is_floating_point():
+        return None
+    with torch.no_grad():
+        return torch.cat([rows.float().norm(dim=1) for rows in weight.split(4096)]).cpu()
+
+
+def untrained(norms: Tensor, id_: int) -> bool:
+    return norms[id_].item() < UNTRAINED * norms.median().item()
+
+
 def choose_mask_token(
-    wanted: int | str, tokenizer: PreTrainedTokenizerBase, rows: int, used: frozenset[int] | None
+    wanted: int | str,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: int,
+    used: frozenset[int] | None,
+    norms: Tensor | None = None,
+    placeholders: Collection[int] = (),
 ) -> MaskToken:
     """The mask token for a model whose input embedding has `rows` rows.
 
     `auto` takes the first there is of: the tokenizer's mask token; a token with a name of reserve; a row beyond the
-    tokenizer's last id; a special token that the chat template does not contain and the data does not use.
+    tokenizer's last id; a special token that the chat template does not contain and the data does not use. It passes
+    over those whose row of the embedding is untrained, as long as there is another.
 
     Args:
         used: ids in the training data, None where they cannot be known (streamed data).
+        norms: of the embedding's rows (`row_norms`), None where they cannot be known.
+        placeholders: ids that stand for images or sound (`placeholder_ids`).
 
     Raises:
         ConfigError: no such token, or the one that was asked for is missing or in use.
@@ -61,27 +108,42 @@ def choose_mask_token(
     text_of = {id_: text for text, id_ in vocabulary.items()}
     template = str(tokenizer.chat_template or "")
 
-    def free(id_: int) -> bool:
-        return 0 <= id_ < rows and id_ not in (used or ()) and text_of.get(id_, "\0") not in template
-
     def found(id_: int, why: str) -> MaskToken:
-        return MaskToken(id_, f"{text_of.get(id_, 'a row without a token')!r} (id {id_}), {why}")
+        words = f"{text_of.get(id_, 'a row without a token')!r} (id {id_}), {why}"
+        if norms is not None and untrained(norms, id_):
+            words += (
+                f", but its input vector is untrained: its norm is {norms[id_]:.2g}, the table's median "
+                f"{norms.median():.2g}, so the first gradients will be large. Take mask_token: add, or another token"
+            )
+        return MaskToken(id_, words)
 
     if wanted != "auto":
-        return _as_asked(wanted, vocabulary, text_of, rows, used, found)
-    if tokenizer.mask_token_id is not None and free(tokenizer.mask_token_id):
-        return found(tokenizer.mask_token_id, "the tokenizer's mask token")
-    for id_ in sorted(id_ for text, id_ in vocabulary.items() if SPARE_NAME.fullmatch(text)):
-        if free(id_):
-            return found(id_, "a token kept in reserve")
-    spare = max(vocabulary.values()) + 1
-    if free(spare):
-        return found(spare, f"the first of {rows - spare} embedding rows that the tokenizer does not use")
-    if used is not None:
-        taken = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id}
-        for id_ in sorted(special_ids(tokenizer) - taken):
-            if free(id_):
-                return found(id_, "a special token that neither the chat template nor the data uses")
+        return found(_as_asked(wanted, vocabulary, rows, used, placeholders), "as asked")
+
+    def candidates() -> Iterator[tuple[int, str]]:
+        if tokenizer.mask_token_id is not None:
+            yield tokenizer.mask_token_id, "the tokenizer's mask token"
+        for id_ in sorted(id_ for text, id_ in vocabulary.items() if SPARE_NAME.fullmatch(text)):
+            yield id_, "a token kept in reserve"
+        spare = max(vocabulary.values()) + 1
+        for id_ in range(spare, rows):
+            yield id_, f"one of {rows - spare} embedding rows that the tokenizer does not use"
+        if used is not None:
+            taken = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id}
+            for id_ in sorted(special_ids(tokenizer) - taken):
+                yield id_, "a special token that neither the chat template nor the data uses"
+
+    barred = {*(used or ()), *placeholders}
+    free = [
+        (id_, why)
+        for id_, why in candidates()
+        if 0 <= id_ < rows and id_ not in barred and text_of.get(id_, "\0") not in template
+    ]
+    for id_, why in free:
+        if norms is None or not untrained(norms, id_):
+            return found(id_, why)
+    if free:
+        return found(*free[0])
     raise ConfigError(
         "meap.mask_token: auto found no mask token, no reserved token, no spare embedding row and no unused special "
         f"token{'' if used is not None else ' (streamed data cannot be searched for them)'}. Set mask_token: add, "
@@ -89,7 +151,7 @@ def choose_mask_token(
     )
 
 
-def _as_asked(wanted: Any, vocabulary: Any, text_of: Any, rows: int, used: Any, found: Any) -> MaskToken:
+def _as_asked(wanted: Any, vocabulary: Any, rows: int, used: Any, placeholders: Collection[int]) -> int:
     id_ = vocabulary.get(wanted) if isinstance(wanted, str) else wanted
     if id_ is None:
         raise ConfigError(
@@ -106,33 +168,44 @@ def _as_asked(wanted: Any, vocabulary: Any, text_of: Any, rows: int, used: Any, 
             f"meap.mask_token: got {wanted!r} (id {id_}), but the training data contains it, so the model could not "
             "tell masks from text. Name a token that the data does not use, or set auto or add."
         )
-    return found(id_, "as asked")
+    if id_ in placeholders:
+        raise ConfigError(
+            f"meap.mask_token: got {wanted!r} (id {id_}), but the model's config gives it to images, video or sound. "
+            "Name another token, or set auto or add."
+        )
+    return id_
 
 
 def used_ids(dataset: Any) -> frozenset[int] | None:
     """Token ids in the `input_ids` of a map-style data set; None where there are none to be looked through."""
-    if not hasattr(dataset, "__len__"):
+    if not hasattr(dataset, "__len__") or isinstance(dataset, TorchIterableDataset):
         return None
     used: set[int] = set()
-    for ids in _id_chunks(dataset):
+    for ids in column_chunks(dataset, "input_ids"):
         if ids is None:
             return None
         used.update(np.flatnonzero(np.bincount(ids)).tolist())
     return frozenset(used)
 
 
-def _id_chunks(dataset: Any) -> Iterator[np.ndarray | None]:
+def rows_of(dataset: Any) -> Iterator[Any]:
+    """As many rows as a data set says that it has: one that draws its rows at random may never end by itself."""
+    return itertools.islice(iter(dataset), len(dataset))
+
+
+def column_chunks(dataset: Any, column: str) -> Iterator[np.ndarray | None]:
+    """All values of a column of whole numbers, many at a time; None where rows do not have it, or make it when read."""
     from datasets import Dataset
 
     if isinstance(dataset, Dataset):
-        if "input_ids" not in dataset.column_names:
+        if column not in dataset.column_names or dataset.format["type"] == "custom":
             yield None
             return
-        for table in dataset.select_columns(["input_ids"]).with_format("arrow").iter(1000):
-            yield table.column("input_ids").combine_chunks().flatten().to_numpy(zero_copy_only=False)
+        for table in dataset.select_columns([column]).with_format("arrow").iter(1000):
+            yield table.column(column).combine_chunks().flatten().to_numpy(zero_copy_only=False)
     else:
-        for row in dataset:
-            yield np.asarray(row["input_ids"], dtype=np.int64) if "input_ids" in row else None
+        for row in rows_of(dataset):
+            yield np.asarray(row[column], dtype=np.int64) if column in row else None
 
 
 class AddedMaskToken(nn.Module):

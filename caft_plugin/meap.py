@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import logging
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,9 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from caft_plugin.config import ConfigError, MEAPConfig
 from caft_plugin.loss import BOUNDARY, IGNORE, PLAN, document_ids
-from caft_plugin.mask_token import special_ids
+from caft_plugin.mask_token import column_chunks, rows_of, special_ids
+
+logger = logging.getLogger(__name__)
 
 # What labels say between duplication and collation, all of it gone from a batch:
 COPY = -101  # a token of a copy, outside of its answers
@@ -48,7 +51,7 @@ class Duplication:
 
     An answer is a run of supervised tokens, so a conversation may have several: the rule goes by answer, and one copy
     serves all of them. `special` are ids that are never masked, `blank` those of white space, which after an answer's
-    end token belongs to the template.
+    end token belongs to the template. `placeholders` are ids that stand for images or sound.
     """
 
     layout: str
@@ -56,16 +59,24 @@ class Duplication:
     max_length: int | None
     special: tuple[int, ...]
     blank: tuple[int, ...]
+    placeholders: tuple[int, ...] = ()
 
     @classmethod
-    def of(cls, config: MEAPConfig, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> Duplication:
+    def of(
+        cls,
+        config: MEAPConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int | None,
+        placeholders: Iterable[int] = (),
+    ) -> Duplication:
         white = [tokenizer.encode(text, add_special_tokens=False) for text in ("\n", "\n\n", " ", "\r\n")]
         return cls(
             config.layout,
             config.min_answer_tokens,
             max_length,
-            special=tuple(sorted(special_ids(tokenizer))),
+            special=tuple(sorted(special_ids(tokenizer).union(placeholders))),
             blank=tuple(sorted({id_ for ids in white for id_ in ids})),
+            placeholders=tuple(sorted(placeholders)),
         )
 
     def copy_labels(self, ids: np.ndarray, labels: np.ndarray) -> np.ndarray | None:
@@ -91,7 +102,7 @@ class Duplication:
         """The row or rows that an example becomes.
 
         Raises:
-            ConfigError: rows that are not tokenised, or without labels.
+            ConfigError: rows that are not tokenised, without labels, doubled already, or with images in a pair.
         """
         for key in ("input_ids", "labels"):
             if key not in example:
@@ -100,6 +111,11 @@ class Duplication:
                     "them with labels of -100 on the prompt, or use `mode: pretrain`, which takes rows without labels."
                 )
         ids, labels = (np.asarray(example[key], dtype=np.int64) for key in ("input_ids", "labels"))
+        if codes(labels).any():
+            raise ConfigError(
+                "meap: the training rows come from a training set that has its masked copies already (their labels "
+                "hold MEAP's codes). Give the rows as they were before."
+            )
         copy = self.copy_labels(ids, labels)
         if copy is None:
             return [dict(example)]
@@ -110,6 +126,13 @@ class Duplication:
             marked = labels.copy()
             marked[1 + np.flatnonzero(labels[1:] != IGNORE)[0]] += TOO_LONG
             return [{**example, "labels": like(example["labels"], marked)}]
+        media = [key for key in example if key.startswith(("pixel_values", "input_features"))]
+        if media or np.isin(ids, self.placeholders).any():
+            seen = f"the column {media[0]}" if media else f"token id {ids[np.isin(ids, self.placeholders)][0]}"
+            raise ConfigError(
+                f"meap.layout: got concat, but a training row holds images, video or sound ({seen}), which would have "
+                "to stand twice in one sequence. Use layout: separate, or mode: pretrain."
+            )
         copy[0] = COPY_START
         pair = {
             key: like(value, np.tile(np.asarray(value), 2)) if np.ndim(value) == 1 and len(value) == len(ids) else value
@@ -128,9 +151,20 @@ class Duplication:
         return {key: [row[key] for row in made] for key in (made[0] if made else batch)}
 
     def of_dataset(self, dataset: Any) -> Any:
-        """A training set of the same kind, doubled: of `datasets` (streamed too), or any map-style one, as a list."""
+        """A training set of the same kind, doubled: of `datasets` (streamed too), or any map-style one, read once, as
+        a list.
+
+        Raises:
+            ConfigError: the set makes its rows anew each time, or cannot be doubled for another reason.
+        """
         from datasets import Dataset, IterableDataset, Sequence, Value
 
+        if isinstance(dataset, Dataset) and dataset.format["type"] == "custom":
+            raise ConfigError(
+                "meap.mode: got sft, but the training set makes its rows when they are read (with_transform or "
+                "set_transform), so no copies can be put behind them. Make the rows with Dataset.map(...) in place of "
+                "the transform, or use mode: pretrain, which takes such a set."
+            )
         if isinstance(dataset, Dataset):
             features = None
             if "labels" in dataset.column_names:
@@ -144,7 +178,43 @@ class Duplication:
                 f"meap: the training set is a {type(dataset).__name__}, a stream that cannot be doubled. Give a "
                 "`datasets.IterableDataset` or a map-style data set."
             )
-        return [row for example in dataset for row in self(example)]
+        return [row for example in rows_of(dataset) for row in self(example)]
+
+
+def codes(labels: Any) -> Any:
+    """Where labels, an array or a tensor, say something to the collator that draws masks."""
+    return (labels < IGNORE) | (labels >= ELIGIBLE)
+
+
+def has_target(row: Mapping[str, Any]) -> bool:
+    """Whether a row, cut after it was doubled, still has a token that is learned or that may be masked and learned."""
+    return any(label >= 0 for label in row["labels"])
+
+
+def nothing_to_mask(dataset: Any) -> str | None:
+    """Why a doubled training set has no masked copy at all, with counts. None where it has one, or is streamed."""
+    if not hasattr(dataset, "__len__"):
+        return None
+    too_long = 0
+    for labels in column_chunks(dataset, "labels"):
+        if labels is None or ((labels >= ELIGIBLE) & (labels < TOO_LONG)).any():
+            return None
+        too_long += int((labels >= TOO_LONG).sum())
+    return (
+        f"none of the {len(dataset)} training rows has a masked copy, so this is a plain run: {too_long} examples are "
+        "too long for a pair, the others have no answer that is long enough. Lower meap.min_answer_tokens, or take "
+        "layout: separate or a longer sequence length"
+    )
+
+
+def plain_labels(ids: Tensor, labels: Tensor, layout: str) -> Tensor:
+    """Labels for the evaluation of rows out of a doubled training set: those of before. A copy behind its original is
+    not evaluated again, one that is a row of its own is evaluated as the example that it copies."""
+    labels = torch.where(labels >= TOO_LONG, labels - TOO_LONG, labels)
+    if layout == "separate":
+        labels = torch.where(labels == KEPT, ids, labels)
+        labels = torch.where(labels >= ELIGIBLE, labels - ELIGIBLE, labels)
+    return labels.masked_fill(codes(labels), IGNORE)
 
 
 def like(value: Any, array: np.ndarray) -> Any:
@@ -162,28 +232,46 @@ class MEAPCollator:
 
     A batch has one more key, `meap_plan` (batch, length): bits BOUNDARY, MAY_MASK, MASKED, EXAMPLE (one token of each
     masked example), OVERLONG (one token of each example too long for a pair).
+
+    `placeholders` are ids that stand for images or sound; they are never masked. `masked` says, in the main process
+    alone, that some batch of the run was seen to have masks.
     """
 
-    def __init__(self, host: Callable[..., Any], config: MEAPConfig, mask_id: int, seed: int) -> None:
+    def __init__(
+        self,
+        host: Callable[..., Any],
+        config: MEAPConfig,
+        mask_id: int,
+        seed: int,
+        placeholders: Iterable[int] = (),
+    ) -> None:
         self.host = host
         self.config = config
         self.mask_id = mask_id
         self.seed = seed
+        self.placeholders = sorted(placeholders)
+        self.masked = False
         self.epoch = torch.zeros((), dtype=torch.long).share_memory_()
 
     def __call__(self, features: Any, *args: Any, **kwargs: Any) -> Any:
         batch = self.host(features, *args, **kwargs)
+        if PLAN in batch:
+            raise ConfigError(
+                f"meap: {self._host_name()} has drawn masks already (it comes from another trainer with `meap`). Give "
+                "the trainer the collator that it had without masks."
+            )
         if "labels" not in batch:
             raise ConfigError(f"meap: {self._host_name()} made a batch without labels. Use one that makes them.")
         ids, labels = batch["input_ids"].clone(), batch["labels"].clone()
-        plan = torch.zeros_like(labels)
-        draw = self._mask_copies if self.config.mode == "sft" else self._mask_documents
-        draw(batch, ids.numpy(), labels.numpy(), plan.numpy())
-        if not plan.any() and self.config.mode == "sft" and any(carries_codes(row) for row in features):
+        sft = self.config.mode == "sft"
+        if sft and not codes(labels).any() and any(carries_codes(row) for row in features):
             raise ConfigError(
                 f"meap: {self._host_name()} makes labels of its own in place of the rows', so masks cannot be drawn. "
                 "Use one that pads the rows' labels, such as transformers.DataCollatorForSeq2Seq(tokenizer)."
             )
+        plan = torch.zeros_like(labels)
+        draw = self._mask_copies if sft else self._mask_documents
+        draw(batch, ids.numpy(), labels.numpy(), plan.numpy())
         batch["input_ids"], batch["labels"], batch[PLAN] = ids, labels, plan
         return batch
 
@@ -221,11 +309,12 @@ class MEAPCollator:
                 if documents_of_row[start] < 0 or not len(supervised):
                     continue
                 length = int(supervised[-1]) + 1  # without padding
-                if length < 2:
+                text = ~np.isin(row_ids[start : start + length], self.placeholders)
+                eligible = (start + np.flatnonzero(text[:-1])).tolist()
+                if not eligible:
                     continue
-                eligible = list(range(start, start + length - 1))
                 generator = self._generator(row_ids[start : start + length])
-                drawn = self._draw(generator, eligible, length)
+                drawn = self._draw(generator, eligible, int(text.sum()))
                 row_ids[drawn] = self.mask_id
                 marks[eligible] |= MAY_MASK
                 marks[drawn] |= MASKED
@@ -243,12 +332,11 @@ def carries_codes(row: Any) -> bool:
     """Whether the labels of a row, or of one in a list of rows, say what is to be masked."""
     if isinstance(row, list):
         return any(carries_codes(part) for part in row)
-    labels = np.asarray(row["labels"])
-    return bool(((labels < IGNORE) | (labels >= ELIGIBLE)).any())
+    return "labels" in row and bool(codes(np.asarray(row["labels"])).any())
 
 
 class EpochOfMasks(TrainerCallback):
-    """Tells the collator which epoch begins, also in a run that is resumed."""
+    """Tells the collator which epoch begins, also in a run that is resumed, and the user if nothing was masked."""
 
     def __init__(self, collator: MEAPCollator) -> None:
         self.collator = collator
@@ -260,3 +348,14 @@ class EpochOfMasks(TrainerCallback):
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.collator.epoch.fill_(self.next)
         self.next += 1
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not self.collator.masked and state.is_world_process_zero:
+            logger.warning(
+                "meap: not one token was masked in %d steps, so this was a plain run. %s",
+                state.global_step,
+                "No answer was long enough (meap.min_answer_tokens), no pair fitted, or the data loader read another "
+                "training set than the trainer's own"
+                if self.collator.config.mode == "sft"
+                else "No document had two tokens of text",
+            )

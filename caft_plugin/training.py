@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import functools
 import inspect
 import logging
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,16 +23,29 @@ from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from caft_plugin import checkpoint, resume
-from caft_plugin.config import CAFTConfig, ConfigError, MEAPConfig, named
+from caft_plugin.config import CAFTConfig, ConfigError, MEAPConfig, named, shown
 from caft_plugin.heads import NOTING, AttachedHeads, HiddenSubmodule, Reading, build_heads, find_trunk, taken
 from caft_plugin.loss import IGNORE, PLAN, count_targets, gamma, head_targets, head_weights
 from caft_plugin.mask_token import FILE as MASK_TOKEN_FILE
-from caft_plugin.mask_token import AddedMaskToken, choose_mask_token, used_ids
-from caft_plugin.meap import EXAMPLE, MASKED, MAY_MASK, OVERLONG, Duplication, EpochOfMasks, MEAPCollator
+from caft_plugin.mask_token import AddedMaskToken, choose_mask_token, placeholder_ids, row_norms, used_ids
+from caft_plugin.meap import (
+    EXAMPLE,
+    MASKED,
+    MAY_MASK,
+    OVERLONG,
+    Duplication,
+    EpochOfMasks,
+    MEAPCollator,
+    nothing_to_mask,
+    plain_labels,
+)
 from caft_plugin.precision import warn_of_slow_bf16
 
 logger = logging.getLogger(__name__)
 
+# Doors to frameworks whose trainers need more than this file, by the package that defines a trainer. `with_caft` asks
+# the door what to put over such a class (`mixin_of`), and imports it then and not before.
+DOORS = {"trl": "caft_plugin.trl"}
 
 # What accelerate's ParallelismConfig can share out among processes besides rows and weights.
 CUTTING = {"cp_size": "sequences", "sp_size": "sequences", "tp_size": "layers"}
@@ -135,7 +148,6 @@ class MaskTally:
         self.counts += torch.stack([(plan & bit).bool().sum() for bit in self.BITS]).to(self.counts.device)
 
 
-@functools.cache
 def with_caft(trainer_class: type[Trainer]) -> type[Trainer]:
     """A subclass of `trainer_class` that adds the loss of auxiliary heads to the loss the class computes, masks its
     training examples, or both.
@@ -153,8 +165,15 @@ def with_caft(trainer_class: type[Trainer]) -> type[Trainer]:
         raise TypeError(f"with_caft takes a subclass of transformers.Trainer, got {trainer_class!r}")
     if issubclass(trainer_class, CAFTTrainerMixin):
         return trainer_class
-    name = f"CAFT{trainer_class.__name__}"
-    return type(name, (CAFTTrainerMixin, trainer_class), {"__doc__": trainer_class.__doc__})
+    packages = [base.__module__.partition(".")[0] for base in trainer_class.__mro__]
+    door = next((DOORS[package] for package in packages if package in DOORS), None)
+    host: Any = trainer_class
+    return _over(CAFTTrainerMixin if door is None else import_module(door).mixin_of(host), host)
+
+
+@functools.cache
+def _over(mixin: type, trainer_class: type) -> type[Trainer]:
+    return type(f"CAFT{trainer_class.__name__}", (mixin, trainer_class), {"__doc__": trainer_class.__doc__})
 
 
 if TYPE_CHECKING:
@@ -184,16 +203,15 @@ class CAFTTrainerMixin(_Base):
         self.mask_token: AddedMaskToken | None = None
         self._meap_collator: MEAPCollator | None = None
         self._meap_tally: MaskTally | None = None
-        self._meap_duplicated = False
         self._saving_checkpoint = False
+        self._meap_data: Any = None  # the training set that masks are drawn in, in mode sft the doubled one
+        self._meap_plain: Callable[[], Any] | None = None  # makes that set as it would have been without copies
         super().__init__(*args, **kwargs)
         if caft is not None:
             self.attach_caft(CAFTConfig.read(caft))
         if self.meap_config is not None:
-            if self.meap_config.mode == "sft" and not self._meap_duplicated and self.train_dataset is not None:
-                model: Any = self.model
-                limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-                self.train_dataset = self._duplicated(self.train_dataset, self.processing_class, self.args, limit)
+            if self.meap_config.mode == "sft" and self._meap_data is None and self.train_dataset is not None:
+                self._double()
             self.attach_meap(self.meap_config)
 
     def attach_caft(self, config: CAFTConfig) -> None:
@@ -347,8 +365,10 @@ class CAFTTrainerMixin(_Base):
         duplicated already.
 
         Raises:
-            ConfigError: there is no tokenizer, or no mask token to be had.
+            ConfigError: there is no tokenizer, or no mask token to be had, or masks are drawn already.
         """
+        if self._meap_collator is not None:
+            raise ConfigError("meap: this trainer draws masks already. Give `meap` once, to a trainer of its own.")
         self.meap_config = config
         model: Any = self.model
         embedding = model.get_input_embeddings()
@@ -357,7 +377,8 @@ class CAFTTrainerMixin(_Base):
         used: frozenset[int] | None = frozenset()
         if self.train_dataset is not None and config.mask_token != "add":
             used = used_ids(self.train_dataset)
-        token = choose_mask_token(config.mask_token, tokenizer, rows, used)
+        placeholders = placeholder_ids(model.config)
+        token = choose_mask_token(config.mask_token, tokenizer, rows, used, row_norms(embedding), placeholders)
         if self.args.process_index == 0:
             logger.warning("meap.mask_token: %s", token.words)  # a warning, because nothing less is shown by default
         if token.added:
@@ -369,46 +390,112 @@ class CAFTTrainerMixin(_Base):
                     "meap.mask_token: got add, but the trainer was given a finished optimizer (optimizers=...), which "
                     "cannot hold the new vector. Pass optimizer_cls_and_kwargs instead, or name a token."
                 )
-        self._meap_collator = MEAPCollator(self.data_collator, config, token.id, self.args.seed)
+        self._meap_collator = MEAPCollator(self.data_collator, config, token.id, self.args.seed, placeholders)
         self.add_callback(EpochOfMasks(self._meap_collator))
         self._start_afresh_with_each_loop()
+        self._masked_from_now_on(self.train_dataset)
 
-    def _duplicated(self, dataset: Any, processing_class: Any, args: Any, max_length: int | None) -> Any:
+    def _double(self) -> None:
+        """Puts the doubled training set in the place of the one that the class was given."""
+        model: Any = self.model
+        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        plain = self.train_dataset
+        placeholders = placeholder_ids(model.config)
+        self.train_dataset = self._duplicated(plain, self.processing_class, self.args, limit, placeholders)
+        self._meap_plain = lambda: plain
+
+    def _duplicated(
+        self, dataset: Any, processing_class: Any, args: Any, max_length: int | None, placeholders: Iterable[int] = ()
+    ) -> Any:
         assert self.meap_config is not None
-        duplication = Duplication.of(self.meap_config, tokenizer_of(processing_class), max_length)
+        duplication = Duplication.of(self.meap_config, tokenizer_of(processing_class), max_length, placeholders)
         with args.main_process_first():
             return duplication.of_dataset(dataset)
 
-    def _prepare_dataset(
-        self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str
-    ) -> Any:
-        """TRL's SFTTrainer tokenises, cuts and packs here, inside its constructor. Copies come after the first of
-        these and before the others."""
-        prepare = super()._prepare_dataset  # type: ignore[misc]
-        if self.meap_config is None or self.meap_config.mode != "sft" or dataset_name != "train":
-            return prepare(dataset, processing_class, args, packing, formatting_func, dataset_name)
-        uncut = copy.copy(args)
-        uncut.max_length, uncut.shuffle_dataset = None, False
-        dataset = prepare(dataset, processing_class, uncut, False, formatting_func, dataset_name)
-        dataset = self._duplicated(dataset, processing_class, args, args.max_length)
-        self._meap_duplicated = True
-        return prepare(dataset, processing_class, args, packing, None, dataset_name)
+    def _masked_from_now_on(self, dataset: Any) -> None:
+        assert self.meap_config is not None and self._meap_collator is not None
+        self._meap_data = dataset
+        nothing = nothing_to_mask(dataset) if self.meap_config.mode == "sft" and dataset is not None else None
+        if nothing is not None:
+            self._meap_collator.masked = True  # so that it is said once
+            if self.args.process_index == 0:
+                logger.warning("meap: %s", nothing)
+
+    def _take_other_data(self) -> None:
+        """Takes a training set that was set after the trainer was made.
+
+        Raises:
+            ConfigError: it contains the mask token.
+        """
+        assert self.meap_config is not None and self._meap_collator is not None
+        mask_id = self._meap_collator.mask_id
+        if mask_id in (used_ids(self.train_dataset) or ()):
+            raise ConfigError(
+                f"meap.mask_token: got {self.meap_config.mask_token!r}, which chose id {mask_id} before there was this "
+                "training set, which contains it. Give the set to the trainer when it is made, or name another token."
+            )
+        if self.meap_config.mode == "sft":
+            self._double()
+        self._masked_from_now_on(self.train_dataset)
+
+    def _as_evaluated(self, dataset: Any) -> Any:
+        """What stands for a data set in evaluation: for the doubled training set, that set without copies."""
+        return dataset if self._meap_plain is None or dataset is not self._meap_data else self._meap_plain()
 
     def get_train_dataloader(self) -> Any:
         """The class's own, its collator wrapped; every other data loader keeps the collator that it has."""
-        if self._meap_collator is None:
+        ours = self._meap_collator
+        if ours is None or self.data_collator is ours:  # a class may ask for its data loader while it makes it
             return super().get_train_dataloader()
-        self._meap_collator.host = self.data_collator
-        self.data_collator = self._meap_collator
+        if self.train_dataset is not None and self.train_dataset is not self._meap_data:
+            self._take_other_data()
+        ours.host = self.data_collator
+        self.data_collator = ours
         try:
             return super().get_train_dataloader()
         finally:
-            self.data_collator = self._meap_collator.host
+            self.data_collator = ours.host
+
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        kwargs = {key: self._as_evaluated(value) for key, value in kwargs.items()}
+        return super().get_eval_dataloader(*map(self._as_evaluated, args), **kwargs)
+
+    def get_test_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        kwargs = {key: self._as_evaluated(value) for key, value in kwargs.items()}
+        return super().get_test_dataloader(*map(self._as_evaluated, args), **kwargs)
+
+    def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """Of rows out of the doubled training set, say a part of it, the labels as they were before."""
+        if self.meap_config is not None and self.meap_config.mode == "sft":
+            ids, labels = inputs.get("input_ids"), inputs.get("labels")
+            if ids is not None and labels is not None and ids.shape == labels.shape:
+                inputs["labels"] = plain_labels(ids, labels, self.meap_config.layout)
+        return super().prediction_step(model, inputs, *args, **kwargs)
+
+    def _check_masked(self, batches: list[Any]) -> None:
+        """Stops a run whose data loader leaves the collator of masks out.
+
+        Raises:
+            ConfigError: a batch did not come from it.
+        """
+        if self._meap_collator is None:
+            return
+        for batch in batches:
+            if PLAN not in batch:
+                raise ConfigError(
+                    f"meap: a training batch of {type(self).__name__} was not masked (it holds {shown(list(batch))}; a "
+                    f"masked one holds {PLAN!r} too): its data loader collates rows with something else than the "
+                    "trainer's data_collator, or drops keys. Let get_train_dataloader use self.data_collator as "
+                    "collate_fn and keep every key, or take `meap` out."
+                )
+            if not self._meap_collator.masked:
+                self._meap_collator.masked = bool((batch[PLAN] & MASKED).any())
 
     # -- the loss ----------------------------------------------------------------------------------
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         samples, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._check_masked(samples)
         if self.caft is not None and samples:
             self._close_window()
             self._tally()  # which notes the step that it begins with

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+import inspect
+from typing import Any
+
 try:
     from trl import SFTTrainer
 except ImportError as error:
@@ -9,6 +14,43 @@ except ImportError as error:
         f"caft_plugin.trl needs TRL, which could not be imported ({error}). Install it: pip install 'caft_plugin[trl]'"
     ) from error
 
-from caft_plugin.training import with_caft
+from transformers import Trainer
+
+from caft_plugin.meap import has_target
+from caft_plugin.training import CAFTTrainerMixin, with_caft
+
+ARGUMENTS = inspect.signature(SFTTrainer._prepare_dataset)
+
+
+class SFTMixin(CAFTTrainerMixin):
+    """What is SFTTrainer's own: it tokenises, cuts and packs its data inside its constructor."""
+
+    def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        """Copies come after tokens and before all else. The training set is the first that is prepared, whatever
+        evaluation sets are called."""
+        prepare = super()._prepare_dataset  # type: ignore[misc]
+        dataset = self._as_evaluated(dataset)
+        if self.meap_config is None or self.meap_config.mode != "sft" or self._meap_data is not None:
+            return prepare(dataset, *args, **kwargs)
+        given = ARGUMENTS.bind(self, dataset, *args, **kwargs).arguments
+        settings, tokenizer, name = given["args"], given["processing_class"], given["dataset_name"]
+        if name != "train":
+            return prepare(dataset, *args, **kwargs)
+        uncut = copy.copy(settings)
+        uncut.max_length, uncut.shuffle_dataset = None, False
+        dataset = prepare(dataset, tokenizer, uncut, False, given["formatting_func"], name)
+        rest = tokenizer, settings, given["packing"], None, name
+        self._meap_plain = functools.partial(prepare, dataset, *rest)
+        doubled = prepare(self._duplicated(dataset, tokenizer, settings, settings.max_length), *rest)
+        if self.meap_config.layout == "separate" and settings.max_length is not None and not given["packing"]:
+            doubled = doubled.filter(has_target)  # as SFTTrainer drops rows that were cut before their first target
+        self._meap_data = doubled
+        return doubled
+
+
+def mixin_of(trainer_class: type[Trainer]) -> type[CAFTTrainerMixin]:
+    """What `with_caft` puts over one of TRL's trainers."""
+    return SFTMixin if issubclass(trainer_class, SFTTrainer) else CAFTTrainerMixin
+
 
 CAFTSFTTrainer = with_caft(SFTTrainer)

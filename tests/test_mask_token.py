@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
+import transformers
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig, get_peft_model
+from test_vision import FAMILIES as FAMILIES_WITH_IMAGES
+from test_vision import IMAGE, MROPE_FAMILIES, VISION_START
 from tokenizers import AddedToken, Tokenizer
 from tokenizers.models import WordLevel
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedTokenizerFast
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+)
 
 from caft_plugin import ConfigError
-from caft_plugin.mask_token import FILE, AddedMaskToken, choose_mask_token, used_ids
+from caft_plugin.mask_token import FILE, AddedMaskToken, choose_mask_token, placeholder_ids, row_norms, used_ids
 
 TEMPLATE = "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m.role }}{{ m.content }}<|im_end|>{% endfor %}"
 
@@ -121,6 +132,72 @@ def test_a_token_by_name_or_id():
         choose_mask_token("w700", made, 55, frozenset())
     with pytest.raises(ConfigError, match=r"got 55 \(id 55\), but the model's input embedding has 55 rows"):
         choose_mask_token(55, made, 55, frozenset())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_auto_passes_over_rows_that_were_never_trained(family):
+    """And takes one all the same, with a warning, where there is no other."""
+    make, rows, _ = FAMILIES[family]
+    made, used = make(), frozenset(range(3))
+    norms = torch.ones(rows)
+    first = choose_mask_token("auto", made, rows, used, norms)
+    assert first == choose_mask_token("auto", made, rows, used)
+    norms[first.id] = 0.11
+    assert choose_mask_token("auto", made, rows, used, norms) == first
+    norms[first.id] = 0.09
+    second = choose_mask_token("auto", made, rows, used, norms)
+    assert second.id != first.id and "untrained" not in second.words
+    words = torch.tensor([made.convert_tokens_to_ids(word) for word in WORDS])
+    alone = torch.zeros(rows).index_fill(0, words, 1.0)
+    last = choose_mask_token("auto", made, rows, used, alone)
+    assert last.id == first.id and "is untrained: its norm is 0" in last.words
+
+
+def test_a_token_named_by_the_user_is_warned_of():
+    made, norms = FAMILIES["SmolLM2"][0](), torch.full((55,), 2.0)
+    norms[7] = 0.1
+    token = choose_mask_token(7, made, 55, frozenset(), norms)
+    assert token.words == (
+        "'w7' (id 7), as asked, but its input vector is untrained: its norm is 0.1, the table's median 2, so the first "
+        "gradients will be large. Take mask_token: add, or another token"
+    )
+    assert choose_mask_token(8, made, 55, frozenset(), norms).words == "'w8' (id 8), as asked"
+
+
+def test_norms_are_read_where_they_can_be():
+    table = torch.nn.Embedding(5000, 4)
+    torch.testing.assert_close(row_norms(table), table.weight.detach().norm(dim=1))
+    torch.testing.assert_close(row_norms(table.bfloat16()), table.weight.detach().float().norm(dim=1))
+    assert row_norms(torch.nn.Embedding(5, 4, device="meta")) is None
+    assert row_norms(torch.nn.Module()) is None
+    table.weight = torch.nn.Parameter(torch.zeros(20, 1, dtype=torch.uint8), requires_grad=False)  # as 4 bits are
+    assert row_norms(table) is None
+    table.weight = torch.nn.Parameter(torch.zeros(0))  # as ZeRO-3 leaves it
+    assert row_norms(table) is None
+
+
+@pytest.mark.parametrize("family", FAMILIES_WITH_IMAGES)
+def test_placeholders_are_read_from_the_config(family):
+    config = getattr(transformers, f"{family}Config")(**copy.deepcopy(FAMILIES_WITH_IMAGES[family]))
+    ids = placeholder_ids(config)
+    assert IMAGE in ids and not ids & {config.get_text_config().eos_token_id, config.get_text_config().pad_token_id}
+    if family in MROPE_FAMILIES:
+        assert {91, VISION_START, 93} <= ids
+
+
+def test_placeholders_of_parts_and_in_lists():
+    thinker = {"audio_token_id": 5, "audio_config": {"audio_end_token_id": 6}}
+    config = PreTrainedConfig(thinker_config=thinker, visual_indicator_token_ids=[7, 8], boi_token_index=9)
+    assert placeholder_ids(config) == {5, 6, 7, 8, 9}
+    assert placeholder_ids(LlamaConfig()) == frozenset()
+
+
+def test_a_placeholder_is_no_mask_token():
+    made = FAMILIES["Gemma"][0]()
+    unused = made.convert_tokens_to_ids("<unused0>")
+    assert choose_mask_token("auto", made, 60, frozenset(), None, {unused}).id == unused + 1
+    with pytest.raises(ConfigError, match=r"got '<unused0>' \(id 6\), but the model's config gives it to images"):
+        choose_mask_token("<unused0>", made, 60, frozenset(), None, {unused})
 
 
 def test_used_ids():

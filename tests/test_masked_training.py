@@ -7,6 +7,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from test_meap import MASK, duplication, example, pad
@@ -14,10 +15,10 @@ from test_training import CAFTTrainer, arguments, losses
 from tiny import word_tokenizer
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from torch.utils.data import IterableDataset
-from transformers import PreTrainedTokenizerFast, TrainerCallback
+from torch.utils.data import DataLoader, IterableDataset, Subset
+from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback
 
-from caft_plugin import ConfigError, MEAPConfig
+from caft_plugin import ConfigError, MEAPConfig, with_caft
 from caft_plugin.loss import IGNORE, PLAN
 from caft_plugin.mask_token import FILE
 
@@ -286,6 +287,176 @@ def test_what_cannot_work_is_said(model, tmp_path):
     with pytest.raises(ConfigError, match="is a Stream, a stream that cannot be doubled"):
         make(train_dataset=Stream())
     assert make(train_dataset=None, meap=MEAPConfig(mask_token=MASK)).train_dataset is None
+
+
+def said(caplog):
+    return [r.getMessage() for r in caplog.records if r.name == "caft_plugin.meap" or "masked copy" in r.getMessage()]
+
+
+@pytest.mark.parametrize("kind", [list, Dataset.from_list])
+def test_a_run_in_which_nothing_can_be_masked_says_so_once(model, tmp_path, caplog, kind):
+    short = trainer_of(model, tmp_path, meap={"min_answer_tokens": 1000}, data=kind(ROWS))
+    assert len(said(caplog)) == 1 and "none of the 8 training rows has a masked copy" in said(caplog)[0]
+    short.train()
+    assert len(said(caplog)) == 1
+    caplog.clear()
+    model.config.max_position_embeddings = 100
+    trainer_of(model, tmp_path, meap={}, data=kind(ROWS)).train()
+    assert len(said(caplog)) == 1 and f"{LONG} examples are too long for a pair" in said(caplog)[0]
+    caplog.clear()
+    model.config.max_position_embeddings = 256
+    for meap in ({}, {"layout": "separate"}, {"mode": "pretrain"}):
+        trainer_of(model, tmp_path, meap=meap, data=kind(ROWS)).train()
+    assert said(caplog) == []
+
+
+def test_what_only_training_can_show_is_said_at_its_end(model, tmp_path, caplog):
+    from datasets import IterableDataset as Stream
+
+    stream = Stream.from_generator(lambda: iter(ROWS))
+    trainer_of(model, tmp_path, meap={"min_answer_tokens": 1000}, data=stream, max_steps=2).train()
+    assert len(said(caplog)) == 1 and "not one token was masked in 2 steps" in said(caplog)[0]
+    caplog.clear()
+    ones = [{"input_ids": [7], "labels": [7]}] * 8
+    trainer_of(model, tmp_path, meap={"mode": "pretrain"}, data=ones, max_steps=1).train()
+    assert len(said(caplog)) == 1 and "No document had two tokens of text" in said(caplog)[0]
+    caplog.clear()
+    trainer_of(model, tmp_path, meap={}, data=stream, max_steps=2).train()
+    assert said(caplog) == []
+
+
+class OwnLoader(Trainer):
+    """A trainer with a data loader of its own, as the recipes for weighted sampling have it."""
+
+    def get_train_dataloader(self):
+        collate = {"own": pad, "late": lambda rows: self.data_collator(rows)}.get(self.how, self.data_collator)
+        if self.how == "drops keys":
+            ours = self.data_collator
+            collate = lambda rows: {key: ours(rows)[key] for key in ("input_ids", "labels")}  # noqa: E731
+        return DataLoader(self.train_dataset, batch_size=4, collate_fn=collate)
+
+
+@pytest.mark.parametrize("mode", ["sft", "pretrain"])
+@pytest.mark.parametrize("how", ["own", "late", "drops keys", "the trainer's"])
+def test_a_data_loader_of_the_users(model, tmp_path, how, mode):
+    trainer = with_caft(OwnLoader)(
+        model=model,
+        args=arguments(tmp_path, max_steps=2),
+        train_dataset=ROWS,
+        data_collator=pad,
+        processing_class=word_tokenizer(""),
+        meap={"mask_token": MASK, "mode": mode},
+    )
+    trainer.how = how
+    if how == "the trainer's":
+        seen = Batches(model)
+        trainer.train()
+        assert sum(entry["meap/examples_masked"] for entry in losses(trainer)) > 0
+        assert any((batch["input_ids"] == MASK).any() for batch in seen.train)
+        return
+    with pytest.raises(ConfigError, match=r"batch of CAFTOwnLoader was not masked.*'input_ids'.*self.data_collator as"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+@pytest.mark.parametrize("layout", ["concat", "separate"])
+@pytest.mark.parametrize("kind", [list, Dataset.from_list])
+def test_evaluating_the_training_set_is_evaluating_it_plainly(model, tmp_path, kind, layout):
+    settings = {"per_device_eval_batch_size": 3, "label_names": ["labels"]}
+    plain = trainer_of(model, tmp_path, data=kind(ROWS), **settings)
+    ours = trainer_of(model, tmp_path, meap={"layout": layout}, data=kind(ROWS), **settings)
+    wanted = plain.evaluate(plain.train_dataset)["eval_loss"]
+    for evaluate in (lambda: ours.evaluate(ours.train_dataset), lambda: ours.evaluate({"train": ours.train_dataset})):
+        seen = Batches(model)
+        metrics = evaluate()
+        assert metrics.get("eval_loss", metrics.get("eval_train_loss")) == wanted
+        assert [row.tolist() for b in seen.evaluation for row in b["labels"]] == [
+            row.tolist() for b in plain.get_eval_dataloader(plain.train_dataset) for row in b["labels"]
+        ]
+    assert ours.predict(ours.train_dataset).metrics["test_loss"] == wanted
+    ours.train()
+    assert sum(entry["meap/examples_masked"] for entry in losses(ours)) == 2 * LONG
+
+
+@pytest.mark.parametrize("layout", ["concat", "separate"])
+def test_evaluating_a_part_of_the_training_set(model, tmp_path, layout):
+    """One example at a time, so that the mean over batches is over examples, and each copy counts as its example."""
+    settings = {"per_device_eval_batch_size": 1}
+    plain = trainer_of(model, tmp_path, **settings)
+    ours = trainer_of(model, tmp_path, meap={"layout": layout}, data=Dataset.from_list(ROWS), **settings)
+    of_rows = [plain.evaluate([row])["eval_loss"] for row in ROWS]
+    indices = {"concat": [0, 1, 2], "separate": [0, 0, 1, 2, 2]}[layout]
+    wanted = np.mean([of_rows[i] for i in indices])
+    for part in (ours.train_dataset.select(range(len(indices))), Subset(ours.train_dataset, range(len(indices)))):
+        assert ours.evaluate(part)["eval_loss"] == pytest.approx(wanted, rel=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["sft", "pretrain"])
+@pytest.mark.parametrize("before", [None, ROWS[:2]], ids=["none", "another"])
+def test_a_training_set_that_is_set_later(model, tmp_path, before, mode):
+    settings = {"max_steps": -1, "num_train_epochs": 2}
+    at_once = trainer_of(copy.deepcopy(model), tmp_path, meap={"mode": mode}, **settings)
+    later = trainer_of(copy.deepcopy(model), tmp_path, meap={"mode": mode}, data=before, **settings)
+    later.train_dataset = ROWS
+    at_once.train(), later.train()
+    keys = ("loss", "meap/examples_masked")
+    for key in keys:
+        assert [entry[key] for entry in losses(at_once)] == [entry[key] for entry in losses(later)]
+    assert later.evaluate(later.train_dataset)["eval_loss"] == at_once.evaluate(at_once.train_dataset)["eval_loss"]
+    later.train_dataset = [{"input_ids": [5, MASK, 7], "labels": [5, MASK, 7]}]
+    with pytest.raises(ConfigError, match="meap.mask_token: got 96, which chose id 96 before there was this training"):
+        later.train()
+
+
+def test_masks_are_asked_for_once(model, tmp_path):
+    trainer = trainer_of(model, tmp_path, meap={})
+    with pytest.raises(ConfigError, match="draws masks already"):
+        trainer.attach_meap(MEAPConfig(mask_token=MASK))
+
+
+def test_a_zero_vector_is_passed_over_or_warned_of(model, tmp_path, caplog):
+    """Of two reserved tokens the first was never trained; the model's first norm would blow its gradients up."""
+    words = ["<pad>", "</s>", "<unk>", "<unused0>", "<unused1>", *(f"w{i}" for i in range(92))]
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>")),
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+    )
+    with torch.no_grad():
+        model.get_input_embeddings().weight[3] = 0.0
+    chosen = trainer_of(model, tmp_path, meap={"mask_token": "auto"}, processing_class=tokenizer)
+    assert chosen._meap_collator.mask_id == 4 and "untrained" not in caplog.text
+    named = trainer_of(model, tmp_path, meap={"mask_token": "<unused0>"}, processing_class=tokenizer)
+    assert named._meap_collator.mask_id == 3 and "its input vector is untrained: its norm is 0" in caplog.text
+
+
+class PreparesItself(Trainer):
+    """A trainer with a method that TRL's has too, with parameters of its own."""
+
+    def __init__(self, *args, train_dataset=None, **kwargs):
+        super().__init__(*args, train_dataset=self._prepare_dataset(train_dataset), **kwargs)
+
+    def _prepare_dataset(self, dataset):
+        return [row for row in dataset if len(row["input_ids"]) > 20]
+
+    def get_eval_dataloader(self):
+        return super().get_eval_dataloader(self.eval_dataset)
+
+
+@pytest.mark.parametrize("more", [{}, {"caft": {"num_heads": 1}}, {"meap": {"mask_token": MASK}}], ids=str)
+def test_a_host_with_methods_of_its_own(model, tmp_path, more):
+    trainer = with_caft(PreparesItself)(
+        model=model,
+        args=arguments(tmp_path, max_steps=1),
+        train_dataset=ROWS,
+        eval_dataset=ROWS,
+        data_collator=pad,
+        processing_class=word_tokenizer(""),
+        **more,
+    )
+    trainer.train()
+    assert len(trainer.train_dataset) == 7 and len(trainer.get_eval_dataloader()) == 1
 
 
 def test_a_stream_of_datasets(model, tmp_path):

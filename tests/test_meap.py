@@ -18,6 +18,7 @@ from transformers import DataCollatorForLanguageModeling, DataCollatorForSeq2Seq
 
 from caft_plugin import ConfigError, MEAPConfig
 from caft_plugin.loss import BOUNDARY, IGNORE, PLAN, head_targets
+from caft_plugin.mask_token import used_ids
 from caft_plugin.meap import (
     COPY,
     COPY_START,
@@ -27,8 +28,11 @@ from caft_plugin.meap import (
     MASKED,
     MAY_MASK,
     OVERLONG,
+    TOO_LONG,
     Duplication,
     MEAPCollator,
+    nothing_to_mask,
+    plain_labels,
 )
 
 CASES = json.loads((GOLDENS / "meap_official_sft.json").read_text())
@@ -211,6 +215,86 @@ def test_labels_in_a_narrow_column():
     assert max(made[0]["labels"]) > ELIGIBLE
 
 
+class Endless:
+    """Says that it has three rows, and has one for any number: random crops of a long text do so."""
+
+    def __init__(self):
+        self.read = []
+
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, index):
+        assert index < len(self), "read past its length"
+        self.read.append(index)
+        return example(seed=index)
+
+
+def test_a_data_set_is_as_long_as_it_says():
+    endless = Endless()
+    assert duplication().of_dataset(endless) == [row for i in range(3) for row in duplication()(example(seed=i))]
+    assert endless.read == [0, 1, 2]
+    assert used_ids(Endless()) == {id_ for i in range(3) for id_ in example(seed=i)["input_ids"]}
+
+
+@pytest.mark.parametrize("layout", ["concat", "separate"])
+def test_a_set_that_is_doubled_already_is_named(layout):
+    double = duplication(layout, max_length=128)
+    rows = [row for n in (10, 60, 70) for row in double(example(answer=n, seed=n))]
+    for again in (rows, Dataset.from_list(rows)):
+        with pytest.raises(ConfigError, match="has its masked copies already"):
+            double.of_dataset(again)
+
+
+@pytest.mark.parametrize("how", ["with_transform", "set_transform"])
+def test_a_set_with_a_transform_is_named(how):
+    rows = Dataset.from_list([{"text": "w1"}])
+    made = getattr(rows, how)(lambda batch: {key: [value] for key, value in example().items()})
+    with pytest.raises(ConfigError, match="with_transform or set_transform.*Dataset.map.*mode: pretrain"):
+        duplication().of_dataset(made if made is not None else rows)
+    assert used_ids(made if made is not None else rows) is None
+
+
+def test_rows_with_images_are_copied_in_sequences_of_their_own_alone():
+    row = example(prompt=8)
+    row["input_ids"][2:6] = [91] * 4
+    row["input_ids"][20:23] = [92] * 3  # a model may be asked to answer with them
+    row["labels"][20:23] = [92] * 3
+    of_media = {"special": (PAD, EOS, 2, 91, 92), "blank": (), "placeholders": (91, 92)}
+    with pytest.raises(ConfigError, match="meap.layout: got concat.*token id 91.*layout: separate"):
+        Duplication("concat", 51, None, **of_media)(row)
+    with pytest.raises(ConfigError, match="the column pixel_values"):
+        duplication()({**example(), "pixel_values": np.zeros(3)})
+    _, copy_ = Duplication("separate", 51, None, **of_media)(row)
+    assert [label >= ELIGIBLE for label in copy_["labels"][19:24]] == [True, False, False, False, True]
+    short = {**row, "labels": [IGNORE] * len(row["labels"])}
+    assert Duplication("concat", 51, None, **of_media)(short) == [short]
+
+
+def test_whether_anything_is_masked_is_counted():
+    rows = [example(answer=n, seed=n) for n in (10, 60, 20)]
+    for kind in (list, Dataset.from_list):
+        assert nothing_to_mask(kind([r for row in rows for r in duplication()(row)])) is None
+        short = nothing_to_mask(kind([r for row in rows for r in duplication(max_length=100)(row)]))
+        assert "none of the 3 training rows has a masked copy" in short and "1 examples are too long" in short
+    assert nothing_to_mask(IterableDataset.from_generator(lambda: iter(rows))) is None
+
+
+@pytest.mark.parametrize("layout", ["concat", "separate"])
+def test_doubled_rows_are_evaluated_as_they_were(layout):
+    row = conversation((3, 60), (4, 10), (2, 55))
+    length = len(row["labels"])
+    for made in duplication(layout)(row):
+        labels = plain_labels(torch.tensor(made["input_ids"]), torch.tensor(made["labels"]), layout).tolist()
+        assert labels == row["labels"] + [IGNORE] * (len(labels) - length)
+    (marked,) = duplication(max_length=100)(row)
+    assert max(marked["labels"]) >= TOO_LONG
+    assert (
+        plain_labels(torch.tensor(marked["input_ids"]), torch.tensor(marked["labels"]), "concat").tolist()
+        == (row["labels"])
+    )
+
+
 # -- masks -----------------------------------------------------------------------------------------------
 
 
@@ -289,6 +373,24 @@ def test_draws_depend_on_seed_epoch_and_tokens_alone():
     assert [[i + 64 for i in (row == MASK).nonzero().flatten().tolist()] for row in ids] == list(first.values())
 
 
+@pytest.mark.parametrize("text", [1, 2, 20])
+def test_pretraining_never_masks_placeholders_and_takes_its_share_of_the_rest(text):
+    """As many image tokens as a real picture has: 15 % of the row would be more than all of its text."""
+    ids = [91] * 576 + list(range(5, 5 + text)) + [92]
+    collate = MEAPCollator(pad, MEAPConfig(mode="pretrain"), MASK, 0, placeholders={91, 92})
+    hit = set()
+    for epoch in range(100):
+        collate.epoch.fill_(epoch)
+        batch = collate([{"input_ids": ids, "labels": ids}])
+        masked = (batch["input_ids"][0] == MASK).nonzero().flatten().tolist()
+        assert len(masked) == max(1, int(text * 0.15))
+        hit.update(masked)
+    assert hit == set(range(576, 576 + text))
+    assert ((batch[PLAN] & MAY_MASK) > 0).sum() == text
+    nothing = collate([{"input_ids": [91] * 9, "labels": [91] * 9}])
+    assert nothing["input_ids"].tolist() == [[91] * 9] and not nothing[PLAN].any()
+
+
 def test_documents_of_a_pretraining_row_draw_on_their_own():
     lengths = [40, 1, 30, 29]
     ids = np.random.default_rng(0).integers(5, 90, 100).tolist()
@@ -315,6 +417,18 @@ def test_a_collator_that_makes_its_own_labels_is_named(tokenizer):
         collator(lambda rows: {"input_ids": torch.tensor([[1]])})(rows)
     plain = [{"input_ids": [5, 6, 7]}]
     assert (collator(host, mode="pretrain")(plain)["input_ids"] == MASK).sum() == 1
+
+
+def test_a_collator_that_cuts_a_copy_to_nothing_is_not_blamed():
+    _, copy_ = duplication("separate")(example(prompt=8))
+    batch = collator(lambda rows: pad([{k: v[:6] for k, v in r.items()} for r in rows]), layout="separate")([copy_])
+    assert batch["labels"].tolist() == [[IGNORE] * 6] and not batch[PLAN].any()
+
+
+@pytest.mark.parametrize("mode", ["sft", "pretrain"])
+def test_masks_are_never_drawn_twice(mode):
+    with pytest.raises(ConfigError, match="MEAPCollator has drawn masks already"):
+        collator(collator(mode=mode), mode=mode)(duplication()(example()))
 
 
 # -- under every collator that hosts use --------------------------------------------------------------------

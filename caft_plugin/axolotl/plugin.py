@@ -22,6 +22,7 @@ from caft_plugin import checkpoint
 from caft_plugin.config import CAFTConfig, ConfigError, MEAPConfig, PretrainConfig, named
 from caft_plugin.heads import refuse_encoder_decoder
 from caft_plugin.importing import trunk_without_weights
+from caft_plugin.mask_token import placeholder_ids
 from caft_plugin.meap import Duplication
 from caft_plugin.training import CAFTTrainerMixin, cut_up, fsdp1, with_caft, zero3
 
@@ -69,6 +70,12 @@ class CAFTPlugin(BasePlugin):
                         f"{block}: cannot be used together with `{key}: {cfg[key]}`; {block.upper()} takes supervised "
                         f"fine-tuning and pretraining. Take out the `{block}:` block or the key `{key}`."
                     )
+            if isinstance(config, MEAPConfig) and cfg.get("processor_type"):
+                raise ConfigError(
+                    f"meap: cannot be used together with `processor_type: {cfg['processor_type']}`: Axolotl then makes "
+                    "tokens and labels out of images and text in each batch, where no copy can be put behind an "
+                    "example. Take out the `meap:` block, or, for text alone, the key `processor_type`."
+                )
             if isinstance(config, MEAPConfig) and config.mode == "sft":
                 _refuse_packed_stream(cfg)
             if isinstance(config, CAFTConfig) and config.beta != 0:
@@ -95,12 +102,14 @@ class CAFTPlugin(BasePlugin):
             _check_model(loader, caft)
         if meap is None or meap.mode != "sft":
             return None
-        return self._duplicated_datasets(cfg, meap)
+        return self._duplicated_datasets(cfg, meap, placeholder_ids(loader.model_config))
 
-    def _duplicated_datasets(self, cfg: DictDefault, meap: MEAPConfig) -> TrainDatasetMeta:
+    def _duplicated_datasets(
+        self, cfg: DictDefault, meap: MEAPConfig, placeholders: frozenset[int]
+    ) -> TrainDatasetMeta:
         said = {key: cfg[key] for key in COUNTED}
         data = load_datasets(cfg=cfg)
-        duplication = Duplication.of(meap, load_tokenizer(cfg), cfg.sequence_len)
+        duplication = Duplication.of(meap, load_tokenizer(cfg), cfg.sequence_len, placeholders)
         data.train_dataset = duplication.of_dataset(data.train_dataset)
         self._duplicated = True
         if isinstance(data.train_dataset, Dataset):
