@@ -46,7 +46,6 @@ class Metrics(BaseModel):
     targets: str
     steps: int
     rows: int | None = None
-    tokens: int | None = None
 
 
 @click.group(cls=CAFTCommands)
@@ -101,6 +100,7 @@ def setting(model: type[BaseModel], key: str, **more: Any) -> Any:
 @setting(PretrainConfig, "top_p", type=float)
 @setting(PretrainConfig, "generation_batch_size", type=int)
 @setting(PretrainConfig, "seed", type=int)
+@setting(PretrainConfig, "vllm", type=bool)
 @setting(CAFTConfig, "num_heads", type=int)
 @setting(CAFTConfig, "head_input", type=click.Choice(get_args(HeadInput)))
 @setting(CAFTConfig, "head_norm", type=bool)
@@ -180,7 +180,12 @@ def plain_job(given: dict[str, Any], config: PretrainConfig) -> Job:
         report_to=[],
         seed=config.seed,
     )
-    model = load_base(given["model"], torch.bfloat16 if half else torch.float32, load_in_4bit=given["load_in_4bit"])
+    model = load_base(
+        given["model"],
+        torch.bfloat16 if half else torch.float32,
+        load_in_4bit=given["load_in_4bit"],
+        vllm=config.vllm,
+    )
     return Job(model, tokenizer, rows, None, arguments, caft_config, config, given["model"])
 
 
@@ -278,7 +283,7 @@ def describe(folder: Path) -> str:
     if (folder / LORA).exists():
         facts["LoRA"] = f"not merged, in {LORA}: this is a checkpoint's folder; {WEIGHTS} is without it"
     if metrics is not None:
-        counts = {"rows": metrics.rows, "tokens": metrics.tokens, "steps": metrics.steps}
+        counts = {"rows": metrics.rows, "steps": metrics.steps}
         said = [f"{count:,} {what}" for what, count in counts.items() if count is not None]
         facts["Trained on"] = ", ".join([f"targets {named(metrics.targets)}", *said])
 

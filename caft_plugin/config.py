@@ -199,6 +199,9 @@ class PretrainConfig(Block):
     top_p: float = Field(1.0, gt=0, le=1, description="sample from the likeliest tokens of this total probability")
     generation_batch_size: int = Field(16, ge=1, description="answers written at a time")
     seed: int = Field(0, ge=0, description="of sampling")
+    vllm: bool = Field(
+        False, description="let vLLM write the answers, on a GPU, of a base that is not quantised (never run by us)"
+    )
 
 
 def explain(model: type[Block], errors: Iterable[ErrorDetails]) -> str:

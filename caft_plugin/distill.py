@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     BitsAndBytesConfig,
     PreTrainedModel,
@@ -36,6 +37,7 @@ from transformers import (
 from caft_plugin import checkpoint
 from caft_plugin.config import CAFTConfig, ConfigError, PretrainConfig
 from caft_plugin.heads import LAST_POSITION, Reading
+from caft_plugin.importing import trunk_without_weights
 from caft_plugin.loss import IGNORE
 from caft_plugin.precision import warn_of_slow_bf16
 from caft_plugin.resume import Parts
@@ -119,7 +121,7 @@ class AnswerFile:
                         break
                     content = json.loads(line)
                     if number == 0 and content != header:
-                        changed = [k for k in header if content.get(k) != header[k]]
+                        changed = [k for k in {**header, **content} if content.get(k) != header.get(k)]
                         raise ConfigError(
                             f"pretrain_heads: {path} holds answers made with another {' and '.join(changed)}. Go on "
                             "with the settings it was made with, or move the file away to start anew."
@@ -160,15 +162,18 @@ def write_answers(
     Answers are appended to `path` batch by batch, so an interrupted run goes on where it stopped.
 
     Raises:
-        ConfigError: no end token is known, a prompt leaves no room, or `path` holds other answers.
+        ConfigError: no end token is known, a prompt leaves no room, `path` holds other answers, or vLLM cannot run.
     """
     ends = end_tokens(model, tokenizer)
     check_prompts(prompts, config, getattr(model.config.get_text_config(), "max_position_embeddings", None))
+    if config.vllm:
+        check_vllm(bool(getattr(model, "is_quantized", False)))
     digest = hashlib.sha256(json.dumps([list(p) for p in prompts]).encode()).hexdigest()
     header = {
         "base model": name,
         "prompts": digest,
         "sampling": config.model_dump(include={"max_new_tokens", "temperature", "top_p", "seed"}),
+        **({"engine": "vllm"} if config.vllm else {}),
     }
     file = AnswerFile(path, header)
     try:
@@ -176,7 +181,7 @@ def write_answers(
         if done < len(prompts):
             with tqdm(total=len(prompts), initial=done, unit="answer", desc="the base model answers") as bar:
                 tokens, start = 0, time.monotonic()
-                vllm = start_vllm(model, name)
+                vllm = start_vllm(model, name) if config.vllm else None
                 for first in range(done, len(prompts), config.generation_batch_size):
                     batch = prompts[first : first + config.generation_batch_size]
                     if vllm is not None:
@@ -244,12 +249,23 @@ def generate(
     return answers
 
 
+def check_vllm(quantised: bool) -> None:
+    """Raises ConfigError where vLLM cannot write a base model's answers."""
+    reasons = {
+        "it is not installed (`pip install vllm`)": importlib.util.find_spec("vllm") is None,
+        "there is no GPU that CUDA can use": not torch.cuda.is_available(),
+        "the base is quantised, which vLLM would load unquantised": quantised,
+    }
+    why = [reason for reason, holds in reasons.items() if holds]
+    if why:
+        raise ConfigError(
+            f"pretrain_heads.vllm: got true, but vLLM cannot write the answers: {', and '.join(why)}. Take the key "
+            "out: the base model then writes them by itself."
+        )
+
+
 def start_vllm(model: PreTrainedModel, name: str) -> Any:
-    """A vLLM engine beside the model, on half of the GPU's memory; None without vLLM, without a GPU, or where the base
-    is quantised, as vLLM would load it unquantised. Not run by us: there was no GPU."""
-    quantised = getattr(model, "is_quantized", False)
-    if quantised or not torch.cuda.is_available() or importlib.util.find_spec("vllm") is None:
-        return None
+    """A vLLM engine beside the model, on half of the GPU's memory. Never run by us."""
     from vllm import LLM
 
     return LLM(model=name, dtype=str(model.dtype).removeprefix("torch."), gpu_memory_utilization=0.5)
@@ -282,8 +298,19 @@ def load_base(
     load_in_8bit: bool = False,
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
+    vllm: bool = False,
 ) -> PreTrainedModel:
-    """The base model, quantised by bitsandbytes as QLoRA does (NF4, double quantisation) if asked."""
+    """The base model, quantised by bitsandbytes as QLoRA does (NF4, double quantisation) if asked; with `vllm` one
+    that vLLM can load too.
+
+    Raises:
+        ConfigError: before weights are loaded, where heads cannot be built for the model or vLLM cannot run it.
+    """
+    model_config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    if vllm:
+        check_vllm(load_in_4bit or load_in_8bit or getattr(model_config, "quantization_config", None) is not None)
+    build = functools.partial(AutoModelForCausalLM.from_config, model_config, trust_remote_code=trust_remote_code)
+    trunk_without_weights(model_config, name, build)
     quantisation = None
     if load_in_4bit:
         quantisation = BitsAndBytesConfig(

@@ -253,23 +253,29 @@ class CAFTTrainerMixin(_Base):
 
     def _may_fuse(self, config: CAFTConfig, base: Any) -> bool:
         """Whether `fused_loss` can compute the next-token loss; where it cannot, `on` raises ConfigError."""
-        mro = type(self).__mro__
-        host = next(c for c in mro[mro.index(CAFTTrainerMixin) + 1 :] if "compute_loss" in vars(c))
-        model, text_config = type(base).__name__, base.config.get_text_config()
-        if host not in self.caft_reads_loss_alone:
-            why = f"{host.__name__} computes its loss in a way of its own (TRL's does without logits by itself)"
-        elif self.label_smoother is not None or self.compute_loss_func is not None:
-            why = "label smoothing and compute_loss_func take all logits"
-        elif "logits_to_keep" not in inspect.signature(base.forward).parameters:
-            why = f"{model} cannot be asked for less than all logits (its forward has no logits_to_keep)"
-        elif base.loss_type not in (None, "ForCausalLM") or getattr(text_config, "output_router_logits", False):
-            why = f"{model} computes more than the next-token loss"
-        else:
+        why = self.why_not_fused(base, self.label_smoother is not None or self.compute_loss_func is not None)
+        if why is None:
             return True
         if config.fused_loss == "on":
-            raise ConfigError(f"caft.fused_loss: got on, but {why}. Use off, or auto for where it can.")
+            raise ConfigError(not_fused(why))
         logger.warning("caft.fused_loss: auto leaves the next-token loss to the framework: %s", why)
         return False
+
+    @classmethod
+    def why_not_fused(cls, base: Any, takes_logits: bool) -> str | None:
+        """Why `fused_loss` cannot compute the next-token loss of a model in this class, None where it can."""
+        mro = cls.__mro__
+        host = next(c for c in mro[mro.index(CAFTTrainerMixin) + 1 :] if "compute_loss" in vars(c))
+        model, text_config = type(base).__name__, base.config.get_text_config()
+        if host not in cls.caft_reads_loss_alone:
+            return f"{host.__name__} computes its loss in a way of its own (TRL's does without logits by itself)"
+        if takes_logits:
+            return "label smoothing and compute_loss_func take all logits"
+        if "logits_to_keep" not in inspect.signature(base.forward).parameters:
+            return f"{model} cannot be asked for less than all logits (its forward has no logits_to_keep)"
+        if base.loss_type not in (None, "ForCausalLM") or getattr(text_config, "output_router_logits", False):
+            return f"{model} computes more than the next-token loss"
+        return None
 
     @contextlib.contextmanager
     def _ours_on_model(self) -> Iterator[None]:
@@ -933,6 +939,10 @@ def tokenizer_of(processing_class: Any) -> Any:
             "meap: the trainer has no tokenizer, which says what tokens are special. Pass processing_class=tokenizer."
         )
     return tokenizer
+
+
+def not_fused(why: str) -> str:
+    return f"caft.fused_loss: got on, but {why}. Use off, or auto for where it can."
 
 
 def cut_up(got: str, what: str, asks: str = "caft") -> str:

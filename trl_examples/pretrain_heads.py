@@ -45,6 +45,7 @@ class HeadsArguments:
     temperature: float | None = key_of(PretrainConfig, "temperature")
     top_p: float | None = key_of(PretrainConfig, "top_p")
     generation_batch_size: int | None = key_of(PretrainConfig, "generation_batch_size")
+    vllm: bool | None = key_of(PretrainConfig, "vllm")
     num_heads: int | None = key_of(CAFTConfig, "num_heads")
     head_input: str | None = key_of(CAFTConfig, "head_input")
     head_norm: bool | None = key_of(CAFTConfig, "head_norm")
@@ -72,6 +73,7 @@ def main() -> None:
         load_in_8bit=given.load_in_8bit,
         attn_implementation=given.attn_implementation,
         trust_remote_code=given.trust_remote_code,
+        vllm=config.vllm,
     )
     repo = (training.hub_model_id or Path(training.output_dir).name) if training.push_to_hub else None
     training.push_to_hub = False  # the Trainer would upload the answers and the checkpoints' remains too

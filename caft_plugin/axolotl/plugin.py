@@ -24,7 +24,7 @@ from caft_plugin.heads import refuse_encoder_decoder
 from caft_plugin.importing import trunk_without_weights
 from caft_plugin.mask_token import placeholder_ids
 from caft_plugin.meap import Duplication
-from caft_plugin.training import CAFTTrainerMixin, cut_up, fsdp1, with_caft, zero3
+from caft_plugin.training import CAFTTrainerMixin, cut_up, fsdp1, not_fused, with_caft, zero3
 
 LOG = get_logger(__name__)
 
@@ -94,12 +94,12 @@ class CAFTPlugin(BasePlugin):
         caft, meap = caft_config(cfg), meap_config(cfg)
         if preprocess or (caft is None and meap is None):
             return None
-        self.get_trainer_cls(cfg)
+        trainer_class: Any = self.get_trainer_cls(cfg)
         loader = ModelLoader(cfg, None)
         if caft is None:
             refuse_encoder_decoder(loader.model_config, cfg.base_model, "meap")
         else:
-            _check_model(loader, caft)
+            _check_model(loader, caft, trainer_class)
         if meap is None or meap.mode != "sft":
             return None
         return self._duplicated_datasets(cfg, meap, placeholder_ids(loader.model_config))
@@ -214,9 +214,9 @@ def _zero_stage(deepspeed: Any) -> str:
         return "unknown"
 
 
-def _check_model(loader: ModelLoader, caft: CAFTConfig) -> None:
-    """Raises ConfigError if heads cannot be built for the model that Axolotl will load, or a heads folder does not fit
-    it. Of the model only the config is read."""
+def _check_model(loader: ModelLoader, caft: CAFTConfig, trainer_class: type[CAFTTrainerMixin]) -> None:
+    """Raises ConfigError if heads cannot be built for the model that Axolotl will load, or a heads folder or
+    `fused_loss: on` does not fit it. Of the model only the config is read."""
     cfg, model_config = loader.cfg, loader.model_config
     trunk = trunk_without_weights(model_config, cfg.base_model, functools.partial(_build, loader))
     if caft.heads is not None:
@@ -225,6 +225,10 @@ def _check_model(loader: ModelLoader, caft: CAFTConfig) -> None:
         checkpoint.check_record(record, folder, caft, model_config)
         if trunk is not None:
             checkpoint.check_layers(record, folder, trunk.layer_class)
+    if trunk is not None and caft.fused_loss == "on" and caft.beta != 0:
+        why = trainer_class.why_not_fused(trunk.model, takes_logits=bool(cfg.use_eaft))
+        if why is not None:
+            raise ConfigError(not_fused(why))
 
 
 def _build(loader: ModelLoader) -> torch.nn.Module:

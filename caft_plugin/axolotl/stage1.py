@@ -71,6 +71,7 @@ def read_job(config_file: Path, options: dict[str, Any]) -> Job:
         load_in_8bit=bool(cfg.load_in_8bit),
         attn_implementation=cfg.attn_implementation,
         trust_remote_code=bool(cfg.trust_remote_code),
+        vllm=config.vllm,
     )
     return Job(
         model=model,

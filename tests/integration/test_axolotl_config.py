@@ -9,7 +9,7 @@ import torch
 import yaml
 from paths import ROOT
 from tiny import LLAMA
-from transformers import BertConfig, Gemma3nConfig, Gemma3nTextConfig, LlamaConfig, RwkvConfig, T5Config
+from transformers import BertConfig, Gemma3nConfig, Gemma3nTextConfig, LlamaConfig, MixtralConfig, RwkvConfig, T5Config
 
 from caft_plugin import ConfigError
 from caft_plugin.checkpoint import HeadsRecord
@@ -258,6 +258,17 @@ def test_unfit_models_are_refused_before_weights_load(config, tmp_path, model_co
     model_config.save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=message):
         before_weights(file)
+
+
+def test_fused_loss_that_cannot_be_is_refused_before_weights_load(config, tmp_path):
+    on = {"fused_loss": "on"}
+    before_weights(config(caft=on))
+    with pytest.raises(ConfigError, match="caft.fused_loss: got on, but label smoothing and compute_loss_func take"):
+        before_weights(config(caft=on, use_eaft=True))
+    MixtralConfig(**LLAMA, output_router_logits=True).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="got on, but MixtralForCausalLM computes more than the next-token loss"):
+        before_weights(config(caft=on))
+    before_weights(config(caft={"fused_loss": "auto"}))
 
 
 def test_a_model_of_code_of_its_own(config, tmp_path, caplog):
