@@ -23,6 +23,7 @@ from caft_plugin.checkpoint import resolve_wiring, save_heads
 from caft_plugin.cli import caft
 from caft_plugin.heads import build_heads, find_trunk
 from caft_plugin.plan import expected_heads, make_plan, optimizer_states, parse_memory
+from caft_plugin.precision import cpu_has_bf16
 
 BASE = {"caft": {"num_heads": 2}, "bf16": False, "micro_batch_size": 2, "sequence_len": 64, "optimizer": "adamw_torch"}
 LORA = {"adapter": "lora", "lora_r": 8, "lora_alpha": 16, "lora_target_linear": True}
@@ -380,7 +381,7 @@ def measured(model, tmp_path, caft, keys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("keys", [{"bf16": False}, {"bf16": True, **LORA}], ids=["full", "lora"])
+@pytest.mark.parametrize("keys", [{"bf16": False}, {"bf16": cpu_has_bf16(), **LORA}], ids=["full", "lora"])
 def test_memory_of_real_runs(smollm2, tmp_path, keys):
     """SmolLM2-135M, two windows of two passes: what stands exactly, the peak without and with heads, and what heads add
     to it, to 15 %."""

@@ -18,6 +18,8 @@ from paths import ROOT
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from caft_plugin.precision import quick_dtype
+
 pytestmark = pytest.mark.slow
 
 PLUGIN = {"plugins": ["caft_plugin"]}
@@ -273,7 +275,7 @@ def test_qlora_on_the_real_model(project, smollm2):
         ],
         "adapter": "qlora",
         "load_in_4bit": True,
-        "bf16": True,
+        "bf16": quick_dtype() == torch.bfloat16,
         "fp16": None,
         "max_steps": 3,
         "save_steps": 3,
@@ -346,6 +348,7 @@ def test_pretrain_heads_from_a_yaml(project, smollm2):
     config["datasets"][0]["path"], config["test_datasets"][0]["path"] = "./few.jsonl", "./held.jsonl"
     config |= {"base_model": str(smollm2), "output_dir": "./heads", "max_steps": 6, "save_steps": 2}
     config |= {"dataset_prepared_path": "./prepared_heads", "load_in_4bit": True, "adapter": "qlora", "lora_r": 8}
+    config["bf16"] = quick_dtype() == torch.bfloat16
     config |= {"lora_alpha": 16, "lora_target_linear": True, "micro_batch_size": 4}
     config |= {f"lora_{part}_kernel": False for part in ("mlp", "qkv", "o")}
     config["pretrain_heads"] |= {"max_new_tokens": 48, "generation_batch_size": 8, "temperature": 1.0}

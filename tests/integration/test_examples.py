@@ -13,11 +13,14 @@ import torch
 from paths import ROOT
 from safetensors.torch import load_file
 
+from caft_plugin.precision import cpu_has_bf16
+
 pytest.importorskip("trl")
 pytestmark = pytest.mark.slow
 
 SCRIPTS = Path(sys.executable).parent
 HELDOUT = ROOT / "axolotl_configs" / "data" / "molecules-heldout.jsonl"
+QUICK = ("--bf16", str(cpu_has_bf16()))
 KINDS = {"lora": ["--use_peft"], "qlora": ["--use_peft", "--load_in_4bit"], "full": ["--learning_rate", "5e-6"]}
 
 
@@ -37,7 +40,7 @@ def launch(launcher, script, *arguments, check=True):
 def test_sft_caft(smollm2, tmp_path, kind):
     arguments = [
         *("--model_name_or_path", smollm2, "--dataset_name", HELDOUT),
-        *("--output_dir", tmp_path, "--use_cpu", "--report_to", "none", "--num_heads", "2"),
+        *("--output_dir", tmp_path, "--use_cpu", *QUICK, "--report_to", "none", "--num_heads", "2"),
         *("--max_steps", "2", "--logging_steps", "1", "--per_device_train_batch_size", "1"),
         *("--save_steps", "2", "--max_length", "64", *KINDS[kind]),
     ]
@@ -53,7 +56,7 @@ def test_sft_caft(smollm2, tmp_path, kind):
 def test_sft_meap(smollm2, tmp_path, kind):
     arguments = [
         *("--model_name_or_path", smollm2, "--dataset_name", few_molecules(tmp_path)),
-        *("--output_dir", tmp_path / "out", "--use_cpu", "--report_to", "none", "--min_answer_tokens", "8"),
+        *("--output_dir", tmp_path / "out", "--use_cpu", *QUICK, "--report_to", "none", "--min_answer_tokens", "8"),
         *("--max_steps", "2", "--logging_steps", "1", "--per_device_train_batch_size", "1"),
         *("--save_steps", "2", "--max_length", "256", *KINDS[kind], *(["--num_heads", "1"] if kind == "lora" else [])),
     ]
@@ -80,7 +83,7 @@ def few_molecules(folder):
 def test_pretrain_heads_and_a_run_that_starts_from_them(smollm2, tmp_path):
     arguments = [
         *("--model_name_or_path", smollm2, "--dataset_name", few_molecules(tmp_path)),
-        *("--output_dir", tmp_path / "heads", "--use_cpu", "--bf16", "--report_to", "none"),
+        *("--output_dir", tmp_path / "heads", "--use_cpu", *QUICK, "--report_to", "none"),
         *("--targets", "distribution", "--num_heads", "2", "--max_steps", "6", "--save_steps", "3"),
         *("--per_device_train_batch_size", "3", "--learning_rate", "1e-3"),
     ]
@@ -96,7 +99,17 @@ def test_pretrain_heads_and_a_run_that_starts_from_them(smollm2, tmp_path):
 
     arguments = [
         *("--model_name_or_path", smollm2, "--dataset_name", HELDOUT, "--heads", tmp_path / "heads"),
-        *("--num_heads", "2", "--output_dir", tmp_path / "run", "--use_cpu", "--report_to", "none", "--use_peft"),
+        *(
+            "--num_heads",
+            "2",
+            "--output_dir",
+            tmp_path / "run",
+            "--use_cpu",
+            *QUICK,
+            "--report_to",
+            "none",
+            "--use_peft",
+        ),
         *("--max_steps", "1", "--per_device_train_batch_size", "1", "--max_length", "64", "--train_heads", "frozen"),
     ]
     launch(["accelerate", "launch"], "sft_caft.py", *arguments)

@@ -19,7 +19,7 @@ import results
 import run as one_run
 from tqdm import tqdm
 
-from caft_plugin.precision import choice
+from caft_plugin.precision import cpu_has_bf16
 
 LOGS = one_run.ROOT / "outputs" / "study" / "logs"
 HERE = Path(__file__).parent
@@ -78,8 +78,9 @@ def main() -> int:
         print(f"every one of the {len(design.plan())} planned runs is in {results.FILE}; make study-report shows them")
         return 0
     data.prepare()
-    print(choice())
+    dtype = "bfloat16" if cpu_has_bf16() else "float32, for this CPU has no instructions for bfloat16"
     print(f"{len(runs)} runs to do, {left(runs, lines)} on {design.THREADS} free cores; stop and start at will")
+    print(f"computing in {dtype}")
     total = len(design.plan())
     try:
         with tqdm(total=total, initial=max(total - len(runs), 0), unit="run") as bar:
