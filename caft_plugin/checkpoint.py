@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers.pytorch_utils import Conv1D
 
 from caft_plugin.config import DEFAULT_HEAD_INPUT, DEFAULT_HEAD_NORM, CAFTConfig, ConfigError, HeadInput, named, shown
 from caft_plugin.heads import MODULE_NAME, AuxiliaryHeads, Trunk
@@ -216,6 +217,8 @@ def merged(heads: AuxiliaryHeads, weights: Mapping[str, Tensor], lora: Mapping[s
             a, b = (lora[f"{name}.lora_{factor}.weight"].float() for factor in "AB")
             weight = result[f"{name}.weight"]
             delta = module.scaling[MODULE_NAME] * (b @ a)
+            if isinstance(module.base_layer, Conv1D):  # weights (in, out)
+                delta = delta.T
             result[f"{name}.weight"] = (weight.float() + delta).to(weight.dtype)
     return result
 

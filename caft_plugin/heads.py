@@ -23,6 +23,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Partial
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
@@ -117,6 +118,8 @@ def find_trunk(model: nn.Module) -> Trunk:
             "build heads for it. Use a decoder-only causal language model, or take the `caft:` block out."
         )
     last_layer = layers[-1]
+    if isinstance(last_layer, BaseTunerLayer):
+        raise _unmergeable(last_layer, "it wraps whole decoder layers")
     return Trunk(
         model=base,
         last_layer=in_use(last_layer) if isinstance(last_layer, AuxiliaryTrainingWrapper) else last_layer,
@@ -329,16 +332,29 @@ def refuse_offloaded(trunk: Trunk) -> None:
 
 
 def head_lora_config(model: nn.Module, layer: nn.Module) -> LoraConfig:
-    """LoRA on every linear layer of a head, with the rank and alpha of the base model's LoRA, if it has one."""
-    targets = [name for name, module in layer.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
-    lora = (c for c in active_peft_configs(model) if isinstance(c, LoraConfig) and c.r > 0)
+    """LoRA on every linear layer of a head, with the rank and alpha of the base model's LoRA, if it has one.
+
+    Raises:
+        ConfigError: the head has no linear layer that is called (nn.MultiheadAttention calls none).
+    """
+    linear = {
+        name: module
+        for name, module in layer.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D)) and not isinstance(module, NonDynamicallyQuantizableLinear)
+    }
+    if not linear:
+        raise ConfigError(
+            f"caft.train_heads: got lora, or auto beside an adapter, but {type(layer).__name__} has no linear layer to "
+            "put LoRA on. Use train_heads: full or frozen."
+        )
+    lora = (config for config in active_peft_configs(model) if isinstance(config, LoraConfig) and config.r > 0)
     base = next(lora, LoraConfig(r=LORA_RANK, lora_alpha=LORA_ALPHA))
     return LoraConfig(
         r=base.r,
         lora_alpha=base.lora_alpha,
         use_rslora=base.use_rslora,
-        target_modules=targets,
-        fan_in_fan_out=any(isinstance(module, Conv1D) for module in layer.modules()),
+        target_modules=list(linear),
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in linear.values()),
     )
 
 
@@ -372,7 +388,14 @@ def _without_hooks(layer: nn.Module) -> nn.Module:
                 memo[id(value)] = OWN_FORWARD
             elif "_hooks" in name and isinstance(value, dict):
                 memo[id(value)] = type(value)()
-    layer = copy.deepcopy(layer, memo)
+    try:
+        layer = copy.deepcopy(layer, memo)
+    except Exception as error:  # whatever a user has put on a layer; or torch's old weight_norm
+        raise ConfigError(
+            f"caft: the model's last layer ({type(layer).__name__}) cannot be copied into heads "
+            f"({type(error).__name__}: {error}). Take off what is neither module nor parameter of it "
+            "(torch.nn.utils.weight_norm: use torch.nn.utils.parametrizations), or take the `caft:` block out."
+        ) from error
     for module in layer.modules():
         for name in OWN_FORWARD:
             module.__dict__.pop(name, None)
@@ -507,7 +530,7 @@ def full_precision() -> Iterator[None]:
 
 
 def _unmergeable(tuner: Any, why: str) -> ConfigError:
-    kind = f"{type(tuner).__module__.split('.')[2]} ({type(tuner).__name__})"
+    kind = f"{type(tuner).__module__.removeprefix('peft.tuners.').split('.')[0]} ({type(tuner).__name__})"
     return ConfigError(
         f"caft: the last layer has an adapter of PEFT's {kind}, which no weight can stand for ({why}), so the layer "
         "cannot be copied into heads. Use an adapter that can be merged, such as LoRA, or take the `caft:` block out."

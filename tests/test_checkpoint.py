@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from caft_plugin import CAFTConfig, ConfigError
 from caft_plugin.checkpoint import (
@@ -152,6 +152,19 @@ def test_damage_is_named_and_nothing_changes(tiny_model, folder, how):
     with pytest.raises(ConfigError, match=r"caft.heads: .*caft_heads"):
         load(tiny_model, folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_lora_on_transposed_weights_is_merged_the_right_way_round(tmp_path):
+    """GPT-2's linear layers are Conv1D, weights (in, out); that of attention's output is square."""
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_positions=64))
+    heads, trunk, config = make(model, train_heads="lora", num_heads=1)
+    save_heads(tmp_path, heads, trunk, config, resumable=False)
+    merged = load_file(tmp_path / FOLDER / WEIGHTS)
+    source = torch.randn(1, 5, 32)
+    for name in ("attn.c_proj", "attn.c_attn", "mlp.c_fc"):
+        expected = heads.layers[0].get_submodule(name)(source)
+        ours = source @ merged[f"0.{name}.weight"] + merged[f"0.{name}.bias"]
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):

@@ -148,9 +148,11 @@ NEEDS = {
     "FOURIERFT": {"n_frequency": 10},
     "IA3": {"feedforward_modules": ["down_proj"]},
     "LN_TUNING": {"target_modules": ["input_layernorm", "norm"]},
+    "MISS": {"r": 8},
     "MULTITASK_PROMPT_TUNING": {"num_tasks": 2},
     "OFT": {"oft_block_size": 4},
     "ROAD": {"group_size": 8},
+    "SHADOW": {"target_modules": None},
     "SHIRA": {"r": 2},
     "TRAINABLE_TOKENS": {"target_modules": ["embed_tokens"], "token_indices": [5, 6, 7]},
     "VBLORA": {"num_vectors": 16, "vector_length": 8},
@@ -158,10 +160,12 @@ NEEDS = {
 }
 PROMPTS = {"PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT", "CARTRIDGE"}
 # Methods whose effect is no matrix: a copy can be taken where it is still zero, or (None) never.
-NO_MATRIX = {"ADAPTION_PROMPT": True, "LILY": True, "POLY": None}
+NO_MATRIX = {"ADAPTION_PROMPT": True, "LILY": True, "POLY": None, "SHADOW": None}
 
 
 def config_of(method, **settings):
+    if method.name == "ADAMSS":
+        pytest.importorskip("sklearn", reason="PEFT's AdaMSS needs scikit-learn")
     config = peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[method]
     takes = {field.name for field in dataclasses.fields(config)}
     given = {"target_modules": TARGETS, "num_virtual_tokens": 4, **NEEDS.get(method.name, {}), **settings}
@@ -251,6 +255,7 @@ def test_starts_that_look_at_data(start):
         model = get_peft_model(model, config)
         peft.initialize_lora_eva_weights(model, [{"input_ids": inputs["input_ids"]}])
     else:
+        pytest.importorskip("attr", reason="PEFT's CorDA needs attrs")
         from peft.tuners.lora.config import CordaConfig
         from peft.tuners.lora.corda import preprocess_corda
 

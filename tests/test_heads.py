@@ -2,11 +2,14 @@ from __future__ import annotations
 
 import copy
 
+import accelerate
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+import transformers
+from peft import LoraConfig, OFTConfig, PeftModel, get_peft_model
 from tiny import LLAMA
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import (
@@ -17,10 +20,13 @@ from transformers import (
     GraniteConfig,
     LlamaConfig,
     MixtralConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
     Qwen2Config,
     T5Config,
     T5ForConditionalGeneration,
 )
+from transformers.modeling_outputs import CausalLMOutput
 
 from caft_plugin import CAFTConfig, ConfigError
 from caft_plugin.checkpoint import resolve_wiring
@@ -360,8 +366,236 @@ def test_encoder_decoder_is_refused_by_name():
         find_trunk(model)
 
 
-def test_a_model_of_another_kind_is_refused_by_name():
-    from transformers import LlamaForSequenceClassification
+@pytest.mark.parametrize(
+    ("kind", "named"),
+    [
+        ("LlamaForSequenceClassification", r"has no unembedding \(lm_head\) where"),
+        ("LlamaModel", r"has no unembedding \(lm_head\) where"),
+        ("BertForMaskedLM", "has no final norm where"),
+    ],
+)
+def test_a_model_of_another_kind_is_refused_by_name(kind, named):
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model_class = getattr(transformers, kind)
+    with pytest.raises(ConfigError, match=f"{kind} {named}"):
+        find_trunk(model_class(model_class.config_class(vocab_size=97, **sizes)))
 
-    with pytest.raises(ConfigError, match="LlamaForSequenceClassification has no .*unembedding"):
-        find_trunk(LlamaForSequenceClassification(FAMILIES["plain"]))
+
+class OwnConfig(PreTrainedConfig):
+    model_type = "own"
+
+    def __init__(self, hidden_size=32, vocab_size=97, depth=3, **others):
+        super().__init__(**others)
+        self.hidden_size, self.vocab_size, self.depth = hidden_size, vocab_size, depth
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.LayerNorm(32)
+        self.attention = nn.MultiheadAttention(32, 4, batch_first=True)
+        self.mlp = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32))
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(32, 32), nn.GELU()) for _ in range(3))
+
+    def forward(self, hidden):
+        length = hidden.shape[1]
+        normed = self.norm(hidden)
+        later = torch.ones(length, length, dtype=torch.bool).triu(1)
+        hidden = hidden + self.attention(normed, normed, normed, attn_mask=later, need_weights=False)[0]
+        return hidden + self.mlp(hidden) + sum(expert(hidden) for expert in self.experts)
+
+
+class OwnModel(PreTrainedModel):
+    """A user's: Karpathy's names, a config without num_hidden_layers."""
+
+    config_class = OwnConfig
+
+    def __init__(self, config, other=lambda: nn.Linear(32, 32), others=3):
+        super().__init__(config)
+        parts = {"wte": nn.Embedding(97, 32), "others": nn.ModuleList(other() for _ in range(others))}
+        parts["h"] = nn.ModuleList(Block() for _ in range(config.depth))
+        self.transformer = nn.ModuleDict({**parts, "ln_f": nn.LayerNorm(32)})
+        self.lm_head = nn.Linear(32, 97, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.transformer["wte"]
+
+    def forward(self, input_ids, labels=None, **_):
+        hidden = self.transformer["wte"](input_ids)
+        for other in self.transformer["others"]:
+            hidden = hidden + 0.01 * other(hidden)
+        for block in self.transformer["h"]:
+            hidden = block(hidden)
+        return CausalLMOutput(logits=self.lm_head(self.transformer["ln_f"](hidden)))
+
+
+def gate():
+    return nn.Sequential(nn.Linear(32, 32), nn.GELU())
+
+
+@pytest.mark.parametrize("config", [{}, {"num_hidden_layers": 3}])
+def test_layers_of_a_users_own_model_are_found(config):
+    """A second list as long, of modules without children, lies before them, and lists of experts lie in them."""
+    model = OwnModel(OwnConfig(**config)).eval()
+    trunk = find_trunk(model)
+    assert trunk.last_layer is model.transformer["h"][-1] and trunk.norm is model.transformer["ln_f"]
+    assert_the_models_own_logits(attach(model, num_heads=1), batch())
+
+
+def test_which_of_several_lists_holds_the_layers():
+    """By the model's word, else by the config's number, else nobody guesses."""
+    model = OwnModel(OwnConfig(), other=gate)
+    lists = r"transformer.others \(3 Sequential\), transformer.h \(3 Block\)"
+    for config in ({}, {"num_hidden_layers": 3}):
+        with pytest.raises(ConfigError, match=f"OwnModel has several lists .*: {lists}. Name .*_no_split_modules"):
+            find_trunk(OwnModel(OwnConfig(**config), other=gate))
+    model._no_split_modules = ["Block"]
+    assert find_trunk(model).last_layer is model.transformer["h"][-1]
+    model = OwnModel(OwnConfig(num_hidden_layers=3), other=gate, others=2)
+    assert find_trunk(model).last_layer is model.transformer["h"][-1]
+    with pytest.raises(ConfigError, match="OwnModel has no list of decoder layers and no final norm where"):
+        find_trunk(OwnModel(OwnConfig(num_hidden_layers=7), other=gate))
+
+
+def test_a_model_with_fewer_layers_than_its_config_says():
+    """Pruned by hand: its class tells its layers."""
+    model = AutoModelForCausalLM.from_config(FAMILIES["plain"])
+    model.model.layers = model.model.layers[:2]
+    assert find_trunk(model).last_layer is model.model.layers[1]
+
+
+def test_a_size_that_the_config_does_not_name():
+    config = OwnConfig()
+    del config.hidden_size
+    with pytest.raises(ConfigError, match="OwnConfig of OwnModel has no hidden_size, .*attribute_map"):
+        find_trunk(OwnModel(config))
+
+
+class Wrapper(nn.Module):
+    def __init__(self, model, config=None):
+        super().__init__()
+        self.lm = model
+        if config is not None:
+            self.config = config
+
+
+def test_a_model_in_a_wrapper_is_refused_by_name():
+    model = AutoModelForCausalLM.from_config(FAMILIES["plain"])
+    wrappers = [Wrapper(model), Wrapper(model, model.config), nn.Sequential(model), nn.DataParallel(model)]
+    wrappers.append(get_peft_model(Wrapper(model), LoraConfig(target_modules=["q_proj"])))
+    for wrapper in wrappers:
+        inside = wrapper.get_base_model() if isinstance(wrapper, PeftModel) else wrapper
+        name = next(iter(dict(inside.named_children())))
+        match = rf"a model of class {type(inside).__name__}, .*Pass its {name} \(LlamaForCausalLM\)"
+        with pytest.raises(ConfigError, match=match):
+            find_trunk(wrapper)
+    with pytest.raises(ConfigError, match="a model of class Linear, .*Derive its class from PreTrainedModel"):
+        find_trunk(nn.Linear(1, 1))
+
+
+@pytest.mark.parametrize("where", ["disk", "cpu"])
+@pytest.mark.parametrize("part", ["model.layers.0", "model.layers.2", "model.norm", "lm_head"])
+def test_parts_that_accelerate_brings_for_each_call(tmp_path, part, where):
+    """The first layer may lie elsewhere. Of the others heads need the weights themselves."""
+    model = AutoModelForCausalLM.from_config(FAMILIES["plain"]).eval()
+    inputs = batch()
+    wanted = model(**inputs).logits
+    parts = [
+        "model.embed_tokens",
+        "model.rotary_emb",
+        *(f"model.layers.{i}" for i in range(3)),
+        "model.norm",
+        "lm_head",
+    ]
+    at = {name: where if name == part else "cpu" for name in parts}
+    if where == "disk":
+        model = accelerate.dispatch_model(model, at, offload_dir=tmp_path, main_device="cpu")
+    else:  # as of a model on a GPU with parts in the CPU's memory, on a machine that has none
+        accelerate.cpu_offload(model.get_submodule(part), "cpu")
+        accelerate.hooks.add_hook_to_module(model, accelerate.hooks.AlignDevicesHook("cpu", io_same_device=True))
+    assert all(p.is_meta for p in model.get_submodule(part).parameters())
+    assert torch.equal(model(**inputs).logits, wanted)
+    if part == "model.layers.0":
+        assert_the_models_own_logits(attach(model, num_heads=1), inputs)
+        return
+    with pytest.raises(ConfigError, match=rf"accelerate keeps {part} of LlamaForCausalLM on disk .*device_map"):
+        attach(model)
+    assert torch.equal(model(**inputs).logits, wanted)
+
+
+def test_a_copy_has_no_hooks_of_accelerate():
+    model = AutoModelForCausalLM.from_config(FAMILIES["plain"]).eval()
+    hook = accelerate.hooks.AlignDevicesHook("cpu", io_same_device=True)
+    accelerate.hooks.add_hook_to_module(model.model.layers[-1], hook, append=True)
+    accelerate.hooks.add_hook_to_module(model.model.layers[-1].mlp, hook)
+    copied = plain_copy(model.model.layers[-1], None)
+    for module in copied.modules():
+        assert not {"forward", "_old_forward", "_hf_hook"} & vars(module).keys()
+    assert "_hf_hook" in vars(model.model.layers[-1]) and "forward" in vars(model.model.layers[-1].mlp)
+    assert_the_models_own_logits(attach(model, num_heads=1), batch())
+
+
+def test_a_layer_that_cannot_be_copied_is_named():
+    model = AutoModelForCausalLM.from_config(FAMILIES["plain"])
+    model.model.layers[-1].recorder = (i for i in range(3))
+    with pytest.raises(ConfigError, match=r"last layer \(LlamaDecoderLayer\) cannot be copied .*generator"):
+        attach(model)
+
+
+def with_adapter(model, how, config):
+    if how == "add_adapter":
+        model.add_adapter(config)
+        return model
+    return get_peft_model(model, config, mixed=how == "mixed")
+
+
+@pytest.mark.parametrize("how", ["get_peft_model", "add_adapter", "mixed"])
+def test_auto_is_lora_where_the_base_has_an_adapter(how):
+    """With the rank and alpha of its LoRA, if it is one."""
+    plain = attach(AutoModelForCausalLM.from_config(FAMILIES["plain"]))
+    assert plain.heads.lora is None and all(p.requires_grad for p in plain.heads.parameters())
+    base = LoraConfig(r=3, lora_alpha=5, use_rslora=True, target_modules=["q_proj"])
+    for config, wanted in (
+        (base, (3, 5, True)),
+        (OFTConfig(oft_block_size=4, target_modules=["q_proj"]), (8, 16, False)),
+    ):
+        model = with_adapter(AutoModelForCausalLM.from_config(FAMILIES["plain"]), how, config)
+        heads = attach(model).heads
+        assert (heads.lora.r, heads.lora.lora_alpha, heads.lora.use_rslora) == wanted
+        assert all(p.requires_grad == (".lora_" in name) for name, p in heads.named_parameters())
+
+
+def test_lora_leaves_out_what_is_never_called():
+    """nn.MultiheadAttention takes its output projection's weight and does not call it."""
+    attached = attach(OwnModel(OwnConfig()), num_heads=1, train_heads="lora")
+    targets = set(attached.heads.lora.target_modules)
+    assert targets == {"mlp.0", "mlp.2", *(f"experts.{i}.0" for i in range(3))}
+    reading, _ = read(attached, batch())
+    reading.loss.backward()
+    assert all(p.grad is not None for p in attached.heads.parameters() if p.requires_grad)
+
+
+def test_lora_without_a_linear_layer_is_refused():
+    class Bare(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(32, 4, batch_first=True)
+
+    model = OwnModel(OwnConfig())
+    model.transformer["h"] = nn.ModuleList(Bare() for _ in range(3))
+    with pytest.raises(ConfigError, match="caft.train_heads: got lora, .* Bare has no linear layer"):
+        attach(model, train_heads="lora")
+
+
+def test_lora_on_multihead_attention_is_in_the_copy():
+    """PEFT wraps both its projections, the outer one inside of the other's base."""
+    model = get_peft_model(OwnModel(OwnConfig()), LoraConfig(r=2, target_modules=["attention", "mlp.0"])).eval()
+    before = plain_copy(find_trunk(model).last_layer, None)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            nn.init.normal_(parameter, std=0.2)
+    copied = plain_copy(find_trunk(model).last_layer, None)
+    assert (copied.attention.in_proj_weight - before.attention.in_proj_weight).abs().max() > 0.01
+    assert type(copied.attention.out_proj) is type(before.attention.out_proj) is NonDynamicallyQuantizableLinear
+    assert_the_models_own_logits(attach(model, num_heads=1), batch())
