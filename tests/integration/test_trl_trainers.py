@@ -132,7 +132,7 @@ def test_a_users_class_over_sfttrainer_gets_what_sfttrainer_gets(tmp_path):
 def test_the_door_opens_by_itself(first):
     """In a process of its own, in both orders of import."""
     code = (
-        f"{first}; import sys; from trl import SFTTrainer; from caft_plugin.trl import SFTMixin; "
+        f"{first}; import sys; from trl import SFTTrainer; from caft_plugin.trl import CAFTSFTTrainer, SFTMixin; "
         "from caft_plugin import with_caft; assert C is CAFTSFTTrainer is with_caft(SFTTrainer); "
         "assert issubclass(C, SFTMixin)"
     )
