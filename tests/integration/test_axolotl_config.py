@@ -88,6 +88,12 @@ def test_bad_blocks(config, name, block, message):
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize("block", [{"mode": "pretrain"}, None, {"layout": "separate"}])
+def test_masks_with_a_processor(config, block):
+    with pytest.raises(ConfigError, match="meap: cannot be used together with `processor_type: AutoProcessor`"):
+        load_cfg(str(config(meap=block, processor_type="AutoProcessor")))
+
+
 @pytest.mark.parametrize(
     ("changes", "key"),
     [

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
@@ -12,6 +14,7 @@ from test_trl import CHATS, COMPLETIONS, FEATURES, TEMPLATE, make, model_of, run
 from tiny import word_tokenizer
 from trl import SFTTrainer
 
+from caft_plugin import ConfigError
 from caft_plugin.loss import IGNORE, PLAN
 from caft_plugin.trl import CAFTSFTTrainer
 
@@ -136,3 +139,79 @@ def test_streamed_and_evaluated_data(tokenizer, tmp_path):
     trainer.train()
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert all(entry["meap/examples_masked"] > 0 for entry in logs)
+
+
+@pytest.mark.parametrize("layout", ["concat", "separate"])
+@pytest.mark.parametrize("packing", [{}, {"packing": True, "max_length": 48}], ids=["rows", "packed"])
+def test_evaluation_sets_are_what_the_plain_trainer_makes_of_them(tokenizer, tmp_path, packing, layout):
+    """Whatever they are called, the training set itself too: the same rows and the same digits."""
+    sets = {"train": Dataset.from_list(CHATS[:6]), "test": Dataset.from_list(CHATS[6:12])}
+    settings = {"max_length": 64, "shuffle_dataset": True, **packing}
+    evaluated = []
+    for trainer_class, meap in ((SFTTrainer, {}), (CAFTSFTTrainer, {"meap": {**MEAP, "layout": layout}})):
+        trainer = make(trainer_class, tokenizer, tmp_path, CHATS, settings, {"eval_dataset": sets, **meap})
+        rows = {name: made[:] for name, made in trainer.eval_dataset.items()}
+        calls = (None, trainer.train_dataset, {"train": trainer.train_dataset}, {"train": sets["test"]})
+        metrics = [trainer.evaluate(*[] if given is None else [given]) for given in calls]
+        metrics.append(trainer.predict(trainer.train_dataset).metrics)
+        evaluated.append((rows, [{k: v for k, v in m.items() if k.endswith("_loss")} for m in metrics]))
+    assert evaluated[0] == evaluated[1]
+    assert all(len(losses) in (1, 2) for losses in evaluated[0][1])
+    trainer.train()
+    assert sum(entry.get("meap/examples_masked", 0) for entry in trainer.state.log_history) > 0
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("mode", ["keep_start", "keep_end"])
+def test_copies_that_are_cut_to_nothing_are_dropped(tokenizer, tmp_path, mode, streamed):
+    """As the plain trainer drops their originals: as many copies as there are originals stay."""
+    rows = [
+        {"input_ids": [5, 6, 7, 8, 9, 10], "labels": [IGNORE] * 4 + [9, 10]},
+        {"input_ids": [11, 12, 13, 14], "labels": [IGNORE, 12, 13, 14]},
+        {"input_ids": [15, 16, 17, 18, 19, 20], "labels": [IGNORE, 16, *[IGNORE] * 4]},
+        {"input_ids": [21, 22, 23, 24, 25, 1], "labels": [IGNORE, IGNORE, IGNORE, 24, 25, 1]},
+    ]
+    kept = {"keep_start": {11, 15, 21}, "keep_end": {7, 11, 23}}[mode]
+    made = Dataset.from_list(rows)
+    trainer = CAFTSFTTrainer(
+        model=model_of(),
+        args=make(SFTTrainer, tokenizer, tmp_path, rows, {"max_length": 4, "truncation_mode": mode}).args,
+        train_dataset=made.to_iterable_dataset() if streamed else made,
+        processing_class=tokenizer,
+        meap={**MEAP, "layout": "separate", "min_answer_tokens": 1},
+    )
+    firsts = sorted(row["input_ids"][0] for row in trainer.train_dataset)
+    assert firsts == sorted([*kept, *kept])
+    assert all(any(label >= 0 for label in row["labels"]) for row in trainer.train_dataset)
+
+
+def test_rows_that_are_made_when_they_are_read(tokenizer, tmp_path):
+    """The way that TRL's own message names. Masks are drawn in them, or the mode that needs copies is refused."""
+
+    def ready(batch):
+        ids = [tokenizer(text)["input_ids"] for text in batch["text"]]
+        return {"input_ids": ids, "labels": ids}
+
+    rows = Dataset.from_list([{"text": " ".join(f"w{i + j}" for j in range(20))} for i in range(8)])
+    for mode in ("sft", "pretrain"):
+        trainer = functools.partial(
+            CAFTSFTTrainer,
+            model=model_of(),
+            args=make(
+                SFTTrainer,
+                tokenizer,
+                tmp_path,
+                settings={"dataset_kwargs": {"skip_prepare_dataset": True}, "remove_unused_columns": False},
+                rows=[{"input_ids": [5], "labels": [5]}],
+            ).args,
+            train_dataset=rows.with_transform(ready),
+            processing_class=tokenizer,
+            meap={**MEAP, "mode": mode},
+        )
+        if mode == "sft":
+            with pytest.raises(ConfigError, match="meap.mode: got sft, but the training set makes its rows when"):
+                trainer()
+            continue
+        made = trainer()
+        made.train()
+        assert sum(entry.get("meap/examples_masked", 0) for entry in made.state.log_history) == 4 * 3

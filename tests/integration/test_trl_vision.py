@@ -5,6 +5,7 @@ Needs Pillow, which comes with Axolotl.
 
 from __future__ import annotations
 
+import functools
 import json
 
 import pytest
@@ -21,6 +22,7 @@ from tiny import word_tokenizer
 from transformers import CLIPImageProcessor, LlavaProcessor
 from trl import SFTConfig, SFTTrainer
 
+from caft_plugin import ConfigError
 from caft_plugin.trl import CAFTSFTTrainer
 
 TEMPLATE = (
@@ -106,3 +108,42 @@ def test_images_through_trl(processor, tmp_path, how):
     assert saved["SFTTrainer"] == saved["CAFTSFTTrainer"]
     record = json.loads((tmp_path / "CAFTSFTTrainer" / "caft_heads" / "config.json").read_text())
     assert record["layer_class"] == "LlamaDecoderLayer"
+
+
+def test_masks_and_images(processor, tmp_path):
+    """In pretraining no image token is ever masked, though a picture has more of them than there is text; copies,
+    which TRL's rows of images and text have no tokens for, are refused by name."""
+    image_token = processor.tokenizer.convert_tokens_to_ids("<image>")
+    make = functools.partial(
+        CAFTSFTTrainer,
+        args=SFTConfig(
+            output_dir=str(tmp_path),
+            use_cpu=True,
+            bf16=False,
+            max_steps=3,
+            max_length=None,
+            logging_steps=1,
+            report_to=[],
+        ),
+        train_dataset=rows(),
+        processing_class=processor,
+    )
+    models = []
+    for _ in range(2):
+        model = model_of("Llava")
+        model.resize_token_embeddings(image_token + 2)
+        model.config.image_token_id = image_token
+        models.append(model)
+    with pytest.raises(
+        ConfigError, match="training rows need `input_ids` and `labels`, but these have images.*pretrain"
+    ):
+        make(model=models[0], meap={"min_answer_tokens": 1})
+    trainer = make(model=models[1], meap={"mode": "pretrain", "mask_ratio": 0.9})
+    seen = []
+    trainer.model.register_forward_pre_hook(lambda m, a, kwargs: seen.append(kwargs["input_ids"]), with_kwargs=True)
+    trainer.train()
+    mask = trainer._meap_collator.mask_id
+    assert seen and all(((ids == image_token).sum(1) == 16).all() for ids in seen)
+    assert all((ids == mask).any(1).all() for ids in seen)
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert all(entry["meap/examples_masked"] > 0 for entry in logs)
