@@ -21,7 +21,6 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.integrations import dequantize_module_weight
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Partial
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
@@ -781,12 +780,11 @@ class AttachedHeads:
         return weighted_sum(of_rows(trunk.logits), weights, hidden, other, trunk.vocab_size, parameters)
 
     def _whole_trunk(self, dtype: torch.dtype) -> Trunk:
-        """The trunk, norm and unembedding whole and free of FSDP's hooks where the model is sharded by FSDP2.
+        """The trunk, its norm and unembedding without hooks, the user's and FSDP2's, and whole where they are sharded.
 
-        How often they are used differs between processes (chunks of rows), so none of these uses may communicate.
+        How often they are used differs between processes (chunks of rows), so none of these uses may communicate; and
+        who has a hook on them expects what the model makes of its own hidden states.
         """
-        if not isinstance(self.model, FSDPModule):
-            return self.trunk
         norm, unembedding = (whole_twin(module, dtype) for module in (self.trunk.norm, self.trunk.unembedding))
         return dataclasses.replace(self.trunk, norm=norm, unembedding=unembedding)
 
@@ -885,7 +883,8 @@ def whole_twin(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     """
     twin: nn.Module = object.__new__(type(module))  # FSDP2's classes build another module in __new__
     twin.__dict__.update(module.__dict__)
-    twin._forward_hooks, twin._forward_pre_hooks = OrderedDict(), OrderedDict()
+    for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+        twin.__dict__[name] = OrderedDict()
     parameters: dict[str, Any] = {n: p if p is None else whole(p, dtype) for n, p in module._parameters.items()}
     twin._parameters = parameters
     twin._modules = {n: m if m is None else whole_twin(m, dtype) for n, m in module._modules.items()}

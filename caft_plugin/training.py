@@ -53,29 +53,32 @@ CUTTING = {"cp_size": "sequences", "sp_size": "sequences", "tp_size": "layers"}
 ADDS = {"caft": "the heads", "meap.mask_token": "the added vector"}
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class MicroBatch:
-    """One micro-batch of a window, and what its losses were, on this process.
-
-    `targets` (num_heads, batch, length) are of its `labels`, None where it has none; `draws` says how often each head
-    was drawn. The host may ask for a loss of the batch more than once, or of its parts: `counted` are the next tokens
-    of all that it asked for, `tokens` those of the batch.
-    """
+    """One micro-batch of a window. `targets` (num_heads, batch, length) are of its `labels`, None where it has none;
+    `draws` says how often each head was drawn."""
 
     inputs: Any
     targets: Tensor | None
     draws: list[int]
-    tokens: Tensor
-    next_token: Tensor
-    aux: Tensor
-    heads: Tensor
-    counted: Tensor
-    asked: int = 0
 
-    @property
-    def share(self) -> Tensor:
-        """What one batch is of all that was asked for."""
-        return torch.where(self.counted > 0, self.tokens / self.counted.clamp(min=1), 1 / max(self.asked, 1))
+
+class Sums:
+    """What the losses of a window added up to, on this process, float64. Heads' losses are summed over their targets.
+
+    The host may ask for a batch's loss more than once, or for that of its parts: `tokens` counts the next tokens of all
+    that it asked for.
+    """
+
+    def __init__(self, num_heads: int, device: torch.device) -> None:
+        self.next_token, self.aux, self.tokens = torch.zeros(3, dtype=torch.float64, device=device)
+        self.heads = torch.zeros(num_heads, dtype=torch.float64, device=device)
+
+    def add(self, next_token: Tensor, aux: Tensor, heads: Tensor, tokens: Tensor) -> None:
+        self.next_token += next_token.detach().to(self.heads)
+        self.aux += aux.detach().to(self.heads)
+        self.heads += heads.to(self.heads)
+        self.tokens += tokens.to(self.heads)
 
 
 @dataclasses.dataclass
@@ -83,14 +86,16 @@ class Window:
     """One accumulation window, that is one optimisation step.
 
     Counts are over all processes, (num_heads,): `counts` of a head's targets, `drawn_counts` of those in micro-batches
-    where the head was drawn; `next_tokens` counts the model's own targets.
+    where the head was drawn; `next_tokens` counts the model's own targets, `own_tokens` those of this process.
     """
 
     gamma: float
     counts: Tensor
     next_tokens: Tensor
+    own_tokens: Tensor
     drawn_counts: Tensor
     micro_batches: list[MicroBatch]
+    sums: Sums
     steps_begun: int = 0
 
     @property
@@ -127,11 +132,12 @@ class Tally:
         self.gamma += window.gamma
         for index, count in enumerate(window.drawn_counts.tolist()):
             self.steps_of_head[index] += window.gamma != 0.0 and count > 0
-        for micro_batch in window.micro_batches:
-            share = micro_batch.share
-            self.next_token += micro_batch.next_token * share
-            self.aux += micro_batch.aux * share
-            self.heads += micro_batch.heads * share / window.drawn_counts.clamp(min=1)
+        # A batch that was asked for twice counts once.
+        share = (window.own_tokens / window.sums.tokens.clamp(min=1)).clamp(max=1)
+        share = torch.where(window.sums.tokens > 0, share, 1.0)
+        self.next_token += window.sums.next_token * share
+        self.aux += window.sums.aux * share
+        self.heads += window.sums.heads * share / window.drawn_counts.clamp(min=1)
 
 
 class MaskTally:
@@ -222,8 +228,11 @@ class CAFTTrainerMixin(_Base):
         Raises:
             ConfigError: the model, the trainer's settings or the heads folder do not fit.
         """
-        if config.beta != 0:
-            self._check_trainer()
+        if config.beta == 0:
+            self.caft_config = config
+            logger.info("caft.beta is 0: no auxiliary heads are built, this is a plain run")
+            return
+        self._check_trainer()
         model: Any = self.model
         trunk = find_trunk(model)
         if hasattr(type(trunk.last_layer), NOTING):
@@ -236,9 +245,6 @@ class CAFTTrainerMixin(_Base):
             warn_of_differences(config, record, trunk.model.config)
         config = checkpoint.resolve_wiring(config, record)
         self.caft_config = config
-        if config.beta == 0:
-            logger.info("caft.beta is 0: no auxiliary heads are built, this is a plain run")
-            return
         heads = build_heads(model, trunk, config, seed=self.args.seed)
         if folder is not None:
             checkpoint.load_pretrained(folder, heads, trunk.layer_class)
@@ -518,18 +524,20 @@ class CAFTTrainerMixin(_Base):
             if all_targets[-1] is not None:
                 of_batch[:-1] = count_targets(all_targets[-1])
                 of_batch[-1] = next_tokens_in(batch)
-        tokens = found[:, -1].double()
+        own_tokens = found[:, -1].sum()
         found = self._over_processes(found)
         counts = found[:, :-1]
         draws = self._draws(len(batches))
         drawn = counts * torch.tensor(draws, device=device).clamp(max=1)
-        zero = torch.zeros((), dtype=torch.float64, device=device)
-        micro_batches = [
-            MicroBatch(batch, targets, times, n, zero, zero, zero.expand(num_heads), zero)
-            for batch, targets, times, n in zip(batches, all_targets, draws, tokens, strict=True)
-        ]
-        factor = gamma(self.caft_config.schedule, self.state.global_step, self.state.max_steps)
-        return Window(factor, counts.sum(0), found[:, -1].sum(), drawn.sum(0), micro_batches)
+        return Window(
+            gamma(self.caft_config.schedule, self.state.global_step, self.state.max_steps),
+            counts=counts.sum(0),
+            next_tokens=found[:, -1].sum(),
+            own_tokens=own_tokens,
+            drawn_counts=drawn.sum(0),
+            micro_batches=[MicroBatch(*of_batch) for of_batch in zip(batches, all_targets, draws, strict=True)],
+            sums=Sums(num_heads, device),
+        )
 
     def _close_window(self) -> None:
         if self._caft_window is not None:
@@ -598,8 +606,7 @@ class CAFTTrainerMixin(_Base):
         targets = micro_batch.targets
         if targets is None or micro_batch.inputs["labels"] is not inputs["labels"]:
             targets = head_targets(inputs, len(self.caft.heads))
-        micro_batch.asked += 1
-        micro_batch.counted = micro_batch.counted + next_tokens_in(inputs).to(micro_batch.counted.device)
+        tokens = next_tokens_in(inputs)
         self._take_plan(inputs)
         reading = self._reading(targets, window, micro_batch)
         if self._caft_fused:
@@ -620,9 +627,7 @@ class CAFTTrainerMixin(_Base):
         total = loss + aux
 
         steps = self._accumulation_divisor(num_items_in_batch)
-        micro_batch.next_token = micro_batch.next_token + loss.detach().double() / steps
-        micro_batch.aux = micro_batch.aux + aux.detach().double() / steps
-        micro_batch.heads = micro_batch.heads + reading.sums.to(micro_batch.heads)
+        window.sums.add(loss.double() / steps, aux.double() / steps, reading.sums, tokens)
         return (total, *result[1:]) if return_outputs else total
 
     def _take_plan(self, inputs: dict[str, Any]) -> None:
@@ -682,10 +687,10 @@ class CAFTTrainerMixin(_Base):
             loss = super().training_step(model, inputs, *args, **kwargs)
         finally:
             self._caft_step = None
-        if not self._caft_ran:
+        if not self._caft_ran and self.accelerator.sync_gradients:
             raise ConfigError(
-                f"caft: {self._host_name()} trained on its first batch without computing its loss through compute_loss "
-                "with gradients, so the heads did not run. Use a trainer whose training_step calls compute_loss, or "
+                f"caft: {self._host_name()} made its first step without computing its loss through compute_loss with "
+                "gradients, so the heads did not run. Use a trainer whose training_step calls compute_loss, or "
                 "take the `caft:` block out."
             )
         if self.accelerator.sync_gradients:

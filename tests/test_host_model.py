@@ -9,6 +9,7 @@ import pickle
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from test_training import DATA, CAFTTrainer, arguments, lora, losses, pad, trainer_of
 from transformers import LlamaForCausalLM, Trainer, TrainerCallback
@@ -125,6 +126,31 @@ def test_a_sharded_save_in_mid_training_is_the_plain_one(tiny_model, tmp_path):
 
     plain, ours = (content(tmp_path / name / "mid") for name in ("plain", "ours"))
     assert ours == plain and "total_parameters" in ours[1]["model.safetensors.index.json"]["metadata"]
+
+
+@pytest.mark.parametrize("drop", [0.0, 0.3])
+@pytest.mark.parametrize("name", ["layers.2", "layers.2.mlp", "norm", "lm_head", "layers.1", "embed_tokens"])
+def test_a_users_hooks_see_what_they_see_without_heads(tiny_model, tmp_path, name, drop):
+    """Forward hooks: as often and the same tensors; backward hooks: as often. `drop` is that of a LoRA."""
+    runs = []
+    for trainer_class in (Trainer, CAFTTrainer):
+        model = copy.deepcopy(tiny_model)
+        module = model.lm_head if name == "lm_head" else model.model.get_submodule(name)
+        before, after, backward = [], [], []
+        if drop:
+            torch.manual_seed(0)
+            model = get_peft_model(model, LoraConfig(r=2, lora_dropout=drop, target_modules=["lm_head", "up_proj"]))
+            module = model.get_submodule(next(n for n, _ in model.named_modules() if n.endswith(name)))
+        module.register_forward_pre_hook(lambda module, args, before=before: before.append(args[0].clone()))
+        module.register_forward_hook(lambda module, args, output, after=after: after.append(output.clone()))
+        module.register_full_backward_hook(lambda module, given, made, backward=backward: backward.append(made))
+        caft = {"num_heads": 2, "train_heads": "frozen"}
+        trainer_of(model, tmp_path, caft, trainer_class, max_steps=1, learning_rate=0.0).train()
+        runs.append((before, after, len(backward)))
+    assert runs[0][2] == runs[1][2] and len(runs[0][1]) == len(runs[1][1]) == 1
+    for kind in (0, 1):
+        for a, b in zip(runs[0][kind], runs[1][kind], strict=True):
+            assert torch.equal(a, b)
 
 
 def test_flops_are_counted_without_heads(tiny_model, tmp_path):

@@ -4,6 +4,7 @@ sums begin with."""
 from __future__ import annotations
 
 import copy
+from typing import ClassVar
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from transformers import DynamicCache, Trainer, TrainerCallback
 
 from caft_plugin import ConfigError, with_caft
 from caft_plugin.heads import _LayerCall, _replay
+from caft_plugin.loss import IGNORE
 
 KEYS = ("loss", "grad_norm", "caft/next_token_loss", "caft/loss_head_1", "caft/gamma", "caft/aux_loss")
 
@@ -44,8 +46,29 @@ class AsksForHalves(Trainer):
         return whole
 
 
-@pytest.mark.parametrize("drawn", [None, 1])
-@pytest.mark.parametrize("host", [AsksTwice, AsksForHalves])
+class AsksOnceForAll(Trainer):
+    """All micro-batches of a window in one, at its last step."""
+
+    held: ClassVar[list] = []
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        self.held.append(inputs)
+        if len(self.held) < 2:
+            return torch.zeros(())
+        length = max(batch["labels"].shape[1] for batch in self.held)
+        fill = {"input_ids": 0, "labels": IGNORE, "attention_mask": 0}
+        joined = {
+            key: torch.cat([F.pad(b[key], (0, length - b[key].shape[1]), value=value) for b in self.held])
+            for key, value in fill.items()
+        }
+        self.held.clear()
+        return super().training_step(model, joined, num_items_in_batch)
+
+
+@pytest.mark.parametrize(
+    ("host", "drawn"),
+    [(AsksTwice, None), (AsksTwice, 1), (AsksForHalves, None), (AsksForHalves, 1), (AsksOnceForAll, None)],
+)
 def test_how_a_host_asks_changes_nothing(tiny_model, tmp_path, host, drawn):
     """Losses, logs and gradients against the Trainer's own step: float32, 1e-5 relative."""
     runs = []
@@ -148,6 +171,19 @@ class StepsByItself(Trainer):
         return loss.detach()
 
 
+def test_a_host_that_passes_over_a_batch_trains_on_the_others(tiny_model, tmp_path):
+    class PassesOver(Trainer):
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            if not self.accelerator.sync_gradients:
+                return torch.zeros(())
+            return super().training_step(model, inputs, num_items_in_batch)
+
+    trainer = trainer_of(tiny_model, tmp_path, {"beta": 0.5}, with_caft(PassesOver), gradient_accumulation_steps=2)
+    trainer.train()
+    for entry in losses(trainer):
+        assert entry["loss"] == pytest.approx(entry["caft/next_token_loss"] + entry["caft/aux_loss"], rel=1e-5)
+
+
 def only_ids(rows):
     return {key: value for key, value in pad(rows).items() if key != "labels"}
 
@@ -161,7 +197,7 @@ def one_label_a_row(rows):
     [
         (MakesItsOwnTargets, only_ids, "the batches of MakesItsOwnTargets have no `labels`"),
         (MakesItsOwnTargets, one_label_a_row, "the batches of MakesItsOwnTargets have no `labels`"),
-        (StepsByItself, pad, "StepsByItself trained on its first batch without computing its loss through"),
+        (StepsByItself, pad, "StepsByItself made its first step without computing its loss through"),
     ],
 )
 def test_a_host_that_heads_cannot_follow_is_named_at_the_first_step(tiny_model, tmp_path, host, collator, words):
