@@ -126,7 +126,8 @@ study-report: $(VENV)/.package  ## write trl_examples/study/REPORT.md and its fi
 PYTEST := -n 2 --dist loadfile
 NEWEST := tests/test_golden.py tests/test_heads.py tests/test_training.py tests/test_families.py tests/test_vision.py \
 	tests/test_meap.py tests/test_mask_token.py tests/test_masked_training.py \
-	tests/test_numbers.py tests/test_resume.py tests/test_fused_loss.py \
+	tests/test_numbers.py tests/test_resume.py tests/test_fused_loss.py tests/test_copies.py tests/test_windows.py \
+	tests/test_host_model.py tests/integration/test_trl_trainers.py \
 	tests/integration/test_trl.py tests/integration/test_trl_meap.py tests/integration/test_restart.py
 
 test: $(VENV)/.package $(TRL_VENV)/.package  ## run every test, on Axolotl's stack and on the newest one
