@@ -463,7 +463,7 @@ RUNS = (
 
 
 def small(task: str) -> dict:
-    return {"steps": 2, "batch-size": 2} if task == "stage1" else {"steps": 2, "batch": 4, "threads": 1}
+    return {"steps": 2, "batch-size": 2} if task == "stage1" else {"steps": 2, "batch": 2, "threads": 1}
 
 
 @pytest.mark.slow
