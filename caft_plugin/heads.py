@@ -480,25 +480,27 @@ def is_plain_linear(module: nn.Module) -> bool:
 def _with_effect(base: Any, tuner: Any) -> nn.Module:
     """`base`, a linear layer, with weight and bias that do what `tuner` does, whose base layer it is or was made of.
 
-    They are read from what `tuner` makes of the identity, in float32 (a quantised one computes as it does), so it need
-    not know how to merge. A tuner that changes nothing leaves `base` as it is, to the bit.
+    They are read from what `tuner` makes of the identity, so it need not know how to merge: in float32 where it can
+    compute in that, as it is where it cannot (quantised, or with tensors that stay in half precision). A tuner that
+    changes nothing leaves `base` as it is, to the bit.
     """
-    kind = base.weight.dtype
+    kind, device = base.weight.dtype, base.weight.device
     exact = torch.promote_types(kind, torch.float32)
     out_in = isinstance(base, nn.Linear)
-    size, device = base.weight.shape[1 if out_in else 0], base.weight.device
-    theirs = tuner.get_base_layer()
-    if theirs is base:
-        tuner.to(exact)
-    takes = base.weight.dtype
-    base.to(exact)
+    size = base.weight.shape[1 if out_in else 0]
+    layer, takes, rounding = tuner, kind, 0.02  # how far rounding may lead, of the output
+    probe = torch.randn(4, size, generator=torch.Generator().manual_seed(0)).to(device, exact)
 
     def change(rows: Tensor) -> Tensor:
         rows = rows[None].to(takes)
-        return (tuner(rows).to(exact) - theirs(rows).to(exact))[0]
+        return (layer(rows).to(exact) - layer.get_base_layer()(rows).to(exact))[0]
 
     with full_precision(), torch.random.fork_rng(devices=[]):
-        probe = torch.randn(4, size, generator=torch.Generator().manual_seed(0)).to(device, exact)
+        if tuner.get_base_layer() is base:
+            with contextlib.suppress(Exception):  # some methods hold tensors that stay in half precision
+                wide = copy.deepcopy(tuner).to(exact)
+                wide(probe[None])
+                layer, takes, rounding = wide, exact, 1e-5
         try:
             wanted = change(probe)
         except Exception as error:  # a method that wants more than an input, each in its own way
@@ -508,13 +510,12 @@ def _with_effect(base: Any, tuner: Any) -> nn.Module:
             identity = torch.eye(size, device=device, dtype=exact)
             weight = torch.cat([change(rows) - bias for rows in identity.split(1024)])
             off = (probe @ weight + bias - wanted).norm()
-            rounding = 1e-5 if theirs is base else 0.02  # of 8 bits, or bfloat16
-            if not off <= 0.01 * wanted.norm() + rounding * base(probe).norm():
+            if not off <= 0.01 * wanted.norm() + rounding * base(probe.to(kind)).norm():
                 raise _unmergeable(tuner, "what it adds is not linear in its input")
-            base.weight.data += weight.T if out_in else weight
+            base.weight.data = (base.weight + (weight.T if out_in else weight)).to(kind)
             if bias.any():
-                base.bias = nn.Parameter(bias if base.bias is None else base.bias + bias)
-    return base.to(kind)
+                base.bias = nn.Parameter((bias if base.bias is None else base.bias + bias).to(kind))
+    return base
 
 
 @contextlib.contextmanager
