@@ -262,7 +262,7 @@ def write_folder(out: Path, tensors: dict[str, Tensor], record: HeadsRecord) -> 
         ConfigError: the disk is full, no permission, `out` has come into being meanwhile.
     """
     temporary = out.absolute().with_name(f".{out.absolute().name}.{os.getpid()}.tmp")
-    text = json.dumps(record.model_dump(), indent=2) + "\n"
+    text = json.dumps(record.model_dump(exclude_none=True), indent=2) + "\n"
     try:
         temporary.mkdir(parents=True)
         write_whole(temporary / WEIGHTS, lambda path: save_file(unshared(tensors), path, {"format": "pt"}))

@@ -432,7 +432,7 @@ def test_damaged_record(sound, data):
 def test_damaged_checkpoint(sound, name, data):
     with damaged_copy(sound, damage_tensors, f"checkpoint-1/{FOLDER}/{name}", data) as run:
         with pytest.raises(ConfigError) as error:
-            load_checkpoint(run / "checkpoint-1", sound.lora[0])
+            load_checkpoint(run / "checkpoint-1", sound.lora[0], sound.lora[2])
         check_message(error, "caft.")
 
 
@@ -466,7 +466,7 @@ def test_the_sound_folder_loads(sound):
     loaded = sound.load(sound.folder)
     expected = load_file(sound.folder / FOLDER / WEIGHTS)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in loaded.items())
-    load_checkpoint(sound.folder / "checkpoint-1", sound.lora[0])
+    load_checkpoint(sound.folder / "checkpoint-1", sound.lora[0], sound.lora[2])
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
@@ -539,4 +539,4 @@ def test_every_place_that_loads_says_whether_it_trusts():
             if ast.unparse(call.func) == "torch.load":
                 assert named.get("weights_only") == "True", (file.name, call.lineno)
                 seen.add("torch.load")
-    assert seen == {"attention.py", "cli.py", "distill.py", "importing.py", "torch.load"}
+    assert seen == {"attention.py", "cli.py", "distill.py", "importing.py", "plugin.py", "torch.load"}

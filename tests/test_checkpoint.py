@@ -68,13 +68,13 @@ def test_lora_is_merged_at_the_end_and_kept_apart_in_a_checkpoint(tiny_model, tm
 
     save_heads(tmp_path / "checkpoint-1", heads, trunk, config, resumable=True)
     other, _, _ = make(tiny_model, train_heads="lora")
-    load_checkpoint(tmp_path / "checkpoint-1", other)
+    load_checkpoint(tmp_path / "checkpoint-1", other, config)
     for (name, ours), (_, theirs) in zip(heads.named_parameters(), other.named_parameters(), strict=True):
         assert torch.equal(ours, theirs), name
     with pytest.raises(ConfigError, match="LoRA is not merged"):
         load(tiny_model, tmp_path / "checkpoint-1" / FOLDER)
-    with pytest.raises(ConfigError, match="trained with LoRA, but this run trains them fully"):
-        load_checkpoint(tmp_path / "checkpoint-1", make(tiny_model)[0])
+    with pytest.raises(ConfigError, match="caft.train_heads: this run has full, but .* was made with lora"):
+        load_checkpoint(tmp_path / "checkpoint-1", make(tiny_model)[0], config)
 
 
 def test_locate(folder, tmp_path, monkeypatch):

@@ -70,7 +70,7 @@ def config_only(golden, tmp_path):
 
 def test_folder(imported, base, state):
     assert sorted(path.name for path in imported.iterdir()) == [RECORD, WEIGHTS]
-    assert read_record(imported).model_dump() == {
+    assert read_record(imported).model_dump(exclude_none=True) == {
         "format_version": 1,
         "num_heads": 4,
         "head_input": "final",

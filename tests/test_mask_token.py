@@ -215,7 +215,7 @@ def test_used_ids():
 def added(model):
     base = getattr(model, "base_model", model)
     token = choose_mask_token("add", None, base.get_input_embeddings().num_embeddings, None)
-    return AddedMaskToken(model, token)
+    return AddedMaskToken(model, token).attach()
 
 
 def test_add_changes_no_shape_and_no_other_output(tiny_model):

@@ -84,17 +84,18 @@ def test_logged_losses_are_exact(tiny_model, tmp_path, name):
 def gradients_of_heads(trainer, batch, dtype, scaler=None):
     """Of the total loss of one batch; with a scaler, scaled for the backward pass and unscaled afterwards."""
     model = trainer.model
-    model.zero_grad(set_to_none=True)
-    with autocast(dtype):
-        loss = trainer.compute_loss(model, {key: value.clone() for key, value in batch.items()})
-    assert loss.dtype == torch.float32
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    if scaler is None:
-        loss.backward()
-    else:
-        scaler.scale(loss).backward()
-        scaler.unscale_(optimizer)
-    return loss.detach(), {n: p.grad for n, p in model.named_parameters() if MODULE_NAME in n}, optimizer
+    with trainer.caft:
+        model.zero_grad(set_to_none=True)
+        with autocast(dtype):
+            loss = trainer.compute_loss(model, {key: value.clone() for key, value in batch.items()})
+        assert loss.dtype == torch.float32
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        if scaler is None:
+            loss.backward()
+        else:
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+        return loss.detach(), {n: p.grad for n, p in model.named_parameters() if MODULE_NAME in n}, optimizer
 
 
 def at_start(trainer, steps=10):

@@ -240,7 +240,8 @@ def _build(loader: ModelLoader) -> torch.nn.Module:
         model_class = getattr(transformers, cfg.type_of_model)
     if issubclass(model_class, transformers.PreTrainedModel):
         return model_class(loader.model_config)
-    return model_class.from_config(loader.model_config, trust_remote_code=bool(cfg.trust_remote_code))
+    trust_remote_code = bool(cfg.trust_remote_code)
+    return model_class.from_config(loader.model_config, trust_remote_code=trust_remote_code)
 
 
 def _as_dict(block: Any) -> Any:
