@@ -294,6 +294,7 @@ def build_heads(model: nn.Module, trunk: Trunk, config: CAFTConfig, seed: int) -
     Raises:
         ConfigError: the layer cannot be copied, or is not at hand.
     """
+    refuse_taken(trunk)
     refuse_offloaded(trunk)
     dtype = trunk.model.config.dtype
     first = plain_copy(trunk.last_layer, dtype if isinstance(dtype, torch.dtype) else None)
@@ -663,9 +664,8 @@ class AttachedHeads:
         """
         if self.attached:
             return self
+        refuse_taken(self.trunk)
         layer = self.trunk.last_layer
-        if hasattr(type(layer), NOTING):
-            raise taken(self.trunk.model)
         self.hidden.attach()
         device = next(layer.parameters()).device
         if next(self.heads.parameters()).device != device:
@@ -1053,6 +1053,12 @@ def _output_class(output_class: type) -> type:
 def _with_aux_loss(output: ModelOutput, loss: Tensor) -> ModelOutput:
     """The model's output with a field `caft_loss`: distributed wrappers look for the graph in the output."""
     return _output_class(type(output))(**dict(output.items()), caft_loss=loss)
+
+
+def refuse_taken(trunk: Trunk) -> None:
+    """Raises ConfigError if heads are on the last layer."""
+    if hasattr(type(trunk.last_layer), NOTING):
+        raise taken(trunk.model)
 
 
 def taken(model: nn.Module) -> ConfigError:

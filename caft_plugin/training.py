@@ -24,7 +24,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from caft_plugin import checkpoint, resume
 from caft_plugin.config import CAFTConfig, ConfigError, MEAPConfig, named, shown
-from caft_plugin.heads import NOTING, AttachedHeads, HiddenSubmodule, Reading, build_heads, find_trunk, taken
+from caft_plugin.heads import AttachedHeads, HiddenSubmodule, Reading, build_heads, find_trunk
 from caft_plugin.loss import IGNORE, PLAN, count_targets, gamma, head_targets, head_weights
 from caft_plugin.mask_token import FILE as MASK_TOKEN_FILE
 from caft_plugin.mask_token import AddedMaskToken, choose_mask_token, placeholder_ids, row_norms, used_ids
@@ -104,17 +104,17 @@ class Window:
         draws = [micro_batch.draws for micro_batch in self.micro_batches]
         return [self.gamma != 0.0 and any(times) for times in zip(*draws, strict=True)]
 
-    def begun(self, inputs: Any) -> MicroBatch | None:
-        """The micro-batch that a `training_step` with `inputs` is about: the one that they are or whose labels they
-        have; where the host has made other inputs of it, the next one; None where all had their turn."""
+    def begun(self, inputs: Any) -> tuple[Window, MicroBatch] | None:
+        """What a `training_step` with `inputs` is about: the micro-batch that they are or whose labels they have; where
+        the host has made other inputs of it, the next one; None where all had their turn."""
         self.steps_begun += 1
         labels = inputs.get("labels") if isinstance(inputs, Mapping) else None
         for micro_batch in self.micro_batches:
             theirs = micro_batch.inputs
             if theirs is inputs or (labels is not None and theirs.get("labels") is labels):
-                return micro_batch
+                return self, micro_batch
         in_turn = self.steps_begun - 1
-        return self.micro_batches[in_turn] if in_turn < len(self.micro_batches) else None
+        return (self, self.micro_batches[in_turn]) if in_turn < len(self.micro_batches) else None
 
 
 class Tally:
@@ -235,8 +235,6 @@ class CAFTTrainerMixin(_Base):
         self._check_trainer()
         model: Any = self.model
         trunk = find_trunk(model)
-        if hasattr(type(trunk.last_layer), NOTING):
-            raise taken(trunk.model)
         record = folder = None
         if config.heads is not None:
             folder = checkpoint.locate_heads(config.heads)
@@ -539,6 +537,11 @@ class CAFTTrainerMixin(_Base):
             sums=Sums(num_heads, device),
         )
 
+    def _window_of_its_own(self, inputs: dict[str, Any]) -> tuple[Window, MicroBatch]:
+        """What a loss that is asked for by hand is about."""
+        window = self._open_window([inputs])
+        return window, window.micro_batches[0]
+
     def _close_window(self) -> None:
         if self._caft_window is not None:
             self._tally().add(self._caft_window)
@@ -598,11 +601,7 @@ class CAFTTrainerMixin(_Base):
         if not torch.is_grad_enabled():
             return self._evaluated(inputs, host_loss)
 
-        if self._caft_step is not None:
-            window, micro_batch = self._caft_step
-        else:  # called by hand: a window of its own
-            window = self._open_window([inputs])
-            (micro_batch,) = window.micro_batches
+        window, micro_batch = self._caft_step or self._window_of_its_own(inputs)
         targets = micro_batch.targets
         if targets is None or micro_batch.inputs["labels"] is not inputs["labels"]:
             targets = head_targets(inputs, len(self.caft.heads))
@@ -676,13 +675,9 @@ class CAFTTrainerMixin(_Base):
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         if self.caft is None:
             return super().training_step(model, inputs, *args, **kwargs)
-        micro_batch = None if self._caft_window is None else self._caft_window.begun(inputs)
-        if self._caft_window is None or micro_batch is None:  # called by hand: a window of its own
-            window = self._open_window([inputs])
-            (micro_batch,) = window.micro_batches
-        else:
-            window = self._caft_window
-        self._caft_step = window, micro_batch
+        begun = None if self._caft_window is None else self._caft_window.begun(inputs)
+        self._caft_step = begun or self._window_of_its_own(inputs)
+        window, _ = self._caft_step
         try:
             loss = super().training_step(model, inputs, *args, **kwargs)
         finally:
@@ -745,12 +740,11 @@ class CAFTTrainerMixin(_Base):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
             self._close_window()
-        if "loss" in logs and self._caft_tally is not None:
-            logs.update(self._caft_logs(self._caft_tally))
-            self._caft_tally = None
-        if "loss" in logs and self._meap_tally is not None:
-            logs.update(self._meap_logs(self._meap_tally))
-            self._meap_tally = None
+            if self._caft_tally is not None:
+                logs.update(self._caft_logs(self._caft_tally))
+            if self._meap_tally is not None:
+                logs.update(self._meap_logs(self._meap_tally))
+            self._caft_tally = self._meap_tally = None
         super().log(logs, *args, **kwargs)
 
     def _caft_logs(self, tally: Tally) -> dict[str, float]:
