@@ -125,8 +125,8 @@ study-report: $(VENV)/.package  ## write trl_examples/study/REPORT.md and its fi
 # Two processes, each test file in one of them. What an Axolotl run does not touch runs on the newest stack as well.
 PYTEST := -n 2 --dist loadfile
 NEWEST := tests/test_golden.py tests/test_heads.py tests/test_training.py tests/test_families.py tests/test_vision.py \
-	tests/test_meap.py tests/test_mask_token.py tests/test_masked_training.py \
-	tests/test_numbers.py tests/test_resume.py tests/test_fused_loss.py tests/test_copies.py tests/test_windows.py \
+	tests/test_masking.py tests/test_mask_token.py tests/test_masked_training.py \
+	tests/test_numbers.py tests/test_checkpoints.py tests/test_fused_loss.py tests/test_copies.py tests/test_objective.py \
 	tests/test_host_model.py tests/integration/test_trl_trainers.py \
 	tests/integration/test_trl.py tests/integration/test_trl_meap.py tests/integration/test_restart.py
 

@@ -47,7 +47,7 @@ class Block(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _no_booleans(cls, value: Any, info: ValidationInfo) -> Any:
-        kinds = _kinds(cls.model_fields[str(info.field_name)])
+        kinds = kinds_of(cls.model_fields[str(info.field_name)])
         if isinstance(value, bool) and {"on", "off"} <= set(kinds):
             return "on" if value else "off"  # YAML reads a bare on or off as true or false
         if isinstance(value, bool) and bool not in kinds:
@@ -232,9 +232,14 @@ def named(text: str) -> str:
     return text if text.isprintable() and 0 < len(text) <= 3 * LONGEST else shown(text)
 
 
+def first_line(error: Exception) -> str:
+    """Somebody else's error as a message shows it."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
+
 def accepted(field: Any) -> str:
     """What a field takes, in words: 'one of a, b', 'a whole number from 1 to 32', 'true or false' ..."""
-    kinds = _kinds(field)
+    kinds = kinds_of(field)
     choices = kinds if all(isinstance(kind, str) for kind in kinds) else get_args(kinds[0])
     if choices:
         return "one of " + ", ".join(choices)
@@ -247,6 +252,6 @@ def accepted(field: Any) -> str:
     return f"{' or '.join(named[kind] for kind in kinds)} {limits}".strip()
 
 
-def _kinds(field: Any) -> list[Any]:
+def kinds_of(field: Any) -> list[Any]:
     """The types of a field's annotation, None left out."""
     return [kind for kind in get_args(field.annotation) or (field.annotation,) if kind is not type(None)]

@@ -12,10 +12,17 @@ from torch import Tensor
 
 from caft_plugin.config import ConfigError
 
+# What a collator has made: tensors by name. An attention mask may be a dict of these, other keys are the host's own.
+Batch = Mapping[str, Any]
+# Maps rows, hidden states (n, hidden size) and what is learned there (n, ...), to float32 figures (n, figures), of each
+# row the loss first.
+RowLoss = Callable[[Tensor, Tensor], Tensor]
+
 IGNORE = -100
-# A key of MEAP's batches (batch, length): bits that say what each position is. BOUNDARY marks the first token of a copy
-# that stands behind its original.
-PLAN, BOUNDARY = "meap_plan", 1
+# A key of MEAP's batches (batch, length), and its bits. A position is the first of a copy behind its original, may be
+# masked, is masked, stands for a masked example (one token of each), or for an example too long for a pair.
+PLAN = "meap_plan"
+BOUNDARY, MAY_MASK, MASKED, EXAMPLE, OVERLONG = 1, 2, 4, 8, 16
 # What is added to an attention score hides a key from here down, and is a bias above.
 HIDDEN = -1000.0
 # Logits alive at a time, whatever the vocabulary. 2^23 float32 values are 32 MiB: few enough for a CPU to be quick,
@@ -44,7 +51,7 @@ def head_weights(beta: float, alpha: float, gamma: float, num_heads: int) -> lis
     return [beta * gamma * alpha**k for k in range(1, num_heads + 1)]
 
 
-def document_ids(batch: Mapping[str, Any]) -> Tensor | None:
+def document_ids(batch: Batch) -> Tensor | None:
     """Which document each position belongs to, or None where the batch has no sign of boundaries.
 
     A document is what the host's attention separates: position ids that do not count on (those of M-RoPE: that are
@@ -104,7 +111,7 @@ def document_ids(batch: Mapping[str, Any]) -> Tensor | None:
     return documents if mask is None else documents.masked_fill(mask == 0, -1)
 
 
-def sees_back(mask: Any, distance: int, shape: torch.Size) -> Tensor:
+def sees_back(mask: object, distance: int, shape: torch.Size) -> Tensor:
     """Which positions attend to the one that stands `distance` before them, by a mask of queries and keys.
 
     Args:
@@ -121,8 +128,8 @@ def sees_back(mask: Any, distance: int, shape: torch.Size) -> Tensor:
     """
     length = shape[1]
     if isinstance(mask, Mapping):
-        of_layers = [sees_back(m, distance, shape) for m in mask.values() if m is not None]
-        return torch.stack(of_layers).any(0) if of_layers else torch.ones(shape[0], length - distance).bool()
+        by_layer = [sees_back(m, distance, shape) for m in mask.values() if m is not None]
+        return torch.stack(by_layer).any(0) if by_layer else torch.ones(shape[0], length - distance).bool()
     if not isinstance(mask, Tensor) or mask.dim() not in (3, 4) or mask.shape[-2:] != (length, length):
         kind = f"a tensor of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
         raise ConfigError(
@@ -137,7 +144,7 @@ def sees_back(mask: Any, distance: int, shape: torch.Size) -> Tensor:
     return seen.expand(shape[0], -1)
 
 
-def head_targets(batch: Mapping[str, Any], num_heads: int) -> Tensor:
+def head_targets(batch: Batch, num_heads: int) -> Tensor:
     """The token each head has to predict at each position.
 
     Head k (k = 1..num_heads) at position t is to predict `labels[t + k + 1]`; where that lies past the end,
@@ -173,62 +180,62 @@ def count_targets(targets: Tensor) -> Tensor:
     return (targets != IGNORE).flatten(1).sum(1)
 
 
-def cross_entropy_of(unembed: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+def cross_entropy_of(unembed: Callable[[Tensor], Tensor]) -> RowLoss:
     """For `weighted_sum`: hidden states (n, hidden size) and token ids (n,) to each row's cross-entropy (n, 1)."""
 
-    def of_rows(hidden: Tensor, targets: Tensor) -> Tensor:
+    def row_loss(hidden: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(unembed(hidden).float(), targets, reduction="none")[:, None]
 
-    return of_rows
+    return row_loss
 
 
-def cross_entropy_and_hit_of(unembed: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+def cross_entropy_and_hit_of(unembed: Callable[[Tensor], Tensor]) -> RowLoss:
     """As `cross_entropy_of`, and 1 where the target has the largest logit: (n, 2)."""
 
-    def of_rows(hidden: Tensor, targets: Tensor) -> Tensor:
+    def row_loss(hidden: Tensor, targets: Tensor) -> Tensor:
         logits = unembed(hidden).float()
         hits = logits.argmax(-1) == targets
         return torch.stack([F.cross_entropy(logits, targets, reduction="none"), hits.float()], dim=1)
 
-    return of_rows
+    return row_loss
 
 
-def divergence_of(unembed: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+def divergence_of(unembed: Callable[[Tensor], Tensor]) -> RowLoss:
     """For `weighted_sum`: hidden states and a teacher's, both (n, hidden size), to each row's KL(p || q), (n, 1).
 
     p is the distribution that `unembed` makes of the teacher's hidden state, q that of the other one.
     """
 
-    def of_rows(hidden: Tensor, teacher: Tensor) -> Tensor:
+    def row_loss(hidden: Tensor, teacher: Tensor) -> Tensor:
         with torch.no_grad():
             wanted = unembed(teacher).float().log_softmax(-1)
         log_q = unembed(hidden).float().log_softmax(-1)
         return F.kl_div(log_q, wanted, reduction="none", log_target=True).sum(-1, keepdim=True)
 
-    return of_rows
+    return row_loss
 
 
 def weighted_sum(
-    of_rows: Callable[..., Tensor],
+    row_loss: RowLoss,
     weights: Tensor,
     hidden: Tensor,
-    other: Tensor,
+    learned: Tensor,
     vocab_size: int,
     parameters: Iterable[Tensor] = (),
 ) -> tuple[Tensor, Tensor]:
-    """Sum over rows of `weights` times what `of_rows` makes of them, with few logits alive at a time.
+    """Sum over rows of `weights` times what `row_loss` makes of them, with few logits alive at a time.
 
     Where gradients are wanted, they are taken in the forward pass, chunk by chunk, so that logits are computed once
     and dropped. (`torch.nn.functional.linear_cross_entropy` does the same for a plain matrix; of half-precision
     inputs it returns the loss in half precision.)
 
     Args:
-        of_rows: maps chunks of `hidden` and `other` to float32 (n, figures), the loss first.
+        row_loss: takes chunks of `hidden` and `learned`.
         weights: (rows,) float32.
         hidden: (rows, hidden size), rows may be 0: the sum is then 0 and still joined to the graph.
-        other: (rows, ...), takes no gradient.
-        vocab_size: of the logits in `of_rows`, for the size of a chunk.
-        parameters: what `of_rows` uses beside its arguments and may take a gradient.
+        learned: (rows, ...), takes no gradient.
+        vocab_size: of the logits in `row_loss`, for the size of a chunk.
+        parameters: what `row_loss` uses beside its arguments and may take a gradient.
 
     Returns:
         The sum, a float32 scalar in nats, and the figures of all rows (rows, figures), without gradient.
@@ -236,7 +243,9 @@ def weighted_sum(
     if not torch.is_grad_enabled():
         hidden, parameters = hidden.detach(), ()
     at_a_time = LOGITS_AT_A_TIME["cpu" if hidden.device.type == "cpu" else "accelerator"]
-    return _WeightedSum.apply(of_rows, max(64, math.ceil(at_a_time / vocab_size)), weights, other, hidden, *parameters)
+    return _WeightedSum.apply(
+        row_loss, max(64, math.ceil(at_a_time / vocab_size)), weights, learned, hidden, *parameters
+    )
 
 
 def _own_saved_tensors() -> torch.autograd.graph.saved_tensors_hooks:
@@ -249,10 +258,10 @@ class _WeightedSum(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        of_rows: Callable[..., Tensor],
+        row_loss: RowLoss,
         size: int,
         weights: Tensor,
-        other: Tensor,
+        learned: Tensor,
         hidden: Tensor,
         *parameters: Tensor,
     ) -> tuple[Tensor, Tensor]:
@@ -260,25 +269,25 @@ class _WeightedSum(torch.autograd.Function):
         differentiate = hidden.requires_grad or bool(wanted)
         # Gradients are taken with weights near 1, which float16 can hold; the factor comes back in the backward pass.
         factor = weights.max().clamp(min=1e-30) if len(weights) else weights.new_ones(())
-        figures, of_hidden = [], []
-        of_parameters: list[Tensor | None] = [None] * len(parameters)
+        figures, hidden_gradients = [], []
+        parameter_gradients: list[Tensor | None] = [None] * len(parameters)
         for start in range(0, max(len(hidden), 1), size):
             chunk = slice(start, start + size)
             with torch.set_grad_enabled(differentiate), _own_saved_tensors():
                 rows = hidden[chunk].detach().requires_grad_(hidden.requires_grad)
-                of_chunk = of_rows(rows, other[chunk])
-                loss = (of_chunk[:, 0] * (weights[chunk] / factor)).sum()
-            figures.append(of_chunk.detach())
+                chunk_figures = row_loss(rows, learned[chunk])
+                loss = (chunk_figures[:, 0] * (weights[chunk] / factor)).sum()
+            figures.append(chunk_figures.detach())
             if not loss.requires_grad:
                 continue
             inputs = [rows] if hidden.requires_grad else []
             found = list(torch.autograd.grad(loss, inputs + [parameters[i] for i in wanted], allow_unused=True))
-            of_hidden += [found.pop(0) for _ in inputs]
+            hidden_gradients += [found.pop(0) for _ in inputs]
             for index, gradient in zip(wanted, found, strict=True):
-                before = of_parameters[index]
-                of_parameters[index] = gradient if before is None else before.add_(gradient)
+                before = parameter_gradients[index]
+                parameter_gradients[index] = gradient if before is None else before.add_(gradient)
         ctx.factor = factor
-        ctx.gradients = [torch.cat(of_hidden) if of_hidden else None, *of_parameters]
+        ctx.gradients = [torch.cat(hidden_gradients) if hidden_gradients else None, *parameter_gradients]
         values = torch.cat(figures)
         ctx.mark_non_differentiable(values)
         return (values[:, 0] * weights).sum(), values

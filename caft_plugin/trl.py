@@ -16,7 +16,7 @@ except ImportError as error:
 
 from transformers import Trainer
 
-from caft_plugin.meap import has_target
+from caft_plugin.meap.masking import has_target
 from caft_plugin.training import CAFTTrainerMixin, with_caft
 
 ARGUMENTS = inspect.signature(SFTTrainer._prepare_dataset)
@@ -29,8 +29,8 @@ class SFTMixin(CAFTTrainerMixin):
         """Copies come after tokens and before all else. The training set is the first that is prepared, whatever
         evaluation sets are called."""
         prepare = super()._prepare_dataset  # type: ignore[misc]
-        dataset = self._as_evaluated(dataset)
-        if self.meap_config is None or self.meap_config.mode != "sft" or self._meap_data is not None:
+        dataset, meap = self.as_evaluated(dataset), self.meap
+        if meap is None or meap.config.mode != "sft" or meap.data is not None:
             return prepare(dataset, *args, **kwargs)
         given = ARGUMENTS.bind(self, dataset, *args, **kwargs).arguments
         settings, tokenizer, name = given["args"], given["processing_class"], given["dataset_name"]
@@ -40,11 +40,11 @@ class SFTMixin(CAFTTrainerMixin):
         uncut.max_length, uncut.shuffle_dataset = None, False
         dataset = prepare(dataset, tokenizer, uncut, False, given["formatting_func"], name)
         rest = tokenizer, settings, given["packing"], None, name
-        self._meap_plain = functools.partial(prepare, dataset, *rest)
-        doubled = prepare(self._duplicated(dataset, tokenizer, settings, settings.max_length), *rest)
-        if self.meap_config.layout == "separate" and settings.max_length is not None and not given["packing"]:
+        meap.plain = functools.partial(prepare, dataset, *rest)
+        doubled = prepare(meap.doubled(dataset, tokenizer, settings, settings.max_length), *rest)
+        if meap.config.layout == "separate" and settings.max_length is not None and not given["packing"]:
             doubled = doubled.filter(has_target)  # as SFTTrainer drops rows that were cut before their first target
-        self._meap_data = doubled
+        meap.data = doubled
         return doubled
 
 

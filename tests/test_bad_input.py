@@ -29,23 +29,22 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from caft_plugin import CAFTConfig, ConfigError
-from caft_plugin.checkpoint import (
+from caft_plugin.config import Block, MEAPConfig, PretrainConfig, kinds_of
+from caft_plugin.heads import build_heads
+from caft_plugin.heads_folder import (
     FOLDER,
     LORA,
     METRICS,
     RECORD,
     WEIGHTS,
-    check_record,
+    HeadsFolder,
     load_checkpoint,
-    load_pretrained,
     locate_heads,
-    read_record,
     resolve_wiring,
     save_heads,
 )
-from caft_plugin.cli import describe
-from caft_plugin.config import Block, MEAPConfig, PretrainConfig, _kinds
-from caft_plugin.heads import build_heads, find_trunk
+from caft_plugin.tools.inspect_heads import describe
+from caft_plugin.trunk import find_trunk
 
 BLOCKS: list[type[Block]] = [CAFTConfig, MEAPConfig, PretrainConfig]
 
@@ -113,7 +112,7 @@ def within(number, limits):
 
 def may_be_right(field, value):
     """Whether a key could be meant to take this value, asked independently of pydantic and rather too often."""
-    kinds, limits = _kinds(field), bounds(field)
+    kinds, limits = kinds_of(field), bounds(field)
     if value is None:
         return field.default is None
     if any(isinstance(choice, str) for choice in kinds) or not isinstance(kinds[0], type):
@@ -139,7 +138,7 @@ def test_a_wrong_value_is_named(block, data):
     key = data.draw(st.sampled_from(sorted(block.model_fields)))
     field = block.model_fields[key]
     value = data.draw(values)
-    choices = [choice for kind in _kinds(field) for choice in getattr(kind, "__args__", ())]
+    choices = [choice for kind in kinds_of(field) for choice in getattr(kind, "__args__", ())]
     assume(value not in choices if choices and isinstance(value, str) else not may_be_right(field, value))
     with little_memory(), pytest.raises(ConfigError) as error:
         block.read({key: value})
@@ -207,9 +206,9 @@ class Sound:
     def load(self, folder):
         """As a run does that starts from the heads in this folder."""
         heads, trunk, config = self.full
-        folder = locate_heads(str(folder))
-        check_record(read_record(folder), folder, config, self.model.config)
-        load_pretrained(folder, heads, trunk.layer_class)
+        opened = HeadsFolder.open(folder)
+        opened.check_model(config, self.model.config)
+        opened.load_into(heads, trunk.layer_class)
         return heads.layers.state_dict()
 
 
@@ -510,8 +509,8 @@ def test_figures_that_are_no_file_are_refused(sound, tmp_path):
 
 
 def test_code_in_a_model_folder_is_never_executed(tiny_model, tmp_path):
-    from caft_plugin.distill import load_base
-    from caft_plugin.importing import empty_trunk
+    from caft_plugin.stage1.pretraining import load_base
+    from caft_plugin.trunk import empty_trunk
 
     tiny_model.save_pretrained(tmp_path / "model")
     config = json.loads((tmp_path / "model" / "config.json").read_text())
@@ -539,4 +538,4 @@ def test_every_place_that_loads_says_whether_it_trusts():
             if ast.unparse(call.func) == "torch.load":
                 assert named.get("weights_only") == "True", (file.name, call.lineno)
                 seen.add("torch.load")
-    assert seen == {"attention.py", "cli.py", "distill.py", "importing.py", "plugin.py", "torch.load"}
+    assert seen == {"attention_report.py", "cli.py", "pretraining.py", "trunk.py", "plugin.py", "torch.load"}

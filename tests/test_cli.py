@@ -13,16 +13,17 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from caft_plugin import CAFTConfig, ConfigError
-from caft_plugin.checkpoint import FOLDER, METRICS, RECORD, WEIGHTS, resolve_wiring, save_heads
-from caft_plugin.cli import CAFTCommands, caft
-from caft_plugin.heads import build_heads, find_trunk
+from caft_plugin.heads import build_heads
+from caft_plugin.heads_folder import FOLDER, METRICS, RECORD, WEIGHTS, resolve_wiring, save_heads
+from caft_plugin.tools.cli import CAFTCommands, commands
+from caft_plugin.trunk import find_trunk
 
 HELP = """
 import sys
-from caft_plugin.cli import caft
+from caft_plugin.tools.cli import commands
 for arguments in (["--help"], ["inspect", "--help"], ["import-heads", "--help"]):
     try:
-        caft(arguments)
+        commands(arguments)
     except SystemExit as stop:
         assert stop.code == 0
 slow = {"torch", "transformers", "peft", "safetensors", "huggingface_hub"} & sys.modules.keys()
@@ -31,7 +32,7 @@ assert not slow, slow
 
 
 def run(*arguments):
-    return CliRunner().invoke(caft, list(map(str, arguments)))
+    return CliRunner().invoke(commands, list(map(str, arguments)))
 
 
 def save(model, folder, *, resumable=False, **settings):
@@ -154,7 +155,7 @@ def test_errors_are_one_line(folder, how, message):
 
 
 def test_errors_as_the_shell_sees_them():
-    command = [sys.executable, "-m", "caft_plugin.cli", "inspect", "./nowhere"]
+    command = [sys.executable, "-m", "caft_plugin.tools.cli", "inspect", "./nowhere"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 1 and result.stdout == ""
     last = result.stderr.splitlines()[-1]  # before it, what other libraries say as they are imported

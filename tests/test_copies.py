@@ -17,7 +17,7 @@ import torch
 from bitsandbytes.nn.parametrize import replace_parameter_4bit
 from peft import LoraConfig, PeftType, get_peft_model
 from test_heads import attach, batch, read
-from tiny import LLAMA
+from tiny import LLAMA, head_outputs
 from torch import nn
 from torch.nn.utils import parametrizations
 from transformers import (
@@ -31,7 +31,10 @@ from transformers import (
 )
 
 from caft_plugin import ConfigError
-from caft_plugin.heads import find_trunk, plain_copy
+from caft_plugin.attach import Request
+from caft_plugin.copies import plain_copy
+from caft_plugin.loss import head_targets
+from caft_plugin.trunk import find_trunk
 
 EXACT = 1e-5
 # Larger weights than a model starts with, so that what an adapter does to the last layer shows in the logits.
@@ -95,10 +98,8 @@ def gap(model):
     assert_same(before, remember(model))
 
     attached = attach(model, num_heads=1, train_heads="frozen")
-    seen, original = [], attached.head_output
-    attached.head_output = lambda *args: seen.append((args[-1], original(*args))) or seen[-1][1]
-    with torch.no_grad():
-        _, output = read_without_gradients(attached)
+    with torch.no_grad(), head_outputs() as seen:
+        output = read_without_gradients(attached)
     attached.detach()
     positions, hidden = seen[0]
     trunk = find_trunk(model)
@@ -110,14 +111,10 @@ def gap(model):
 
 def read_without_gradients(attached):
     """As in evaluation, where a model takes no gradients (some quantised products have none on a CPU)."""
-    from caft_plugin.heads import Reading
-    from caft_plugin.loss import head_targets
-
     inputs = batch()
     targets = head_targets(inputs, len(attached.heads))
-    reading = Reading(targets, torch.ones(len(targets)), [True] * len(targets), training=False)
-    with attached.reading(reading):
-        return reading, attached.model(**inputs)
+    request = Request(targets, torch.ones(len(targets)), [True] * len(targets), training=False)
+    return attached.answer(request, lambda: attached.model(**inputs))[0]
 
 
 def without_adapter(model, plain):

@@ -11,7 +11,7 @@ from test_training import DATA, Gradients, lora, losses, trainer_of
 from transformers import LlamaForCausalLM, Trainer
 
 from caft_plugin import ConfigError, with_caft
-from caft_plugin.heads import AttachedHeads
+from caft_plugin.objective import AuxiliaryObjective
 
 
 def trained(model, folder, fused, host_divides=False, checkpointing=False, **settings):
@@ -128,6 +128,6 @@ def test_where_it_cannot_be_done(tiny_model, tmp_path, caplog):
 
 def test_what_is_attached_is_taken_off(tiny_model, tmp_path):
     trainer = trainer_of(tiny_model, tmp_path, caft={"fused_loss": "on"})
-    assert isinstance(trainer.caft, AttachedHeads)
+    assert isinstance(trainer.caft, AuxiliaryObjective)
     trainer.detach_ours()
     assert not tiny_model._forward_pre_hooks and not tiny_model._forward_hooks

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiny import head_outputs
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerState, TrainingArguments
 
 from caft_plugin import CAFTConfig, with_caft
-from caft_plugin.heads import MODULE_NAME, Reading
+from caft_plugin.attach import Request
+from caft_plugin.heads import MODULE_NAME
 from caft_plugin.loss import IGNORE, head_targets
 
 BETA, ALPHA, STEPS = 0.01, 0.8, 100
@@ -43,15 +45,13 @@ def inputs(golden):
 def test_head_logits(golden, tmp_path, attention, tolerance):
     # eager: the authors' heads ran under sdpa; the two kernels differ by up to 1.4e-5 here.
     trainer = golden_trainer(golden, tmp_path, attention)
-    attached = trainer.caft
+    attached = trainer.caft.handle
     batch = inputs(golden)
-    seen = []
-    original = attached.head_output
-    attached.head_output = lambda *args: seen.append(original(*args)) or seen[-1]
     everywhere = torch.zeros(4, *batch["labels"].shape, dtype=torch.long)  # targets, so that every position is computed
-    with attached.reading(Reading(everywhere, torch.ones(4), [True] * 4, training=True)):
-        own = trainer.model(**batch).logits
-    logits = [own, *(attached.trunk.logits(hidden).view_as(own) for hidden in seen)]
+    request = Request(everywhere, torch.ones(4), [True] * 4, training=True)
+    with head_outputs() as seen:
+        own, _ = attached.answer(request, lambda: trainer.model(**batch).logits)
+    logits = [own, *(attached.trunk.logits(hidden).view_as(own) for _, hidden in seen)]
     torch.testing.assert_close(torch.stack(logits), golden[0]["logits"], rtol=0, atol=tolerance)
 
 
@@ -59,10 +59,9 @@ def test_loss_per_head(golden, tmp_path):
     trainer = golden_trainer(golden, tmp_path)
     batch = inputs(golden)
     targets = head_targets(batch, 4)
-    reading = Reading(targets, torch.ones(4), [True] * 4, training=True)
-    with trainer.caft.reading(reading):
-        own = trainer.model(**batch).loss
-    means = reading.sums / (targets != IGNORE).flatten(1).sum(1)
+    request = Request(targets, torch.ones(4), [True] * 4, training=True)
+    own, result = trainer.caft.handle.answer(request, lambda: trainer.model(**batch).loss)
+    means = result.sums / (targets != IGNORE).flatten(1).sum(1)
     torch.testing.assert_close(torch.cat([own[None], means]), golden[0]["loss_per_head"], rtol=0, atol=1e-5)
 
 
@@ -79,7 +78,7 @@ def test_gradients(golden, tmp_path):
     trainer = golden_trainer(golden, tmp_path)
     trainer.state = TrainerState(global_step=25, max_steps=STEPS)
     trainer.compute_loss(trainer.model, inputs(golden)).backward()
-    with trainer.caft:
+    with trainer.caft.handle:
         named = dict(trainer.model.named_parameters())
     checked = 0
     for key, expected in golden[0].items():

@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, OFTConfig, PeftModel, get_peft_model
-from tiny import LLAMA
+from tiny import LLAMA, head_outputs
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -29,9 +29,12 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutput
 
 from caft_plugin import CAFTConfig, ConfigError
-from caft_plugin.checkpoint import resolve_wiring
-from caft_plugin.heads import MODULE_NAME, AttachedHeads, Reading, build_heads, find_trunk, plain_copy, pointwise_parts
+from caft_plugin.attach import AttachedHeads, Request
+from caft_plugin.copies import plain_copy
+from caft_plugin.heads import MODULE_NAME, build_heads, pointwise_parts
+from caft_plugin.heads_folder import resolve_wiring
 from caft_plugin.loss import IGNORE, LOGITS_AT_A_TIME, head_targets
+from caft_plugin.trunk import find_trunk
 
 FAMILIES = {
     "plain": LlamaConfig(**LLAMA),
@@ -57,23 +60,20 @@ def batch(rows=2, length=12):
 
 def read(attached, inputs, model=None):
     targets = head_targets(inputs, len(attached.heads))
-    reading = Reading(targets, torch.ones(len(targets)), [True] * len(targets), training=True)
-    with attached.reading(reading):
-        output = (model or attached.model)(**inputs)
-    return reading, output
+    request = Request(targets, torch.ones(len(targets)), [True] * len(targets), training=True)
+    output, result = attached.answer(request, lambda: (model or attached.model)(**inputs))
+    return result, output
 
 
 def assert_the_models_own_logits(attached, inputs):
     """The first head, a copy of the last layer, gives the model's logits wherever it has a target."""
-    seen = []
-    original = attached.head_output
-    attached.head_output = lambda *args: seen.append((args[-1], original(*args))) or seen[-1][1]
-    reading, output = read(attached, inputs)
+    with head_outputs() as seen:
+        result, output = read(attached, inputs)
     positions, hidden = seen[0]
     logits = attached.trunk.logits(attached.trunk.norm(hidden))
     assert 0 < len(positions) < output.logits.shape[:-1].numel()
     torch.testing.assert_close(logits, output.logits.flatten(0, 1)[positions], rtol=0, atol=1e-5)
-    return reading, output
+    return result, output
 
 
 @pytest.mark.parametrize(
@@ -194,21 +194,26 @@ def test_only_the_call_with_gradients_is_read():
     attached = attach(model)
     first, second = batch(), batch()
     targets = head_targets(first, 4)
-    reading = Reading(targets, torch.ones(4), [True] * 4, training=True)
-    with attached.reading(reading):
+    request = Request(targets, torch.ones(4), [True] * 4, training=True)
+
+    def host_loss():
         with torch.no_grad():
             model(**second)
-        assert reading.loss is None
-        model(**first)
-        loss = reading.loss
+        assert not seen
+        output = model(**first)
+        assert len(seen) == 4
         with torch.no_grad():
             model(**second)
-        assert reading.loss is loss
-    expected, _ = read(attached, first)
-    torch.testing.assert_close(loss, expected.loss)
-    assert attached._call is None
-    model.generate(first["input_ids"], max_new_tokens=2)
-    assert attached._call is None
+        return output.caft_loss
+
+    with head_outputs() as seen:
+        loss, result = attached.answer(request, host_loss)
+        assert result.loss is loss
+        expected, _ = read(attached, first)
+        torch.testing.assert_close(loss, expected.loss)
+        assert len(seen) == 8
+        model.generate(first["input_ids"], max_new_tokens=2)
+        assert len(seen) == 8
 
 
 @pytest.mark.parametrize(("family", "attention"), [("plain", "sdpa"), ("plain", "eager"), ("soft-capped", "eager")])
@@ -247,8 +252,9 @@ def test_a_heads_mlp_runs_where_there_is_a_target():
     for layer in (attached.trunk.last_layer, head):
         for part in (layer.self_attn.k_proj, layer.mlp.up_proj):
             part.register_forward_hook(lambda module, args, output: shapes.append(output.shape[:-1]))
-    reading, _ = read(attached, batch(rows=2, length=12))
-    targets = int((reading.targets[1] != IGNORE).sum())
+    inputs = batch(rows=2, length=12)
+    read(attached, inputs)
+    targets = int((head_targets(inputs, 2)[1] != IGNORE).sum())
     assert targets == 2 * 8 and shapes == [(2, 12), (2, 12), (2, 12), (1, targets)]
     assert not head.mlp._forward_hooks and not head.mlp._forward_pre_hooks
 
@@ -272,10 +278,9 @@ def test_no_tensor_is_as_large_as_the_logits_of_a_batch(monkeypatch):
     attached = attach(model)
     ids = torch.randint(1, vocab, (rows, length))
     targets = head_targets({"labels": ids}, 4)
-    reading = Reading(targets, torch.ones(4), [True] * 4, training=True)
-    with Largest() as largest, attached.reading(reading):
-        model(input_ids=ids, logits_to_keep=1)
-        reading.loss.backward()
+    request = Request(targets, torch.ones(4), [True] * 4, training=True)
+    with Largest() as largest:
+        attached.answer(request, lambda: model(input_ids=ids, logits_to_keep=1).caft_loss.backward())
     assert 64 * vocab <= largest.numel < rows * length * vocab / 4
     assert model.lm_head.weight.grad is not None
 

@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from test_meap import MASK, duplication, example, pad
+from test_masking import MASK, duplication, example, pad
 from test_training import CAFTTrainer, arguments, losses
 from tiny import word_tokenizer
 from tokenizers import Tokenizer
@@ -20,7 +20,8 @@ from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback
 
 from caft_plugin import ConfigError, MEAPConfig, with_caft
 from caft_plugin.loss import IGNORE, PLAN
-from caft_plugin.mask_token import FILE
+from caft_plugin.meap.mask_token import FILE
+from caft_plugin.window import Window
 
 ROWS = [example(answer=n, seed=n) for n in (60, 20, 55, 58, 30, 52, 10, 61)]
 LONG = sum(len(row["input_ids"]) > 54 for row in ROWS)  # answers of more than 50 tokens: 5 of 8
@@ -150,13 +151,13 @@ def test_add_leaves_the_saved_model_as_it_was(model, tmp_path, lora):
     plain = trainer_of(copy.deepcopy(model), tmp_path / "plain", save_strategy="no")
     plain.train(), plain.save_model()
     ours = trainer_of(model, tmp_path / "ours", meap={"mask_token": "add"})
-    before = ours.mask_token.vector.detach().clone()
+    before = ours.meap.handle.vector.detach().clone()
     ours.train(), ours.save_model()
-    assert torch.equal(before, ours.mask_token.vector) == lora
+    assert torch.equal(before, ours.meap.handle.vector) == lora
     name = "adapter_model.safetensors" if lora else "model.safetensors"
     shapes = [{k: v.shape for k, v in load_file(tmp_path / run / name).items()} for run in ("plain", "ours")]
     assert shapes[0] == shapes[1]
-    assert torch.equal(load_file(tmp_path / "ours" / FILE)["vector"], ours.mask_token.vector)
+    assert torch.equal(load_file(tmp_path / "ours" / FILE)["vector"], ours.meap.handle.vector)
     ours.detach_ours()
     assert "prepare" not in vars(ours.accelerator)
     assert not any("caft" in key for key in dict(ours.model.named_modules()))
@@ -235,13 +236,13 @@ def test_pairs_too_long_for_the_model(model, tmp_path):
     assert sum(entry["meap/examples_masked"] for entry in losses(trainer)) == LONG - too_long > 0
 
 
-def test_caft_and_meap_together(model, tmp_path):
+def test_caft_and_meap_together(model, tmp_path, monkeypatch):
     """Heads' losses are means over what a plain computation says their targets are."""
     trainer = trainer_of(model, tmp_path, meap={}, caft={"beta": 0.5, "num_heads": 2}, max_steps=1, data=ROWS[:4])
     seen = Batches(model)
     windows = []
-    open_window = trainer._open_window
-    trainer._open_window = lambda batches: windows.append(open_window(batches)) or windows[-1]
+    open_window = Window.open
+    monkeypatch.setattr(Window, "open", lambda *args, **more: windows.append(open_window(*args, **more)) or windows[-1])
     trainer.train()
     counts = [0, 0]
     (batch,) = seen.train
@@ -290,7 +291,11 @@ def test_what_cannot_work_is_said(model, tmp_path):
 
 
 def said(caplog):
-    return [r.getMessage() for r in caplog.records if r.name == "caft_plugin.meap" or "masked copy" in r.getMessage()]
+    return [
+        r.getMessage()
+        for r in caplog.records
+        if r.name == "caft_plugin.meap.masking" or "masked copy" in r.getMessage()
+    ]
 
 
 @pytest.mark.parametrize("kind", [list, Dataset.from_list])
@@ -426,9 +431,9 @@ def test_a_zero_vector_is_passed_over_or_warned_of(model, tmp_path, caplog):
     with torch.no_grad():
         model.get_input_embeddings().weight[3] = 0.0
     chosen = trainer_of(model, tmp_path, meap={"mask_token": "auto"}, processing_class=tokenizer)
-    assert chosen._meap_collator.mask_id == 4 and "untrained" not in caplog.text
+    assert chosen.meap.collator.mask_id == 4 and "untrained" not in caplog.text
     named = trainer_of(model, tmp_path, meap={"mask_token": "<unused0>"}, processing_class=tokenizer)
-    assert named._meap_collator.mask_id == 3 and "its input vector is untrained: its norm is 0" in caplog.text
+    assert named.meap.collator.mask_id == 3 and "its input vector is untrained: its norm is 0" in caplog.text
 
 
 class PreparesItself(Trainer):

@@ -8,6 +8,7 @@ import copy
 import pytest
 import torch
 from test_training import DATA, Gradients, losses, pad, rows, trainer_of
+from tiny import head_outputs
 from transformers import Trainer
 
 from caft_plugin import with_caft
@@ -24,15 +25,15 @@ FORMATS = {
 TOLERANCE = {"float32": 0, "bf16 weights": 0.1, "bf16 autocast": 0.05, "fp16 autocast": 0.01}
 
 
+@pytest.fixture
+def outputs():
+    """The list to which each call of a head adds its positions and its output at them."""
+    with head_outputs() as seen:
+        yield seen
+
+
 def autocast(dtype):
     return contextlib.nullcontext() if dtype is None else torch.autocast("cpu", dtype)
-
-
-def outputs_of_heads(trainer):
-    """The list to which each call of a head adds its output."""
-    seen, original = [], trainer.caft.head_output
-    trainer.caft.head_output = lambda *call: seen.append(original(*call)) or seen[-1]
-    return seen
 
 
 def slow_means(trainer, batches, outputs, dtype):
@@ -42,7 +43,7 @@ def slow_means(trainer, batches, outputs, dtype):
     for batch in batches:
         for k, targets in enumerate(head_targets(batch, 4)):
             with torch.no_grad(), autocast(dtype):
-                logits = trunk.model.lm_head(trunk.model.model.norm(outputs.pop(0)))
+                logits = trunk.model.lm_head(trunk.model.model.norm(outputs.pop(0)[1]))
             for row, target in zip(logits, targets[targets != IGNORE], strict=True):
                 sums[k] -= row.double().log_softmax(-1)[target]
                 counts[k] += 1
@@ -51,7 +52,7 @@ def slow_means(trainer, batches, outputs, dtype):
 
 
 @pytest.mark.parametrize("name", ["float32", "bf16 weights", "bf16 autocast"])
-def test_logged_losses_are_exact(tiny_model, tmp_path, name):
+def test_logged_losses_are_exact(tiny_model, tmp_path, outputs, name):
     weights, dtype = FORMATS[name]
     trainer = trainer_of(
         tiny_model.to(weights),
@@ -63,7 +64,6 @@ def test_logged_losses_are_exact(tiny_model, tmp_path, name):
         learning_rate=0.0,
         bf16=dtype is torch.bfloat16,
     )
-    outputs = outputs_of_heads(trainer)
     batches, original = [], trainer.compute_loss
 
     def compute_loss(model, inputs, *args, **kwargs):
@@ -84,7 +84,7 @@ def test_logged_losses_are_exact(tiny_model, tmp_path, name):
 def gradients_of_heads(trainer, batch, dtype, scaler=None):
     """Of the total loss of one batch; with a scaler, scaled for the backward pass and unscaled afterwards."""
     model = trainer.model
-    with trainer.caft:
+    with trainer.caft.handle:
         model.zero_grad(set_to_none=True)
         with autocast(dtype):
             loss = trainer.compute_loss(model, {key: value.clone() for key, value in batch.items()})
@@ -145,11 +145,10 @@ def test_fp16_scaling_skips_a_step_that_overflows_and_goes_on(tiny_model, tmp_pa
 
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("lengths", [[2, 2], [3, 3, 2], [4, 2, 5]])
-def test_rows_too_short_for_some_heads(tiny_model, tmp_path, name, lengths):
+def test_rows_too_short_for_some_heads(tiny_model, tmp_path, outputs, name, lengths):
     """Head k needs k+2 tokens in a row: those without any give 0, and no gradient that is not a number."""
     weights, dtype = FORMATS[name]
     trainer = at_start(trainer_of(tiny_model.to(weights), tmp_path, caft={"beta": 0.5}))
-    outputs = outputs_of_heads(trainer)
     batch = pad(rows(lengths, prompt=1))
     loss, gradients, _ = gradients_of_heads(trainer, batch, dtype)
     means = torch.tensor(slow_means(trainer, [batch], outputs, dtype))

@@ -19,11 +19,14 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Mi
 from transformers import Trainer as HFTrainer
 
 from caft_plugin import CAFTConfig, ConfigError, with_caft
-from caft_plugin.checkpoint import resolve_wiring, save_heads
-from caft_plugin.cli import caft
-from caft_plugin.heads import build_heads, find_trunk
-from caft_plugin.plan import expected_heads, make_plan, optimizer_states, parse_memory
+from caft_plugin.axolotl.run import read_run
+from caft_plugin.heads import build_heads
+from caft_plugin.heads_folder import resolve_wiring, save_heads
+from caft_plugin.plan.estimate import expected_heads, make_plan, optimizer_states
+from caft_plugin.plan.words import parse_memory
 from caft_plugin.precision import cpu_has_bf16
+from caft_plugin.tools.cli import commands
+from caft_plugin.trunk import find_trunk
 
 BASE = {"caft": {"num_heads": 2}, "bf16": False, "micro_batch_size": 2, "sequence_len": 64, "optimizer": "adamw_torch"}
 LORA = {"adapter": "lora", "lora_r": 8, "lora_alpha": 16, "lora_target_linear": True}
@@ -36,6 +39,10 @@ LLAMA_8B = {
     "num_key_value_heads": 8,
     "max_position_embeddings": 131072,
 }
+
+
+def plan_of(keys, gpus=1, supervised=0.3, **more):
+    return make_plan(read_run(keys), gpus, supervised, **more)
 
 
 @pytest.fixture
@@ -55,7 +62,7 @@ def yml(tmp_path):
 
 
 def run(*arguments):
-    return CliRunner().invoke(caft, ["plan", *map(str, arguments)])
+    return CliRunner().invoke(commands, ["plan", *map(str, arguments)])
 
 
 def bytes_of(parameters):
@@ -83,7 +90,7 @@ def adapted(model):
 def test_parameters_gradients_and_states(tiny, tiny_config, keys, how):
     """Exactly those of a built model, its heads, and AdamW after a step."""
     keys = {**tiny, **keys}
-    plan = make_plan(keys)
+    plan = plan_of(keys)
     model = LlamaForCausalLM(tiny_config).to(torch.bfloat16 if keys["bf16"] else torch.float32)
     model = adapted(model) if "adapter" in keys else model
     heads = build_heads(model, find_trunk(model), resolve_wiring(CAFTConfig.read(keys["caft"]), None), seed=0)
@@ -120,13 +127,13 @@ def test_activations_are_those_that_autograd_saves(tiny, tiny_config):
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         output = model.model(input_ids=torch.zeros(2, 64, dtype=torch.long))
     assert output is not None
-    assert make_plan(tiny).base.activations == sum(storage.nbytes() for storage in saved.values())
+    assert plan_of(tiny).base.activations == sum(storage.nbytes() for storage in saved.values())
 
 
 def test_checkpointing_and_supervised_tokens(tiny):
-    plan, fewer = make_plan(tiny, supervised=1.0), make_plan(tiny, supervised=0.1)
+    plan, fewer = plan_of(tiny, supervised=1.0), plan_of(tiny, supervised=0.1)
     assert fewer.added.activations < plan.added.activations and fewer.ratio < plan.ratio
-    cut = make_plan({**tiny, "gradient_checkpointing": True}, supervised=1.0)
+    cut = plan_of({**tiny, "gradient_checkpointing": True}, supervised=1.0)
     assert cut.base.activations + cut.base.work < plan.base.activations
     assert cut.added.activations < plan.added.activations / 3
     assert (cut.added.weights, cut.added.gradients) == (plan.added.weights, plan.added.gradients)
@@ -138,14 +145,14 @@ def test_step_time_by_hand(tiny, tiny_config):
     layer = attention + mlp + 2 * length * hidden
     head = attention + 2 * length * hidden + share * (mlp + hidden * vocab)
     plain = 3 * layer + hidden * vocab
-    assert make_plan(tiny).ratio == pytest.approx(1 + 2 * head / plain)
+    assert plan_of(tiny).ratio == pytest.approx(1 + 2 * head / plain)
     # frozen heads: two of three products; attention takes all
     frozen = (2 * attention + 3 * 2 * length * hidden + share * (2 * mlp + 3 * hidden * vocab)) / 3
     keys = {**tiny, "caft": {"num_heads": 2, "train_heads": "frozen"}}
-    assert make_plan(keys).ratio == pytest.approx(1 + 2 * frozen / plain)
-    drawn = make_plan({**tiny, "caft": {"num_heads": 2, "heads_per_step": 1}})
-    assert drawn.ratio_drawn == pytest.approx(1 + head / plain) and drawn.ratio == make_plan(tiny).ratio
-    fused = make_plan({**tiny, "caft": {"num_heads": 2, "fused_loss": "on"}})
+    assert plan_of(keys).ratio == pytest.approx(1 + 2 * frozen / plain)
+    drawn = plan_of({**tiny, "caft": {"num_heads": 2, "heads_per_step": 1}})
+    assert drawn.ratio_drawn == pytest.approx(1 + head / plain) and drawn.ratio == plan_of(tiny).ratio
+    fused = plan_of({**tiny, "caft": {"num_heads": 2, "fused_loss": "on"}})
     assert fused.ratio == pytest.approx(1 + (2 * head - 0.7 * hidden * vocab) / plain)
 
 
@@ -158,10 +165,10 @@ def test_heads_drawn_on_average():
 def test_experts_count_as_far_as_they_are_active(tmp_path):
     config = MixtralConfig(**{**LLAMA, "num_local_experts": 4, "num_experts_per_tok": 1})
     config.save_pretrained(tmp_path)
-    one = make_plan({**BASE, "base_model": str(tmp_path)}).ratio
+    one = plan_of({**BASE, "base_model": str(tmp_path)}).ratio
     config.num_experts_per_tok = 4
     config.save_pretrained(tmp_path)
-    four = make_plan({**BASE, "base_model": str(tmp_path)})
+    four = plan_of({**BASE, "base_model": str(tmp_path)})
     experts, attention, rest = 4 * 3 * 32 * 64, 2 * 32 * 32 + 2 * 32 * 16, 4 * 32 + 2 * 64 * 32
     head = attention + rest + experts + 0.3 * 32 * 97
     plain = 3 * (attention + rest + experts) + 32 * 97
@@ -171,12 +178,12 @@ def test_experts_count_as_far_as_they_are_active(tmp_path):
 
 
 def test_fsdp_divides_what_stands(tiny):
-    alone, shared = (make_plan({**tiny, "fsdp_version": 2, "fsdp_config": {"x": 1}}, gpus=n) for n in (1, 4))
+    alone, shared = (plan_of({**tiny, "fsdp_version": 2, "fsdp_config": {"x": 1}}, gpus=n) for n in (1, 4))
     for part in ("weights", "gradients", "states"):
         for of in ("base", "added"):
             assert getattr(getattr(shared, of), part) == getattr(getattr(alone, of), part) / 4
     assert shared.added.activations == alone.added.activations and shared.gathered > 0
-    assert make_plan(tiny, gpus=4).added == make_plan(tiny).added  # nothing is sharded
+    assert plan_of(tiny, gpus=4).added == plan_of(tiny).added  # nothing is sharded
 
 
 def test_quantised_weights_are_those_of_bitsandbytes(tmp_path):
@@ -200,14 +207,14 @@ def test_quantised_weights_are_those_of_bitsandbytes(tmp_path):
     total += bytes_of(p for p in model.parameters() if p not in linear)
     keys = {**BASE, **LORA, "base_model": str(tmp_path), "adapter": "qlora", "load_in_4bit": True, "bf16": True}
     factors = bytes_of(trained(adapted(LlamaForCausalLM(config))))
-    plan = make_plan(keys)
+    plan = plan_of(keys)
     assert plan.base.weights == pytest.approx(total + factors, rel=0.01)
     heads = 2 * bytes_of(model.model.layers[-1].parameters())  # the heads are not quantised
     assert plan.added.weights - plan.added.gradients == heads
 
 
 def test_unfrozen_parameters(tiny):
-    plan = make_plan({**tiny, "unfrozen_parameters": ["^model.layers.", "^model.norm.weight$"]})
+    plan = plan_of({**tiny, "unfrozen_parameters": ["^model.layers.", "^model.norm.weight$"]})
     assert plan.base.gradients == plan.base.weights - 2 * 97 * 32 * 4
 
 
@@ -230,7 +237,7 @@ def test_optimizers(name, values, said):
 
 
 def test_beta_0_adds_nothing(tiny, yml):
-    plan = make_plan({**tiny, "caft": {"beta": 0}})
+    plan = plan_of({**tiny, "caft": {"beta": 0}})
     assert plan.added.total == 0 and plan.ratio == 1 and plan.peak == plan.plain_peak
     output = run(yml({**tiny, "caft": {"beta": 0}}), "--gpu-memory", "1GB").output
     assert "caft.beta is 0: no heads are built" in output and "fits" in output
@@ -246,7 +253,7 @@ def test_output(tiny, yml):
     assert result.exit_code == 0, result.output
     assert "tokens a GPU" in result.output and "The heads add, in GB on each GPU" in result.output
     assert "0.00 GB: does not fit" in result.output and "  caft.train_heads: frozen " in result.output
-    group = click.Group("axolotl", commands={"caft": caft})
+    group = click.Group("axolotl", commands={"caft": commands})
     result = CliRunner().invoke(group, ["caft", "plan", str(yml(tiny)), "--gpu-memory", "24GB"])
     assert result.exit_code == 0 and "24.00 GB: fits" in result.output
 
@@ -301,9 +308,9 @@ def test_more_heads_than_the_folder_holds(tiny, tiny_model, tmp_path):
     trunk = find_trunk(tiny_model)
     save_heads(tmp_path / "run", build_heads(tiny_model, trunk, config, seed=0), trunk, config, resumable=False)
     keys = {**tiny, "caft": {"heads": str(tmp_path / "run"), "num_heads": 2}}
-    assert make_plan(keys).heads == 2
+    assert plan_of(keys).heads == 2
     with pytest.raises(ConfigError, match="caft.num_heads: got 3, but the folder .* holds 2 heads"):
-        make_plan({**keys, "caft": {**keys["caft"], "num_heads": 3}})
+        plan_of({**keys, "caft": {**keys["caft"], "num_heads": 3}})
 
 
 def test_shipped_configs(tmp_path):
@@ -316,7 +323,7 @@ def test_shipped_configs(tmp_path):
         if "caft" not in keys or "70B" in keys["base_model"]:
             continue
         keys["base_model"] = str(tmp_path / ("8b" if "8B" in keys["base_model"] else "small"))
-        planned[file.name] = make_plan(keys, gpus=8)
+        planned[file.name] = plan_of(keys, gpus=8)
     assert len(planned) >= 4
     qlora, full = planned["llama-3.1-8b-qlora-24gb.yml"], planned["llama-3.1-8b-full-fsdp2.yml"]
     assert (qlora.base_parameters, qlora.parameters) == (8_030_261_248, 4 * 218_112_000)
@@ -394,7 +401,7 @@ def test_memory_of_real_runs(smollm2, tmp_path, keys):
         "gradient_accumulation_steps": 2,
         "optimizer": "adamw_torch",
     }
-    plan = make_plan(keys, supervised=1.0, device="cpu")
+    plan = plan_of(keys, supervised=1.0, device="cpu")
     model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.bfloat16 if keys["bf16"] else torch.float32)
     peaks = []
     for settings in (None, keys["caft"]):

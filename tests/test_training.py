@@ -13,9 +13,10 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-from caft_plugin import CAFTConfig, ConfigError, with_caft
+from caft_plugin import CAFTConfig, ConfigError, window, with_caft
 from caft_plugin.heads import MODULE_NAME
 from caft_plugin.loss import IGNORE
+from caft_plugin.window import draw_heads
 
 CAFTTrainer = with_caft(Trainer)
 
@@ -542,7 +543,7 @@ def test_drawn_heads_give_the_gradient_of_all_on_average(tiny_model, tmp_path, m
     sums = {name: torch.zeros_like(g) for name, g in everything.items() if g is not None}
     for head in range(4):
         drawn = [[int(k == head) for k in range(4)]] * 2
-        monkeypatch.setattr(CAFTTrainer, "_draws", lambda self, n, drawn=drawn: drawn)
+        monkeypatch.setattr(window, "draw_heads", lambda *_, drawn=drawn: drawn)
         one = gradients_of(tiny_model, tmp_path, {**caft, "heads_per_step": 1})
         for name, gradient in one.items():
             if MODULE_NAME in name and f"layers.{head}." not in name:
@@ -569,13 +570,12 @@ def gradients_of(model, folder, caft):
     return {name: g for name, g in seen.steps[0].items()}
 
 
-def test_draws_are_in_proportion_to_alpha_and_the_same_everywhere(tiny_model, tmp_path):
-    trainer = trainer_of(tiny_model, tmp_path, caft={"heads_per_step": 2, "alpha": 0.5})
+def test_draws_are_in_proportion_to_alpha_and_the_same_everywhere():
+    config = CAFTConfig(heads_per_step=2, alpha=0.5)
     counts = torch.zeros(4)
     for step in range(3000):
-        trainer.state.global_step = step
-        draws = trainer._draws(2)
-        assert draws == trainer._draws(2) and all(sum(times) == 2 for times in draws)
+        draws = draw_heads(config, 2, seed=42, step=step)
+        assert draws == draw_heads(config, 2, seed=42, step=step) and all(sum(times) == 2 for times in draws)
         counts += torch.tensor(draws).sum(0)
     share = torch.tensor([0.5**k for k in range(1, 5)])
     # 12,000 draws: 0.02 is four standard deviations of the largest share
@@ -585,11 +585,7 @@ def test_draws_are_in_proportion_to_alpha_and_the_same_everywhere(tiny_model, tm
 def test_only_drawn_heads_are_logged_and_updated(tiny_model, tmp_path):
     trainer = trainer_of(tiny_model, tmp_path, caft={"heads_per_step": 1, "num_heads": 3}, max_steps=6)
     before = [p.detach().clone() for p in trainer.caft.heads.parameters()]
-    draws = []
-    for step in range(6):
-        trainer.state.global_step = step
-        draws.append(trainer._draws(1)[0])
-    trainer.state.global_step = 0
+    draws = [draw_heads(trainer.caft_config, 1, trainer.args.seed, step)[0] for step in range(6)]
     trainer.train()
     for times, entry in zip(draws, losses(trainer), strict=True):
         assert [f"caft/loss_head_{k}" in entry for k in (1, 2, 3)] == [count > 0 for count in times]
@@ -602,7 +598,7 @@ def test_only_drawn_heads_are_logged_and_updated(tiny_model, tmp_path):
 
 def test_a_drawn_heads_loss_is_its_mean_where_it_was_drawn(tiny_model, tmp_path, monkeypatch):
     """Two micro-batches, head 1 drawn for the first alone: its logged loss is that of a run over the first alone."""
-    monkeypatch.setattr(CAFTTrainer, "_draws", lambda self, n: [[1, 0], [0, 1]][:n])
+    monkeypatch.setattr(window, "draw_heads", lambda config, n, *_: [[1, 0], [0, 1]][:n])
     settings = {"max_steps": 1, "learning_rate": 0.0, "train_sampling_strategy": "sequential"}
     caft = {"heads_per_step": 1, "num_heads": 2}
     both = trainer_of(copy.deepcopy(tiny_model), tmp_path, caft, gradient_accumulation_steps=2, **settings)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
+
+from caft_plugin import attach
 
 # Keys that Llama's config shares with many families'.
 LLAMA = {
@@ -28,3 +32,19 @@ def word_tokenizer(template: str) -> PreTrainedTokenizerFast:
     made = PreTrainedTokenizerFast(tokenizer_object=model, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
     made.chat_template = template
     return made
+
+
+@contextlib.contextmanager
+def head_outputs():
+    """While this is open, each call of a head adds to the list its positions and its output at them."""
+    seen, original = [], attach.run_head
+
+    def noting(layer, source, call, positions, checkpointing):
+        seen.append((positions, original(layer, source, call, positions, checkpointing)))
+        return seen[-1][1]
+
+    attach.run_head = noting
+    try:
+        yield seen
+    finally:
+        attach.run_head = original

@@ -21,9 +21,11 @@ from transformers import AutoTokenizer, TrainingArguments
 from trl import TrlParser
 
 from caft_plugin import CAFTConfig
-from caft_plugin.cli import describe, push_heads
 from caft_plugin.config import PretrainConfig
-from caft_plugin.distill import Job, load_base, pretrain_heads, read_rows
+from caft_plugin.stage1.data import read_rows
+from caft_plugin.stage1.pretraining import Stage1, load_base, pretrain_heads
+from caft_plugin.tools.cli import push_heads
+from caft_plugin.tools.inspect_heads import describe
 
 
 def key_of(config: Any, name: str) -> Any:
@@ -77,7 +79,7 @@ def main() -> None:
     )
     repo = (training.hub_model_id or Path(training.output_dir).name) if training.push_to_hub else None
     training.push_to_hub = False  # the Trainer would upload the answers and the checkpoints' remains too
-    folder = pretrain_heads(Job(model, tokenizer, rows, None, training, caft, config, given.model_name_or_path))
+    folder = pretrain_heads(Stage1(model, tokenizer, rows, None, training, caft, config, given.model_name_or_path))
     print(describe(folder))
     if repo:
         push_heads(folder, repo, training.hub_token)

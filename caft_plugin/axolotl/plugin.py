@@ -18,13 +18,13 @@ from axolotl.utils.trainer import calculate_total_num_steps
 from datasets import Dataset
 from transformers import Trainer
 
-from caft_plugin import checkpoint
 from caft_plugin.config import CAFTConfig, ConfigError, MEAPConfig, PretrainConfig, named
-from caft_plugin.heads import refuse_encoder_decoder
-from caft_plugin.importing import trunk_without_weights
-from caft_plugin.mask_token import placeholder_ids
-from caft_plugin.meap import Duplication
-from caft_plugin.training import CAFTTrainerMixin, cut_up, fsdp1, not_fused, with_caft, zero3
+from caft_plugin.heads_folder import HeadsFolder
+from caft_plugin.meap.mask_token import placeholder_ids
+from caft_plugin.meap.masking import Duplication
+from caft_plugin.refusals import cut_up, fsdp1, not_fused, why_not_fused, zero3
+from caft_plugin.training import CAFTTrainerMixin, with_caft
+from caft_plugin.trunk import refuse_encoder_decoder, trunk_without_weights
 
 LOG = get_logger(__name__)
 
@@ -220,13 +220,12 @@ def _check_model(loader: ModelLoader, caft: CAFTConfig, trainer_class: type[CAFT
     cfg, model_config = loader.cfg, loader.model_config
     trunk = trunk_without_weights(model_config, cfg.base_model, functools.partial(_build, loader))
     if caft.heads is not None:
-        folder = checkpoint.locate_heads(caft.heads)
-        record = checkpoint.read_record(folder)
-        checkpoint.check_record(record, folder, caft, model_config)
+        folder = HeadsFolder.open(caft.heads)
+        folder.check_model(caft, model_config)
         if trunk is not None:
-            checkpoint.check_layers(record, folder, trunk.layer_class)
+            folder.check_layers(trunk.layer_class)
     if trunk is not None and caft.fused_loss == "on" and caft.beta != 0:
-        why = trainer_class.why_not_fused(trunk.model, takes_logits=bool(cfg.use_eaft))
+        why = why_not_fused(trainer_class, trunk.model, takes_logits=bool(cfg.use_eaft))
         if why is not None:
             raise ConfigError(not_fused(why))
 

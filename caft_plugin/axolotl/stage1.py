@@ -13,7 +13,7 @@ from axolotl.loaders import load_tokenizer
 from transformers import TrainingArguments
 
 from caft_plugin.config import CAFTConfig, ConfigError, PretrainConfig
-from caft_plugin.distill import Job, load_base
+from caft_plugin.stage1.pretraining import Stage1, load_base
 
 # Axolotl's key, and the Trainer's name for it. What Axolotl's user left out keeps stage 1's own default.
 TRAINER_KEYS = {
@@ -37,7 +37,7 @@ TRAINER_KEYS = {
 }
 
 
-def read_job(config_file: Path, options: dict[str, Any]) -> Job:
+def read_stage1(config_file: Path, options: dict[str, Any]) -> Stage1:
     """Everything stage 1 needs, from a YAML; `options` are keys of `pretrain_heads:` given on the command line.
 
     The YAML's adapter is left out (the base stays as it is), its quantisation is kept.
@@ -73,7 +73,7 @@ def read_job(config_file: Path, options: dict[str, Any]) -> Job:
         trust_remote_code=bool(cfg.trust_remote_code),
         vllm=config.vllm,
     )
-    return Job(
+    return Stage1(
         model=model,
         tokenizer=load_tokenizer(cfg),
         rows=list(meta.train_dataset),

@@ -21,18 +21,10 @@ import torch
 from transformers import AutoTokenizer, TrainerCallback, TrainingArguments
 
 from caft_plugin.config import CAFTConfig, PretrainConfig
-from caft_plugin.distill import (
-    HeadsTrainer,
-    Job,
-    load_base,
-    pad_rows,
-    pretrain_heads,
-    prompt_of,
-    read_rows,
-    with_answer,
-    write_answers,
-)
 from caft_plugin.precision import choice, quick_dtype
+from caft_plugin.stage1.answers import write_answers
+from caft_plugin.stage1.data import pad_rows, prompt_of, read_rows, with_answer
+from caft_plugin.stage1.pretraining import HeadsTrainer, Stage1, load_base, pretrain_heads
 
 DATA = Path(__file__).parents[2] / "axolotl_configs" / "data"
 KINDS = ("untrained", "model", "dataset", "distribution")
@@ -86,7 +78,9 @@ def run(kind: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
             config = settings.model_copy(update={"targets": kind, "seed": seed})
             shown = rows[: options.prompts] if kind == "model" else rows
             stop = StopAfter(start + options.seconds)
-            job = Job(base, tokenizer, shown, [], arguments(folder, seed), CAFTConfig(), config, options.model, [stop])
+            job = Stage1(
+                base, tokenizer, shown, [], arguments(folder, seed), CAFTConfig(), config, options.model, [stop]
+            )
             heads = pretrain_heads(job)
             steps = json.loads((heads / "metrics.json").read_text())["steps"]
             caft["heads"] = str(heads)

@@ -15,7 +15,7 @@ from tiny import LLAMA
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, Trainer
 
 from caft_plugin import with_caft
-from caft_plugin.resume import Parts, newest_whole
+from caft_plugin.checkpoints import Parts, newest_whole
 
 PARTS = Parts(weights=True, optimizer=True)
 STEPS = 20

@@ -32,7 +32,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
 
 import caft_plugin.loss
 from caft_plugin import ConfigError, with_caft
-from caft_plugin.checkpoint import gathered
+from caft_plugin.storage import gather
 
 # Rows of very different lengths and few logits at a time: processes then differ in how often they unembed.
 DATA = rows([4, 120, 7, 3, 22, 90, 5, 15, 60, 6, 3, 12, 100, 4, 8, 25], prompt=1)
@@ -48,7 +48,7 @@ class Gradients(TrainerCallback):
         for name, parameter in model.named_parameters():
             self.sharded.add(isinstance(parameter, DTensor))
             if parameter.grad is not None:
-                self.whole[f"{state.global_step}.{name}"] = gathered(parameter.grad)
+                self.whole[f"{state.global_step}.{name}"] = gather(parameter.grad)
 
 
 def shard_on_cpu() -> None:

@@ -12,8 +12,7 @@ from tiny import LLAMA
 from transformers import BertConfig, Gemma3nConfig, Gemma3nTextConfig, LlamaConfig, MixtralConfig, RwkvConfig, T5Config
 
 from caft_plugin import ConfigError
-from caft_plugin.checkpoint import HeadsRecord
-from caft_plugin.importing import write_folder
+from caft_plugin.heads_folder import HeadsRecord, write_heads
 
 pytest.importorskip("axolotl")
 
@@ -235,7 +234,7 @@ def test_heads_of_another_layer_class_are_refused_before_weights_load(config, tm
         base_model="m",
     )
     folder = tmp_path / "heads"
-    write_folder(folder, {"0.w": torch.zeros(1)}, record)
+    write_heads(folder, record, {"0.w": torch.zeros(1)}, {})
     with pytest.raises(ConfigError, match=r"are of class Qwen2DecoderLayer .* this model's layers are of class Llama"):
         before_weights(config(caft={"heads": str(folder)}))
 

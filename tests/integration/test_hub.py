@@ -21,7 +21,7 @@ from test_trl import TEMPLATE, make
 from tiny import word_tokenizer
 from trl import SFTTrainer
 
-from caft_plugin.cli import push_heads
+from caft_plugin.tools.cli import push_heads
 from caft_plugin.trl import CAFTSFTTrainer
 
 KINDS = {

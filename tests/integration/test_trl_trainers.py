@@ -17,7 +17,7 @@ from tiny import LLAMA, word_tokenizer
 from transformers import LlamaConfig, LlamaForSequenceClassification, Trainer
 
 from caft_plugin import with_caft
-from caft_plugin.meap import ELIGIBLE
+from caft_plugin.meap.masking import ELIGIBLE
 from caft_plugin.trl import SFTMixin
 
 EXPORTED = [

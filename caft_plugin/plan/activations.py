@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from caft_plugin.heads import AuxiliaryHeads, Trunk, pointwise_parts
+from caft_plugin.heads import AuxiliaryHeads, pointwise_parts
+from caft_plugin.trunk import Trunk
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +67,7 @@ def keeps(
         return _keeps(model, trunk, heads, rows, length, dtype), []
     except Exception as error:  # code of any model, that looks at values (which fake tensors do not have) or at devices
         hidden = rows * length * trunk.hidden_size * dtype.itemsize
-        layers = [17.0 * hidden for _ in layers_of(trunk)]
+        layers = [17.0 * hidden for _ in trunk.layers]
         guess = Kept(sum(layers), layers, hidden, layers[-1], norm=2.0 * hidden)
         return guess, [
             f"Activations are a guess, 17 values a token and hidden unit in each layer (arXiv 2205.05198): "
@@ -92,7 +93,7 @@ def _keeps(
         trunk.last_layer.register_forward_pre_hook(
             lambda _, args, kwargs: call.update(args=args, kwargs=kwargs), with_kwargs=True
         )
-        layers = layers_of(trunk)
+        layers = trunk.layers
         for index, layer in enumerate(layers):
             saved.watch(layer, f"layer {index}")
         model.train()
@@ -100,20 +101,14 @@ def _keeps(
         base = saved.bytes
         source = call["args"][0] if call["args"] else call["kwargs"]["hidden_states"]
         hidden = source.untyped_storage().nbytes()
-        of_layers = [float(saved.figures[f"layer {index}"]) for index in range(len(layers))]
+        by_layer = [float(saved.figures[f"layer {index}"]) for index in range(len(layers))]
         if heads is None:
-            return Kept(base, of_layers, hidden)
+            return Kept(base, by_layer, hidden)
         head = heads.layers[0]
         for part in pointwise_parts(head):
             saved.watch(part, "pointwise")
         output = head(*call["args"], **call["kwargs"])
-        of_head = saved.bytes - base
+        kept_by_head = saved.bytes - base
         trunk.norm(output if isinstance(output, Tensor) else output[0])
-        norm = saved.bytes - base - of_head
-    return Kept(base, of_layers, hidden, of_head, saved.figures["pointwise"], norm)
-
-
-def layers_of(trunk: Trunk) -> list[nn.Module]:
-    """The decoder layers of a model, its last one last."""
-    lists = (module for module in trunk.model.modules() if isinstance(module, nn.ModuleList))
-    return next(list(found) for found in lists if any(layer is trunk.last_layer for layer in found))
+        norm = saved.bytes - base - kept_by_head
+    return Kept(base, by_layer, hidden, kept_by_head, saved.figures["pointwise"], norm)

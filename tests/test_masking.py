@@ -18,8 +18,8 @@ from transformers import DataCollatorForLanguageModeling, DataCollatorForSeq2Seq
 
 from caft_plugin import ConfigError, MEAPConfig
 from caft_plugin.loss import BOUNDARY, IGNORE, PLAN, head_targets
-from caft_plugin.mask_token import used_ids
-from caft_plugin.meap import (
+from caft_plugin.meap.mask_token import used_ids
+from caft_plugin.meap.masking import (
     COPY,
     COPY_START,
     ELIGIBLE,

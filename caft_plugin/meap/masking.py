@@ -22,8 +22,8 @@ from torch.utils.data import IterableDataset as TorchIterableDataset
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from caft_plugin.config import ConfigError, MEAPConfig
-from caft_plugin.loss import BOUNDARY, IGNORE, PLAN, document_ids
-from caft_plugin.mask_token import column_chunks, rows_of, special_ids
+from caft_plugin.loss import BOUNDARY, EXAMPLE, IGNORE, MASKED, MAY_MASK, OVERLONG, PLAN, Batch, document_ids
+from caft_plugin.meap.mask_token import column_chunks, rows_of, special_ids
 
 logger = logging.getLogger(__name__)
 
@@ -33,9 +33,6 @@ KEPT = -102  # a supervised token of a copy that is never masked: special, or an
 COPY_START = -103  # the first token of a copy that stands behind its original
 ELIGIBLE = 2**24  # + token id: a token of a copy that may be masked
 TOO_LONG = 2**25  # + token id: the last supervised token of an example whose pair would have been too long
-
-# What `meap_plan` says of each position of a batch, as bits beside BOUNDARY:
-MAY_MASK, MASKED, EXAMPLE, OVERLONG = 2, 4, 8, 16
 
 
 def runs(inside: np.ndarray) -> Iterator[tuple[int, int]]:
@@ -278,7 +275,7 @@ class MEAPCollator:
     def _host_name(self) -> str:
         return f"the data collator {getattr(self.host, '__name__', type(self.host).__name__)}"
 
-    def _mask_copies(self, batch: Mapping[str, Any], ids: np.ndarray, labels: np.ndarray, plan: np.ndarray) -> None:
+    def _mask_copies(self, batch: Batch, ids: np.ndarray, labels: np.ndarray, plan: np.ndarray) -> None:
         for row_ids, row, marks in zip(ids, labels, plan, strict=True):
             too_long = row >= TOO_LONG
             row[too_long] -= TOO_LONG
@@ -299,10 +296,10 @@ class MEAPCollator:
                 marks[drawn] |= MASKED
                 marks[drawn[:1]] |= EXAMPLE
 
-    def _mask_documents(self, batch: Mapping[str, Any], ids: np.ndarray, labels: np.ndarray, plan: np.ndarray) -> None:
+    def _mask_documents(self, batch: Batch, ids: np.ndarray, labels: np.ndarray, plan: np.ndarray) -> None:
         documents = document_ids(batch)
-        of_rows = np.zeros_like(ids) if documents is None else documents.cpu().numpy()
-        for row_ids, row, marks, documents_of_row in zip(ids, labels, plan, of_rows, strict=True):
+        documents_by_row = np.zeros_like(ids) if documents is None else documents.cpu().numpy()
+        for row_ids, row, marks, documents_of_row in zip(ids, labels, plan, documents_by_row, strict=True):
             starts = np.flatnonzero(np.diff(documents_of_row, prepend=documents_of_row[0] - 1))
             for start, end in zip(starts, [*starts[1:], len(row)], strict=True):
                 supervised = np.flatnonzero(row[start:end] != IGNORE)

@@ -1,4 +1,4 @@
-"""The heads' folder: `heads.safetensors` and `config.json`. Save, check, load, resume.
+"""The heads' folder: `heads.safetensors` and `config.json`. Write, open, check, load.
 
 A finished folder holds plain weights, LoRA merged. A checkpoint's folder keeps them apart
 (`lora.safetensors` beside the others), because exact resuming needs both.
@@ -6,10 +6,11 @@ A finished folder holds plain weights, LoRA merged. A checkpoint's folder keeps 
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
 import json
+import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,11 +20,15 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from caft_plugin.config import DEFAULT_HEAD_INPUT, DEFAULT_HEAD_NORM, CAFTConfig, ConfigError, HeadInput, named, shown
-from caft_plugin.heads import MODULE_NAME, AuxiliaryHeads, Trunk
+from caft_plugin.heads import MODULE_NAME, AuxiliaryHeads
+from caft_plugin.storage import gather, shard_like, write_atomically, write_json
+from caft_plugin.trunk import Trunk
+
+logger = logging.getLogger(__name__)
 
 FOLDER = MODULE_NAME
 WEIGHTS, LORA, RECORD = "heads.safetensors", "lora.safetensors", "config.json"
@@ -48,14 +53,131 @@ class HeadsRecord(BaseModel):
     base_model: str
     train_heads: Literal["full", "lora", "frozen"] | None = None  # of a checkpoint's heads
 
+    @classmethod
+    def of(cls, trunk: Trunk, config: CAFTConfig, **more: Any) -> HeadsRecord:
+        """The record of `config.num_heads` heads over a model. `config` says how they are wired."""
+        written = {
+            "num_heads": config.num_heads,
+            "head_input": config.head_input,
+            "head_norm": config.head_norm,
+            "layer_class": trunk.layer_class,
+            "model_type": trunk.model.config.model_type,
+            "hidden_size": trunk.hidden_size,
+            "vocab_size": trunk.vocab_size,
+            "base_model": trunk.model.config.name_or_path or trunk.model.config.model_type,
+        }
+        return cls.model_validate({**written, **more})
+
+
+class HeadFigures(BaseModel):
+    """Held-out figures of one head: mean cross-entropy in nats, share of right top-1 predictions (0 to 1)."""
+
+    loss: float
+    accuracy: float
+
+
+class HeadsMetrics(BaseModel):
+    """`metrics.json` of pretrained heads: what they were trained on, and held-out figures of each head after training
+    and before it. The lists are empty where nothing was held out. Other keys in such a file are left alone."""
+
+    targets: str
+    rows: int | None = None
+    steps: int
+    heads: list[HeadFigures]
+    untrained: list[HeadFigures] = []
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadsFolder:
+    """A folder of heads, and its record."""
+
+    path: Path
+    record: HeadsRecord
+
+    @classmethod
+    def open(cls, heads: str | os.PathLike[str]) -> HeadsFolder:
+        """The folder that `heads` names: itself, a run's folder with `caft_heads/` in it, or a Hub id.
+
+        Raises:
+            ConfigError: there is no such folder, or it is not a readable heads folder.
+        """
+        path = locate_heads(os.fspath(heads))
+        return cls(path, read_record(path))
+
+    def check_model(self, config: CAFTConfig, model_config: PretrainedConfig) -> None:
+        """Holds the folder against the model it is to serve, before any weight is loaded.
+
+        Raises:
+            ConfigError: too few heads, or heads made for another hidden size or vocabulary.
+        """
+        path, record, text_config = self.path, self.record, model_config.get_text_config()
+        if record.num_heads < config.num_heads:
+            raise ConfigError(
+                f"caft.num_heads: got {config.num_heads}, but the folder {path} holds {record.num_heads} heads. "
+                f"Set num_heads to at most {record.num_heads}, or train more heads."
+            )
+        for name in ("hidden_size", "vocab_size"):
+            theirs, ours = getattr(record, name), getattr(text_config, name)
+            if theirs != ours:
+                raise ConfigError(
+                    f"caft.heads: {path} was made for {name} {theirs} (base model {named(record.base_model)}), but "
+                    f"this model has {name} {ours}. Heads fit only the model they were trained on."
+                )
+
+    def check_layers(self, layer_class: str) -> None:
+        """Holds the folder against the model's layers, before the heads' weights are read.
+
+        Raises:
+            ConfigError: heads of another class, or LoRA factors, which have to be merged first.
+        """
+        path, record = self.path, self.record
+        if record.layer_class != layer_class:
+            raise ConfigError(
+                f"caft.heads: the heads in {path} are of class {named(record.layer_class)} (base model "
+                f"{named(record.base_model)}), but this model's layers are of class {layer_class}. Heads fit only the "
+                "model they were trained on."
+            )
+        if (path / LORA).exists():
+            raise ConfigError(
+                f"caft.heads: {path} belongs to a checkpoint, its LoRA is not merged. Give the {FOLDER}/ folder of a "
+                "finished run, or resume from that checkpoint."
+            )
+
+    def warn_of_differences(self, config: CAFTConfig, model_config: PretrainedConfig) -> None:
+        """Warns where heads meet another base model or wiring than they were made with."""
+        base, record = model_config.name_or_path, self.record
+        if base and record.base_model != base:
+            logger.warning(
+                "caft.heads: these heads were made with base model %s, this run uses %s", named(record.base_model), base
+            )
+        for key in ("head_input", "head_norm"):
+            written, recorded = getattr(config, key), getattr(record, key)
+            if written is not None and written != recorded:
+                logger.warning(
+                    "caft.%s: got %s, but these heads were made with %s; leave the key out to follow the folder",
+                    key,
+                    written,
+                    recorded,
+                )
+
+    def load_into(self, heads: AuxiliaryHeads, layer_class: str) -> None:
+        """Puts the folder's weights into heads; a folder with more heads serves its first ones.
+
+        LoRA factors of a checkpoint's folder are refused: they have to be merged first, which training does at its end.
+
+        Raises:
+            ConfigError: damaged files, another layer class, missing, unknown or misshapen tensors.
+        """
+        self.check_layers(layer_class)
+        wanted = {plain_name(name): t for name, t in heads.layers.state_dict().items() if ".lora_" not in name}
+        _copy_into(wanted, self.path / WEIGHTS, held=self.record.num_heads)
+
 
 def resolve_wiring(config: CAFTConfig, record: HeadsRecord | None) -> CAFTConfig:
     """`config` with head_input and head_norm filled in: as written, else as recorded, else the defaults."""
     recorded = (record.head_input, record.head_norm) if record else (DEFAULT_HEAD_INPUT, DEFAULT_HEAD_NORM)
     written = (config.head_input, config.head_norm)
-    head_input, head_norm = (
-        of_folder if said is None else said for said, of_folder in zip(written, recorded, strict=True)
-    )
+    head_input, head_norm = (there if said is None else said for said, there in zip(written, recorded, strict=True))
     return config.model_copy(update={"head_input": head_input, "head_norm": head_norm})
 
 
@@ -156,42 +278,6 @@ def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def check_record(record: HeadsRecord, folder: Path, config: CAFTConfig, model_config: Any) -> None:
-    """Holds a heads folder against the model it is to serve, before any weight is loaded.
-
-    Raises:
-        ConfigError: too few heads, or heads made for another hidden size or vocabulary.
-    """
-    text_config = model_config.get_text_config()
-    if record.num_heads < config.num_heads:
-        raise ConfigError(
-            f"caft.num_heads: got {config.num_heads}, but the folder {folder} holds {record.num_heads} heads. "
-            f"Set num_heads to at most {record.num_heads}, or train more heads."
-        )
-    for name in ("hidden_size", "vocab_size"):
-        theirs, ours = getattr(record, name), getattr(text_config, name)
-        if theirs != ours:
-            raise ConfigError(
-                f"caft.heads: {folder} was made for {name} {theirs} (base model {named(record.base_model)}), but this "
-                f"model has {name} {ours}. Heads fit only the model they were trained on."
-            )
-
-
-def gathered(tensor: Tensor) -> Tensor:
-    """The whole of a tensor that may be sharded, detached, on the CPU. Every process has to call it."""
-    tensor = tensor.detach()
-    if hasattr(tensor, "full_tensor"):
-        tensor = tensor.full_tensor()
-    return tensor.to("cpu", copy=True).contiguous()
-
-
-def as_shards_of(tensor: Tensor, whole: Tensor) -> Tensor:
-    """`whole`, which every process has, as it is to be copied into a tensor that may be sharded."""
-    if not isinstance(tensor, DTensor):
-        return whole
-    return distribute_tensor(whole.to(tensor.device), tensor.device_mesh, tensor.placements, src_data_rank=None)
-
-
 def plain_name(name: str) -> str:
     """A head parameter's name as it would be without PEFT's wrapping."""
     return name.replace(".base_layer.", ".").replace(f".{MODULE_NAME}.", ".")
@@ -200,12 +286,12 @@ def plain_name(name: str) -> str:
 def heads_state(heads: AuxiliaryHeads) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Plain weights `K.<layer's own name>`, and LoRA factors `K.<module>.lora_A.weight` (may be empty).
 
-    K counts from 0. Every process has to call it; each gets the whole tensors.
+    K counts from 0. Every process has to call it; each gets unsharded tensors.
     """
     weights: dict[str, Tensor] = {}
     lora: dict[str, Tensor] = {}
     for name, tensor in heads.layers.state_dict().items():
-        (lora if ".lora_" in name else weights)[plain_name(name)] = gathered(tensor)
+        (lora if ".lora_" in name else weights)[plain_name(name)] = gather(tensor)
     return weights, lora
 
 
@@ -234,86 +320,35 @@ def save_heads(
 ) -> Path:
     """Writes `caft_heads/` into `parent`: LoRA merged, or (`resumable`) beside the weights.
 
-    Every process has to call it; the one with `write` writes. Each file appears whole or not at all, and the
-    record appears last: where there is one, all files are of one save.
+    Every process has to call it; the one with `write` writes.
     """
     weights, lora = heads_state(heads)
     folder = Path(parent) / FOLDER
-    if not write:
-        return folder
-    folder.mkdir(parents=True, exist_ok=True)
-    assert config.head_input is not None and config.head_norm is not None  # resolve_wiring was here
-    record = HeadsRecord(
-        num_heads=len(heads),
-        head_input=config.head_input,
-        head_norm=config.head_norm,
-        layer_class=trunk.layer_class,
-        model_type=trunk.model.config.model_type,
-        hidden_size=trunk.hidden_size,
-        vocab_size=trunk.vocab_size,
-        base_model=trunk.model.config.name_or_path or trunk.model.config.model_type,
-        train_heads=heads.how if resumable else None,
-    )
-    (folder / RECORD).unlink(missing_ok=True)
-    for left_by_a_killed_run in folder.glob(".*.tmp"):
-        left_by_a_killed_run.unlink(missing_ok=True)
-    keep_apart = resumable and bool(lora)
-    tensors = weights if keep_apart or not lora else merged(heads, weights, lora)
-    if keep_apart:
-        write_whole(folder / LORA, lambda path: save_file(lora, path, {"format": "pt"}))
-    else:
-        (folder / LORA).unlink(missing_ok=True)
-    write_whole(folder / WEIGHTS, lambda path: save_file(tensors, path, {"format": "pt"}))
-    text = json.dumps(record.model_dump(exclude_none=True), indent=2) + "\n"
-    write_whole(folder / RECORD, lambda path: path.write_text(text, encoding="utf-8"))
+    if write:
+        if lora and not resumable:
+            weights, lora = merged(heads, weights, lora), {}
+        record = HeadsRecord.of(trunk, config, train_heads=heads.how if resumable else None)
+        write_heads(folder, record, weights, lora)
     return folder
 
 
-def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Lets `write` write to a temporary name beside `path`, then renames: never a half-written file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            temporary.unlink()
+def write_heads(folder: Path, record: HeadsRecord, weights: Mapping[str, Tensor], lora: Mapping[str, Tensor]) -> None:
+    """Writes the files of a heads folder. Each file appears complete or not at all, and the record appears last: where
+    there is one, all files are of one save."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / RECORD).unlink(missing_ok=True)
+    for left_by_a_killed_run in folder.glob(".*.tmp"):
+        left_by_a_killed_run.unlink(missing_ok=True)
+    for name, tensors in ((LORA, lora), (WEIGHTS, weights)):
+        if tensors:
+            _write_tensors(folder / name, tensors)
+        else:
+            (folder / name).unlink(missing_ok=True)
+    write_json(folder / RECORD, record.model_dump(exclude_none=True))
 
 
-def check_layers(record: HeadsRecord, folder: Path, layer_class: str) -> None:
-    """Holds a heads folder against the model's layers, before the heads' weights are read.
-
-    Raises:
-        ConfigError: heads of another class, or LoRA factors, which have to be merged first.
-    """
-    if record.layer_class != layer_class:
-        raise ConfigError(
-            f"caft.heads: the heads in {folder} are of class {named(record.layer_class)} (base model "
-            f"{named(record.base_model)}), but this model's layers are of class {layer_class}. Heads fit only the "
-            "model they were trained on."
-        )
-    if (folder / LORA).exists():
-        raise ConfigError(
-            f"caft.heads: {folder} belongs to a checkpoint, its LoRA is not merged. Give the {FOLDER}/ folder of a "
-            "finished run, or resume from that checkpoint."
-        )
-
-
-def load_pretrained(folder: Path, heads: AuxiliaryHeads, layer_class: str) -> None:
-    """Puts the weights of a heads folder into heads; a folder with more heads serves its first ones.
-
-    LoRA factors of a checkpoint's folder are refused: they have to be merged first, which training does at
-    its end.
-
-    Raises:
-        ConfigError: damaged files, another layer class, missing, unknown or misshapen tensors.
-    """
-    record = read_record(folder)
-    check_layers(record, folder, layer_class)
-    wanted = {plain_name(name): t for name, t in heads.layers.state_dict().items() if ".lora_" not in name}
-    _copy_into(wanted, folder / WEIGHTS, held=record.num_heads)
+def _write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    write_atomically(file, lambda temporary: save_file(dict(tensors), temporary, {"format": "pt"}))
 
 
 def load_checkpoint(checkpoint: str | os.PathLike[str], heads: AuxiliaryHeads, config: CAFTConfig) -> None:
@@ -359,7 +394,7 @@ def _copy_into(wanted: dict[str, Tensor], file: Path, *, held: int) -> None:
             _check_tensors(wanted, {name: opened.get_slice(name) for name in opened.keys()}, file, held)
             with torch.no_grad():
                 for name, tensor in wanted.items():
-                    tensor.copy_(as_shards_of(tensor, opened.get_tensor(name)))
+                    tensor.copy_(shard_like(tensor, opened.get_tensor(name)))
     except (OSError, RuntimeError, SafetensorError) as error:
         raise ConfigError(
             f"caft.heads: {file} cannot be read as safetensors ({shown(str(error))}). The file is damaged or of "

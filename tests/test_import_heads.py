@@ -22,10 +22,10 @@ from transformers import (
 )
 
 from caft_plugin import ConfigError, with_caft
-from caft_plugin.checkpoint import RECORD, WEIGHTS, read_record
-from caft_plugin.cli import caft
-from caft_plugin.heads import find_trunk
-from caft_plugin.importing import import_heads
+from caft_plugin.heads_folder import RECORD, WEIGHTS, read_record
+from caft_plugin.tools.cli import commands
+from caft_plugin.tools.import_heads import import_heads
+from caft_plugin.trunk import find_trunk
 
 SCHEDULES = ("rsine", "sine", "linear", "constant")
 AT_STEPS = (0, 25, 50, 99)
@@ -55,7 +55,7 @@ def imported(state, base, tmp_path_factory):
     folder = tmp_path_factory.mktemp("imported")
     torch.save(state, folder / "heads.pth")
     command = ["import-heads", str(folder / "heads.pth"), "--base-model", str(base), str(folder / "out")]
-    result = CliRunner().invoke(caft, command)
+    result = CliRunner().invoke(commands, command)
     assert result.exit_code == 0, result.output
     assert sorted(path.name for path in folder.iterdir()) == ["heads.pth", "out"]
     return folder / "out"
@@ -141,7 +141,7 @@ def test_wiring_can_be_said_and_the_dtype_is_kept(state, config_only, tmp_path):
     torch.save({name: tensor.bfloat16() for name, tensor in state.items()}, tmp_path / "heads.pth")
     (tmp_path / "out").mkdir()  # an empty folder is as good as none
     command = ["import-heads", str(tmp_path / "heads.pth"), "--base-model", str(config_only), str(tmp_path / "out")]
-    result = CliRunner().invoke(caft, [*command, "--head-input", "penultimate", "--head-norm"])
+    result = CliRunner().invoke(commands, [*command, "--head-input", "penultimate", "--head-norm"])
     assert result.exit_code == 0, result.output
     assert "head_input penultimate, head_norm true" in result.output and "BF16" in result.output
     record = read_record(tmp_path / "out")
@@ -208,7 +208,7 @@ def refused(file, base, out, match):
     before = sorted(file.parent.iterdir()) if file.parent.is_dir() else None
     with pytest.raises(ConfigError, match=match) as caught:
         import_heads(file, str(base), out)
-    result = CliRunner().invoke(caft, ["import-heads", str(file), "--base-model", str(base), str(out)])
+    result = CliRunner().invoke(commands, ["import-heads", str(file), "--base-model", str(base), str(out)])
     assert (result.exit_code, result.output) == (1, f"Error: {caught.value}\n")
     assert not Path(out).is_dir()
     assert before is None or sorted(file.parent.iterdir()) == before
@@ -273,7 +273,7 @@ def test_a_failed_write_leaves_nothing(state, config_only, tmp_path, monkeypatch
         raise OSError("no space left")
 
     torch.save(state, tmp_path / "heads.pth")
-    monkeypatch.setattr("caft_plugin.importing.save_file", full)
+    monkeypatch.setattr("caft_plugin.heads_folder.save_file", full)
     refused(tmp_path / "heads.pth", config_only, tmp_path / "out", r"cannot be written \(OSError: no space left\)")
 
 
@@ -287,7 +287,7 @@ def test_only_the_config_of_the_base_is_read(state, config_only, tmp_path, monke
     """The model it is held against is built without memory."""
     devices = []
     monkeypatch.setattr(
-        "caft_plugin.importing.find_trunk",
+        "caft_plugin.trunk.find_trunk",
         lambda model: devices.extend({p.device.type for p in model.parameters()}) or find_trunk(model),
     )
     torch.save(state, tmp_path / "heads.pth")

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import DynamicCache, Trainer, TrainerCallback
 
 from caft_plugin import ConfigError, with_caft
-from caft_plugin.heads import _LayerCall, _replay
+from caft_plugin.heads import LayerCall, replay
 from caft_plugin.loss import IGNORE
 
 KEYS = ("loss", "grad_norm", "caft/next_token_loss", "caft/loss_head_1", "caft/gamma", "caft/aux_loss")
@@ -316,8 +316,8 @@ def test_a_head_never_gets_the_models_cache(name):
 
     cache, hidden, positions = DynamicCache(), torch.randn(1, 3, 4), torch.arange(3)
     kwargs = {name: cache, "cache_position": positions, "use_cache": True}
-    call = _LayerCall((hidden,), kwargs, ("cpu", torch.bfloat16, False))
-    assert torch.equal(_replay(Layer(), hidden, call, positions), hidden[0])
+    call = LayerCall((hidden,), kwargs, ("cpu", torch.bfloat16, False))
+    assert torch.equal(replay(Layer(), hidden, call, positions), hidden[0])
     assert received[name] is None and received["use_cache"] is False and received["cache_position"] is positions
 
 

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import math
-import os
-from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import click
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
-from caft_plugin.config import CAFTConfig, ConfigError, HeadInput, PretrainConfig, Targets, named
+from caft_plugin.config import CAFTConfig, ConfigError, HeadInput, PretrainConfig, Targets
 
 if TYPE_CHECKING:
-    from caft_plugin.checkpoint import HeadsRecord
-    from caft_plugin.distill import Job
+    from caft_plugin.stage1.pretraining import Stage1
 
 
 class CAFTCommands(click.Group):
@@ -29,31 +24,12 @@ class CAFTCommands(click.Group):
             raise click.ClickException(str(error)) from error
 
 
-class HeadFigures(BaseModel):
-    """Held-out figures of one head: mean cross-entropy in nats, share of right top-1 predictions (0 to 1)."""
-
-    loss: float
-    accuracy: float
-
-
-class Metrics(BaseModel):
-    """What `metrics.json` of pretrained heads has to say here; other keys are left alone.
-
-    `heads` is empty where nothing was held out.
-    """
-
-    heads: list[HeadFigures]
-    targets: str
-    steps: int
-    rows: int | None = None
-
-
 @click.group(cls=CAFTCommands)
-def caft() -> None:
+def commands() -> None:
     """Auxiliary heads of concept-aware fine-tuning (CAFT): make, import and look at them. What MEAP did to a model."""
 
 
-@caft.command("import-heads", short_help="Turn the authors' heads.pth into a heads folder.")
+@commands.command("import-heads", short_help="Turn the authors' heads.pth into a heads folder.")
 @click.argument("file", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--base-model", required=True, help="Folder or Hub id of the model the heads were trained on.")
@@ -76,7 +52,8 @@ def import_heads_command(file: Path, out: Path, base_model: str, head_input: Hea
     Of the base model only the config is read. The wiring recorded by default is the one the authors fine-tune
     with.
     """
-    from caft_plugin.importing import import_heads
+    from caft_plugin.tools.import_heads import import_heads
+    from caft_plugin.tools.inspect_heads import describe
 
     import_heads(file, base_model, out, head_input=head_input, head_norm=head_norm)
     click.echo(describe(out))
@@ -89,7 +66,7 @@ def setting(model: type[BaseModel], key: str, **more: Any) -> Any:
     return click.option(f"--{key.replace('_', '-')}", key, help=text[0].upper() + text[1:], **more)
 
 
-@caft.command("pretrain-heads", short_help="Train heads on a frozen base model (stage 1).")
+@commands.command("pretrain-heads", short_help="Train heads on a frozen base model (stage 1).")
 @click.argument("config", required=False, type=click.Path(path_type=Path))
 @click.option("--model", help="Folder or Hub id of the base model, where no CONFIG is given.")
 @click.option("--data", type=click.Path(path_type=Path), help="JSONL: messages, prompt and completion, or text.")
@@ -121,22 +98,23 @@ def pretrain_heads_command(config: Path | None, push_to_hub: str | None, **optio
     one, --model, --data and --output are needed. Started again after an interruption, it goes on where it stopped.
     """
     given = {key: value for key, value in options.items() if value is not None}
-    of_stage = {key: given[key] for key in PretrainConfig.model_fields if key in given}
+    settings = {key: given[key] for key in PretrainConfig.model_fields if key in given}
     if config is None:
         for name in ("model", "data", "output"):
             if name not in given:
                 raise click.UsageError(f"--{name} is needed where no CONFIG is given")
-        job = plain_job(given, PretrainConfig(**of_stage))
+        stage1 = plain_stage1(given, PretrainConfig(**settings))
     else:
         if not config.is_file():
             raise ConfigError(f"pretrain-heads: {config} is not a file. CONFIG takes an Axolotl YAML.")
-        from caft_plugin.axolotl.stage1 import read_job
+        from caft_plugin.axolotl.stage1 import read_stage1
 
-        job = read_job(config, of_stage)
+        stage1 = read_stage1(config, settings)
 
-    from caft_plugin.distill import pretrain_heads
+    from caft_plugin.stage1.pretraining import pretrain_heads
+    from caft_plugin.tools.inspect_heads import describe
 
-    folder = pretrain_heads(job)
+    folder = pretrain_heads(stage1)
     click.echo(describe(folder))
     if push_to_hub:
         push_heads(folder, push_to_hub)
@@ -152,7 +130,7 @@ def push_heads(folder: Path, repo: str, token: str | None = None) -> None:
     click.echo(f"Uploaded to {repo}")
 
 
-def plain_job(given: dict[str, Any], config: PretrainConfig) -> Job:
+def plain_stage1(given: dict[str, Any], config: PretrainConfig) -> Stage1:
     """Stage 1 from the command line's options alone."""
     caft_config = CAFTConfig(**{key: given[key] for key in ("num_heads", "head_input", "head_norm") if key in given})
     if not given["data"].is_file():
@@ -161,7 +139,8 @@ def plain_job(given: dict[str, Any], config: PretrainConfig) -> Job:
     import torch
     from transformers import AutoTokenizer, TrainingArguments
 
-    from caft_plugin.distill import Job, load_base, read_rows
+    from caft_plugin.stage1.data import read_rows
+    from caft_plugin.stage1.pretraining import Stage1, load_base
 
     half = not given["float32"]
     tokenizer = AutoTokenizer.from_pretrained(given["model"], trust_remote_code=False)
@@ -186,10 +165,10 @@ def plain_job(given: dict[str, Any], config: PretrainConfig) -> Job:
         load_in_4bit=given["load_in_4bit"],
         vllm=config.vllm,
     )
-    return Job(model, tokenizer, rows, None, arguments, caft_config, config, given["model"])
+    return Stage1(model, tokenizer, rows, None, arguments, caft_config, config, given["model"])
 
 
-@caft.command("attention-report", short_help="What masked training (MEAP) did to a model's attention.")
+@commands.command("attention-report", short_help="What masked training (MEAP) did to a model's attention.")
 @click.option("--base", required=True, help="Folder or Hub id of the model before.")
 @click.option("--tuned", required=True, help="Folder or Hub id of the model after, or of its adapter.")
 @click.option(
@@ -216,7 +195,7 @@ def attention_report_command(
 ) -> None:
     """How attention on masked positions fell and how it varies elsewhere (arXiv 2502.07490, section 5), and the last
     token's attention by segment."""
-    from caft_plugin.attention import as_table, attention_report, draw, read_texts
+    from caft_plugin.meap.attention_report import as_table, attention_report, draw, read_texts
 
     figures = attention_report(
         base, tuned, read_texts(file), mask_ratio=mask_ratio, mask_token=mask_token, max_length=max_length, seed=seed
@@ -226,7 +205,7 @@ def attention_report_command(
         draw(figures, png)
 
 
-@caft.command("plan", short_help="What the heads will add to a run: memory and time.")
+@commands.command("plan", short_help="What the heads will add to a run: memory and time.")
 @click.argument("config", type=click.Path(path_type=Path))
 @click.option("--gpu-memory", metavar="SIZE", help="Of one GPU, e.g. 24GB: will the whole run fit?")
 @click.option("--gpus", type=click.IntRange(1), default=1, show_default=True, help="GPUs over which FSDP shards.")
@@ -242,134 +221,25 @@ def plan_command(config: Path, gpu_memory: str | None, gpus: int, supervised: fl
 
     Of the base model only the config is read; no weights, no data and no GPU are needed.
     """
-    from caft_plugin import plan
+    from caft_plugin.axolotl.run import read_keys, read_run
+    from caft_plugin.plan.estimate import make_plan
+    from caft_plugin.plan.words import as_text, parse_memory, run_as_text, verdict
 
-    memory = None if gpu_memory is None else plan.parse_memory(gpu_memory)
-    made = plan.make_plan(plan.read_keys(config), gpus, supervised)
-    click.echo(plan.as_text(made))
+    memory = None if gpu_memory is None else parse_memory(gpu_memory)
+    plan = make_plan(read_run(read_keys(config)), gpus, supervised)
+    click.echo(as_text(plan))
     if memory is not None:
-        click.echo(f"\n{plan.run_as_text(made)}\n\n{plan.verdict(made, memory, gpus, supervised)}")
+        click.echo(f"\n{run_as_text(plan)}\n\n{verdict(plan, memory, gpus, supervised)}")
 
 
-@caft.command("inspect", short_help="Show what is in a heads folder.")
+@commands.command("inspect", short_help="Show what is in a heads folder.")
 @click.argument("folder")
 def inspect_command(folder: str) -> None:
     """Show what the heads in FOLDER are: a heads folder, a run's folder, or a Hub id."""
-    from caft_plugin.checkpoint import locate_heads
+    from caft_plugin.tools.inspect_heads import describe
 
-    click.echo(describe(locate_heads(folder)))
-
-
-def describe(folder: Path) -> str:
-    """A heads folder in words and a table; of the weights only the file's header is read.
-
-    Raises:
-        ConfigError: the folder is not a whole heads folder.
-    """
-    from caft_plugin.checkpoint import LORA, WEIGHTS, read_record
-
-    record = read_record(folder)
-    metrics = read_metrics(folder, record)
-    tensors = tensors_of_heads(folder, record)
-    facts = {
-        "Folder": str(folder),
-        "Base model": named(record.base_model),
-        "Layer class": f"{named(record.layer_class)} ({named(record.model_type)})",
-        "Wiring": f"head_input {record.head_input}, head_norm {str(record.head_norm).lower()}",
-        "Hidden size": str(record.hidden_size),
-        "Vocabulary": str(record.vocab_size),
-        "Heads": str(record.num_heads),
-    }
-    if (folder / LORA).exists():
-        facts["LoRA"] = f"not merged, in {LORA}: this is a checkpoint's folder; {WEIGHTS} is without it"
-    if metrics is not None:
-        counts = {"rows": metrics.rows, "steps": metrics.steps}
-        said = [f"{count:,} {what}" for what, count in counts.items() if count is not None]
-        facts["Trained on"] = ", ".join([f"targets {named(metrics.targets)}", *said])
-
-    table = [["head", "predicts", "parameters", "dtype", "size", "held-out loss", "held-out accuracy"]]
-    for k, of_head in enumerate(tensors):
-        figures = held_out(metrics.heads[k]) if metrics and metrics.heads else ["-", "-"]
-        table.append([str(k + 1), f"{k + 2} ahead", *sizes(of_head), *figures])
-    table.append(["all", "", *sizes([tensor for of_head in tensors for tensor in of_head]), "", ""])
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    lines = [f"{name:<12} {value}" for name, value in facts.items()]
-    rows = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in table]
-    return "\n".join(line.rstrip() for line in [*lines, "", *rows])
-
-
-def sizes(tensors: list[dict[str, Any]]) -> list[str]:
-    """Parameters, dtypes and size of tensors, given by their entries in a safetensors header."""
-    parameters = sum(math.prod(tensor["shape"]) for tensor in tensors)
-    dtypes = sorted({tensor["dtype"] for tensor in tensors})
-    size = sum(end - start for start, end in (tensor["data_offsets"] for tensor in tensors))
-    return [f"{parameters:,}", ", ".join(dtypes), f"{size / 1e6:,.2f} MB"]
-
-
-def held_out(figures: HeadFigures) -> list[str]:
-    return [f"{figures.loss:.3f}", f"{figures.accuracy:.1%}"]
-
-
-def tensors_of_heads(folder: Path, record: HeadsRecord) -> list[list[dict[str, Any]]]:
-    """For each head the entries (`dtype`, `shape`, `data_offsets`) of its tensors in the weights' header.
-
-    Raises:
-        ConfigError: the file is damaged, or does not hold the heads its record speaks of.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    from caft_plugin.checkpoint import RECORD, WEIGHTS, own_file
-
-    file = own_file(folder, WEIGHTS)
-    try:
-        # Checks that the header is sound and the file as long as it says; "pt" would reserve memory for all of it.
-        with safe_open(file, framework="numpy"):
-            pass
-        with open(file, "rb") as opened:
-            header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
-    except (OSError, SafetensorError) as error:
-        raise ConfigError(
-            f"{file} cannot be read as safetensors ({error}). The file is damaged or of another kind: make or "
-            "download the heads folder again."
-        ) from error
-    heads = defaultdict(list)
-    for name, entry in header.items():
-        if name != "__metadata__":
-            heads[name.partition(".")[0]].append(entry)
-    wanted = [str(k) for k in range(record.num_heads)]
-    if set(heads) != set(wanted):
-        raise ConfigError(
-            f"{file} holds heads {', '.join(map(named, sorted(heads)[:20])) or 'none'}, but {RECORD} beside it says "
-            f"there are {record.num_heads}, counted from 0. Make or download the heads folder again."
-        )
-    return [heads[k] for k in wanted]
-
-
-def read_metrics(folder: Path, record: HeadsRecord) -> Metrics | None:
-    """The held-out figures, or None where the folder has none.
-
-    Raises:
-        ConfigError: the file is damaged, or speaks of another number of heads.
-    """
-    from caft_plugin.checkpoint import METRICS, read_small
-
-    file = folder / METRICS
-    if not os.path.lexists(file):
-        return None
-    try:
-        metrics = Metrics.model_validate_json(read_small(folder, METRICS))
-    except (OSError, ValidationError) as error:
-        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error.strerror
-        raise ConfigError(
-            f"{file} cannot be read ({reason}). Remove it, or make or download the heads folder again."
-        ) from error
-    if len(metrics.heads) not in (0, record.num_heads):
-        raise ConfigError(
-            f"{file} holds figures of {len(metrics.heads)} heads, but the folder holds {record.num_heads}. Remove "
-            "it, or make or download the heads folder again."
-        )
-    return metrics
+    click.echo(describe(folder))
 
 
 if __name__ == "__main__":
-    caft(prog_name="caft")
+    commands(prog_name="caft")

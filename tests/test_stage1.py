@@ -10,20 +10,13 @@ from safetensors.torch import load_file
 from tiny import word_tokenizer
 from transformers import LlamaForCausalLM, RwkvConfig, TrainingArguments
 
-from caft_plugin import CAFTConfig, ConfigError, distill, with_caft
+from caft_plugin import CAFTConfig, ConfigError, with_caft
 from caft_plugin.config import PretrainConfig
-from caft_plugin.distill import (
-    ANSWERS,
-    AnswerFile,
-    Job,
-    load_base,
-    pretrain_heads,
-    prompt_of,
-    read_rows,
-    with_answer,
-    write_answers,
-)
 from caft_plugin.loss import IGNORE, cross_entropy_and_hit_of, divergence_of, weighted_sum
+from caft_plugin.stage1 import answers as answers_room
+from caft_plugin.stage1.answers import ANSWERS, AnswerFile, write_answers
+from caft_plugin.stage1.data import pad_rows, prompt_of, read_rows, with_answer
+from caft_plugin.stage1.pretraining import HeadsTrainer, Stage1, load_base, pretrain_heads
 
 TEMPLATE = (
     "{% for m in messages %}{{ m.role }} {{ m.content }} </s> {% endfor %}"
@@ -67,7 +60,7 @@ def job(base, tokenizer, folder, targets="dataset", data=None, heldout=None, ste
     )
     config = PretrainConfig(targets=targets, **{"max_new_tokens": 8, "generation_batch_size": 5, **settings})
     data = rows() if data is None else data
-    return Job(base, tokenizer, data, heldout, arguments, CAFTConfig(**caft or {}), config, "tiny")
+    return Stage1(base, tokenizer, data, heldout, arguments, CAFTConfig(**caft or {}), config, "tiny")
 
 
 def counting(count=28):
@@ -79,7 +72,7 @@ def counting(count=28):
 def taught(base):
     """A base model that has learnt to count and to end its answers."""
     optimizer = torch.optim.Adam(base.parameters(), lr=1e-2)
-    batch = distill.pad_rows(counting(), 0)
+    batch = pad_rows(counting(), 0)
     for _ in range(40):
         base(**batch).loss.backward()
         optimizer.step(), optimizer.zero_grad()
@@ -121,12 +114,12 @@ def test_distribution_is_the_divergence_from_the_base_k_ahead(base, tokenizer, t
     done = job(base, tokenizer, tmp_path, "distribution", data=data, heldout=[], steps=1, caft={"num_heads": 2})
     done.arguments.learning_rate = 0.0
     trainers = []
-    original = distill.HeadsTrainer.train
-    distill.HeadsTrainer.train = lambda self, *a, **k: trainers.append(self) or original(self, *a, **k)
+    original = HeadsTrainer.train
+    HeadsTrainer.train = lambda self, *a, **k: trainers.append(self) or original(self, *a, **k)
     try:
         pretrain_heads(done)
     finally:
-        distill.HeadsTrainer.train = original
+        HeadsTrainer.train = original
     log = next(entry for entry in trainers[0].state.log_history if "loss" in entry)
 
     total = 0.0
@@ -168,7 +161,7 @@ def test_interrupted_answers_go_on_where_they_stopped(taught, tokenizer, tmp_pat
     assert len(whole) == 17 and any(answer[-1] == 1 for answer in whole)
 
     calls = []
-    original = distill.generate
+    original = answers_room.generate
 
     def killed(*arguments):
         calls.append(arguments[-1])
@@ -176,7 +169,7 @@ def test_interrupted_answers_go_on_where_they_stopped(taught, tokenizer, tmp_pat
             raise KeyboardInterrupt
         return original(*arguments)
 
-    monkeypatch.setattr(distill, "generate", killed)
+    monkeypatch.setattr(answers_room, "generate", killed)
     with pytest.raises(KeyboardInterrupt):
         write_answers(taught, tokenizer, prompts, config, tmp_path / "parts.jsonl", "tiny")
     with open(tmp_path / "parts.jsonl", "a") as file:

@@ -12,7 +12,7 @@ from test_training import CAFTTrainer, lora, losses, trainer_of
 from transformers import Trainer
 
 from caft_plugin import ConfigError
-from caft_plugin.resume import Parts, newest_whole, problem_of
+from caft_plugin.checkpoints import Parts, newest_whole, problem_of
 
 WHOLE = Parts(weights=True, optimizer=True)
 

@@ -11,8 +11,8 @@ from peft import LoraConfig, get_peft_model
 from tiny import word_tokenizer
 
 from caft_plugin import ConfigError
-from caft_plugin.attention import attention, attention_report, on_masked_and_variance_of_rest, read_texts
-from caft_plugin.cli import caft
+from caft_plugin.meap.attention_report import attention, attention_report, on_masked_and_variance_of_rest, read_texts
+from caft_plugin.tools.cli import commands
 
 ROW = {"context": "w1 w2 w3 w4 w5 w6", "answer": "w3 w4", "query": "w7 w8"}
 
@@ -81,7 +81,7 @@ def test_report(folder):
 
 
 def test_adapters_and_added_tokens(folder, tiny_model):
-    from caft_plugin.mask_token import AddedMaskToken, choose_mask_token
+    from caft_plugin.meap.mask_token import AddedMaskToken, choose_mask_token
 
     tiny_model.config.name_or_path = str(folder / "base")
     lora = get_peft_model(tiny_model, LoraConfig(r=2, target_modules="all-linear"))
@@ -105,14 +105,14 @@ def test_command_table_and_picture(folder):
     arguments = ["--base", str(folder / "base"), "--tuned", str(folder / "tuned"), "--mask-token", "w90"]
     picture = folder / "new" / "report.png"
     result = CliRunner().invoke(
-        caft, ["attention-report", *arguments, "--text", str(folder / "texts.jsonl"), "--png", str(picture)]
+        commands, ["attention-report", *arguments, "--text", str(folder / "texts.jsonl"), "--png", str(picture)]
     )
     assert result.exit_code == 0, result.output
     assert "attention decay at masked positions" in result.output and "  query" in result.output
     assert picture.read_bytes().startswith(b"\x89PNG")
     plain = folder / "plain.txt"
     plain.write_text("w1 w2 w3 w4\n\nw5 w6 w7 w8 w9\n")
-    result = CliRunner().invoke(caft, ["attention-report", *arguments, "--text", str(plain)])
+    result = CliRunner().invoke(commands, ["attention-report", *arguments, "--text", str(plain)])
     assert result.exit_code == 0 and "2 texts" in result.output and "query" not in result.output
 
 

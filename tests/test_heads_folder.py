@@ -9,21 +9,20 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from caft_plugin import CAFTConfig, ConfigError
-from caft_plugin.checkpoint import (
+from caft_plugin.heads import build_heads
+from caft_plugin.heads_folder import (
     FOLDER,
     LORA,
     RECORD,
     WEIGHTS,
-    check_record,
+    HeadsFolder,
     load_checkpoint,
-    load_pretrained,
     locate_heads,
-    read_record,
     resolve_wiring,
     save_heads,
-    write_whole,
 )
-from caft_plugin.heads import build_heads, find_trunk
+from caft_plugin.storage import write_atomically
+from caft_plugin.trunk import find_trunk
 
 
 def make(model, **settings):
@@ -43,8 +42,9 @@ def folder(tiny_model, tmp_path):
 
 def load(model, folder, **settings):
     heads, trunk, config = make(model, **settings)
-    check_record(read_record(folder), folder, config, model.config)
-    load_pretrained(folder, heads, trunk.layer_class)
+    opened = HeadsFolder.open(folder)
+    opened.check_model(config, model.config)
+    opened.load_into(heads, trunk.layer_class)
     return heads
 
 
@@ -91,15 +91,15 @@ def test_locate(folder, tmp_path, monkeypatch):
 
 
 def test_misfits_are_named(tiny_model, folder):
-    record = read_record(folder)
+    opened = HeadsFolder.open(folder)
     with pytest.raises(ConfigError, match=r"caft.num_heads: got 5, but the folder .* holds 4 heads"):
-        check_record(record, folder, CAFTConfig(num_heads=5), tiny_model.config)
+        opened.check_model(CAFTConfig(num_heads=5), tiny_model.config)
     for key, value in (("hidden_size", 64), ("vocab_size", 11)):
         config = LlamaConfig(**{**tiny_model.config.to_dict(), key: value})
         with pytest.raises(ConfigError, match=f"made for {key} .* but this model has {key} {value}"):
-            check_record(record, folder, CAFTConfig(), config)
+            opened.check_model(CAFTConfig(), config)
     with pytest.raises(ConfigError, match="are of class LlamaDecoderLayer .* of class MistralDecoderLayer"):
-        load_pretrained(folder, make(tiny_model)[0], "MistralDecoderLayer")
+        HeadsFolder.open(folder).load_into(make(tiny_model)[0], "MistralDecoderLayer")
     wide = LlamaForCausalLM(LlamaConfig(**{**tiny_model.config.to_dict(), "intermediate_size": 128}))
     with pytest.raises(ConfigError, match=r"holds 0.mlp.down_proj.weight with shape \(32, 64\)"):
         load(wide, folder)
@@ -176,5 +176,5 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        write_whole(path, fail)
+        write_atomically(path, fail)
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]

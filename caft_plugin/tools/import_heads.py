@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import json
-import logging
 import os
 import pickle
 import re
 import shutil
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
 
-from caft_plugin.checkpoint import RECORD, WEIGHTS, HeadsRecord, write_whole
-from caft_plugin.config import CAFTConfig, ConfigError, HeadInput
-from caft_plugin.heads import Trunk, find_trunk, refuse_unfit
-
-logger = logging.getLogger(__name__)
+from caft_plugin.config import CAFTConfig, ConfigError, HeadInput, first_line
+from caft_plugin.heads_folder import HeadsRecord, write_heads
+from caft_plugin.trunk import Trunk, empty_trunk
 
 PREFIX = "auxiliary_head."  # of the keys, where a file was cut out of a whole model's state dict
 KEY = re.compile(r"(0|[1-9]\d*)\.(?:layers\.(0|[1-9]\d*)|lm_head)\.(.+)")
@@ -56,22 +51,13 @@ def import_heads(
             base model's config cannot be had; `out` exists or cannot be written.
     """
     file, out = Path(file), Path(out)
-    CAFTConfig(head_input=head_input, head_norm=head_norm)
+    wiring = CAFTConfig(head_input=head_input, head_norm=head_norm)
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise ConfigError(f"import-heads: {out} exists already. Give the name of a new folder, or remove it first.")
     heads = split_heads(read_state(file), file)
     trunk = empty_trunk(base_model)
     check_heads(heads, trunk, file, base_model)
-    record = HeadsRecord(
-        num_heads=len(heads),
-        head_input=head_input,
-        head_norm=head_norm,
-        layer_class=trunk.layer_class,
-        model_type=trunk.model.config.model_type,
-        hidden_size=trunk.hidden_size,
-        vocab_size=trunk.vocab_size,
-        base_model=base_model,
-    )
+    record = HeadsRecord.of(trunk, wiring, num_heads=len(heads), base_model=base_model)
     tensors = {f"{k}.{name}": tensor for k, head in enumerate(heads) for name, tensor in head.items()}
     write_folder(out, tensors, record)
     return out
@@ -163,59 +149,6 @@ def split_heads(state: Mapping[str, Tensor], file: Path) -> list[dict[str, Tenso
     return [heads[k] for k in range(len(heads))]
 
 
-def empty_trunk(base_model: str, key: str = "--base-model", revision: str | None = None, **loading: Any) -> Trunk:
-    """The trunk of a model built from its config alone, without memory for weights (on the meta device).
-
-    `key` is what the user said the model with; `loading` goes to `from_config` (dtype, attn_implementation).
-
-    Raises:
-        ConfigError: the config cannot be had, or is not that of a decoder-only model transformers knows.
-    """
-    options = {} if revision is None else {"revision": revision}
-    try:
-        config = AutoConfig.from_pretrained(base_model, trust_remote_code=False, **options)
-    except Exception as error:  # no such name, offline, no permission, damaged: each library has its own kinds
-        raise ConfigError(
-            f"{key}: got {base_model!r}, of which no config can be read ({first_line(error)}). It takes a "
-            "model folder or a Hub id: check the name, your connection and your Hub token."
-        ) from error
-    refuse_unfit(config, config.model_type)
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, **loading)
-    except Exception as error:  # a config with impossible values fails wherever it is first used
-        raise ConfigError(
-            f"{key}: got {base_model!r}, of which transformers can build no causal language model "
-            f"({first_line(error)}). It takes a decoder-only model that transformers knows without remote code."
-        ) from error
-    return find_trunk(model)
-
-
-def trunk_without_weights(config: Any, name: str, build: Callable[[], nn.Module]) -> Trunk | None:
-    """The trunk of a model before its weights are loaded: `build` makes the model from its config, here without memory
-    for weights. None, and a warning, where that fails: whether heads fit is then seen on the loaded model.
-
-    Raises:
-        ConfigError: the model is not one that heads can be built for.
-    """
-    refuse_unfit(config, name)
-    try:
-        with torch.random.fork_rng(devices=[]), torch.device("meta"):
-            model = build()
-    except Exception as error:  # a package that is missing, code of the model's own: loading meets it again
-        logger.warning(
-            "caft: whether heads fit %s shows when its weights are loaded: it cannot be built without them (%s)",
-            name,
-            first_line(error),
-        )
-        return None
-    return find_trunk(model)
-
-
-def first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-
-
 def check_heads(heads: list[dict[str, Tensor]], trunk: Trunk, file: Path, base_model: str) -> None:
     """Holds every head against the base model's decoder layer.
 
@@ -262,11 +195,8 @@ def write_folder(out: Path, tensors: dict[str, Tensor], record: HeadsRecord) -> 
         ConfigError: the disk is full, no permission, `out` has come into being meanwhile.
     """
     temporary = out.absolute().with_name(f".{out.absolute().name}.{os.getpid()}.tmp")
-    text = json.dumps(record.model_dump(exclude_none=True), indent=2) + "\n"
     try:
-        temporary.mkdir(parents=True)
-        write_whole(temporary / WEIGHTS, lambda path: save_file(unshared(tensors), path, {"format": "pt"}))
-        write_whole(temporary / RECORD, lambda path: path.write_text(text, encoding="utf-8"))
+        write_heads(temporary, record, unshared(tensors), {})
         os.rename(temporary, out)
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"import-heads: the folder {out} cannot be written ({first_line(error)}).") from error

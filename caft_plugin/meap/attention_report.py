@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from caft_plugin.checkpoint import write_whole
 from caft_plugin.config import DEFAULT_MASK_RATIO, ConfigError
-from caft_plugin.mask_token import FILE, AddedMaskToken, MaskToken, choose_mask_token, placeholder_ids, row_norms
+from caft_plugin.meap.mask_token import FILE, AddedMaskToken, MaskToken, choose_mask_token, placeholder_ids, row_norms
+from caft_plugin.storage import read_text, write_atomically
 
 SEGMENTS = ("context", "answer", "query")
 MODELS, INPUTS = ("base", "tuned"), ("plain", "masked")
@@ -62,10 +62,7 @@ def read_texts(file: Path) -> list[Text]:
     Raises:
         ConfigError: no such file, no text in it, or a line of another kind.
     """
-    try:
-        content = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--text: {file} cannot be read ({error}). It takes JSON lines or plain text.") from None
+    content = read_text(file, "--text", "JSON lines or plain text")
     if file.suffix not in (".jsonl", ".json"):
         texts = [Text(part.strip(), [""] * len(part.strip())) for part in content.split("\n\n") if part.strip()]
     else:
@@ -250,4 +247,4 @@ def draw(figures: Figures, file: Path) -> None:
         axes[2].set_title("of the last token")
         axes[2].legend()
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(file, lambda path: figure.savefig(path, format="png", dpi=120))
+    write_atomically(file, lambda path: figure.savefig(path, format="png", dpi=120))

@@ -1,13 +1,19 @@
-"""Which checkpoints are whole. The Trainer writes them in place, so one that was being written when its run was
-killed looks like any other, and the Trainer resumes from the highest number, whole or not."""
+"""Which checkpoints are whole, and which to resume from.
+
+The Trainer writes checkpoints in place, so one that was being written when its run was killed looks like any other, and
+the Trainer resumes from the highest number, whole or not.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import zipfile
 from pathlib import Path
+from typing import Literal
 
+from accelerate import PartialState
 from safetensors import SafetensorError, safe_open
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -20,8 +26,10 @@ from transformers.utils import (
     WEIGHTS_NAME,
 )
 
-from caft_plugin.checkpoint import FOLDER, WEIGHTS, read_record
 from caft_plugin.config import ConfigError
+from caft_plugin.heads_folder import FOLDER, WEIGHTS, read_record
+
+logger = logging.getLogger(__name__)
 
 WEIGHT_FILES = (
     SAFE_WEIGHTS_NAME,
@@ -101,6 +109,48 @@ def newest_whole(output_dir: str | Path, parts: Parts) -> tuple[Path | None, lis
             return path, passed_over
         passed_over.append(f"the checkpoint {path} {problem}")
     return None, passed_over
+
+
+def to_resume_from(asked: str | Literal[True], output_dir: str | Path, parts: Parts) -> str:
+    """The checkpoint to resume from, given what `train(resume_from_checkpoint=...)` was asked for.
+
+    Raises:
+        ConfigError: the checkpoint asked for is not whole, or none in `output_dir` is.
+    """
+    if asked is True:
+        newest, passed_over = newest_whole(output_dir, parts)
+        warn_of(passed_over)
+        if newest is None:
+            raise ConfigError(
+                f"resume_from_checkpoint: got True, but {output_dir} holds no whole checkpoint. Start "
+                "anew without it, or give the path of a checkpoint elsewhere."
+            )
+        return str(newest)
+    problem = problem_of(Path(asked), parts)
+    if problem is not None:
+        newest, _ = newest_whole(Path(asked).parent, parts)
+        remedy = (
+            f"give {newest}, the newest whole one there" if newest else "there is no whole one beside it: start anew"
+        )
+        raise ConfigError(
+            f"resume_from_checkpoint: got {asked}, which {problem}. It takes a whole checkpoint: {remedy}."
+        )
+    return str(asked)
+
+
+def warn_of(passed_over: list[str]) -> None:
+    """Warns, in the main process, of checkpoints that a killed run left behind half written."""
+    if PartialState().is_main_process:
+        for problem in passed_over:
+            logger.warning(
+                "resume_from_checkpoint: %s; it is passed over, and overwritten when training comes to that step",
+                problem,
+            )
+
+
+def begin_overwriting(checkpoint: Path) -> None:
+    """Makes a checkpoint that is about to be overwritten, file by file, one that is not whole until that is done."""
+    (checkpoint / TRAINER_STATE_NAME).unlink(missing_ok=True)
 
 
 def _json(file: Path) -> dict | None:

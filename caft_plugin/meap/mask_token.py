@@ -18,9 +18,9 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import IterableDataset as TorchIterableDataset
 from transformers import PreTrainedTokenizerBase
 
-from caft_plugin.checkpoint import as_shards_of, gathered, write_whole
+from caft_plugin.attach import HiddenSubmodule
 from caft_plugin.config import ConfigError
-from caft_plugin.heads import HiddenSubmodule
+from caft_plugin.storage import gather, shard_like, write_atomically
 
 # Names that makers of models give to tokens kept for later use: <|reserved_special_token_0|>, <unused0>, [control_8],
 # <|placeholder1|>, <|dummy_0|>.
@@ -275,10 +275,10 @@ class AddedMaskToken(nn.Module):
 
     def save(self, folder: Path, write: bool) -> None:
         """Writes the vector into `folder`. Every process has to call it; the one with `write` writes."""
-        vector = gathered(self.vector)
+        vector = gather(self.vector)
         if write:
             (folder / FILE).parent.mkdir(parents=True, exist_ok=True)
-            write_whole(folder / FILE, lambda path: save_file({"vector": vector}, path, {"format": "pt"}))
+            write_atomically(folder / FILE, lambda path: save_file({"vector": vector}, path, {"format": "pt"}))
 
     def load(self, folder: Path) -> None:
         """Puts the vector back as a checkpoint holds it.
@@ -299,4 +299,4 @@ class AddedMaskToken(nn.Module):
                 f"{tuple(self.vector.shape)}. Resume with the model the checkpoint was made with."
             )
         with torch.no_grad():
-            self.vector.copy_(as_shards_of(self.vector, vector))
+            self.vector.copy_(shard_like(self.vector, vector))

@@ -1,0 +1,453 @@
+"""Heads are put on a model, run inside its forward, and taken off again: a request goes in, a result comes out."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, TypeVar
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from caft_plugin.config import CAFTConfig, ConfigError
+from caft_plugin.heads import MODULE_NAME, NOTING, AuxiliaryHeads, LayerCall, refuse_taken, run_head, taken
+from caft_plugin.loss import IGNORE, RowLoss, cross_entropy_and_hit_of, cross_entropy_of, weighted_sum
+from caft_plugin.storage import unsharded_twin
+from caft_plugin.trunk import Trunk
+
+# A forward's `logits_to_keep` for the least logits. A plain number lets Gemma 4 cut hidden states of whole layers.
+LAST_POSITION = torch.tensor([-1])
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What heads are to compute during one loss of the host.
+
+    `targets` (num_heads, batch, length); `weights` holds the weight of each head's summed loss (num_heads,); `run`
+    says which heads run. In training the result is joined to the graph, in evaluation hits are counted.
+    With `next_tokens` (batch, length), targets of the model itself, it is called without labels and builds no logits;
+    its output has their summed cross-entropy times `next_token_weight` as its loss.
+    """
+
+    targets: Tensor
+    weights: Tensor
+    run: list[bool]
+    training: bool
+    next_tokens: Tensor | None = None
+    next_token_weight: Tensor | float = 1.0
+
+    def row_loss(self, unembed: Callable[[Tensor], Tensor]) -> RowLoss:
+        """What is computed of each row, a head's hidden state and what it learns there, as `weighted_sum` takes it."""
+        return cross_entropy_of(unembed) if self.training else cross_entropy_and_hit_of(unembed)
+
+    def learned(self, index: int, positions: Tensor, final: Tensor | None) -> Tensor:
+        """What head `index` learns at `positions` (n,) of the flattened batch: its targets (n,). `final` is the model's
+        final hidden state (batch, length, hidden size), where the model called its final norm."""
+        return self.targets[index].to(positions.device).flatten()[positions]
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What came of a request.
+
+    `loss` is the weighted sum (joined to the graph), `sums` the summed loss of each head (num_heads,), float32, 0 for
+    heads that did not run, and `hits`, in evaluation, how many targets each had right.
+    """
+
+    loss: Tensor
+    sums: Tensor
+    hits: Tensor | None
+
+
+@dataclasses.dataclass
+class _Reading:
+    """One request while it is open, what was noted of the model's call, and what came of it."""
+
+    request: Request
+    call: LayerCall | None = None
+    final: Tensor | None = None
+    result: Result | None = None
+
+    @property
+    def wants_notes(self) -> bool:
+        return self.result is None and (not self.request.training or torch.is_grad_enabled())
+
+
+class AttachedHeads:
+    """Heads for a model: a handle that puts them on and takes them off, also as a context manager.
+
+    While they are on, the heads are the submodule `caft_heads` of `model`, so that optimizers and distributed wrappers
+    see them, but they are left out of its state dict. They run in a forward hook of `model`, inside of whatever wraps
+    it, and only within `answer`. While they are off, nothing of them is on the model.
+    """
+
+    def __init__(self, model: nn.Module, heads: AuxiliaryHeads, trunk: Trunk, config: CAFTConfig) -> None:
+        self.model = model
+        self.heads = heads
+        self.trunk = trunk
+        self.from_final = config.head_input == "final"
+        self.apply_norm = bool(config.head_norm)
+        self.hidden = HiddenSubmodule(model, MODULE_NAME, heads)
+        self._handles: list[RemovableHandle] = []
+        self._own_class: type = type(trunk.last_layer)
+        self._noting_class: type | None = None
+        self._reading: _Reading | None = None
+        self._logits_checked = False
+
+    @property
+    def attached(self) -> bool:
+        return self._noting_class is not None
+
+    def attach(self) -> AttachedHeads:
+        """Puts the heads on the model. Doing it twice does no harm.
+
+        Raises:
+            ConfigError: others' heads are on the model or on its last layer.
+        """
+        if self.attached:
+            return self
+        refuse_taken(self.trunk)
+        layer = self.trunk.last_layer
+        self.hidden.attach()
+        device = next(layer.parameters()).device
+        if next(self.heads.parameters()).device != device:
+            self.heads.to(device)
+        self._own_class = type(layer)
+        self._noting_class = _noting(type(layer), self._note_call)
+        layer.__class__ = self._noting_class
+        self._handles = [
+            self.trunk.norm.register_forward_hook(self._note_norm),
+            self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
+            self.model.register_forward_hook(self._after_forward),
+        ]
+        return self
+
+    def detach(self) -> None:
+        """Takes the heads and every hook off the model. Doing it twice does no harm."""
+        if self._noting_class is None:
+            return
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        layer = self.trunk.last_layer
+        wrapper = type(layer)
+        if wrapper is self._noting_class:
+            layer.__class__ = self._own_class
+        elif self._noting_class in wrapper.__bases__:  # FSDP2 made a class of its own on top of ours
+            wrapper.__bases__ = tuple(
+                self._own_class if base is self._noting_class else base for base in wrapper.__bases__
+            )
+        self._noting_class = None
+        self.hidden.detach()
+
+    def __enter__(self) -> AttachedHeads:
+        return self.attach()
+
+    def __exit__(self, *_: object) -> None:
+        self.detach()
+
+    def answer(self, request: Request, host_loss: Callable[[], T]) -> tuple[T, Result | None]:
+        """What `host_loss` returns, and the heads' part: the first call of the model in it (in training: the first with
+        gradients) runs them. None where there was no such call."""
+        with contextlib.nullcontext() if self.attached else self:
+            reading = self._reading = _Reading(request)
+            try:
+                return host_loss(), reading.result
+            finally:
+                self._reading = None
+
+    def _note_call(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        reading = self._reading
+        if layer is not self.trunk.last_layer or reading is None or not reading.wants_notes:
+            return
+        device = next((a.device.type for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), "cpu")
+        autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
+        reading.call = LayerCall(args, dict(kwargs), autocast)
+
+    def _note_norm(self, norm: nn.Module, args: tuple, output: Tensor) -> None:
+        reading = self._reading
+        if reading is not None and reading.call is not None and reading.wants_notes:
+            reading.final = output
+
+    def _before_forward(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        reading = self._reading
+        if reading is None or reading.request.next_tokens is None or not reading.wants_notes:
+            return None
+        return args, {**kwargs, "labels": None, "logits_to_keep": LAST_POSITION.clone()}
+
+    def _after_forward(self, model: nn.Module, args: tuple, output: object) -> ModelOutput | None:
+        reading = self._reading
+        if reading is None or reading.call is None or not reading.wants_notes:
+            return None
+        if not isinstance(output, ModelOutput):
+            raise ConfigError(
+                f"caft: the model returned a {type(output).__name__} instead of a ModelOutput; CAFT needs "
+                "`return_dict` (the default of transformers) switched on."
+            )
+        request, call, final = reading.request, reading.call, reading.final
+        reading.call = None  # from here on the norm serves the heads
+        device, dtype, enabled = call.autocast
+        trunk = self._unsharded_trunk(call.hidden_states.dtype)
+        with torch.autocast(device, dtype=dtype, enabled=enabled):
+            self._check_logits(output, final, trunk)
+            if request.next_tokens is not None:
+                output["loss"] = self._next_token_loss(request, final, trunk)
+            with without_dropout(trunk.norm, trunk.unembedding):
+                reading.result = self._run(request, call, final, trunk)
+        return _with_aux_loss(output, reading.result.loss) if request.training else None
+
+    def _next_token_loss(self, request: Request, final: Tensor | None, trunk: Trunk) -> Tensor:
+        if final is None or request.next_tokens is None:
+            raise ConfigError(
+                f"caft.fused_loss: {type(self.trunk.model).__name__} did not call its final norm, so the plugin cannot "
+                "compute the next-token loss. Use fused_loss: off."
+            )
+        _check_shape(self.trunk.model, final, request.next_tokens)
+        targets = request.next_tokens.to(final.device).flatten()
+        positions = (targets != IGNORE).nonzero().squeeze(1)
+        weights = final.new_ones(len(positions), dtype=torch.float32) * request.next_token_weight
+        hidden = final.flatten(0, 1)[positions]
+        return _weighted_loss(cross_entropy_of(trunk.logits), weights, hidden, targets[positions], trunk)[0]
+
+    def _unsharded_trunk(self, dtype: torch.dtype) -> Trunk:
+        """The trunk, its norm and unembedding without hooks, the user's and FSDP2's, and unsharded.
+
+        How often they are used differs between processes (chunks of rows), so none of these uses may communicate; and
+        who has a hook on them expects what the model makes of its own hidden states.
+        """
+        norm, unembedding = (unsharded_twin(module, dtype) for module in (self.trunk.norm, self.trunk.unembedding))
+        return dataclasses.replace(self.trunk, norm=norm, unembedding=unembedding)
+
+    def _check_logits(self, output: ModelOutput, final: Tensor | None, trunk: Trunk) -> None:
+        """Once, where the host has logits: our way from final hidden states to logits must be the model's."""
+        logits = output.get("logits")
+        if self._logits_checked or logits is None or final is None or active_dropouts(trunk.unembedding):
+            return
+        if logits.dim() != 3 or len(logits) != len(final):
+            return
+        self._logits_checked = True
+        with torch.no_grad():
+            theirs = logits[:1, -1].float()
+            ours = trunk.logits(final[:1, -1]).float()
+            same = (ours - theirs).norm() <= 0.05 * theirs.norm() + 1e-3
+        if not same:
+            raise ConfigError(
+                f"caft: {type(self.trunk.model).__name__} makes its logits in a way that CAFT does not know, so "
+                "its heads would learn something else than the model. Please report the model's name."
+            )
+
+    def _run(self, request: Request, call: LayerCall, final: Tensor | None, trunk: Trunk) -> Result:
+        source = final if self.from_final else call.hidden_states
+        if source is None:
+            raise ConfigError(
+                f"caft: {type(self.trunk.model).__name__} did not call its final norm, so heads cannot read the "
+                "final hidden state. Use head_input: penultimate."
+            )
+        _check_shape(self.trunk.model, source, request.targets[0])
+        device, num_heads = source.device, len(self.heads)
+        checkpointing = bool(getattr(self.trunk.model, "is_gradient_checkpointing", False))
+        zero = source.new_zeros((), dtype=torch.float32)
+        rows: list[Tensor] = []
+        learned: list[Tensor] = []
+        numbers: list[Tensor] = []  # of the head that each row belongs to
+        for index, layer in enumerate(self.heads.layers):
+            if not request.run[index]:
+                zero = zero + joined_zero(layer) if request.training else zero
+                continue
+            positions = (request.targets[index].to(device).flatten() != IGNORE).nonzero().squeeze(1)
+            rows.append(run_head(layer, source, call, positions, checkpointing))
+            learned.append(request.learned(index, positions, final))
+            numbers.append(torch.full_like(positions, index))
+        loss, sums, hits = zero, zero.new_zeros(num_heads), None
+        if rows:
+            hidden, number = torch.cat(rows), torch.cat(numbers)
+            if self.apply_norm:
+                hidden = trunk.norm(hidden)
+            weights = request.weights.to(device)[number]
+            row_loss = request.row_loss(trunk.logits)
+            total, figures = _weighted_loss(row_loss, weights, hidden, torch.cat(learned), trunk)
+            loss = zero + total
+            sums = sums.index_add(0, number, figures[:, 0])
+            hits = None if request.training else torch.zeros_like(sums).index_add(0, number, figures[:, 1])
+        return Result(loss, sums, hits)
+
+
+def _check_shape(model: nn.Module, hidden: Tensor, targets: Tensor) -> None:
+    """Each position that is read must have its target: `hidden` (batch, length, hidden size), `targets` (batch,
+    length)."""
+    if hidden.shape[:-1] != targets.shape:
+        raise ConfigError(
+            f"caft: {type(model).__name__} was called with another shape than its labels have: hidden "
+            f"states {tuple(hidden.shape[:-1])}, targets {tuple(targets.shape)} (batch, length), so heads would "
+            "learn the wrong tokens. CAFT needs a trainer that calls the model with its batch as it is (no virtual "
+            "tokens, no reshaping, no rows put together). Use one, or take the `caft:` block out."
+        )
+
+
+def _weighted_loss(
+    row_loss: RowLoss, weights: Tensor, hidden: Tensor, learned: Tensor, trunk: Trunk
+) -> tuple[Tensor, Tensor]:
+    return weighted_sum(row_loss, weights, hidden, learned, trunk.vocab_size, trunk.unembedding.parameters())
+
+
+def joined_zero(module: nn.Module) -> Tensor:
+    """0, joined to the graph through every trainable tensor of `module`, as DDP needs it (FSDP2 does not)."""
+    zero = torch.zeros((), device=next(module.parameters()).device)
+    for parameter in module.parameters():
+        if parameter.requires_grad and not isinstance(parameter, DTensor):
+            zero = zero + 0.0 * parameter.sum(dtype=torch.float32)
+    return zero
+
+
+def active_dropouts(module: nn.Module) -> list[nn.Module]:
+    return [m for m in module.modules() if m.training and "dropout" in type(m).__name__.lower()]
+
+
+@contextlib.contextmanager
+def without_dropout(*modules: nn.Module) -> Iterator[None]:
+    """While this is open, dropout inside of `modules` (that of a LoRA on the unembedding) lets everything through and
+    draws no random number."""
+    dropouts = [dropout for module in modules for dropout in active_dropouts(module)]
+    for dropout in dropouts:
+        dropout.training = False
+    try:
+        yield
+    finally:
+        for dropout in dropouts:
+            dropout.training = True
+
+
+def _noting(own_class: type, note: Callable[[nn.Module, tuple, dict[str, Any]], None]) -> type:
+    """A subclass of a layer's class that tells `note` what it was called with.
+
+    It overrides `__call__` because module hooks run inside of gradient checkpointing, where tensors are cut
+    from the graph; the name stays, because wrapping policies go by it.
+    """
+
+    def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        note(self, args, kwargs)
+        return super(noting_class, self).__call__(*args, **kwargs)  # type: ignore[arg-type]
+
+    noting_class = type(
+        own_class.__name__,
+        (own_class,),
+        {
+            "__call__": __call__,
+            NOTING: True,
+            "__module__": own_class.__module__,
+            "__qualname__": own_class.__qualname__,
+        },
+    )
+    return noting_class
+
+
+@functools.cache
+def _output_class(output_class: type) -> type:
+    return dataclasses.make_dataclass(
+        output_class.__name__,
+        [("caft_loss", Tensor | None, dataclasses.field(default=None))],
+        bases=(output_class,),
+    )
+
+
+def _with_aux_loss(output: ModelOutput, loss: Tensor) -> ModelOutput:
+    """The model's output with a field `caft_loss`: distributed wrappers look for the graph in the output."""
+    return _output_class(type(output))(**dict(output.items()), caft_loss=loss)
+
+
+class HiddenSubmodule:
+    """A handle that makes a module a submodule of a model, for optimizers and distributed wrappers to find, without the
+    model's state dict or `num_parameters` showing it, and takes it off again."""
+
+    def __init__(self, model: nn.Module, name: str, module: nn.Module) -> None:
+        self.model = model
+        self.name = name
+        self.module = module
+        self._shown: Literal["all", "frozen"] | None = None
+        self._handles: list[RemovableHandle] = []
+
+    def attach(self) -> None:
+        """Raises ConfigError where the model has a submodule of this name."""
+        if hasattr(self.model, self.name):
+            raise taken(self.model)
+        self.model.add_module(self.name, self.module)
+        self._handles = [
+            # functools.partial, because torch sets a mark on what it is given
+            self.model.register_state_dict_post_hook(functools.partial(self._hide)),
+            self.model.register_load_state_dict_post_hook(self._forgive),
+        ]
+        if isinstance(self.model, PreTrainedModel):  # it writes its count into the index of a sharded save
+            self._count = self.model.num_parameters
+            self.model.num_parameters = self._num_parameters  # type: ignore[method-assign]
+
+    def detach(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        if getattr(self.model, self.name, None) is self.module:
+            delattr(self.model, self.name)
+            if isinstance(self.model, PreTrainedModel):
+                vars(self.model).pop("num_parameters", None)
+
+    def _num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """As `PreTrainedModel.num_parameters`."""
+        ours = sum(p.numel() for p in self.module.parameters() if p.requires_grad or not only_trainable)
+        return self._count(only_trainable, exclude_embeddings) - ours
+
+    @contextlib.contextmanager
+    def in_state_dict(self, which: Literal["all", "frozen"] = "all") -> Iterator[None]:
+        """While this is open, the model's state dict has the submodule, or those of its parameters that do not train.
+
+        For whoever moves a whole model by its state dict, as accelerate does where one process has read the weights
+        (FSDP2's `cpu_ram_efficient_loading`): what is not in there is never given to the other processes. And for
+        torch's `ignore_frozen_params`, which takes every frozen parameter out and stops at one that is not in there.
+        """
+        self._shown = which
+        try:
+            yield
+        finally:
+            self._shown = None
+
+    def _hide(self, owner: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+        start, shown = f"{prefix}{self.name}.", set()
+        if self._shown == "all":
+            return
+        if self._shown == "frozen":
+            shown = {f"{start}{name}" for name, p in self.module.named_parameters() if not p.requires_grad}
+        for key in [key for key in state if key.startswith(start) and key not in shown]:
+            del state[key]
+
+    def _forgive(self, owner: nn.Module, incompatible: Any) -> None:
+        missing = incompatible.missing_keys
+        missing[:] = [key for key in missing if not key.startswith(f"{self.name}.")]
+
+
+@contextlib.contextmanager
+def shown_to(accelerator: Accelerator, parts: list[HiddenSubmodule]) -> Iterator[None]:
+    """While this is open, `accelerator.prepare` finds `parts` in the model's state dict: where one process alone has
+    read the weights, accelerate gives the others what the state dict holds."""
+    prepare, own = accelerator.prepare, "prepare" in vars(accelerator)
+
+    def prepare_with_ours(*args: Any, **kwargs: Any) -> Any:
+        with contextlib.ExitStack() as stack:
+            for part in parts:
+                stack.enter_context(part.in_state_dict())
+            return prepare(*args, **kwargs)
+
+    accelerator.prepare = prepare_with_ours
+    try:
+        yield
+    finally:
+        if own:
+            accelerator.prepare = prepare
+        else:
+            del accelerator.prepare

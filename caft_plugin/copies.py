@@ -1,0 +1,242 @@
+"""A plain copy of a decoder layer: what adapters do is in its weights, quantised weights are dequantised."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.integrations import dequantize_module_weight
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from transformers.pytorch_utils import Conv1D
+
+from caft_plugin.config import ConfigError
+from caft_plugin.trunk import in_use, unmergeable
+
+# What accelerate, or a kernel, puts into an instance to have its own forward called in place of the class's.
+OWN_FORWARD = ("forward", "_old_forward", "_hf_hook")
+
+
+def plain_copy(layer: nn.Module, dtype: torch.dtype | None) -> nn.Module:
+    """A copy of a decoder layer that does what the layer does, made of plain modules and tensors.
+
+    What active adapters do is put into its weights. Hooks, and whatever was put in the place of a module's forward, are
+    left out; parametrisations become their value; quantised weights are dequantised to `dtype` (the one the model was
+    loaded with); all floating-point tensors take the dtype of the largest one.
+
+    Raises:
+        ConfigError: an adapter whose effect no weight can hold, or a quantisation whose weights cannot be had back.
+    """
+    layer = _plain(_without_hooks(layer).eval(), dtype)
+    _check_plain(layer)
+    largest = max((p for p in layer.parameters() if p.is_floating_point()), key=Tensor.numel)
+    layer = layer.to(largest.dtype)
+    layer.requires_grad_(False)
+    return layer
+
+
+def _without_hooks(layer: nn.Module) -> nn.Module:
+    """A deep copy without hooks of any kind and without forwards of an instance's own (accelerate's, a kernel's).
+
+    What these hold (a user's recorder, a whole model) is not copied.
+    """
+    memo: dict[int, Any] = {}
+    for module in layer.modules():
+        for name, value in vars(module).items():
+            if name in OWN_FORWARD:
+                memo[id(value)] = OWN_FORWARD
+            elif "_hooks" in name and isinstance(value, dict):
+                memo[id(value)] = type(value)()
+    try:
+        layer = copy.deepcopy(layer, memo)
+    except Exception as error:  # whatever a user has put on a layer; or torch's old weight_norm
+        raise ConfigError(
+            f"caft: the model's last layer ({type(layer).__name__}) cannot be copied into heads "
+            f"({type(error).__name__}: {error}). Take off what is neither module nor parameter of it "
+            "(torch.nn.utils.weight_norm: use torch.nn.utils.parametrizations), or take the `caft:` block out."
+        ) from error
+    for module in layer.modules():
+        for name in OWN_FORWARD:
+            module.__dict__.pop(name, None)
+    return layer
+
+
+def _plain(module: Any, dtype: torch.dtype | None) -> nn.Module:
+    """`module` itself, made plain with all that is in it, or what takes its place."""
+    if isinstance(module, AuxiliaryTrainingWrapper):
+        return _plain(in_use(module), dtype)
+    if isinstance(module, BaseTunerLayer):
+        return _merged(module, dtype)
+    if type(module).__module__.startswith("peft.") and not torch.any(getattr(module, "adaption_gate", torch.ones(1))):
+        return _plain(module.model, dtype)  # an adaption prompt's start
+    if parametrize.is_parametrized(module):
+        _take_value(module, dtype)
+    if is_quantised(module):
+        return dequantised_linear(module, dtype)
+    for name, child in list(module.named_children()):
+        setattr(module, name, _plain(child, dtype))
+    return module
+
+
+def _take_value(module: Any, dtype: torch.dtype | None) -> None:
+    """Puts plain parameters in the place of parametrised ones.
+
+    torch's own `remove_parametrizations` changes the class, which a copy shares with its original.
+    """
+    values = {}
+    for name, parametrisation in module.parametrizations.items():
+        stored = [*parametrisation.parameters(recurse=False), *parametrisation.buffers(recurse=False)]
+        value = getattr(module, name).detach().clone()
+        values[name] = value if all(map(torch.is_floating_point, stored)) else value.to(dtype or value.dtype)
+    module.__class__ = type(module).__bases__[0]
+    del module.parametrizations
+    for name, value in values.items():
+        module.register_parameter(name, nn.Parameter(value, requires_grad=False))
+
+
+def _merged(tuner: Any, dtype: torch.dtype | None) -> nn.Module:
+    """The base layer of a PEFT layer (which may wrap another), plain, with what active adapters do in its weights."""
+    chain = [tuner]
+    while isinstance(chain[-1].base_layer, BaseTunerLayer):
+        chain.append(chain[-1].base_layer)
+    for part in chain:
+        if part.disable_adapters and part.merged:
+            part.unmerge()
+    inner = chain[-1]
+    has_adapter_inside = isinstance(inner.base_layer, nn.MultiheadAttention)
+    if not has_adapter_inside:
+        theirs = inner.base_layer
+        base = _plain(copy.deepcopy(theirs) if is_quantised(theirs) else theirs, dtype)  # dequantising spoils some
+        if any(parameter.is_meta for parameter in base.parameters()):
+            return base
+        if is_plain_linear(base):
+            return _with_effect(base, tuner)
+        inner.base_layer = base
+    try:
+        for part in reversed(chain):
+            merges = not part.disable_adapters and not part.merged
+            if has_adapter_inside:
+                return _plain(part.unload_and_optionally_merge_module(merges, False, None), dtype)
+            if merges:
+                part.merge()
+    except NotImplementedError as error:
+        raise unmergeable(tuner, str(error)) from None
+    return tuner.get_base_layer()
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Linear, Conv1D)) and type(module).forward in (nn.Linear.forward, Conv1D.forward)
+
+
+@torch.no_grad()
+def _with_effect(base: Any, tuner: Any) -> nn.Module:
+    """`base`, a linear layer, with weight and bias that do what `tuner` does, whose base layer it is or was made of.
+
+    They are read from what `tuner` makes of the identity, so it need not know how to merge: in float32 where it can
+    compute in that, as it is where it cannot (quantised, or with tensors that stay in half precision). A tuner that
+    changes nothing leaves `base` as it is, to the bit.
+    """
+    kind, device = base.weight.dtype, base.weight.device
+    exact = torch.promote_types(kind, torch.float32)
+    out_in = isinstance(base, nn.Linear)
+    size = base.weight.shape[1 if out_in else 0]
+    layer, takes, rounding = tuner, kind, 0.02  # how far rounding may lead, of the output
+    probe = torch.randn(4, size, generator=torch.Generator().manual_seed(0)).to(device, exact)
+
+    def change(rows: Tensor) -> Tensor:
+        rows = rows[None].to(takes)
+        return (layer(rows).to(exact) - layer.get_base_layer()(rows).to(exact))[0]
+
+    with full_precision(), torch.random.fork_rng(devices=[]):
+        if tuner.get_base_layer() is base:
+            with contextlib.suppress(Exception):  # some methods hold tensors that stay in half precision
+                wide = copy.deepcopy(tuner).to(exact)
+                wide(probe[None])
+                layer, takes, rounding = wide, exact, 1e-5
+        try:
+            wanted = change(probe)
+        except Exception as error:  # a method that wants more than an input, each in its own way
+            raise unmergeable(tuner, f"{type(error).__name__}: {error}") from error
+        if wanted.any():
+            bias = change(probe.new_zeros(1, size))[0]
+            identity = torch.eye(size, device=device, dtype=exact)
+            weight = torch.cat([change(rows) - bias for rows in identity.split(1024)])
+            off = (probe @ weight + bias - wanted).norm()
+            if not off <= 0.01 * wanted.norm() + rounding * base(probe.to(kind)).norm():
+                raise unmergeable(tuner, "what it adds is not linear in its input")
+            base.weight.data = (base.weight + (weight.T if out_in else weight)).to(kind)
+            if bias.any():
+                base.bias = nn.Parameter((bias if base.bias is None else base.bias + bias).to(kind))
+    return base
+
+
+@contextlib.contextmanager
+def full_precision() -> Iterator[None]:
+    """While this is open, float32 products on a GPU are exact (no TF32)."""
+    settings = torch.backends.cuda.matmul
+    before, settings.fp32_precision = settings.fp32_precision, "ieee"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
+
+
+def _check_plain(layer: nn.Module) -> None:
+    """Raises ConfigError if something in a copy is not what a plain layer has."""
+    for name, module in layer.named_modules():
+        if type(module).__module__.startswith("peft."):
+            raise unmergeable(module, f"{name} is not a layer that can be merged")
+        for key, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            plain = type(tensor) in (nn.Parameter, Tensor)
+            small = tensor.itemsize == 1 and tensor.dtype != torch.bool
+            if not plain or small or (isinstance(tensor, nn.Parameter) and not tensor.is_floating_point()):
+                raise ConfigError(
+                    f"caft: {key} of the last layer's {name or type(layer).__name__} ({type(module).__name__}) is a "
+                    f"{type(tensor).__name__} of {tensor.dtype}, which cannot be dequantised, so the layer cannot be "
+                    "copied into heads. Load the base with bitsandbytes (load_in_4bit or load_in_8bit) or unquantised."
+                )
+
+
+def is_quantised(module: nn.Module) -> bool:
+    if hasattr(module, "qweight") or hasattr(module, "W_q"):
+        return True
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, Tensor) and type(weight) not in (nn.Parameter, Tensor)
+
+
+def dequantised_linear(module: nn.Module, dtype: torch.dtype | None) -> nn.Linear:
+    try:
+        weight = times_identity(module) if is_packed_for_cpu(module) else dequantize_module_weight(module)
+        if not weight.is_floating_point():
+            raise TypeError(f"weights of type {type(weight).__name__}")
+    except (TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"caft: the base model's {type(module).__name__} cannot be dequantised ({error}), so its last layer "
+            "cannot be copied into heads. Load the base with bitsandbytes (load_in_4bit or load_in_8bit) or "
+            "unquantised."
+        ) from None
+    bias = getattr(module, "bias", None)
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight.detach().clone().to(dtype or weight.dtype), requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
+    return linear
+
+
+def is_packed_for_cpu(module: nn.Module) -> bool:
+    """bitsandbytes puts 4-bit weights into another order at the first call in evaluation mode on a CPU; its own
+    dequantisation does not know that order (0.50)."""
+    return bool(getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False))
+
+
+@torch.no_grad()
+def times_identity(module: Any) -> Tensor:
+    """The weight (out, in) of a linear layer, from what it makes of the identity (the order is bfloat16's)."""
+    identity = torch.eye(module.in_features, dtype=torch.bfloat16)
+    weight = module(identity).T
+    return weight if module.bias is None else weight - module.bias[:, None]

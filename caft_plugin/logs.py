@@ -1,0 +1,75 @@
+"""The names and shapes of what is logged, for those who write it and for those who read it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+CAFT, MEAP = "caft/", "meap/"
+HEAD_LOSS, HEAD_ACCURACY = f"{CAFT}loss_head_", f"{CAFT}accuracy_head_"
+
+
+def by_head(start: str, values: Mapping[str, float]) -> dict[int, float]:
+    """The values whose keys are `start` and a head's number k, by k."""
+    found = {key.removeprefix(start): value for key, value in values.items() if key.startswith(start)}
+    return {int(k): value for k, value in sorted(found.items()) if k.isdecimal()}
+
+
+@dataclasses.dataclass(frozen=True)
+class CAFTLog:
+    """Means over the steps since the last log and over all processes, in nats. `head_losses` by k: head k predicts the
+    token k+1 ahead; a head that was not drawn is left out."""
+
+    next_token_loss: float
+    head_losses: Mapping[int, float]
+    gamma: float
+    aux_loss: float
+
+    def entries(self) -> dict[str, float]:
+        return {
+            f"{CAFT}next_token_loss": self.next_token_loss,
+            **{f"{HEAD_LOSS}{k}": loss for k, loss in self.head_losses.items()},
+            f"{CAFT}gamma": self.gamma,
+            f"{CAFT}aux_loss": self.aux_loss,
+        }
+
+    @classmethod
+    def read(cls, logs: Mapping[str, float]) -> CAFTLog | None:
+        """What a line of the trainer's log says of CAFT, None where it says nothing."""
+        if f"{CAFT}gamma" not in logs:
+            return None
+        next_token_loss, gamma, aux_loss = (logs[f"{CAFT}{key}"] for key in ("next_token_loss", "gamma", "aux_loss"))
+        return cls(next_token_loss, by_head(HEAD_LOSS, logs), gamma, aux_loss)
+
+
+@dataclasses.dataclass(frozen=True)
+class MEAPLog:
+    """Over the steps since the last log and all processes: masked over eligible tokens of masked examples (None where
+    no token was eligible), and examples a step."""
+
+    masked_fraction: float | None
+    examples_masked: float
+    examples_too_long: float
+
+    def entries(self) -> dict[str, float]:
+        values = dataclasses.asdict(self)
+        return {f"{MEAP}{key}": value for key, value in values.items() if value is not None}
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadsEvaluation:
+    """Each head's mean loss in nats and share of right top-1 predictions over an evaluation set, by k; heads without a
+    target there are left out."""
+
+    losses: Mapping[int, float]
+    accuracies: Mapping[int, float]
+
+    def entries(self, prefix: str, accuracies: bool = False) -> dict[str, float]:
+        found = {f"{prefix}_{HEAD_LOSS}{k}": loss for k, loss in self.losses.items()}
+        if accuracies:
+            found.update({f"{prefix}_{HEAD_ACCURACY}{k}": share for k, share in self.accuracies.items()})
+        return found
+
+    @classmethod
+    def read(cls, metrics: Mapping[str, float], prefix: str) -> HeadsEvaluation:
+        return cls(by_head(f"{prefix}_{HEAD_LOSS}", metrics), by_head(f"{prefix}_{HEAD_ACCURACY}", metrics))

@@ -1,0 +1,234 @@
+"""What a trainer does of MEAP: its training set is doubled, its batches are masked, and the log says how much."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
+
+from caft_plugin.config import ConfigError, MEAPConfig, shown
+from caft_plugin.logs import MEAPLog
+from caft_plugin.loss import EXAMPLE, MASKED, MAY_MASK, OVERLONG, PLAN, Batch
+from caft_plugin.meap.mask_token import (
+    FILE,
+    AddedMaskToken,
+    choose_mask_token,
+    placeholder_ids,
+    row_norms,
+    used_ids,
+)
+from caft_plugin.meap.masking import Duplication, EpochOfMasks, MEAPCollator, nothing_to_mask, plain_labels
+from caft_plugin.refusals import check_trainer
+
+logger = logging.getLogger(__name__)
+
+
+class MaskTally:
+    """What was masked since the last log, on this process: tokens masked, tokens eligible, examples masked, examples
+    too long."""
+
+    BITS = (MASKED, MAY_MASK, EXAMPLE, OVERLONG)
+
+    def __init__(self, step: int, device: torch.device) -> None:
+        self.since_step = step
+        self.counts = torch.zeros(len(self.BITS), dtype=torch.long, device=device)
+
+    def add(self, plan: Tensor) -> None:
+        self.counts += torch.stack([(plan & bit).bool().sum() for bit in self.BITS]).to(self.counts.device)
+
+    def log(self, step: int, over_processes: Callable[[Tensor], Tensor]) -> MEAPLog:
+        """What the log says at `step`. Every process has to call it."""
+        steps = max(step - self.since_step, 1)
+        masked, eligible, examples, too_long = over_processes(self.counts).tolist()
+        return MEAPLog(masked / eligible if eligible else None, examples / steps, too_long / steps)
+
+
+class MaskedTraining:
+    """MEAP in one trainer. It is made before the trainer's own constructor runs; `attach` begins the masking.
+
+    `data` is the training set that masks are drawn in, in mode sft the doubled one, and `plain` makes that set as it
+    would have been without copies.
+    """
+
+    def __init__(self, trainer: Trainer, config: MEAPConfig) -> None:
+        self.trainer = trainer
+        self.config = config
+        self.collator: MEAPCollator | None = None
+        self.handle: AddedMaskToken | None = None  # of an added mask token
+        self.data: Any = None
+        self.plain: Callable[[], Any] | None = None
+        self._tally: MaskTally | None = None
+
+    def attach(self) -> None:
+        """Chooses the mask token; from now on training batches are masked. In mode `sft` the training set is doubled
+        already.
+
+        Raises:
+            ConfigError: there is no tokenizer, or no mask token to be had.
+        """
+        trainer, config = self.trainer, self.config
+        model: Any = trainer.model
+        embedding = model.get_input_embeddings()
+        rows = getattr(embedding, "num_embeddings", None) or len(embedding.weight)
+        tokenizer = tokenizer_of(trainer.processing_class)
+        used: frozenset[int] | None = frozenset()
+        if trainer.train_dataset is not None and config.mask_token != "add":
+            used = used_ids(trainer.train_dataset)
+        placeholders = placeholder_ids(model.config)
+        token = choose_mask_token(config.mask_token, tokenizer, rows, used, row_norms(embedding), placeholders)
+        if trainer.args.process_index == 0:
+            logger.warning("meap.mask_token: %s", token.words)  # a warning, because nothing less is shown by default
+        if token.added:
+            check_trainer(trainer, "meap.mask_token")
+            added = AddedMaskToken(model, token)
+            if trainer.optimizer is not None and added.vector.requires_grad:
+                raise ConfigError(
+                    "meap.mask_token: got add, but the trainer was given a finished optimizer (optimizers=...), which "
+                    "cannot hold the new vector. Pass optimizer_cls_and_kwargs instead, or name a token."
+                )
+            self.handle = added
+        self.collator = MEAPCollator(trainer.data_collator, config, token.id, trainer.args.seed, placeholders)
+        trainer.add_callback(EpochOfMasks(self.collator))
+        self._mask_from_now_on(trainer.train_dataset)
+
+    def double(self) -> None:
+        """Puts the doubled training set in the place of the one that the class was given."""
+        trainer = self.trainer
+        model: Any = trainer.model
+        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        dataset = trainer.train_dataset
+        placeholders = placeholder_ids(model.config)
+        trainer.train_dataset = self.doubled(dataset, trainer.processing_class, trainer.args, limit, placeholders)
+        self.plain = lambda: dataset
+
+    def doubled(
+        self,
+        dataset: Any,
+        processing_class: object,
+        args: TrainingArguments,
+        max_length: int | None,
+        placeholders: Iterable[int] = (),
+    ) -> Any:
+        """A training set with copies to be masked."""
+        duplication = Duplication.of(self.config, tokenizer_of(processing_class), max_length, placeholders)
+        with args.main_process_first():
+            return duplication.of_dataset(dataset)
+
+    def _mask_from_now_on(self, dataset: Any) -> None:
+        self.data = dataset
+        nothing = nothing_to_mask(dataset) if self.config.mode == "sft" and dataset is not None else None
+        if nothing is not None and self.collator is not None:
+            self.collator.masked = True  # so that it is said once
+            if self.trainer.args.process_index == 0:
+                logger.warning("meap: %s", nothing)
+
+    def _take_other_data(self, mask_id: int) -> None:
+        """Takes a training set that was set after the trainer was made.
+
+        Raises:
+            ConfigError: it contains the mask token.
+        """
+        if mask_id in (used_ids(self.trainer.train_dataset) or ()):
+            raise ConfigError(
+                f"meap.mask_token: got {self.config.mask_token!r}, which chose id {mask_id} before there was this "
+                "training set, which contains it. Give the set to the trainer when it is made, or name another token."
+            )
+        if self.config.mode == "sft":
+            self.double()
+        self._mask_from_now_on(self.trainer.train_dataset)
+
+    @contextlib.contextmanager
+    def collating(self) -> Iterator[None]:
+        """While this is open, the trainer's collator draws masks: every data loader but that of training keeps the
+        collator that it has."""
+        trainer, ours = self.trainer, self.collator
+        if ours is None or trainer.data_collator is ours:  # a class may ask for its data loader while it makes it
+            yield
+            return
+        if trainer.train_dataset is not None and trainer.train_dataset is not self.data:
+            self._take_other_data(ours.mask_id)
+        ours.host = trainer.data_collator
+        trainer.data_collator = ours
+        try:
+            yield
+        finally:
+            trainer.data_collator = ours.host
+
+    def as_evaluated(self, dataset: Any) -> Any:
+        """What stands for a data set in evaluation: for the doubled training set, that set without copies."""
+        return dataset if self.plain is None or dataset is not self.data else self.plain()
+
+    def put_plain_labels(self, inputs: MutableMapping[str, Any]) -> None:
+        """Gives rows out of the doubled training set, say a part of it, the labels that they had before."""
+        ids, labels = inputs.get("input_ids"), inputs.get("labels")
+        if self.config.mode == "sft" and ids is not None and labels is not None and ids.shape == labels.shape:
+            inputs["labels"] = plain_labels(ids, labels, self.config.layout)
+
+    def check_masked(self, batches: Sequence[Batch]) -> None:
+        """Stops a run whose data loader leaves the collator of masks out.
+
+        Raises:
+            ConfigError: a batch did not come from it.
+        """
+        if self.collator is None:
+            return
+        for batch in batches:
+            if PLAN not in batch:
+                raise ConfigError(
+                    f"meap: a training batch of {type(self.trainer).__name__} was not masked (it holds "
+                    f"{shown(list(batch))}; a masked one holds {PLAN!r} too): its data loader collates rows with "
+                    "something else than the trainer's data_collator, or drops keys. Let get_train_dataloader use "
+                    "self.data_collator as collate_fn and keep every key, or take `meap` out."
+                )
+            if not self.collator.masked:
+                self.collator.masked = bool((batch[PLAN] & MASKED).any())
+
+    def take_plan(self, inputs: MutableMapping[str, Any]) -> None:
+        """Takes out of a batch what only our collator and this class know, and counts it."""
+        plan = inputs.pop(PLAN, None)
+        if plan is not None:
+            if self._tally is None:
+                self._tally = MaskTally(self.trainer.state.global_step, self.trainer.args.device)
+            self._tally.add(plan)
+
+    def start_afresh(self) -> None:
+        self._tally = None
+
+    def log_entries(self, over_processes: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """What the log says since the last one. Every process has to call it."""
+        tally, self._tally = self._tally, None
+        return {} if tally is None else tally.log(self.trainer.state.global_step, over_processes).entries()
+
+    def load(self, folder: str) -> None:
+        """Puts an added vector back as a checkpoint holds it.
+
+        Raises:
+            ConfigError: the checkpoint was made with another `meap.mask_token`.
+        """
+        if self.handle is not None:
+            self.handle.load(Path(folder))
+        elif (Path(folder) / FILE).exists():
+            raise ConfigError(
+                f"meap.mask_token: this run has {self.config.mask_token}, but the checkpoint {folder} was made "
+                "with add: its optimizer trains one vector more. Resume with mask_token: add, or start anew."
+            )
+
+
+def tokenizer_of(processing_class: object) -> PreTrainedTokenizerBase:
+    """The tokenizer that a trainer was given, alone or inside of a processor.
+
+    Raises:
+        ConfigError: the trainer has none.
+    """
+    tokenizer: Any = getattr(processing_class, "tokenizer", processing_class)
+    if tokenizer is None:
+        raise ConfigError(
+            "meap: the trainer has no tokenizer, which says what tokens are special. Pass processing_class=tokenizer."
+        )
+    return tokenizer

@@ -1,0 +1,319 @@
+"""What a run takes: bytes of the base model and of the heads, and the time of a step beside the run without heads.
+
+No weight is loaded and nothing is trained. The model is built without memory for its weights, so that parameters are
+counted, whatever the architecture, and so is what a forward pass keeps for the backward pass (activations.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from caft_plugin.config import CAFTConfig
+from caft_plugin.heads import AuxiliaryHeads, build_heads, pointwise_parts
+from caft_plugin.heads_folder import HeadsFolder, resolve_wiring
+from caft_plugin.loss import LOGITS_AT_A_TIME
+from caft_plugin.plan.activations import Kept, keeps
+from caft_plugin.plan.run import Run, build_model
+from caft_plugin.trunk import Trunk
+
+# Cross-entropy in float32 holds, at its worst moment, log-probabilities, their gradient and that of the logits.
+BYTES_A_LOGIT = 12
+# What an optimizer keeps for each trained parameter: values, and bytes of one (None: as many as the parameter's own).
+# The first pattern that fits the whole name counts.
+OPTIMIZERS: list[tuple[str, int, float | None]] = [
+    (r".*adam.*4bit", 2, 0.5),
+    (r".*ademamix.*8bit", 3, 1),
+    (r".*ademamix.*", 3, 4),
+    (r".*adam.*(8bit|fp8)", 2, 1),
+    (r"paged_adamw(_32bit)?", 2, 4),
+    (r".*lion.*8bit", 1, 1),
+    (r".*lion.*", 1, 4),
+    (r"rmsprop.*8bit", 1, 1),
+    (r"adagrad|rmsprop.*|muon", 1, None),
+    (r"sgd|adafactor", 0, None),
+    (r"adamw_(torch|apex|any).*", 2, None),
+]
+ADAMW = (2, None)
+ACTIVE = "num_experts_per_tok"
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """Bytes on one GPU, of the base model or of the heads.
+
+    `activations` are kept from the forward for the backward pass; `work` is what computing takes for a while (a layer
+    that is computed again, a chunk of logits).
+    """
+
+    weights: float = 0
+    gradients: float = 0
+    states: float = 0
+    activations: float = 0
+    work: float = 0
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.gradients + self.states + self.activations + self.work
+
+
+@dataclasses.dataclass(frozen=True)
+class NextTokenLoss:
+    """Bytes of the next-token loss on one GPU: `kept` while the heads run, `peak` at its own worst moment."""
+
+    kept: float
+    peak: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What heads add to a run. Memory in bytes on one GPU, time as a ratio to the run without heads.
+
+    `losses` are those of the run without and with heads; `gathered` is what FSDP has whole for a while, `copies` what
+    the optimizer takes while it steps, for each byte of gradients.
+    """
+
+    run: Run
+    model: str
+    base_parameters: int
+    heads: int
+    parameters: int
+    trained: int
+    how: str
+    base: Share
+    added: Share
+    losses: tuple[NextTokenLoss, NextTokenLoss]
+    gathered: float
+    copies: int
+    ratio: float
+    ratio_drawn: float | None
+    notes: list[str]
+
+    @property
+    def plain_peak(self) -> float:
+        """Of the run without heads, in bytes."""
+        return self._peak(Share(), self.losses[0])
+
+    @property
+    def peak(self) -> float:
+        """Of the run with heads, in bytes."""
+        return self._peak(self.added, self.losses[1])
+
+    def _peak(self, added: Share, loss: NextTokenLoss) -> float:
+        """The worst of four moments: the heads run; the framework's loss goes backward, the heads' pass being over; the
+        layers go backward; the optimizer steps. From one pass to the next of a window gradients stay."""
+        base = self.base
+        gradients = base.gradients + added.gradients
+        earlier = gradients if self.run.accumulation > 1 else 0
+        so_far = earlier or added.gradients
+        moments = (
+            base.activations + loss.kept + added.activations + added.work + earlier,
+            base.activations + loss.peak + so_far,
+            base.activations + base.work + so_far,
+            gradients * (1 + self.copies),
+        )
+        return base.weights + base.states + added.weights + added.states + self.gathered + max(moments)
+
+
+def make_plan(run: Run, gpus: int = 1, supervised: float = 0.3, device: str = "accelerator") -> Plan:
+    """What heads will add to a run.
+
+    Args:
+        gpus: over how many FSDP shards; without FSDP every GPU has everything.
+        supervised: share of the tokens that are targets, 0 to 1.
+        device: `accelerator` or `cpu`, which differ in the size of a chunk of logits.
+
+    Raises:
+        ConfigError: a model that cannot be built from its config, heads that do not fit.
+    """
+    model, trunk, quantised = build_model(run)
+    run = dataclasses.replace(run, caft=_checked(run, trunk))
+    heads = None if run.caft.beta == 0 else build_heads(model, trunk, run.caft, seed=0)
+    shards = gpus if run.sharded else 1
+    plain, head, saved = multiply_adds(run, trunk, heads, supervised)
+    all_heads, drawn = (0.0, 0.0) if heads is None else (len(heads), expected_heads(run.caft))
+    unembedding = sum(_bytes(p) for p in trunk.unembedding.parameters() if p.requires_grad)
+    standing = [stands(run, module, quantised, shards) for module in (model, heads)]
+    counts = [0, 0] if heads is None else [_count(heads), sum(p.numel() for p in heads.parameters() if p.requires_grad)]
+    base_parameters, gathered = _count(model), gathered_by_fsdp(trunk, model, quantised) if shards > 1 else 0.0
+
+    kept, guesses = keeps(
+        model, trunk, heads, run.rows, run.length, run.dtype
+    )  # last: the model holds fake tensors from here on
+    base = dataclasses.replace(standing[0], activations=kept.base)
+    if run.checkpointing:
+        inputs = kept.base - sum(kept.layers) + len(kept.layers) * kept.hidden
+        base = dataclasses.replace(base, activations=inputs, work=max(kept.layers))
+    added, losses = standing[1], (_next_token_loss(run, trunk),) * 2
+    if heads is not None:
+        chunk = min(LOGITS_AT_A_TIME[device], supervised * run.tokens * trunk.vocab_size) * BYTES_A_LOGIT + unembedding
+        activations, work = _heads_pass(run, kept, supervised, unembedding, chunk)
+        added = dataclasses.replace(added, activations=activations, work=work)
+        if run.fuses:
+            fused = supervised * kept.hidden + unembedding
+            losses = (losses[0], NextTokenLoss(fused, fused + chunk))
+    return Plan(
+        run=run,
+        model=f"{run.model} ({trunk.model.config.model_type})",
+        base_parameters=base_parameters,
+        heads=int(all_heads),
+        parameters=counts[0],
+        trained=counts[1],
+        how="none" if heads is None else heads.how,
+        base=base,
+        added=added,
+        losses=losses,
+        gathered=gathered,
+        # torch's own AdamW steps all parameters together on a GPU and has a copy of them meanwhile, unless it is fused
+        copies=int(run.optimizer == "adamw_torch" and device != "cpu"),
+        ratio=(plain - saved + all_heads * head) / plain,
+        ratio_drawn=None if run.caft.heads_per_step is None else (plain - saved + drawn * head) / plain,
+        notes=[*_notes(run, gpus, trunk), *optimizer_states(run.optimizer)[1], *guesses],
+    )
+
+
+def stands(run: Run, module: nn.Module | None, quantised: dict[Tensor, float], shards: int) -> Share:
+    """Weights, gradients and optimizer states of a module on each of `shards` GPUs."""
+    values, each = optimizer_states(run.optimizer)[0]
+    parameters = [] if module is None else list(module.parameters())
+    trained = [p for p in parameters if p.requires_grad]
+    return Share(
+        weights=sum(quantised.get(p, _bytes(p)) for p in parameters) / shards,
+        gradients=sum(map(_bytes, trained)) / shards,
+        states=sum(values * p.numel() * (each or p.itemsize) for p in trained) / shards,
+    )
+
+
+def gathered_by_fsdp(trunk: Trunk, model: nn.Module, quantised: dict[Tensor, float]) -> float:
+    """Bytes of what is whole on a GPU: two layers at a time; and what lies outside of the layers, with its gradients,
+    all through the step."""
+    layers = trunk.layers
+    in_layers = {p for layer in layers for p in layer.parameters()}
+    outside = sum(_bytes(p) * (1 + p.requires_grad) for p in model.parameters() if p not in in_layers)
+    return outside + 2 * max(sum(quantised.get(p, _bytes(p)) for p in layer.parameters()) for layer in layers)
+
+
+def _checked(run: Run, trunk: Trunk) -> CAFTConfig:
+    """The `caft:` block with its wiring filled in; heads that lie on this machine are held against the model."""
+    name, record = run.caft.heads, None
+    if name is not None and (Path(name).exists() or name.startswith((".", "/", "~"))):
+        folder = HeadsFolder.open(name)
+        folder.check_model(run.caft, trunk.model.config)
+        record = folder.record
+    return resolve_wiring(run.caft, record)
+
+
+def _bytes(parameter: Tensor) -> int:
+    return parameter.numel() * parameter.itemsize
+
+
+def _count(module: nn.Module) -> int:
+    """Parameters, without those of LoRA."""
+    return sum(p.numel() for name, p in module.named_parameters() if ".lora_" not in name)
+
+
+# -- memory of a pass ----------------------------------------------------------------------------------
+
+
+def _heads_pass(run: Run, kept: Kept, supervised: float, unembedding: float, chunk: float) -> tuple[float, float]:
+    """Bytes that the heads keep for the backward pass, and what they take for a while.
+
+    The loss takes its gradients in the forward pass and keeps them: of the hidden states that it reads, and of the
+    unembedding (once, for all heads) if that trains.
+    """
+    read = supervised * (kept.hidden + (kept.norm if run.caft.head_norm else 0))
+    itself = kept.head - (1 - supervised) * kept.pointwise
+    if run.checkpointing:  # heads share one input, which is the last layer's and counted there
+        return run.heads_at_once * read + unembedding, max(chunk, itself)
+    return run.heads_at_once * (read + itself) + unembedding, chunk
+
+
+def _next_token_loss(run: Run, trunk: Trunk) -> NextTokenLoss:
+    """The framework's own. Kept: logits, which are part of the model's output, in float32 from accelerate, and
+    log-probabilities."""
+    logits = run.tokens * trunk.vocab_size if run.builds_logits else 0
+    return NextTokenLoss(logits * 8, logits * BYTES_A_LOGIT)
+
+
+# -- optimizer -----------------------------------------------------------------------------------------
+
+
+def optimizer_states(name: str) -> tuple[tuple[int, float | None], list[str]]:
+    """Values that an optimizer keeps for each trained parameter, the bytes of one (None: the parameter's own), and what
+    has to be said about it."""
+    for pattern, values, each in OPTIMIZERS:
+        if re.fullmatch(pattern, name):
+            said = []
+            if values == 0:
+                said = [f"optimizer {name}: counted without states (no momentum; Adafactor has row and column sums)."]
+            elif name.startswith("paged"):
+                said = [f"optimizer {name}: its states can move to host memory; here they are counted on the GPU."]
+            return (values, each), said
+    return ADAMW, [f"optimizer {name}: not known here, counted as AdamW: two values a parameter, in its dtype."]
+
+
+# -- time ----------------------------------------------------------------------------------------------
+
+
+def multiply_adds(
+    run: Run, trunk: Trunk, heads: AuxiliaryHeads | None, supervised: float
+) -> tuple[float, float, float]:
+    """Multiplications of one token's forward and backward pass: of the run without heads, of one head, and those that
+    `caft.fused_loss` saves.
+
+    A matrix takes its number of weights for the forward pass, as many for its input's gradient and, if it trains, for
+    its own; with gradient checkpointing the forward pass of a layer comes twice. Attention scores and sums take 2 T h
+    in the forward and twice that in the backward pass.
+    """
+    config = trunk.model.config.get_text_config()
+    again = int(run.checkpointing)
+    total = next((n for key in EXPERTS if (n := getattr(config, key, None))), None)
+    active = getattr(config, ACTIVE, None) if total else None
+
+    def weights(module: nn.Module, again: int) -> float:
+        products = 0.0
+        for name, parameter in module.named_parameters():
+            if parameter.dim() > 1:
+                used = active / total if active and total and re.search(r"(^|\.)experts\.", name) else 1
+                products += used * parameter.numel() * (2 + parameter.requires_grad + again)
+        return products
+
+    def attention(layer: nn.Module) -> float:
+        attends = any("attention" in type(m).__name__.lower() for m in layer.modules())
+        return attends * 2 * run.length * trunk.hidden_size * (3 + again)
+
+    unembedding = weights(trunk.unembedding, 0)
+    plain = sum(weights(layer, again) + attention(layer) for layer in trunk.layers) + unembedding
+    if heads is None:
+        return plain, 0.0, 0.0
+    head = heads.layers[0]
+    pointwise = sum(weights(part, again) for part in pointwise_parts(head))
+    everywhere = weights(head, again) - pointwise + attention(head)
+    saved = (1 - supervised) * unembedding if run.fuses and run.builds_logits else 0.0
+    return plain, everywhere + supervised * (pointwise + unembedding), saved
+
+
+def expected_heads(caft: CAFTConfig) -> float:
+    """How many different heads run in a pass, on average: draws are with replacement, in proportion to alpha^k."""
+    if caft.heads_per_step is None:
+        return caft.num_heads
+    weights = [caft.alpha**k for k in range(caft.num_heads)]
+    return sum(1 - (1 - weight / sum(weights)) ** caft.heads_per_step for weight in weights)
+
+
+def _notes(run: Run, gpus: int, trunk: Trunk) -> list[str]:
+    notes = list(run.notes)
+    if run.caft.beta == 0:
+        notes.append("caft.beta is 0: no heads are built, this is a plain run and nothing is added.")
+    if run.sharded and gpus == 1:
+        notes.append("The YAML shards by FSDP: say over how many GPUs with --gpus.")
+    if getattr(trunk.model.config, "quantization_config", None):
+        notes.append("The base model's files are quantised; it is counted as if they were not.")
+    heads = run.caft.heads
+    if heads is not None and not Path(heads).exists():
+        notes.append(f"caft.heads: {heads} was not looked at; its head_norm may differ from the default.")
+    return notes

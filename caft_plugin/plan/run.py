@@ -1,0 +1,105 @@
+"""What a run is, as far as memory and time go, and its model, built without memory for weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+
+from caft_plugin.config import CAFTConfig, ConfigError, first_line
+from caft_plugin.trunk import Trunk, empty_trunk, find_trunk
+
+# bitsandbytes in 4 bits: a scale of 8 bits for each 64 weights, and one of float32 for each 256 of these.
+QUANTISED = {4: 0.5 + 1 / 64 + 4 / (64 * 256), 8: 1.0}
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What of a run's settings bears on memory and time. `rows` of `length` tokens are in one pass of one GPU.
+
+    `config` is the model whose config is read, where that is another than `model`. `lora` holds arguments of PEFT's
+    LoraConfig, None without an adapter; `unfrozen` patterns of names of parameters, where not all train.
+    `builds_logits` says whether the framework's own loss has the logits of the whole batch, `float32_parts` whether
+    norms, embedding and unembedding are kept in float32 while the base trains fully. `notes` say how something was
+    counted.
+    """
+
+    model: str
+    caft: CAFTConfig
+    dtype: torch.dtype
+    rows: int
+    length: int
+    accumulation: int
+    bits: int
+    checkpointing: bool
+    sharded: bool
+    optimizer: str
+    builds_logits: bool
+    float32_parts: bool
+    lora: Mapping[str, Any] | None = None
+    config: str | None = None
+    revision: str | None = None
+    eager: bool = False
+    unfrozen: Sequence[str] = ()
+    notes: Sequence[str] = ()
+
+    @property
+    def tokens(self) -> int:
+        return self.rows * self.length
+
+    @property
+    def fuses(self) -> bool:
+        """Whether, with heads, the plugin computes the next-token loss."""
+        return self.caft.beta != 0 and self.caft.fused_loss != "off"
+
+    @property
+    def heads_at_once(self) -> int:
+        """The most heads that run in one pass."""
+        drawn = self.caft.heads_per_step
+        return self.caft.num_heads if drawn is None else min(drawn, self.caft.num_heads)
+
+
+def build_model(run: Run) -> tuple[nn.Module, Trunk, dict[Tensor, float]]:
+    """The run's model, without memory for its weights; its trunk; and the bytes of each parameter that is quantised.
+
+    Raises:
+        ConfigError: the model cannot be built from its config, or takes no such adapter.
+    """
+    loading: dict[str, Any] = {"dtype": run.dtype, **({"attn_implementation": "eager"} if run.eager else {})}
+    trunk = empty_trunk(run.config or run.model, "base_model", run.revision, **loading)
+    model: nn.Module = trunk.model
+    quantised = {}
+    if run.bits < 16:
+        for module in model.modules():
+            if isinstance(module, nn.Linear) and module is not trunk.unembedding:
+                quantised[module.weight] = module.weight.numel() * QUANTISED[run.bits]
+    if run.lora is not None:
+        model.requires_grad_(False)
+        model = with_adapter(run, run.lora, model)
+        return model, find_trunk(model), quantised
+    if run.float32_parts:
+        for name, module in model.named_modules():
+            if "norm" in name or module in (trunk.unembedding, trunk.model.get_input_embeddings()):
+                module.float()
+    if run.unfrozen:
+        patterns = [re.compile(re.sub(r"\.(?!\+)", r"\.", re.sub(r"\[[0-9:]*\]$", "", p))) for p in run.unfrozen]
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(any(pattern.match(name) for pattern in patterns))
+    return model, trunk, quantised
+
+
+def with_adapter(run: Run, lora: Mapping[str, Any], model: nn.Module) -> nn.Module:
+    """The model with the run's LoRA adapter, in float32 over a half-precision base, as PEFT has it."""
+    try:
+        with torch.device("meta"):
+            return get_peft_model(model, LoraConfig(**lora, task_type="CAUSAL_LM"))  # type: ignore[arg-type]
+    except (ValueError, TypeError) as error:
+        raise ConfigError(
+            f"adapter: no LoRA adapter can be put on {run.model} ({first_line(error)}). Check lora_r, "
+            "lora_target_modules and lora_target_linear."
+        ) from error

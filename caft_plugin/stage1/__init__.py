@@ -1,0 +1,1 @@
+"""Stage 1: heads are pretrained once per base model, before any fine-tuning."""

@@ -1,0 +1,90 @@
+"""Stage 1's rows: read from a file, padded into batches, split into what is asked and what is answered."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from caft_plugin.config import ConfigError
+from caft_plugin.loss import IGNORE
+from caft_plugin.storage import read_text
+
+Row = dict[str, list[int]]  # input_ids, and labels with -100 where there is no loss
+
+
+def prompt_of(row: Row) -> list[int]:
+    """The tokens before the first supervised one: what the base model is asked."""
+    first = next((i for i, label in enumerate(row["labels"]) if label != IGNORE), len(row["labels"]))
+    return list(row["input_ids"][:first])
+
+
+def supervised(row: Row) -> bool:
+    return any(label != IGNORE for label in row["labels"])
+
+
+def with_answer(prompt: Sequence[int], answer: Sequence[int]) -> Row:
+    """A training row: the loss is on the answer alone."""
+    return {"input_ids": [*prompt, *answer], "labels": [IGNORE] * len(prompt) + list(answer)}
+
+
+def read_rows(file: Path, tokenizer: PreTrainedTokenizerBase, max_length: int, option: str = "--data") -> list[Row]:
+    """Token rows of a JSONL file: `messages` (the first assistant's turn is the answer), `prompt` and `completion`, or
+    plain `text` (all of it supervised), one kind a line. Longer rows are cut at `max_length`. Errors name `option`, by
+    which the file was given.
+
+    Raises:
+        ConfigError: no such file, or a line that is none of these.
+    """
+    lines = read_text(file, option, "a JSONL file").splitlines()
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            prompt, answer = _prompt_and_answer(json.loads(line), tokenizer)
+        except (ValueError, KeyError, TypeError, StopIteration) as error:
+            raise ConfigError(
+                f"{option}: line {number} of {file} is not a row ({type(error).__name__}: {error}). A line takes "
+                '{"messages": [...]}, {"prompt": "...", "completion": "..."} or {"text": "..."}.'
+            ) from None
+        row = with_answer(prompt, answer)
+        rows.append({key: values[:max_length] for key, values in row.items()})
+    return rows
+
+
+def _prompt_and_answer(content: dict[str, Any], tokenizer: Any) -> tuple[list[int], list[int]]:
+    if "messages" in content:
+        messages = content["messages"]
+        turn = next(i for i, message in enumerate(messages) if message["role"] == "assistant")
+        template = functools.partial(tokenizer.apply_chat_template, tokenize=True, return_dict=False)
+        prompt = template(messages[:turn], add_generation_prompt=True)
+        conversation = template(messages[: turn + 1])
+        if conversation[: len(prompt)] != prompt:
+            raise ValueError("the chat template gives the prompt other tokens once the answer follows")
+        return prompt, conversation[len(prompt) :]
+    end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    if "prompt" in content:
+        completion = tokenizer(content["completion"], add_special_tokens=False).input_ids
+        return tokenizer(content["prompt"]).input_ids, completion + end
+    return [], tokenizer(content["text"]).input_ids + end
+
+
+def pad_rows(rows: Sequence[Row], pad: int) -> dict[str, Tensor]:
+    """A batch: input_ids, labels and attention_mask (batch, longest row), padded on the right."""
+    length = max(len(row["input_ids"]) for row in rows)
+
+    def padded(values: Sequence[Sequence[int]], fill: int) -> Tensor:
+        return torch.tensor([[*v, *[fill] * (length - len(v))] for v in values])
+
+    return {
+        "input_ids": padded([row["input_ids"] for row in rows], pad),
+        "labels": padded([row["labels"] for row in rows], IGNORE),
+        "attention_mask": padded([[1] * len(row["input_ids"]) for row in rows], 0),
+    }

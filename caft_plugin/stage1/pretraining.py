@@ -1,0 +1,283 @@
+"""Stage 1: heads are pretrained once per base model, on answers that the base model itself wrote.
+
+METHOD: arXiv 2506.07833, section 3 (pseudo-labels; the base frozen, only the heads train, each with weight alpha^k,
+constant schedule, learning rate 1e-4). Besides the published way (`targets: model`) there are the data set's own
+answers (`dataset`, the authors' warm-up on task data) and `distribution`: head k at position t learns the base
+model's whole next-token distribution at position t+k, which the same forward pass of the frozen base gives.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from caft_plugin.attach import LAST_POSITION, Request
+from caft_plugin.checkpoints import Parts
+from caft_plugin.config import CAFTConfig, ConfigError, PretrainConfig
+from caft_plugin.heads_folder import CARD, FOLDER, METRICS, HeadFigures, HeadsMetrics, HeadsRecord, read_record
+from caft_plugin.logs import HeadsEvaluation
+from caft_plugin.loss import Batch, RowLoss, divergence_of
+from caft_plugin.objective import AuxiliaryObjective
+from caft_plugin.precision import warn_of_slow_bf16
+from caft_plugin.stage1.answers import ANSWERS, check_vllm, write_answers
+from caft_plugin.stage1.data import Row, pad_rows, prompt_of, supervised, with_answer
+from caft_plugin.storage import write_json, write_text
+from caft_plugin.training import with_caft
+from caft_plugin.trunk import trunk_without_weights
+from caft_plugin.window import MicroBatch, Share, Window
+
+
+def load_base(
+    name: str,
+    dtype: torch.dtype,
+    load_in_4bit: bool = False,
+    load_in_8bit: bool = False,
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+    vllm: bool = False,
+) -> PreTrainedModel:
+    """The base model, quantised by bitsandbytes as QLoRA does (NF4, double quantisation) if asked; with `vllm` one
+    that vLLM can load too.
+
+    Raises:
+        ConfigError: before weights are loaded, where heads cannot be built for the model or vLLM cannot run it.
+    """
+    model_config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    if vllm:
+        check_vllm(load_in_4bit or load_in_8bit or getattr(model_config, "quantization_config", None) is not None)
+    build = functools.partial(AutoModelForCausalLM.from_config, model_config, trust_remote_code=trust_remote_code)
+    trunk_without_weights(model_config, name, build)
+    quantisation = None
+    if load_in_4bit:
+        quantisation = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    elif load_in_8bit:
+        quantisation = BitsAndBytesConfig(load_in_8bit=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        name,
+        dtype=dtype,
+        quantization_config=quantisation,
+        attn_implementation=attn_implementation,
+        trust_remote_code=trust_remote_code,
+        device_map={"": 0} if torch.cuda.is_available() else None,
+    )
+    model.config.use_cache = False
+    return model
+
+
+class TrunkTrainer(Trainer):
+    """Calls the frozen base without asking it for logits; its own loss is 0, the heads' is all there is."""
+
+    def __init__(self, *, model: Any, **kwargs: Any) -> None:
+        # The Trainer refuses quantised models that have no adapter; here the heads are what trains.
+        quantised = getattr(model, "is_quantized", False) and not getattr(model, "_hf_peft_config_loaded", False)
+        if quantised:
+            model._hf_peft_config_loaded = True
+        try:
+            super().__init__(model=model, **kwargs)
+        finally:
+            if quantised:
+                model._hf_peft_config_loaded = False
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        # No logits are needed but those of one position, by which the heads' unembedding is checked.
+        inputs = {k: v for k, v in inputs.items() if k != "labels"}
+        outputs = model(**inputs, logits_to_keep=LAST_POSITION.clone(), use_cache=False)
+        loss = outputs.logits.new_zeros((), dtype=torch.float32)
+        return (loss, {"loss": loss}) if return_outputs else loss
+
+
+class DistributionRequest(Request):
+    """A head learns the base model's own next-token distribution at the position whose next token is its target,
+    instead of that token."""
+
+    def row_loss(self, unembed: Callable[[Tensor], Tensor]) -> RowLoss:
+        return divergence_of(unembed)
+
+    def learned(self, index: int, positions: Tensor, final: Tensor | None) -> Tensor:
+        if final is None:
+            raise ConfigError(
+                "pretrain_heads.targets: got distribution, but the model did not call its final norm, from which its "
+                "distribution is computed. Use targets: model or dataset."
+            )
+        return final.detach().roll(-(index + 1), dims=1).flatten(0, 1)[positions]
+
+
+class Stage1Objective(AuxiliaryObjective):
+    """The heads' objective where nothing else trains: evaluation has the accuracy of heads too, and their summed loss
+    as its own. Heads are measured against tokens, whatever they learn."""
+
+    def metrics(self, evaluation: HeadsEvaluation, prefix: str) -> dict[str, float]:
+        losses = evaluation.losses.values()
+        mean = sum(losses) / max(len(losses), 1)
+        return {**evaluation.entries(prefix, accuracies=True), f"{prefix}_loss": mean}
+
+
+class DistributionObjective(Stage1Objective):
+    """In training the heads learn distributions."""
+
+    def request(self, window: Window, micro_batch: MicroBatch, inputs: Batch, share: Share) -> Request:
+        request = super().request(window, micro_batch, inputs, share)
+        return DistributionRequest(request.targets, request.weights, request.run, training=True)
+
+
+class HeadsTrainer(with_caft(TrunkTrainer)):  # type: ignore[misc]
+    """Trains heads on a frozen base. Checkpoints hold the heads alone, the base stays as it is."""
+
+    def __init__(self, *args: Any, distribution: bool = False, **kwargs: Any) -> None:
+        self.caft_objective = DistributionObjective if distribution else Stage1Objective
+        super().__init__(*args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        self.save_ours(output_dir or self.args.output_dir)
+
+    def checkpoint_parts(self) -> Parts:
+        return dataclasses.replace(super().checkpoint_parts(), weights=False)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: object = None) -> None:
+        self.caft.load(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        self.caft.load(self.state.best_model_checkpoint)
+
+
+@dataclasses.dataclass
+class Stage1:
+    """What stage 1 works on. `rows` and `heldout` are token rows; without `heldout` a part of the rows is held out.
+    `name` is the base model's name for the card."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    rows: Sequence[Row]
+    heldout: Sequence[Row] | None
+    arguments: TrainingArguments
+    caft: CAFTConfig
+    config: PretrainConfig
+    name: str
+    callbacks: Sequence[TrainerCallback] = ()
+
+
+def pretrain_heads(stage1: Stage1) -> Path:
+    """Trains heads on the frozen model and leaves a heads folder with a card in the output folder.
+
+    An interrupted run goes on where it stopped: answers from the file, training from the newest whole checkpoint.
+
+    Returns:
+        The heads folder.
+
+    Raises:
+        ConfigError: the data or the settings do not fit.
+    """
+    model, tokenizer, arguments, config = stage1.model, stage1.tokenizer, stage1.arguments, stage1.config
+    if arguments.world_size > 1:
+        raise ConfigError(
+            f"pretrain_heads: {arguments.world_size} processes were started, but it takes one. Start it with "
+            "`accelerate launch --num_processes 1`, or without a launcher."
+        )
+    warn_of_slow_bf16(arguments, model)
+    out = Path(str(arguments.output_dir))
+    rows = [row for row in stage1.rows if config.targets == "distribution" or supervised(row)]
+    heldout = stage1.heldout
+    if heldout is None:
+        share = min(max(len(rows) // 20, 1), 200) if len(rows) > 1 else 0
+        rows, heldout = rows[share:], rows[:share]
+    heldout = [row for row in heldout if supervised(row)]
+    if not rows:
+        raise ConfigError(
+            "pretrain_heads: the data set has no row with an answer to learn from. Each row needs a prompt and an "
+            "assistant's answer; look at `datasets:` and the chat template."
+        )
+    model.requires_grad_(False)
+    model.eval()
+    if arguments.max_steps > 0:  # no more answers than training will see
+        shown = arguments.train_batch_size * arguments.gradient_accumulation_steps
+        rows = rows[: arguments.max_steps * shown]
+    if config.targets == "model":
+        prompts = [prompt_of(row) for row in (*heldout, *rows)]
+        answers = write_answers(model, tokenizer, prompts, config, out / ANSWERS, stage1.name)
+        made = [with_answer(p, a) for p, a in zip(prompts, answers, strict=True)]
+        heldout, rows = made[: len(heldout)], made[len(heldout) :]
+    if config.targets == "distribution":
+        rows = [{"input_ids": row["input_ids"], "labels": row["input_ids"]} for row in rows]
+
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    caft = stage1.caft.model_copy(update={"beta": 1.0, "schedule": "constant", "train_heads": "full"})
+    trainer = HeadsTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=list(rows),
+        eval_dataset=list(heldout) or None,
+        data_collator=lambda batch: pad_rows(batch, pad),
+        processing_class=tokenizer,
+        callbacks=list(stage1.callbacks),
+        caft=caft,
+        distribution=config.targets == "distribution",
+    )
+    before = trainer.evaluate() if heldout else {}
+    trainer.train(resume_from_checkpoint=trainer.newest_whole_checkpoint())
+    after = trainer.evaluate() if heldout else {}
+    trainer.save_model(str(out))
+    folder = out / FOLDER
+    metrics = HeadsMetrics(
+        targets=config.targets,
+        rows=len(rows),
+        steps=trainer.state.global_step,
+        heads=figures_of(after, len(trainer.caft.heads)),
+        untrained=figures_of(before, len(trainer.caft.heads)),
+    )
+    write_json(folder / METRICS, metrics.model_dump())
+    write_text(folder / CARD, model_card(read_record(folder), stage1.name, metrics))
+    return folder
+
+
+def figures_of(metrics: dict[str, float], num_heads: int) -> list[HeadFigures]:
+    """Of all heads, or of none: a head without a held-out target leaves no table to speak of."""
+    found = HeadsEvaluation.read(metrics, "eval")
+    if len(found.losses) < num_heads or len(found.accuracies) < num_heads:
+        return []
+    return [HeadFigures(loss=loss, accuracy=found.accuracies[k]) for k, loss in found.losses.items()]
+
+
+def model_card(record: HeadsRecord, name: str, metrics: HeadsMetrics) -> str:
+    """README.md of a heads folder."""
+    lines = [
+        "---",
+        "library_name: caft_plugin",
+        f"base_model: {name}" if "/" in name and not Path(name).exists() else "tags: [caft]",
+        "---",
+        "",
+        f"# CAFT heads for {name}",
+        "",
+        f"{record.num_heads} auxiliary heads ({record.layer_class}) for concept-aware fine-tuning. Head k predicts",
+        "the token k+1 ahead. They serve fine-tuning with caft_plugin (`caft: {heads: THIS_FOLDER}`).",
+        "",
+        f"- wiring: head_input `{record.head_input}`, head_norm `{str(record.head_norm).lower()}`",
+        f"- trained on: {metrics.rows} rows, targets `{metrics.targets}`, {metrics.steps} steps, base frozen",
+        "",
+    ]
+    if metrics.heads:
+        lines += ["| head | held-out loss | top-1 accuracy |", "| --- | --- | --- |"]
+        lines += [f"| {k} | {head.loss:.4f} | {head.accuracy:.2%} |" for k, head in enumerate(metrics.heads, 1)]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,322 @@
+"""The parts of a base model that heads read from and write through: decoder layers, final norm, unembedding.
+
+Also of a model that is built from its config alone, without memory for its weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftMixedModel, PeftModel, PeftType
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from caft_plugin.config import ConfigError, first_line, shown
+
+logger = logging.getLogger(__name__)
+
+# Model types whose layers hand on something that a head cannot take up, and what it is.
+UNFIT = {
+    "rwkv": "hands a running state from layer to layer",
+    **dict.fromkeys(("gemma3n", "gemma3n_text"), "hands several hidden states for each token from layer to layer"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Trunk:
+    """The parts of a causal language model that heads read from and write through."""
+
+    model: PreTrainedModel
+    layers: Sequence[nn.Module]
+    norm: nn.Module
+    unembedding: nn.Module
+    transform: Callable[[Tensor], Tensor] | None
+    hidden_size: int
+    vocab_size: int
+
+    @property
+    def last_layer(self) -> nn.Module:
+        return self.layers[-1]
+
+    @property
+    def layer_class(self) -> str:
+        """The name of the layers' class."""
+        return type(self.last_layer).__name__
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """What the model makes of final hidden states: (..., hidden size) to (..., vocabulary)."""
+        logits = self.unembedding(hidden)
+        return logits if self.transform is None else self.transform(logits)
+
+
+def find_trunk(model: nn.Module) -> Trunk:
+    """The trunk of a (PEFT-wrapped) decoder-only transformers model.
+
+    Raises:
+        ConfigError: the model is not one that heads can be built for.
+    """
+    refuse_adapters(model)
+    base: nn.Module = model
+    while isinstance(base, (PeftModel, PeftMixedModel)):
+        base = base.get_base_model() if isinstance(base, PeftModel) else base.base_model.model
+    name = type(base).__name__
+    if not isinstance(base, PreTrainedModel):
+        inside = next((f"{at} ({type(m).__name__})" for at, m in base.named_modules() if is_model(m)), None)
+        raise ConfigError(
+            f"caft: got a model of class {name}, but CAFT takes a transformers model (PreTrainedModel) itself, or one "
+            "with an adapter of PEFT. "
+            + (f"Pass its {inside} as the model" if inside else "Derive its class from PreTrainedModel")
+            + ", or take the `caft:` block out."
+        )
+    refuse_unfit(base.config, name)
+    text_config = base.config.get_text_config()
+    layers, norms = None, []
+    at = find_layers(base, getattr(text_config, "num_hidden_layers", None))
+    if at is not None:  # the final norm lies beside the layers: the next after them, else the last before
+        decoder = base.get_decoder()
+        layers = decoder.get_submodule(at)
+        children = list(decoder.get_submodule(at.rpartition(".")[0]).children())
+        place = children.index(layers)
+        near = [*children[place:], *reversed(children[:place])]
+        norms = [child for child in near if "norm" in type(inmost(child)).__name__.lower()]
+    unembedding = base.get_output_embeddings()
+    if layers is None or not norms or unembedding is None:
+        missing = [
+            what
+            for what, found in [
+                ("list of decoder layers", layers),
+                ("final norm", norms),
+                ("unembedding (lm_head)", unembedding),
+            ]
+            if not found
+        ]
+        raise ConfigError(
+            f"caft: {name} has no {' and no '.join(missing)} where decoder-only models have it, so CAFT cannot "
+            "build heads for it. Use a decoder-only causal language model, or take the `caft:` block out."
+        )
+    if isinstance(layers[-1], BaseTunerLayer):
+        raise unmergeable(layers[-1], "it wraps whole decoder layers")
+    return Trunk(
+        model=base,
+        layers=[in_use(layer) if isinstance(layer, AuxiliaryTrainingWrapper) else layer for layer in layers],
+        norm=norms[0],
+        unembedding=unembedding,
+        transform=logit_transform(text_config),
+        hidden_size=size_of(base, "hidden_size"),
+        vocab_size=size_of(base, "vocab_size"),
+    )
+
+
+def find_layers(base: PreTrainedModel, count: int | None) -> str | None:
+    """The name, in the model's decoder, of the list of decoder layers, or None. `count` is how many the config says
+    there are, if it does.
+
+    It is the list whose modules the model keeps on one device or checkpoints; else one as long as the config says.
+    Lists inside of layers (experts) and lists of modules without children are none.
+
+    Raises:
+        ConfigError: several lists remain.
+    """
+    unsplit = set(getattr(base, "_no_split_modules", None) or ())
+
+    def is_layer(module: nn.Module) -> bool:
+        return isinstance(module, GradientCheckpointingLayer) or type(module).__name__ in unsplit
+
+    lists = {
+        at: [inmost(layer) for layer in module]
+        for at, module in base.get_decoder().named_modules()
+        if isinstance(module, nn.ModuleList) and any(list(layer.children()) for layer in module)
+    }
+    found = [at for at, layers in lists.items() if any(map(is_layer, layers))]
+    if not found:
+        found = [at for at, layers in lists.items() if count in (None, len(layers))]
+    found = [at for at in found if not any(at.startswith(f"{outer}.") for outer in found)]
+    if len(found) > 1:
+        found = [at for at in found if len(lists[at]) == count] or found
+    if len(found) > 1:
+        named = ", ".join(f"{at} ({len(lists[at])} {type(lists[at][-1]).__name__})" for at in found)
+        raise ConfigError(
+            f"caft: {type(base).__name__} has several lists that may be its decoder layers: {named}. Name the layers' "
+            "class in the model's `_no_split_modules`, or take the `caft:` block out."
+        )
+    return found[0] if found else None
+
+
+def size_of(base: PreTrainedModel, key: str) -> int:
+    size = getattr(base.config.get_text_config(), key, None)
+    if size is None:
+        raise ConfigError(
+            f"caft: {type(base.config).__name__} of {type(base).__name__} has no {key}, which heads are saved and "
+            "checked with. Give the config that name (transformers' `attribute_map`), or take the `caft:` block out."
+        )
+    return size
+
+
+def is_model(module: nn.Module) -> bool:
+    return isinstance(module, (PreTrainedModel, PeftModel, PeftMixedModel))
+
+
+def inmost(module: nn.Module) -> nn.Module:
+    """What PEFT has wrapped, or `module` itself."""
+    if isinstance(module, AuxiliaryTrainingWrapper):
+        return inmost(module.original_module)
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
+def active_peft_configs(model: nn.Module) -> list[PeftConfig]:
+    """Configs of the adapters that are active, by `get_peft_model` or by the model's own `add_adapter`."""
+    configs = getattr(model, "peft_config", None) or {}
+    if isinstance(model, (PeftModel, PeftMixedModel)):
+        names = model.active_adapters
+    else:
+        names = next((m.active_adapters for m in model.modules() if isinstance(m, BaseTunerLayer)), [])
+    # X-LoRA's own is not among the names: those are of the adapters that it mixes.
+    return [c for name, c in configs.items() if name in names or c.peft_type == PeftType.XLORA]
+
+
+def refuse_adapters(model: nn.Module) -> None:
+    """Raises ConfigError if an adapter is active that heads cannot read beside, or that no copy of a layer can have."""
+    for config in active_peft_configs(model):
+        kind = type(config).__name__
+        if getattr(config, "alora_invocation_tokens", None):
+            kind += " with alora_invocation_tokens"
+        if config.is_prompt_learning:
+            why = "whose virtual tokens move the positions that heads read"
+        elif config.peft_type == PeftType.XLORA or kind.endswith("tokens"):
+            why = "whose effect follows the text, so no copy of a layer can have it"
+        else:
+            continue
+        raise ConfigError(
+            f"caft: got an adapter by PEFT's {kind}, {why}. Use an adapter on the layers alone, such as LoRA "
+            "(LoraConfig), or take the `caft:` block out."
+        )
+
+
+def refuse_unfit(config: PretrainedConfig, name: str) -> None:
+    """Raises ConfigError if `config` is that of a model that heads cannot follow."""
+    refuse_encoder_decoder(config, name)
+    if config.model_type in UNFIT:
+        raise ConfigError(
+            f"caft: {name} {UNFIT[config.model_type]}, which a head cannot follow. Take the `caft:` block out, or use "
+            "another model."
+        )
+
+
+def refuse_encoder_decoder(config: PretrainedConfig, name: str, block: str = "caft") -> None:
+    """Raises ConfigError if `config` is that of an encoder-decoder model."""
+    if getattr(config, "is_encoder_decoder", False):
+        raise ConfigError(
+            f"{block}: {name} is an encoder-decoder model, but {block.upper()} takes decoder-only causal language "
+            f"models (Llama, Qwen, Mistral, Gemma ...). Use one of these, or take the `{block}:` block out."
+        )
+
+
+def logit_transform(config: PretrainedConfig) -> Callable[[Tensor], Tensor] | None:
+    """What a family does to its logits after the unembedding, or None (most families: nothing).
+
+    Cohere multiplies by `logit_scale`, Falcon-H1 by `lm_head_multiplier`; Granite divides by `logits_scaling`
+    and HyperCLOVA X multiplies by it; Gemma caps softly at `final_logit_softcapping` or `logits_soft_cap`.
+    """
+    factor = getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None) or 1.0
+    scaling = getattr(config, "logits_scaling", None) or 1.0
+    factor *= scaling if "hyperclovax" in config.model_type else 1 / scaling
+    cap = getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)
+    if factor == 1.0 and cap is None:
+        return None
+
+    def transform(logits: Tensor) -> Tensor:
+        logits = logits * factor
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    return transform
+
+
+def in_use(wrapper: AuxiliaryTrainingWrapper) -> nn.Module:
+    """What a wrapper of PEFT calls: the trained copy (`modules_to_save`), or the original where adapters are off."""
+    active = wrapper.active_adapters
+    if wrapper.disable_adapters or not active or any(name not in wrapper._adapters for name in active):
+        return wrapper.original_module
+    return wrapper.token_adapter if hasattr(wrapper, "token_adapter") else wrapper.modules_to_save[active[0]]
+
+
+def is_model_with_adapter(model: nn.Module) -> bool:
+    return isinstance(model, (PeftModel, PeftMixedModel)) or any(isinstance(m, BaseTunerLayer) for m in model.modules())
+
+
+def refuse_offloaded(trunk: Trunk) -> None:
+    """Raises ConfigError if accelerate keeps what heads need elsewhere and brings it for each call."""
+    for name, module in trunk.model.named_modules():
+        if module not in (trunk.last_layer, trunk.norm, trunk.unembedding):
+            continue
+        hooked = any(hasattr(part, "_hf_hook") for part in module.modules())
+        if hooked and any(tensor.is_meta for tensor in module.parameters()):
+            raise ConfigError(
+                f"caft: accelerate keeps {name} of {type(trunk.model).__name__} on disk or in the CPU's memory "
+                f"(device_map: {shown(getattr(trunk.model, 'hf_device_map', None))}), but heads are copies of the last "
+                "layer and use the final norm and the unembedding at each step. Give these three a device in "
+                "device_map (first layers may be elsewhere), or take the `caft:` block out."
+            )
+
+
+def unmergeable(tuner: object, why: str) -> ConfigError:
+    kind = f"{type(tuner).__module__.removeprefix('peft.tuners.').split('.')[0]} ({type(tuner).__name__})"
+    return ConfigError(
+        f"caft: the last layer has an adapter of PEFT's {kind}, which no weight can stand for ({why}), so the layer "
+        "cannot be copied into heads. Use an adapter that can be merged, such as LoRA, or take the `caft:` block out."
+    )
+
+
+def empty_trunk(base_model: str, key: str = "--base-model", revision: str | None = None, **loading: Any) -> Trunk:
+    """The trunk of a model built from its config alone, without memory for weights (on the meta device).
+
+    `key` is what the user said the model with; `loading` goes to `from_config` (dtype, attn_implementation).
+
+    Raises:
+        ConfigError: the config cannot be had, or is not that of a decoder-only model transformers knows.
+    """
+    options = {} if revision is None else {"revision": revision}
+    try:
+        config = AutoConfig.from_pretrained(base_model, trust_remote_code=False, **options)
+    except Exception as error:  # no such name, offline, no permission, damaged: each library has its own kinds
+        raise ConfigError(
+            f"{key}: got {base_model!r}, of which no config can be read ({first_line(error)}). It takes a "
+            "model folder or a Hub id: check the name, your connection and your Hub token."
+        ) from error
+    refuse_unfit(config, config.model_type)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, **loading)
+    except Exception as error:  # a config with impossible values fails wherever it is first used
+        raise ConfigError(
+            f"{key}: got {base_model!r}, of which transformers can build no causal language model "
+            f"({first_line(error)}). It takes a decoder-only model that transformers knows without remote code."
+        ) from error
+    return find_trunk(model)
+
+
+def trunk_without_weights(config: PretrainedConfig, name: str, build: Callable[[], nn.Module]) -> Trunk | None:
+    """The trunk of a model before its weights are loaded: `build` makes the model from its config, here without memory
+    for weights. None, and a warning, where that fails: whether heads fit is then seen on the loaded model.
+
+    Raises:
+        ConfigError: the model is not one that heads can be built for.
+    """
+    refuse_unfit(config, name)
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            model = build()
+    except Exception as error:  # a package that is missing, code of the model's own: loading meets it again
+        logger.warning(
+            "caft: whether heads fit %s shows when its weights are loaded: it cannot be built without them (%s)",
+            name,
+            first_line(error),
+        )
+        return None
+    return find_trunk(model)

@@ -1,0 +1,231 @@
+"""One optimisation step: targets, counts, draws, weights, and what is logged of it. Knows no trainer."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from caft_plugin.attach import Request
+from caft_plugin.config import CAFTConfig
+from caft_plugin.logs import CAFTLog
+from caft_plugin.loss import IGNORE, Batch, count_targets, gamma, head_targets, head_weights
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """How a host treats the loss that it is given.
+
+    It divides it by `divisor` (accumulation steps), and gradients become a mean over `processes`. `items` is the number
+    of next tokens by which the model itself divides its summed loss, None where it takes the mean of its batch.
+    """
+
+    divisor: int
+    processes: int
+    items: Tensor | int | None = None
+
+    @property
+    def scale(self) -> int:
+        """Undoes both: a share of the window's mean over all processes, times this, comes out as that mean."""
+        return self.divisor * self.processes
+
+
+@dataclasses.dataclass(frozen=True)
+class MicroBatch:
+    """One micro-batch of a window. `targets` (num_heads, batch, length) are those of its `labels`, None where it has
+    none; `draws` says how often each head was drawn."""
+
+    inputs: Batch
+    targets: Tensor | None
+    draws: list[int]
+
+    def targets_in(self, inputs: Batch) -> Tensor:
+        """The heads' targets in `inputs`, which are these, or what the host has made of them."""
+        if self.targets is not None and self.inputs["labels"] is inputs["labels"]:
+            return self.targets
+        return head_targets(inputs, len(self.draws))
+
+
+class Sums:
+    """What the losses of a window added up to, on this process, float64. Heads' losses are summed over their targets.
+
+    The host may ask for a batch's loss more than once, or for that of its parts: `tokens` counts the next tokens of all
+    that it asked for.
+    """
+
+    def __init__(self, num_heads: int, device: torch.device) -> None:
+        self.next_token, self.aux, self.tokens = torch.zeros(3, dtype=torch.float64, device=device)
+        self.heads = torch.zeros(num_heads, dtype=torch.float64, device=device)
+
+    def add(self, next_token: Tensor, aux: Tensor, heads: Tensor, tokens: Tensor) -> None:
+        self.next_token += next_token.detach().to(self.heads)
+        self.aux += aux.detach().to(self.heads)
+        self.heads += heads.to(self.heads)
+        self.tokens += tokens.to(self.heads)
+
+
+@dataclasses.dataclass
+class Window:
+    """One accumulation window, that is one optimisation step.
+
+    Counts are over all processes, (num_heads,): `counts` of a head's targets, `drawn_counts` of those in micro-batches
+    where the head was drawn; `next_tokens` counts the model's own targets, `own_tokens` those of this process.
+    """
+
+    config: CAFTConfig
+    gamma: float
+    counts: Tensor
+    drawn_counts: Tensor
+    next_tokens: Tensor
+    own_tokens: Tensor
+    micro_batches: list[MicroBatch]
+    sums: Sums
+    steps_begun: int = 0
+
+    @classmethod
+    def open(
+        cls,
+        batches: Sequence[Batch],
+        config: CAFTConfig,
+        *,
+        step: int,
+        total_steps: int,
+        seed: int,
+        device: torch.device,
+        over_processes: Callable[[Tensor], Tensor],
+    ) -> Window:
+        """The window of optimisation step `step` (0-based) of `total_steps` over this process's micro-batches.
+
+        `over_processes` sums a tensor over all processes; every process has to open the window.
+        """
+        num_heads = config.num_heads
+        found = torch.zeros(len(batches), num_heads + 1, dtype=torch.long, device=device)
+        targets: list[Tensor | None] = []
+        for row, batch in zip(found, batches, strict=True):
+            targets.append(head_targets(batch, num_heads) if has_targets(batch) else None)
+            if targets[-1] is not None:
+                row[:-1] = count_targets(targets[-1])
+                row[-1] = next_tokens_in(batch)
+        own_tokens = found[:, -1].sum()
+        found = over_processes(found)
+        draws = draw_heads(config, len(batches), seed, step)
+        drawn = found[:, :-1] * torch.tensor(draws, device=device).clamp(max=1)
+        return cls(
+            config,
+            gamma(config.schedule, step, total_steps),
+            counts=found[:, :-1].sum(0),
+            drawn_counts=drawn.sum(0),
+            next_tokens=found[:, -1].sum(),
+            own_tokens=own_tokens,
+            micro_batches=[MicroBatch(*parts) for parts in zip(batches, targets, draws, strict=True)],
+            sums=Sums(num_heads, device),
+        )
+
+    @property
+    def run(self) -> list[bool]:
+        """The heads that run in some micro-batch."""
+        draws = [micro_batch.draws for micro_batch in self.micro_batches]
+        return [self.gamma != 0.0 and any(times) for times in zip(*draws, strict=True)]
+
+    def begun(self, inputs: Batch) -> MicroBatch | None:
+        """What a `training_step` with `inputs` is about: the micro-batch that they are or whose labels they have; where
+        the host has made other inputs of it, the next one; None where all had their turn."""
+        self.steps_begun += 1
+        labels = inputs.get("labels") if isinstance(inputs, Mapping) else None
+        for micro_batch in self.micro_batches:
+            theirs = micro_batch.inputs
+            if theirs is inputs or (labels is not None and theirs.get("labels") is labels):
+                return micro_batch
+        in_turn = self.steps_begun - 1
+        return self.micro_batches[in_turn] if in_turn < len(self.micro_batches) else None
+
+    def weights(self, draws: Sequence[int]) -> Tensor:
+        """The weight of each head's summed loss in the window's mean: beta gamma alpha^k / its targets. Of drawn heads
+        beta gamma sum(alpha^j) / draws / its targets for each time, which is the same on average."""
+        config = self.config
+        weights = head_weights(config.beta, config.alpha, self.gamma, config.num_heads)
+        if config.heads_per_step is not None:
+            weights = [count * sum(weights) / config.heads_per_step for count in draws]
+        return torch.tensor(weights, device=self.counts.device) / self.counts.clamp(min=1)
+
+    def request(self, micro_batch: MicroBatch, inputs: Batch, share: Share, fused: bool) -> Request:
+        """What the heads are to compute of `inputs`, and with `fused` the next-token loss too."""
+        request = Request(
+            targets=micro_batch.targets_in(inputs),
+            weights=self.weights(micro_batch.draws),
+            run=[self.gamma != 0.0 and count > 0 for count in micro_batch.draws],
+            training=True,
+        )
+        if not fused:
+            return request
+        mean = share.scale / self.next_tokens.clamp(min=1)
+        return dataclasses.replace(
+            request,
+            next_tokens=F.pad(inputs["labels"][:, 1:], (0, 1), value=IGNORE),
+            next_token_weight=mean if share.items is None else 1.0 / share.items,
+        )
+
+
+class Tally:
+    """What was summed since the last log, on this process. Heads' values are shares of the global means."""
+
+    def __init__(self, num_heads: int, step: int, device: torch.device) -> None:
+        self.since_step = step
+        self.next_token = torch.zeros((), dtype=torch.float64, device=device)
+        self.aux = torch.zeros_like(self.next_token)
+        self.gamma = 0.0
+        self.heads = torch.zeros(num_heads, dtype=torch.float64, device=device)
+        self.steps_of_head = [0] * num_heads
+
+    def add(self, window: Window) -> None:
+        self.gamma += window.gamma
+        for index, count in enumerate(window.drawn_counts.tolist()):
+            self.steps_of_head[index] += window.gamma != 0.0 and count > 0
+        # A batch that was asked for twice counts once.
+        share = (window.own_tokens / window.sums.tokens.clamp(min=1)).clamp(max=1)
+        share = torch.where(window.sums.tokens > 0, share, 1.0)
+        self.next_token += window.sums.next_token * share
+        self.aux += window.sums.aux * share
+        self.heads += window.sums.heads * share / window.drawn_counts.clamp(min=1)
+
+    def log(self, step: int, processes: int, over_processes: Callable[[Tensor], Tensor]) -> CAFTLog:
+        """What the log says at `step`. Every process has to call it."""
+        steps = max(step - self.since_step, 1)
+        shares = over_processes(torch.cat([self.next_token[None], self.aux[None], self.heads]))
+        next_token, aux, *heads = shares.tolist()
+        counted = enumerate(zip(heads, self.steps_of_head, strict=True), 1)
+        return CAFTLog(
+            next_token_loss=next_token / processes / steps,
+            head_losses={k: share / times for k, (share, times) in counted if times},
+            gamma=self.gamma / steps,
+            aux_loss=aux / processes / steps,
+        )
+
+
+def draw_heads(config: CAFTConfig, micro_batches: int, seed: int, step: int) -> list[list[int]]:
+    """How often each head is drawn for each micro-batch of a step; the same on all processes and after a restart."""
+    if config.heads_per_step is None:
+        return [[1] * config.num_heads] * micro_batches
+    heads = range(config.num_heads)
+    weights = [config.alpha**k for k in heads]
+    draws = []
+    for index in range(micro_batches):
+        generator = random.Random(f"{seed} {step} {index}")
+        drawn = generator.choices(heads, weights, k=config.heads_per_step)
+        draws.append([drawn.count(head) for head in heads])
+    return draws
+
+
+def has_targets(batch: object) -> bool:
+    """Whether a batch has `labels` (batch, length)."""
+    labels = batch.get("labels") if isinstance(batch, Mapping) else None
+    return isinstance(labels, Tensor) and labels.dim() == 2
+
+
+def next_tokens_in(batch: Batch) -> Tensor:
+    """How many targets the model itself has in a batch with `labels` (batch, length)."""
+    return (batch["labels"][:, 1:] != IGNORE).sum()
