@@ -30,7 +30,7 @@ BATCH, LENGTH, SUPERVISED = 2, 256, 0.3
 
 
 def predicted(config: LlamaConfig, heads: int) -> tuple[int, float]:
-    """Bytes that full training of the heads adds in float32, and the ratio of step times (see caft_plugin/README.md)."""
+    """Bytes that full training of the heads adds in float32, and the ratio of step times, by that formula."""
     hidden, layers, vocab = config.hidden_size, config.num_hidden_layers, config.vocab_size
     mlp = 3 * hidden * config.intermediate_size  # weights of the matrices
     layer = 4 * hidden * hidden + mlp
