@@ -59,7 +59,7 @@ class Canvas:
         )
 
     def arrow(self, x: float, y: float, to_x: float, to_y: float, color: str = "line") -> None:
-        style = {"arrowstyle": "-|>,head_length=3,head_width=1.8", "shrinkA": 0, "shrinkB": 0}
+        style: dict[str, Any] = {"arrowstyle": "-|>,head_length=3,head_width=1.8", "shrinkA": 0, "shrinkB": 0}
         self.axes.add_patch(
             FancyArrowPatch((x, y), (to_x, to_y), color=self.colors[color], linewidth=0.9, mutation_scale=1, **style)
         )
@@ -99,10 +99,10 @@ def caft(canvas: Canvas) -> None:
     canvas.text(middle + 9, 234, "what the last layer reads", "quiet", 11.5, ha="left")
     canvas.box(middle, 257, wide, 24, "box", "line")
     canvas.text(middle, 257, "the layers below", size=12)
-    for x, word in zip((middle - step, middle, middle + step), ("Water", "boils", "at"), strict=True):
-        canvas.arrow(x, 290, x, 271)
-        canvas.box(x, 303, width, 26, "box", "line")
-        canvas.text(x, 303, word, size=12.5)
+    for place, word in zip((middle - step, middle, middle + step), ("Water", "boils", "at"), strict=True):
+        canvas.arrow(place, 290, place, 271)
+        canvas.box(place, 303, width, 26, "box", "line")
+        canvas.text(place, 303, word, size=12.5)
     canvas.text(middle, 337, "A head starts as a copy of the last layer.", size=12)
     canvas.text(middle, 355, "Its loss is added. After training the heads are gone.", "head", 12)
 
