@@ -117,7 +117,7 @@ study: $(VENV)/.package  ## do the runs that trl_examples/study/results.jsonl la
 	@"$(BIN)/python" axolotl_configs/make_base_model.py --out $(SMOLLM2) --cache $(CACHE)
 	@PATH="$(abspath $(BIN)):$$PATH" "$(BIN)/python" trl_examples/study/study.py
 
-study-report: $(VENV)/.package  ## write trl_examples/study/REPORT.md and its figures from results.jsonl
+study-report: $(VENV)/.package  ## write trl_examples/study/README.md and its figures from results.jsonl
 	@"$(BIN)/python" trl_examples/study/report.py
 
 # --- development

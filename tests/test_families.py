@@ -2,7 +2,7 @@
 
 For each: a head that is a copy of the last layer gives the model's own logits (this proves masks, rotary embeddings,
 norms, soft-capping and logit scales at once), a few steps lower every head's loss, and what is saved is what a model
-without heads saves. `python tests/test_families.py` prints the README's list.
+without heads saves. `python tests/test_families.py` prints tests/README.md's list.
 """
 
 from __future__ import annotations
@@ -219,8 +219,8 @@ def listing() -> str:
 
 
 def test_the_readme_lists_the_families_of_this_test():
-    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
-    assert listing() in text, f"the README's list of families is to read: {listing()}"
+    text = " ".join((ROOT / "tests" / "README.md").read_text(encoding="utf-8").split())
+    assert listing() in text, f"the list in tests/README.md of families is to read: {listing()}"
 
 
 if __name__ == "__main__":

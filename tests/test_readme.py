@@ -1,15 +1,26 @@
-"""The configuration tables in README.md are written from the config classes; `python tests/test_readme.py` does it."""
+"""The READMEs: links lead somewhere, keys exist, the package index gets links that work there.
+
+`python tests/test_readme.py` writes the configuration tables in caft_plugin/README.md from the config classes.
+"""
 
 from __future__ import annotations
 
 import re
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
 
+import pytest
 from paths import ROOT
 
-from caft_plugin.config import CAFTConfig, MEAPConfig, accepted
+from caft_plugin.config import CAFTConfig, MEAPConfig, PretrainConfig, accepted
 
 README = ROOT / "README.md"
-TABLES = (CAFTConfig, MEAPConfig)
+KEYS = ROOT / "caft_plugin" / "README.md"
+BLOCKS = (CAFTConfig, MEAPConfig, PretrainConfig)
+FOLDERS = ("caft_plugin", "axolotl_configs", "trl_examples", "tests")
+PAGES = sorted([*ROOT.glob("*.md"), *(page for folder in FOLDERS for page in (ROOT / folder).rglob("*.md"))])
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 
 def shown(value: object) -> str:
@@ -25,7 +36,7 @@ def table(config_class) -> str:
 
 
 def with_tables(text: str) -> str:
-    for config_class in TABLES:
+    for config_class in BLOCKS:
         start, end = (f"<!-- {what}{config_class.block} table -->\n" for what in ("", "end of "))
         before, rest = text.split(start)
         text = before + start + table(config_class) + end + rest.split(end)[1]
@@ -33,15 +44,94 @@ def with_tables(text: str) -> str:
 
 
 def test_configuration_tables():
-    text = README.read_text(encoding="utf-8")
+    text = KEYS.read_text(encoding="utf-8")
     assert text == with_tables(text), "run: python tests/test_readme.py"
 
 
-def test_every_key_that_is_named_exists():
-    named = set(re.findall(r"`caft\.([a-z_]+)", README.read_text(encoding="utf-8")))
-    assert {"heads", "beta", "alpha", "schedule", "head_norm"} <= named
-    assert named <= CAFTConfig.model_fields.keys()
+@pytest.mark.parametrize("config_class", BLOCKS, ids=lambda one: one.block)
+def test_every_key_that_is_named_exists(config_class):
+    named = {
+        (key, page.name)
+        for page in PAGES
+        for key in re.findall(rf"`{config_class.block}\.(?!py`)([a-z_]+)", page.read_text(encoding="utf-8"))
+    }
+    assert not [one for one in named if one[0] not in config_class.model_fields]
+    if config_class is CAFTConfig:
+        assert {"heads", "beta", "alpha", "schedule", "head_norm"} <= {key for key, _ in named}
+
+
+def test_the_readme_is_read_in_two_minutes():
+    assert len(README.read_bytes()) <= 9_000
+
+
+# -- links ------------------------------------------------------------------------------------------
+
+
+def prose(text: str) -> str:
+    """A page without its code, in which brackets are no links."""
+    return re.sub(r"`[^`\n]*`", "code", re.sub(r"(?ms)^```.*?^```$|^    .*?$", "", text))
+
+
+def links(text: str) -> list[str]:
+    """Where the links and images of a page lead, as they are written."""
+    text = prose(text)
+    return [*re.findall(r"\]\(([^)\s]+)\)", text), *re.findall(r"(?:src|srcset|href)=\"([^\"]+)\"", text)]
+
+
+def anchors(page: Path) -> Iterator[str]:
+    """The anchors that GitHub gives to the headings of a page."""
+    for heading in re.findall(r"(?m)^#+ (.+)$", re.sub(r"(?ms)^```.*?^```$", "", page.read_text(encoding="utf-8"))):
+        yield re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+def broken(link: str, folder: Path) -> str | None:
+    """What is wrong with a relative link that stands in a page of that folder."""
+    path, _, anchor = link.partition("#")
+    target = (folder / path).resolve() if path else None
+    if target is not None and not (target.exists() and target.is_relative_to(ROOT)):
+        return f"{link}: no such file"
+    if anchor and target is not None and anchor not in anchors(target / "README.md" if target.is_dir() else target):
+        return f"{link}: no such heading"
+    return None
+
+
+def is_relative(link: str) -> bool:
+    return not re.match(r"[a-z]+:", link)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_relative_link_leads_to_a_file_and_a_heading(page):
+    found = [f"{page.name}{link}" if link.startswith("#") else link for link in links(page.read_text(encoding="utf-8"))]
+    assert not [wrong for link in found if is_relative(link) and (wrong := broken(link, page.parent))]
+
+
+def test_a_broken_link_is_found():
+    page = '[a](b.md) `[c](d)` ![e](f.png) <source srcset="g.png">\n\n    [h](i)\n'
+    assert links(page) == ["b.md", "f.png", "g.png"]
+    assert broken("CHANGELOG.md", ROOT) is None and broken("SECURITY.md#the-start-up-file", ROOT) is None
+    assert broken("CHANGES.md", ROOT) and broken("SECURITY.md#the-start", ROOT)
+
+
+def test_the_package_index_gets_no_relative_link():
+    """The wheel's description is README.md after the substitutions of pyproject.toml."""
+    assert PROJECT["project"]["dynamic"] == ["readme"]
+    hook = PROJECT["tool"]["hatch"]["metadata"]["hooks"]["fancy-pypi-readme"]
+    assert hook["fragments"] == [{"path": "README.md"}]
+    text = README.read_text(encoding="utf-8")
+    before = links(text)
+    for substitution in hook["substitutions"]:
+        text = re.sub(substitution["pattern"], substitution["replacement"], text)
+    after = links(text)
+    assert "<picture" not in text and "<source" not in text, "the index drops <source>"
+    assert not [link for link in after if is_relative(link)]
+    repository = PROJECT["project"]["urls"]["Repository"]
+    ours = [link.removeprefix(f"{repository}/") for link in after if link.startswith(repository)]
+    assert sum(map(is_relative, before)) - text.count("<img") <= len(ours) and ours
+    for link in ours:
+        kind, branch, path = link.split("/", 2)
+        assert (kind, branch) == ("raw" if path.endswith(".png") else "blob", "main"), link
+        assert not broken(path, ROOT)
 
 
 if __name__ == "__main__":
-    README.write_text(with_tables(README.read_text(encoding="utf-8")), encoding="utf-8")
+    KEYS.write_text(with_tables(KEYS.read_text(encoding="utf-8")), encoding="utf-8")

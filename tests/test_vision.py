@@ -1,8 +1,8 @@
 """Vision-language models as tiny random ones: heads over their text part, for batches with images and without.
 
 As for other families: a head that is a copy of the last layer gives the model's own logits, training lowers every
-head's loss, and what is saved is what a model without heads saves. `python tests/test_vision.py` prints the README's
-list.
+head's loss, and what is saved is what a model without heads saves. `python tests/test_vision.py` prints
+tests/README.md's list.
 """
 
 from __future__ import annotations
@@ -253,8 +253,8 @@ def listing() -> str:
 
 
 def test_the_readme_lists_the_families_of_this_test():
-    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
-    assert listing() in text, f"the README's list of vision-language models is to read: {listing()}"
+    text = " ".join((ROOT / "tests" / "README.md").read_text(encoding="utf-8").split())
+    assert listing() in text, f"the list in tests/README.md of vision-language models is to read: {listing()}"
 
 
 if __name__ == "__main__":

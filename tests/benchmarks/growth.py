@@ -1,4 +1,4 @@
-"""What the heads add to a training step, against the formula in the README, at three sizes of model.
+"""What the heads add to a training step, against the formula in caft_plugin/README.md, at three sizes of model.
 
     python tests/benchmarks/growth.py [--pairs 10]
 
@@ -30,7 +30,7 @@ BATCH, LENGTH, SUPERVISED = 2, 256, 0.3
 
 
 def predicted(config: LlamaConfig, heads: int) -> tuple[int, float]:
-    """Bytes that full training of the heads adds in float32, and the ratio of step times (see the README)."""
+    """Bytes that full training of the heads adds in float32, and the ratio of step times, by that formula."""
     hidden, layers, vocab = config.hidden_size, config.num_hidden_layers, config.vocab_size
     mlp = 3 * hidden * config.intermediate_size  # weights of the matrices
     layer = 4 * hidden * hidden + mlp

@@ -483,7 +483,9 @@ COMPARISONS = (
     Comparison(
         "CAFT", "molecules", "heldout_loss", "caft-stage1", "ntp", "Does CAFT help LoRA fine-tuning, step for step?"
     ),
-    Comparison("CAFT", "molecules", "heldout_loss", "caft-stage1", "ntp-time", "Does it at equal time?"),
+    Comparison(
+        "CAFT", "molecules", "heldout_loss", "caft-stage1", "ntp-time", "Does CAFT help LoRA fine-tuning at equal time?"
+    ),
     Comparison("CAFT", "molecules", "heldout_loss", "caft-stage1-full", "ntp-full", "Does CAFT help full fine-tuning?"),
     Comparison(
         "MEAP", "retrieval", "mdqa_accuracy", "meap-concat", "ntp-2x", "Does MEAP help fine-tuning for retrieval?"

@@ -1,5 +1,5 @@
-"""`make study-report`: REPORT.md, its figures and README.md's section, from results.jsonl and nothing else, the same
-bytes each time."""
+"""`make study-report`: README.md here, its figures and the three sentences in the repository's README.md, from
+results.jsonl and nothing else, the same bytes each time."""
 
 from __future__ import annotations
 
@@ -214,37 +214,6 @@ def compared(lines: Lines, comparison: design.Comparison) -> Compared | None:
     return Compared(ours, theirs, difference, paired_ratio(lines, task, *pair), said)
 
 
-def answers(lines: Lines) -> list[str]:
-    """One item a primary comparison, in the words that its interval allows."""
-    said = []
-    for comparison in design.COMPARISONS:
-        name, found = comparison.metric, compared(lines, comparison)
-        if found is None:
-            said.append(f"**{comparison.question}** Not run.")
-            continue
-        ours, theirs, difference, ratio, outcome = found
-        shown = design.METRICS[name]
-        percent, unit = (" %", " points") if shown.percent else ("", " nats a token")
-        start = {"better": "Yes, here.", "worse": "No, it was worse here."}.get(
-            outcome,
-            "Not shown: one seed alone." if difference.half is None else "Not shown: the interval includes zero.",
-        )
-        interval = (
-            ""
-            if difference.half is None
-            else f", 95 % interval {number(difference.low, name, True)} to {number(difference.high, name, True)}"
-        )
-        both = (
-            f"{shown.title.capitalize()} {number(ours.mean, name)}{percent} for `{comparison.arm}` against "
-            f"{number(theirs.mean, name)}{percent} for `{comparison.against}`"
-        )
-        seeds = f"{difference.seeds} {'seed' if difference.seeds == 1 else 'seeds'}"
-        time = "." if ratio is None else f"; {ratio:.2f} times the training time."
-        apart = f"difference {number(difference.mean, name, True)}{unit}{interval}, {seeds}{time}"
-        said.append(f"**{comparison.question}** {start} {both}; {apart}")
-    return said
-
-
 def summary(lines: Lines) -> str:
     """Whether each method helped, one sentence each, and what each of its primary comparisons came to."""
     said = []
@@ -265,11 +234,11 @@ def primary_verdicts(lines: Lines, method: str) -> list[tuple[design.Comparison,
     return [(c, judged(lines, c.task, c.arm, c.against, c.metric)) for c in design.COMPARISONS if c.method == method]
 
 
-def helped(lines: Lines, method: str) -> str:
+def helped(lines: Lines, method: str, where: str = " here") -> str:
     verdicts = [outcome for _, outcome in primary_verdicts(lines, method)]
     if "better" not in verdicts:
-        return f"{method} is not shown to help here"
-    return f"{method} helped here in {verdicts.count('better')} of {len(verdicts)} primary comparisons"
+        return f"{method} is not shown to help{where}"
+    return f"{method} helped{where} in {verdicts.count('better')} of {len(verdicts)} primary comparisons"
 
 
 def secondary(lines: Lines) -> str:
@@ -430,11 +399,13 @@ def primary_table(lines: Lines) -> str:
                 f"{title(name)}: `{comparison.arm}` against `{comparison.against}`",
                 " against ".join(means) or "-",
                 with_interval(found.difference if found else None, name, sign=True),
+                str(found.difference.seeds if found else 0),
                 times(found.time if found else None),
                 found.verdict if found else "not run",
             ]
         )
-    return table(["question", "measured", "means", "paired difference (95 %)", "training time", "verdict"], rows)
+    head = ["question", "measured", "means", "paired difference (95 %)", "seeds", "times the training time", "verdict"]
+    return table(head, rows)
 
 
 # -- figures ----------------------------------------------------------------------------------------
@@ -644,10 +615,13 @@ def page(lines: Lines) -> str:
     )
     sections = [
         "# Does it help? CAFT and MEAP on SmolLM2-135M, on two cores",
-        "Written by `make study-report` from `results.jsonl`; not edited by hand.",
+        "Written by `make study-report` from `results.jsonl`; not edited by hand. "
+        "[How to run the study again](../README.md#run-the-study-again).",
         "## Answer",
         summary(lines),
-        "\n".join(f"- {said}" for said in answers(lines)),
+        primary_table(lines),
+        "Differences are the first arm's minus the second's (↓ lower is better, ↑ higher is better). 'Better' and "
+        "'worse' stand only where the 95 % interval of the paired difference excludes zero.",
         secondary(lines),
         "This holds for a model of 135M parameters, short runs and the data below. What it lets a user of an 8B model "
         "conclude stands under 'What an 8B user may conclude'.",
@@ -749,22 +723,28 @@ def page(lines: Lines) -> str:
 
 
 def readme_section(lines: Lines) -> str:
-    """What README.md says between its marks."""
+    """The three sentences that README.md of the repository has between its marks."""
     missing, planned = len(results.missing(lines)), len(design.plan())
-    state = "" if not missing else f" **{missing} of {planned} runs are still to be done.**"
-    answer = " ".join(f"**{helped(lines, method)}.**" for method in methods())
-    figure = "trl_examples/study/molecules.png"
-    return "\n\n".join(
-        [
-            textwrap.fill(
-                words.README.format(model=design.MODEL, runs=planned, state=state, answer=answer),
-                120,
-                break_on_hyphens=False,
-            ),
-            primary_table(lines),
-            f"![Held-out loss of each arm on molecules, with 95 % intervals]({figure})",
-        ]
+    said = words.README.format(
+        model=design.MODEL,
+        answer=" and ".join(helped(lines, method, where="") for method in methods()),
+        runs=f"{planned} runs ({missing} are still to be done)" if missing else f"{planned} runs",
+        planned=len(design.COMPARISONS),
+        outcomes=outcomes(lines),
     )
+    return textwrap.fill(said, 120, break_on_hyphens=False, break_long_words=False)
+
+
+def outcomes(lines: Lines) -> str:
+    """How often each verdict was reached in the primary comparisons; the questions of those that show a difference."""
+    found: dict[str, list[str]] = {}
+    for comparison, outcome in (pair for method in methods() for pair in primary_verdicts(lines, method)):
+        found.setdefault(outcome, []).append(comparison.question)
+    counts = {outcome: f"{len(questions)} with '{outcome}'" for outcome, questions in found.items()}
+    named = (
+        f"{counts[said]} ({' '.join(found[said])})" if said in ("better", "worse") else counts[said] for said in found
+    )
+    return ", ".join(named)
 
 
 def with_section(text: str, lines: Lines) -> str:
@@ -781,7 +761,7 @@ def with_section(text: str, lines: Lines) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--results", type=Path, default=results.FILE)
-    parser.add_argument("--out", type=Path, default=HERE, help="folder for REPORT.md and the figures")
+    parser.add_argument("--out", type=Path, default=HERE, help="folder for README.md and the figures")
     options = parser.parse_args(arguments)
     lines = results.read(options.results)
     if not lines:
@@ -790,11 +770,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     for draw in DRAWINGS:
         draw(lines, options.out)
-    (options.out / "REPORT.md").write_text(page(lines), encoding="utf-8")
-    print(f"wrote {options.out / 'REPORT.md'} and {len(DRAWINGS)} figures")
+    (options.out / "README.md").write_text(page(lines), encoding="utf-8")
+    print(f"wrote {options.out / 'README.md'} and {len(DRAWINGS)} figures")
     if options.out == HERE:
         README.write_text(with_section(README.read_text(encoding="utf-8"), lines), encoding="utf-8")
-        print(f"and the study's section of {README}")
+        print(f"and the study's sentences in {README}")
     return 0
 
 

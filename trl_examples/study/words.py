@@ -60,7 +60,8 @@ CONCLUSIONS = """\
   out.
 - An effect that is shown here, on short fine-tuning of a small model, is a reason to expect the same sign at 8B, and
   no more than that. It does not give the size: the papers' gains are on other models, tasks and lengths of training.
-- What the methods cost in time is measured at this size; for another one take the formula in the README.
+- What the methods cost in time is measured at this size; for another one take
+  [the formula](../../caft_plugin/README.md#what-the-heads-cost).
 - No difference shown here does not mean that there is none at 8B. The papers report gains on generated text, where a
   model of 135M is too weak to show any; the held-out loss is the sensitive measure here, and it is not what the
   papers report.
@@ -73,8 +74,6 @@ DEFAULTS = (
 )
 
 README = """\
-{answer} 'Here' is short fine-tuning of {model}, which two cores can rerun: `make study` does the {runs}
-runs, each a line of [results.jsonl](trl_examples/study/results.jsonl), and `make study-report` makes
-[the report](trl_examples/study/REPORT.md) and this section from them.{state} Protocol and primary comparisons were
-committed before the runs; 'better' and 'worse' stand only where the interval of the paired difference excludes zero.
-All arms, metrics and ablations, what they cost, and what a user of an 8B model may conclude stand in the report."""
+**In short fine-tuning of {model} {answer}.** {runs}, which two cores can repeat, answer {planned} questions that
+were declared before them: {outcomes}. [The study](trl_examples/study/README.md) has every arm, metric and ablation,
+what each cost, and what a user of an 8B model may conclude."""
