@@ -165,7 +165,7 @@ class AttachedHeads:
             finally:
                 self._reading = None
 
-    def _note_call(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def _note_call(self, layer: nn.Module, args: tuple, kwargs: dict[str, object]) -> None:
         reading = self._reading
         if layer is not self.trunk.last_layer or reading is None or not reading.wants_notes:
             return
@@ -178,7 +178,9 @@ class AttachedHeads:
         if reading is not None and reading.call is not None and reading.wants_notes:
             reading.final = output
 
-    def _before_forward(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def _before_forward(
+        self, model: nn.Module, args: tuple, kwargs: dict[str, object]
+    ) -> tuple[tuple, dict[str, object]] | None:
         reading = self._reading
         if reading is None or reading.request.next_tokens is None or not reading.wants_notes:
             return None
@@ -326,14 +328,14 @@ def without_dropout(*modules: nn.Module) -> Iterator[None]:
             dropout.training = True
 
 
-def _noting(own_class: type, note: Callable[[nn.Module, tuple, dict[str, Any]], None]) -> type:
+def _noting(own_class: type, note: Callable[[nn.Module, tuple, dict[str, object]], None]) -> type:
     """A subclass of a layer's class that tells `note` what it was called with.
 
     It overrides `__call__` because module hooks run inside of gradient checkpointing, where tensors are cut
     from the graph; the name stays, because wrapping policies go by it.
     """
 
-    def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self: nn.Module, *args: object, **kwargs: object) -> object:
         note(self, args, kwargs)
         return super(noting_class, self).__call__(*args, **kwargs)  # type: ignore[arg-type]
 
@@ -417,7 +419,7 @@ class HiddenSubmodule:
         finally:
             self._shown = None
 
-    def _hide(self, owner: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    def _hide(self, owner: nn.Module, state: dict[str, Tensor], prefix: str, metadata: object) -> None:
         start, shown = f"{prefix}{self.name}.", set()
         if self._shown == "all":
             return
@@ -437,7 +439,7 @@ def shown_to(accelerator: Accelerator, parts: list[HiddenSubmodule]) -> Iterator
     read the weights, accelerate gives the others what the state dict holds."""
     prepare, own = accelerator.prepare, "prepare" in vars(accelerator)
 
-    def prepare_with_ours(*args: Any, **kwargs: Any) -> Any:
+    def prepare_with_ours(*args: object, **kwargs: object) -> object:
         with contextlib.ExitStack() as stack:
             for part in parts:
                 stack.enter_context(part.in_state_dict())

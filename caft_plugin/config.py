@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any, ClassVar, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 HeadInput = Literal["penultimate", "final"]
@@ -46,7 +47,7 @@ class Block(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _no_booleans(cls, value: Any, info: ValidationInfo) -> Any:
+    def _no_booleans(cls, value: object, info: ValidationInfo) -> object:
         kinds = kinds_of(cls.model_fields[str(info.field_name)])
         if isinstance(value, bool) and {"on", "off"} <= set(kinds):
             return "on" if value else "off"  # YAML reads a bare on or off as true or false
@@ -55,7 +56,7 @@ class Block(BaseModel):
         return value
 
     @classmethod
-    def read(cls, block: Any) -> Self:
+    def read(cls, block: object) -> Self:
         """The config for what a user wrote: one of this class, a mapping, or None (a bare `name:`).
 
         Raises:
@@ -217,7 +218,7 @@ def explain(model: type[Block], errors: Iterable[ErrorDetails]) -> str:
     return "\n".join(lines.values())
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     """A value as a message shows it: on one line and of bounded length, whatever it is."""
     form = reprlib.Repr()
     form.maxstring = form.maxother = LONGEST
@@ -237,7 +238,7 @@ def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
-def accepted(field: Any) -> str:
+def accepted(field: FieldInfo) -> str:
     """What a field takes, in words: 'one of a, b', 'a whole number from 1 to 32', 'true or false' ..."""
     kinds = kinds_of(field)
     choices = kinds if all(isinstance(kind, str) for kind in kinds) else get_args(kinds[0])
@@ -252,6 +253,6 @@ def accepted(field: Any) -> str:
     return f"{' or '.join(named[kind] for kind in kinds)} {limits}".strip()
 
 
-def kinds_of(field: Any) -> list[Any]:
+def kinds_of(field: FieldInfo) -> list[Any]:
     """The types of a field's annotation, None left out."""
     return [kind for kind in get_args(field.annotation) or (field.annotation,) if kind is not type(None)]

@@ -183,7 +183,7 @@ def replay(layer: nn.Module, source: Tensor, call: LayerCall, positions: Tensor)
     return output.flatten(0, 1)[positions].to(source.dtype)
 
 
-def is_cache(name: str, value: Any) -> bool:
+def is_cache(name: str, value: object) -> bool:
     """Whether an argument of a layer is the model's cache of keys and values, which a head may not write into. Its name
     changes with the version and the family (`past_key_value(s)`, `layer_past`, `cache`, `cache_params`)."""
     if value is None or isinstance(value, (Tensor, bool, int, float, str)):
@@ -241,6 +241,6 @@ def only_at(positions: Tensor, parts: list[nn.Module]) -> Iterator[None]:
 
 
 @functools.cache
-def _forward_signature(layer_class: Any) -> inspect.Signature:
+def _forward_signature(layer_class: type[nn.Module]) -> inspect.Signature:
     signature = inspect.signature(layer_class.forward)  # type: ignore[attr-defined]
     return signature.replace(parameters=list(signature.parameters.values())[1:])

@@ -54,7 +54,7 @@ class HeadsRecord(BaseModel):
     train_heads: Literal["full", "lora", "frozen"] | None = None  # of a checkpoint's heads
 
     @classmethod
-    def of(cls, trunk: Trunk, config: CAFTConfig, **more: Any) -> HeadsRecord:
+    def of(cls, trunk: Trunk, config: CAFTConfig, **more: object) -> HeadsRecord:
         """The record of `config.num_heads` heads over a model. `config` says how they are wired."""
         written = {
             "num_heads": config.num_heads,
@@ -271,7 +271,7 @@ def read_record(folder: Path) -> HeadsRecord:
     )
 
 
-def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _once_each(pairs: list[tuple[str, object]]) -> dict[str, object]:
     keys = [key for key, _ in pairs]
     if len(set(keys)) < len(keys):
         raise ValueError(f"the key {max(keys, key=keys.count)} stands there twice")

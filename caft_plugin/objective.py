@@ -3,31 +3,33 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Trainer
 
 from caft_plugin import heads_folder
 from caft_plugin.attach import AttachedHeads, Request
 from caft_plugin.config import CAFTConfig, ConfigError
-from caft_plugin.heads import AuxiliaryHeads, build_heads
+from caft_plugin.heads import build_heads
 from caft_plugin.logs import HeadsEvaluation
 from caft_plugin.loss import Batch, count_targets, head_targets
-from caft_plugin.refusals import check_trainer, no_heads_ran, no_labels, not_fused, why_not_fused
-from caft_plugin.trunk import Trunk, find_trunk
-from caft_plugin.window import MicroBatch, Share, Tally, Window, has_targets, next_tokens_in
+from caft_plugin.refusals import check_trainer, may_fuse, no_heads_ran, no_labels
+from caft_plugin.trunk import find_trunk
+from caft_plugin.window import (
+    MicroBatch,
+    Share,
+    Tally,
+    Totals,
+    Window,
+    has_targets,
+    next_tokens_in,
+    over_processes,
+)
 
-logger = logging.getLogger(__name__)
-
-
-def over_processes(trainer: Trainer, tensor: Tensor) -> Tensor:
-    """The sum of what all processes hold."""
-    accelerator = trainer.accelerator
-    return accelerator.reduce(tensor, reduction="sum") if accelerator.num_processes > 1 else tensor
+HostLoss = Tensor | tuple  # what compute_loss returns: a loss, or a loss and the model's outputs
 
 
 class AuxiliaryObjective:
@@ -39,7 +41,7 @@ class AuxiliaryObjective:
 
     def __init__(self, trainer: Trainer, config: CAFTConfig) -> None:
         check_trainer(trainer)
-        model: Any = trainer.model
+        model = cast(nn.Module, trainer.model)
         trunk = find_trunk(model)
         folder = None
         if config.heads is not None:
@@ -57,31 +59,13 @@ class AuxiliaryObjective:
             )
         self.trainer = trainer
         self.config = config
-        self.fused = config.fused_loss != "off" and self._may_fuse(trunk)
+        self.trunk = trunk
+        self.heads = heads
         self.handle = AttachedHeads(model, heads, trunk, config)
+        self.fused = may_fuse(trainer, trunk.model, config.fused_loss)
         self.start_afresh()
         self._step: tuple[Window, MicroBatch] | None = None  # what training_step is about, while it runs
-        self._evaluation: Tensor | None = None  # sums, hits and counts of each head (3, num_heads)
-
-    @property
-    def heads(self) -> AuxiliaryHeads:
-        return self.handle.heads
-
-    @property
-    def trunk(self) -> Trunk:
-        return self.handle.trunk
-
-    def _may_fuse(self, trunk: Trunk) -> bool:
-        """Whether `fused_loss` can compute the next-token loss; where it cannot, `on` raises ConfigError."""
-        trainer = self.trainer
-        takes_logits = trainer.label_smoother is not None or trainer.compute_loss_func is not None
-        why = why_not_fused(type(trainer), trunk.model, takes_logits)
-        if why is None:
-            return True
-        if self.config.fused_loss == "on":
-            raise ConfigError(not_fused(why))
-        logger.warning("caft.fused_loss: auto leaves the next-token loss to the framework: %s", why)
-        return False
+        self._totals: Totals | None = None  # of the evaluation that is open
 
     def start_afresh(self) -> None:
         """Forgets what was summed: a loop begins, be it the first, one after an interrupt, or one with smaller batches
@@ -114,13 +98,8 @@ class AuxiliaryObjective:
             total_steps=trainer.state.max_steps,
             seed=trainer.args.seed,
             device=trainer.args.device,
-            over_processes=lambda tensor: over_processes(trainer, tensor),
+            over_processes=self.over_processes,
         )
-
-    def _window_of_its_own(self, inputs: Batch) -> tuple[Window, MicroBatch]:
-        """What a loss that is asked for by hand is about."""
-        window = self._open_window([inputs])
-        return window, window.micro_batches[0]
 
     @contextlib.contextmanager
     def training_step(self, inputs: Batch) -> Iterator[None]:
@@ -128,7 +107,8 @@ class AuxiliaryObjective:
         window = self._window
         begun = None if window is None else window.begun(inputs)
         if window is None or begun is None:
-            window, begun = self._window_of_its_own(inputs)
+            window = self._open_window([inputs])
+            begun = window.micro_batches[0]
         self._step = window, begun
         try:
             yield
@@ -144,14 +124,12 @@ class AuxiliaryObjective:
             if not ran:
                 layer.zero_grad(set_to_none=True)
 
-    def loss(
-        self, inputs: Batch, host_loss: Callable[[], Any], return_outputs: bool, items: Tensor | int | None
-    ) -> Any:
+    def loss(self, inputs: Batch, host_loss: Callable[[], HostLoss], items: Tensor | int | None) -> HostLoss:
         """The host's loss with the heads' added, as `compute_loss` returns it; in evaluation the host's alone.
 
         Args:
             inputs: the batch, with what marks documents in it.
-            host_loss: computes the host's loss, alone or with outputs (`return_outputs`).
+            host_loss: computes the host's loss, alone or with outputs.
             items: `num_items_in_batch`, as `compute_loss` got it.
 
         Raises:
@@ -164,8 +142,12 @@ class AuxiliaryObjective:
                 raise no_labels(self.trainer, inputs)
             return host_loss()
         if not training:
-            return host_loss() if self._evaluation is None else self._evaluated(inputs, host_loss, self._evaluation)
-        window, micro_batch = self._step or self._window_of_its_own(inputs)
+            return host_loss() if self._totals is None else self._evaluated(inputs, host_loss, self._totals)
+        if self._step is None:  # asked for by hand
+            window = self._open_window([inputs])
+            micro_batch = window.micro_batches[0]
+        else:
+            window, micro_batch = self._step
         share, tokens = self._share(items), next_tokens_in(inputs)
         request = self.request(window, micro_batch, inputs, share)
         returned, result = self.handle.answer(request, host_loss)
@@ -175,11 +157,11 @@ class AuxiliaryObjective:
                 "heads did not run. CAFT works with trainers whose compute_loss calls the model."
             )
         self._ran = True
-        loss = returned[0] if return_outputs else returned
+        loss, *outputs = returned if isinstance(returned, tuple) else (returned,)
         aux = result.loss.to(loss.device) * share.scale
         total = loss + aux
         window.sums.add(loss.double() / share.divisor, aux.double() / share.divisor, result.sums, tokens)
-        return (total, *returned[1:]) if return_outputs else total
+        return (total, *outputs) if isinstance(returned, tuple) else total
 
     def request(self, window: Window, micro_batch: MicroBatch, inputs: Batch, share: Share) -> Request:
         return window.request(micro_batch, inputs, share, self.fused)
@@ -195,36 +177,32 @@ class AuxiliaryObjective:
 
     # -- evaluation --------------------------------------------------------------------------------
 
-    def _evaluated(self, inputs: Batch, host_loss: Callable[[], Any], figures: Tensor) -> Any:
+    def _evaluated(self, inputs: Batch, host_loss: Callable[[], HostLoss], totals: Totals) -> HostLoss:
         """The host's loss alone; the heads' own losses are summed beside it."""
         num_heads = len(self.heads)
         targets = head_targets(inputs, num_heads)
         request = Request(targets, torch.zeros(num_heads), [True] * num_heads, training=False)
         returned, result = self.handle.answer(request, host_loss)
-        if result is not None and result.hits is not None:
-            figures += torch.stack([result.sums, result.hits, count_targets(targets).to(result.sums)]).to(figures)
+        if result is not None:
+            totals.add(result, count_targets(targets))
         return returned
 
     @contextlib.contextmanager
     def evaluation(self, prefix: str) -> Iterator[dict[str, float]]:
         """While this is open, the heads are evaluated beside the model. The dict that it gives has their metrics at its
         end. Every process has to call it."""
-        shape, metrics = (3, len(self.heads)), dict[str, float]()
-        self._evaluation = torch.zeros(shape, dtype=torch.float64, device=self.trainer.args.device)
+        metrics: dict[str, float] = {}
+        totals = self._totals = Totals(len(self.heads), self.trainer.args.device)
         try:
             yield metrics
         finally:
-            figures, self._evaluation = self._evaluation, None
-        figures = over_processes(self.trainer, figures)
-        found = {k: row for k, row in enumerate(figures.T.tolist(), 1) if row[2]}
-        losses = {k: total / count for k, (total, _, count) in found.items()}
-        accuracies = {k: hits / count for k, (_, hits, count) in found.items()}
-        metrics.update(self.metrics(HeadsEvaluation(losses, accuracies), prefix))
+            self._totals = None
+        metrics.update(self.metrics(totals.means(self.over_processes), prefix))
 
     def metrics(self, evaluation: HeadsEvaluation, prefix: str) -> dict[str, float]:
         return evaluation.entries(prefix)
 
-    # -- log and checkpoints -----------------------------------------------------------------------
+    # -- log ---------------------------------------------------------------------------------------
 
     def log_entries(self) -> dict[str, float]:
         """What the log says since the last one. Every process has to call it."""
@@ -233,13 +211,7 @@ class AuxiliaryObjective:
         if tally is None:
             return {}
         processes = trainer.accelerator.num_processes
-        return tally.log(trainer.state.global_step, processes, lambda t: over_processes(trainer, t)).entries()
+        return tally.log(trainer.state.global_step, processes, self.over_processes).entries()
 
-    def save(self, folder: str, resumable: bool) -> None:
-        """Writes `caft_heads/` into `folder`. Every process has to call it."""
-        write = self.trainer.args.should_save
-        heads_folder.save_heads(folder, self.heads, self.trunk, self.config, resumable=resumable, write=write)
-
-    def load(self, folder: str) -> None:
-        """Puts the heads back as a checkpoint holds them."""
-        heads_folder.load_checkpoint(folder, self.heads, self.config)
+    def over_processes(self, tensor: Tensor) -> Tensor:
+        return over_processes(self.trainer.accelerator, tensor)

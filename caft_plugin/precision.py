@@ -8,9 +8,12 @@ from __future__ import annotations
 import functools
 import logging
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +46,7 @@ def choice() -> str:
     return f"computing in bfloat16, on the {where}"
 
 
-def warn_of_slow_bf16(args: Any, model: Any) -> None:
+def warn_of_slow_bf16(args: TrainingArguments, model: Any) -> None:
     """Warns, once a process, of training in bfloat16 on a CPU without instructions for it. `args` are a Trainer's."""
     if args.device.type != "cpu" or cpu_has_bf16():
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Iterable
 
 import torch
@@ -10,7 +11,9 @@ from torch import nn
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
 
-from caft_plugin.config import ConfigError
+from caft_plugin.config import ConfigError, FusedLoss
+
+logger = logging.getLogger(__name__)
 
 # What accelerate's ParallelismConfig can share out among processes besides rows and weights.
 CUTTING = {"cp_size": "sequences", "sp_size": "sequences", "tp_size": "layers"}
@@ -99,6 +102,24 @@ def why_not_fused(trainer_class: type[Trainer], base: PreTrainedModel, takes_log
     if base.loss_type not in (None, "ForCausalLM") or getattr(text_config, "output_router_logits", False):
         return f"{model} computes more than the next-token loss"
     return None
+
+
+def may_fuse(trainer: Trainer, base: PreTrainedModel, fused_loss: FusedLoss) -> bool:
+    """Whether the plugin computes the next-token loss too, as `caft.fused_loss` asks.
+
+    Raises:
+        ConfigError: `on`, and it cannot.
+    """
+    if fused_loss == "off":
+        return False
+    takes_logits = trainer.label_smoother is not None or trainer.compute_loss_func is not None
+    why = why_not_fused(type(trainer), base, takes_logits)
+    if why is None:
+        return True
+    if fused_loss == "on":
+        raise ConfigError(not_fused(why))
+    logger.warning("caft.fused_loss: auto leaves the next-token loss to the framework: %s", why)
+    return False
 
 
 def not_fused(why: str) -> str:

@@ -8,23 +8,26 @@ import logging
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from peft import PeftModel
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput
 
 from caft_plugin import checkpoints
 from caft_plugin.attach import AttachedHeads, shown_to
 from caft_plugin.config import CAFTConfig, ConfigError, MEAPConfig
-from caft_plugin.heads_folder import FOLDER
+from caft_plugin.heads_folder import FOLDER, load_checkpoint, save_heads
+from caft_plugin.loss import Batch
 from caft_plugin.meap.mask_token import AddedMaskToken
 from caft_plugin.meap.training import MaskedTraining
-from caft_plugin.objective import AuxiliaryObjective, over_processes
+from caft_plugin.meap.training_set import TrainingSet
+from caft_plugin.objective import AuxiliaryObjective, HostLoss
 from caft_plugin.precision import warn_of_slow_bf16
 from caft_plugin.refusals import check_optimizer
+from caft_plugin.window import over_processes
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +82,7 @@ class CAFTTrainerMixin(_Base):
     caft_objective: type[AuxiliaryObjective] = AuxiliaryObjective
 
     def __init__(
-        self, *args: Any, caft: CAFTConfig | dict | None = None, meap: MEAPConfig | dict | None = None, **kwargs: Any
+        self, *args, caft: CAFTConfig | dict | None = None, meap: MEAPConfig | dict | None = None, **kwargs
     ) -> None:
         self.caft: AuxiliaryObjective | None = None  # at beta 0 there is none
         self.caft_config: CAFTConfig | None = None
@@ -155,7 +158,7 @@ class CAFTTrainerMixin(_Base):
                 stack.enter_context(shown_to(self.accelerator, [handle.hidden for handle in handles]))
             yield
 
-    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+    def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
         with self._ours_on_model():
             optimizer = super().create_optimizer(*args, **kwargs)
         if not self.is_deepspeed_enabled:  # DeepSpeed's optimizers hold tensors of their own
@@ -177,19 +180,21 @@ class CAFTTrainerMixin(_Base):
         with contextlib.nullcontext() if self.meap is None else self.meap.collating():
             return super().get_train_dataloader()
 
-    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> torch.utils.data.DataLoader:
+    def get_eval_dataloader(self, *args, **kwargs) -> torch.utils.data.DataLoader:
         kwargs = {key: self.as_evaluated(value) for key, value in kwargs.items()}
         return super().get_eval_dataloader(*map(self.as_evaluated, args), **kwargs)
 
-    def get_test_dataloader(self, *args: Any, **kwargs: Any) -> torch.utils.data.DataLoader:
+    def get_test_dataloader(self, *args, **kwargs) -> torch.utils.data.DataLoader:
         kwargs = {key: self.as_evaluated(value) for key, value in kwargs.items()}
         return super().get_test_dataloader(*map(self.as_evaluated, args), **kwargs)
 
-    def as_evaluated(self, dataset: Any) -> Any:
+    def as_evaluated(self, dataset: TrainingSet) -> TrainingSet:
         """What stands for a data set in evaluation: for the doubled training set, that set without copies."""
         return dataset if self.meap is None else self.meap.as_evaluated(dataset)
 
-    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
+    ) -> tuple[list[Batch], Tensor | int | None]:
         samples, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self.meap is not None:
             self.meap.check_masked(samples)
@@ -202,11 +207,11 @@ class CAFTTrainerMixin(_Base):
     def compute_loss(
         self,
         model: torch.nn.Module,
-        inputs: dict[str, Any],
+        inputs: dict[str, Tensor],
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
-        def host_loss() -> Any:
+    ) -> HostLoss:
+        def host_loss() -> HostLoss:
             if self.meap is not None:
                 self.meap.take_plan(inputs)
             return super(CAFTTrainerMixin, self).compute_loss(
@@ -216,36 +221,36 @@ class CAFTTrainerMixin(_Base):
         if self.caft is None:
             return host_loss()
         with self._ours_on_model() if torch.is_grad_enabled() else contextlib.nullcontext():
-            return self.caft.loss(inputs, host_loss, return_outputs, num_items_in_batch)
+            return self.caft.loss(inputs, host_loss, num_items_in_batch)
 
-    def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+    def training_step(self, model: torch.nn.Module, inputs: dict[str, Tensor], *args, **kwargs) -> Tensor:
         with contextlib.nullcontext() if self.caft is None else self.caft.training_step(inputs):
             return super().training_step(model, inputs, *args, **kwargs)
 
-    def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+    def prediction_step(self, model: torch.nn.Module, inputs: dict[str, Tensor], *args, **kwargs) -> tuple:
         if self.meap is not None:
             self.meap.put_plain_labels(inputs)
         return super().prediction_step(model, inputs, *args, **kwargs)
 
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+    def evaluation_loop(self, *args, **kwargs) -> EvalLoopOutput:
         if self.caft is None:
             return super().evaluation_loop(*args, **kwargs)
         with self._ours_on_model(), self.caft.evaluation(kwargs.get("metric_key_prefix", "eval")) as metrics:
-            output: Any = super().evaluation_loop(*args, **kwargs)
-        output.metrics.update(metrics)
+            output = super().evaluation_loop(*args, **kwargs)
+        cast(dict, output.metrics).update(metrics)
         return output
 
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         if "loss" in logs:
             if self.caft is not None:
                 logs.update(self.caft.log_entries())
             if self.meap is not None:
-                logs.update(self.meap.log_entries(functools.partial(over_processes, self)))
+                logs.update(self.meap.log_entries(functools.partial(over_processes, self.accelerator)))
         super().log(logs, *args, **kwargs)
 
     # -- saving and resuming -----------------------------------------------------------------------
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs) -> TrainOutput:
         if self.caft_config or self.meap_config:
             warn_of_slow_bf16(self.args, self.model)
             if resume_from_checkpoint:
@@ -270,7 +275,7 @@ class CAFTTrainerMixin(_Base):
         plain = not (self.is_fsdp_enabled or self.is_deepspeed_enabled)  # these have files of their own
         return checkpoints.Parts(weights=plain, optimizer=plain and not self.args.save_only_model)
 
-    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+    def _save_checkpoint(self, model: torch.nn.Module, trial: object) -> None:
         if (self.caft_config or self.meap_config) and self.args.should_save:
             name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
             checkpoints.begin_overwriting(Path(self._get_output_dir(trial=trial)) / name)
@@ -292,7 +297,9 @@ class CAFTTrainerMixin(_Base):
         if self.meap is not None and self.meap.handle is not None:
             self.meap.handle.save(Path(output_dir), write=self.args.should_save)
         if self.caft is not None:
-            self.caft.save(output_dir, resumable=self._saving_checkpoint)
+            caft, write = self.caft, self.args.should_save
+            resumable = self._saving_checkpoint
+            save_heads(output_dir, caft.heads, caft.trunk, caft.config, resumable=resumable, write=write)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """Under FSDP2 this saves the adapter once more: newer accelerate takes every frozen parameter out of the state
@@ -303,7 +310,7 @@ class CAFTTrainerMixin(_Base):
                 stack.enter_context(handle.hidden.in_state_dict("frozen"))
             super()._save_optimizer_and_scheduler(output_dir)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self._load_ours(resume_from_checkpoint)
 
@@ -316,7 +323,7 @@ class CAFTTrainerMixin(_Base):
         if self.meap is not None:
             self.meap.load(folder)
         if self.caft is not None:
-            self.caft.load(folder)
+            load_checkpoint(folder, self.caft.heads, self.caft.config)
         elif self.caft_config is not None and (Path(folder) / FOLDER).exists():
             raise ConfigError(
                 f"caft.beta: this run has 0 and so no heads, but the checkpoint {folder} was made with heads. Resume "

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from typing import Any
 
 try:
     from trl import SFTTrainer
@@ -17,6 +16,7 @@ except ImportError as error:
 from transformers import Trainer
 
 from caft_plugin.meap.masking import has_target
+from caft_plugin.meap.training_set import TrainingSet
 from caft_plugin.training import CAFTTrainerMixin, with_caft
 
 ARGUMENTS = inspect.signature(SFTTrainer._prepare_dataset)
@@ -25,7 +25,7 @@ ARGUMENTS = inspect.signature(SFTTrainer._prepare_dataset)
 class SFTMixin(CAFTTrainerMixin):
     """What is SFTTrainer's own: it tokenises, cuts and packs its data inside its constructor."""
 
-    def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+    def _prepare_dataset(self, dataset: TrainingSet, *args, **kwargs) -> TrainingSet:
         """Copies come after tokens and before all else. The training set is the first that is prepared, whatever
         evaluation sets are called."""
         prepare = super()._prepare_dataset  # type: ignore[misc]

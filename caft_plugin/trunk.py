@@ -159,6 +159,12 @@ def size_of(base: PreTrainedModel, key: str) -> int:
     return size
 
 
+def input_embedding(model: nn.Module) -> nn.Embedding:
+    """The input embedding of a (PEFT-wrapped) transformers model: an nn.Embedding, or what stands for one."""
+    host: Any = model
+    return host.get_input_embeddings()
+
+
 def is_model(module: nn.Module) -> bool:
     return isinstance(module, (PreTrainedModel, PeftModel, PeftMixedModel))
 

@@ -8,11 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from torch import Tensor
 
-from caft_plugin.attach import Request
+from caft_plugin.attach import Request, Result
 from caft_plugin.config import CAFTConfig
-from caft_plugin.logs import CAFTLog
+from caft_plugin.logs import CAFTLog, HeadsEvaluation
 from caft_plugin.loss import IGNORE, Batch, count_targets, gamma, head_targets, head_weights
 
 
@@ -204,6 +205,30 @@ class Tally:
             gamma=self.gamma / steps,
             aux_loss=aux / processes / steps,
         )
+
+
+class Totals:
+    """What an evaluation summed, on this process, float64: each head's losses, hits and targets."""
+
+    def __init__(self, num_heads: int, device: torch.device) -> None:
+        self.figures = torch.zeros(3, num_heads, dtype=torch.float64, device=device)
+
+    def add(self, result: Result, counts: Tensor) -> None:
+        if result.hits is not None:
+            self.figures += torch.stack([result.sums, result.hits, counts.to(result.sums)]).to(self.figures)
+
+    def means(self, over_processes: Callable[[Tensor], Tensor]) -> HeadsEvaluation:
+        """Every process has to call it."""
+        found = {k: row for k, row in enumerate(over_processes(self.figures).T.tolist(), 1) if row[2]}
+        return HeadsEvaluation(
+            losses={k: total / count for k, (total, _, count) in found.items()},
+            accuracies={k: hits / count for k, (_, hits, count) in found.items()},
+        )
+
+
+def over_processes(accelerator: Accelerator, tensor: Tensor) -> Tensor:
+    """The sum of what all processes hold."""
+    return accelerator.reduce(tensor, reduction="sum") if accelerator.num_processes > 1 else tensor
 
 
 def draw_heads(config: CAFTConfig, micro_batches: int, seed: int, step: int) -> list[list[int]]:

@@ -18,7 +18,6 @@ from transformers import DataCollatorForLanguageModeling, DataCollatorForSeq2Seq
 
 from caft_plugin import ConfigError, MEAPConfig
 from caft_plugin.loss import BOUNDARY, IGNORE, PLAN, head_targets
-from caft_plugin.meap.mask_token import used_ids
 from caft_plugin.meap.masking import (
     COPY,
     COPY_START,
@@ -34,6 +33,7 @@ from caft_plugin.meap.masking import (
     nothing_to_mask,
     plain_labels,
 )
+from caft_plugin.meap.training_set import used_ids
 
 CASES = json.loads((GOLDENS / "meap_official_sft.json").read_text())
 MASK = 96  # w91 of the word tokenizer; no row below has it

@@ -49,7 +49,7 @@ class CAFTPlugin(BasePlugin):
         self._trainer: CAFTTrainerMixin | None = None
         self._duplicated = False
 
-    def register(self, cfg: Any) -> None:
+    def register(self, cfg: DictDefault) -> None:
         """Checks the blocks as the user wrote them, before Axolotl loads anything."""
         if cfg.get("pretrain_heads"):
             PretrainConfig.read(_as_dict(cfg["pretrain_heads"]))
@@ -130,7 +130,7 @@ class CAFTPlugin(BasePlugin):
 
         return axolotl_trainer(AxolotlTrainer)
 
-    def get_training_args(self, cfg: DictDefault) -> dict[str, Any]:
+    def get_training_args(self, cfg: DictDefault) -> dict[str, object]:
         # Without an accelerator Axolotl refuses `bf16: true` unless told to use the CPU, which no key reaches.
         return {} if torch.accelerator.is_available() else {"use_cpu": True}
 
@@ -172,7 +172,7 @@ def meap_config(cfg: DictDefault) -> MEAPConfig | None:
     return None if cfg.meap is None else MEAPConfig.read(_as_dict(cfg.meap))
 
 
-def _refuse_packed_stream(cfg: Any) -> None:
+def _refuse_packed_stream(cfg: DictDefault) -> None:
     if cfg.get("pretraining_dataset") or (cfg.get("streaming") and cfg.get("sample_packing")):
         key = "pretraining_dataset" if cfg.get("pretraining_dataset") else "streaming"
         raise ConfigError(
@@ -181,7 +181,7 @@ def _refuse_packed_stream(cfg: Any) -> None:
         )
 
 
-def _refuse_cut_up(cfg: Any, asks: str) -> None:
+def _refuse_cut_up(cfg: DictDefault, asks: str) -> None:
     """Raises ConfigError where processes would share what `asks`, a key of ours, needs whole: in the same words as
     `CAFTTrainerMixin`, which sees it only beside a loaded model."""
     for key, what in CUTTING.items():
@@ -206,7 +206,7 @@ def _refuse_cut_up(cfg: Any, asks: str) -> None:
                 raise ConfigError(fsdp1(f"{key}: {version}", asks))
 
 
-def _zero_stage(deepspeed: Any) -> str:
+def _zero_stage(deepspeed: str | dict) -> str:
     """The ZeRO stage of a DeepSpeed config: a dict, or a JSON file's path, as Axolotl takes it."""
     try:
         return str(HfDeepSpeedConfig(deepspeed).get_value("zero_optimization.stage"))
@@ -243,7 +243,7 @@ def _build(loader: ModelLoader) -> torch.nn.Module:
     return model_class.from_config(loader.model_config, trust_remote_code=trust_remote_code)
 
 
-def _as_dict(block: Any) -> Any:
+def _as_dict(block: object) -> object:
     return dict(block) if isinstance(block, dict) else block
 
 
@@ -255,11 +255,11 @@ def _two_trainers(other: str) -> str:
 
 
 @functools.cache
-def axolotl_trainer(base: Any) -> type[Trainer]:
+def axolotl_trainer(base: type[Trainer]) -> type[Trainer]:
     """`with_caft(base)`, which also leaves what is ours beside the model when training is interrupted."""
     caft_class: Any = with_caft(base)
 
-    def train(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def train(self, *args, **kwargs):
         try:
             return caft_class.train(self, *args, **kwargs)
         except SystemExit:  # Ctrl-C: Axolotl's handler has saved the model into the output folder

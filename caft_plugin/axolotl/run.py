@@ -14,9 +14,10 @@ from caft_plugin.storage import read_text
 
 # Keys of a YAML with which Axolotl does not build the logits of the whole batch.
 WITHOUT_LOGITS = ("cut_cross_entropy", "liger_fused_linear_cross_entropy", "chunked_cross_entropy")
+Keys = dict[str, Any]  # of a YAML file
 
 
-def read_keys(file: Path) -> dict[str, Any]:
+def read_keys(file: Path) -> Keys:
     """The keys of a YAML file.
 
     Raises:
@@ -32,7 +33,7 @@ def read_keys(file: Path) -> dict[str, Any]:
     return keys
 
 
-def read_run(keys: dict[str, Any]) -> Run:
+def read_run(keys: Keys) -> Run:
     """What the keys of an Axolotl YAML say, left-out keys being what Axolotl takes them to be.
 
     Raises:
@@ -82,7 +83,7 @@ def read_run(keys: dict[str, Any]) -> Run:
     )
 
 
-def _lora(keys: dict[str, Any]) -> dict[str, Any]:
+def _lora(keys: Keys) -> dict[str, object]:
     """Arguments of PEFT's LoraConfig."""
     targets = keys.get("lora_target_modules") or []
     return {
@@ -96,7 +97,7 @@ def _lora(keys: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _notes(keys: dict[str, Any], sharded: bool) -> list[str]:
+def _notes(keys: Keys, sharded: bool) -> list[str]:
     notes = []
     if keys.get("bf16", "auto") == "auto":
         notes.append("bf16 is auto: counted as true.")
@@ -105,7 +106,7 @@ def _notes(keys: dict[str, Any], sharded: bool) -> list[str]:
     return notes
 
 
-def _count(keys: dict[str, Any], key: str, default: int) -> int:
+def _count(keys: Keys, key: str, default: int) -> int:
     value = keys.get(key)
     value = default if value is None else value
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from axolotl.cli.args import TrainerCliArgs
@@ -37,7 +36,7 @@ TRAINER_KEYS = {
 }
 
 
-def read_stage1(config_file: Path, options: dict[str, Any]) -> Stage1:
+def read_stage1(config_file: Path, options: dict[str, object]) -> Stage1:
     """Everything stage 1 needs, from a YAML; `options` are keys of `pretrain_heads:` given on the command line.
 
     The YAML's adapter is left out (the base stays as it is), its quantisation is kept.

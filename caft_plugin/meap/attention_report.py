@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from caft_plugin.config import DEFAULT_MASK_RATIO, ConfigError
 from caft_plugin.meap.mask_token import FILE, AddedMaskToken, MaskToken, choose_mask_token, placeholder_ids, row_norms
 from caft_plugin.storage import read_text, write_atomically
+from caft_plugin.trunk import input_embedding
 
 SEGMENTS = ("context", "answer", "query")
 MODELS, INPUTS = ("base", "tuned"), ("plain", "masked")
@@ -115,7 +116,7 @@ def attention_report(
     token = _mask_token(mask_token, tuned, tokenizer, models, frozenset(i for _, e in kept for i in e["input_ids"]))
     ratio = DEFAULT_MASK_RATIO["pretrain"] if mask_ratio is None else mask_ratio
     generator = random.Random(seed)
-    sums: dict[Any, float] = {}
+    sums: dict[tuple[str, ...], float] = {}
     for text, row in kept:
         ids = torch.tensor(row["input_ids"])
         drawn = generator.sample(range(1, len(ids) - 1), max(1, int(len(ids) * ratio)))
@@ -144,12 +145,18 @@ def attention_report(
     )
 
 
-def _mask_token(wanted: str, tuned: str, tokenizer: Any, models: dict[str, Any], used: frozenset[int]) -> MaskToken:
-    rows = models["tuned"].get_input_embeddings().num_embeddings
+def _mask_token(
+    wanted: str,
+    tuned: str,
+    tokenizer: PreTrainedTokenizerBase,
+    models: dict[str, PreTrainedModel],
+    used: frozenset[int],
+) -> MaskToken:
+    rows = input_embedding(models["tuned"]).num_embeddings
     if wanted == "auto" and (Path(tuned) / FILE).is_file():
         wanted = "add"
     # As the training run chose it, that is by the rows that the base has.
-    norms = row_norms(models["base"].get_input_embeddings())
+    norms = row_norms(input_embedding(models["base"]))
     of_media = placeholder_ids(models["base"].config)
     token = choose_mask_token(int(wanted) if wanted.isdigit() else wanted, tokenizer, rows, used, norms, of_media)
     if token.added:
@@ -161,7 +168,7 @@ def _mask_token(wanted: str, tuned: str, tokenizer: Any, models: dict[str, Any],
 
 
 @torch.no_grad()
-def attention(model: Any, ids: Tensor) -> Tensor:
+def attention(model: PreTrainedModel, ids: Tensor) -> Tensor:
     """Attention weights (layers * heads, length, length) of one sequence of token ids (length,), float32."""
     layers = model(input_ids=ids[None].to(model.device), output_attentions=True, use_cache=False).attentions
     layers = [layer for layer in layers if layer is not None]  # hybrids have layers without attention

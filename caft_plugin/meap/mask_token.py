@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import re
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.utils.data import IterableDataset as TorchIterableDataset
-from transformers import PreTrainedTokenizerBase
+from torch.utils.hooks import RemovableHandle
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from caft_plugin.attach import HiddenSubmodule
 from caft_plugin.config import ConfigError
 from caft_plugin.storage import gather, shard_like, write_atomically
+from caft_plugin.trunk import input_embedding
 
 # Names that makers of models give to tokens kept for later use: <|reserved_special_token_0|>, <unused0>, [control_8],
 # <|placeholder1|>, <|dummy_0|>.
@@ -52,10 +50,10 @@ def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     return marked.union(tokenizer.all_special_ids)
 
 
-def placeholder_ids(config: Any) -> frozenset[int]:
+def placeholder_ids(config: PretrainedConfig) -> frozenset[int]:
     """Ids that a model's config gives to images, video and sound, those of its parts included."""
     found: set[int] = set()
-    parts = [config.to_dict()]
+    parts: list[Mapping] = [config.to_dict()]
     while parts:
         for key, value in parts.pop().items():
             if isinstance(value, Mapping):
@@ -151,7 +149,13 @@ def choose_mask_token(
     )
 
 
-def _as_asked(wanted: Any, vocabulary: Any, rows: int, used: Any, placeholders: Collection[int]) -> int:
+def _as_asked(
+    wanted: int | str,
+    vocabulary: Mapping[str, int],
+    rows: int,
+    used: Collection[int] | None,
+    placeholders: Collection[int],
+) -> int:
     id_ = vocabulary.get(wanted) if isinstance(wanted, str) else wanted
     if id_ is None:
         raise ConfigError(
@@ -176,38 +180,6 @@ def _as_asked(wanted: Any, vocabulary: Any, rows: int, used: Any, placeholders: 
     return id_
 
 
-def used_ids(dataset: Any) -> frozenset[int] | None:
-    """Token ids in the `input_ids` of a map-style data set; None where there are none to be looked through."""
-    if not hasattr(dataset, "__len__") or isinstance(dataset, TorchIterableDataset):
-        return None
-    used: set[int] = set()
-    for ids in column_chunks(dataset, "input_ids"):
-        if ids is None:
-            return None
-        used.update(np.flatnonzero(np.bincount(ids)).tolist())
-    return frozenset(used)
-
-
-def rows_of(dataset: Any) -> Iterator[Any]:
-    """As many rows as a data set says that it has: one that draws its rows at random may never end by itself."""
-    return itertools.islice(iter(dataset), len(dataset))
-
-
-def column_chunks(dataset: Any, column: str) -> Iterator[np.ndarray | None]:
-    """All values of a column of whole numbers, many at a time; None where rows do not have it, or make it when read."""
-    from datasets import Dataset
-
-    if isinstance(dataset, Dataset):
-        if column not in dataset.column_names or dataset.format["type"] == "custom":
-            yield None
-            return
-        for table in dataset.select_columns([column]).with_format("arrow").iter(1000):
-            yield table.column(column).combine_chunks().flatten().to_numpy(zero_copy_only=False)
-    else:
-        for row in rows_of(dataset):
-            yield np.asarray(row[column], dtype=np.int64) if column in row else None
-
-
 class AddedMaskToken(nn.Module):
     """One input vector more, for the id after the embedding's last row; also the handle that puts it on a model and
     takes it off, and a context manager.
@@ -218,8 +190,7 @@ class AddedMaskToken(nn.Module):
 
     def __init__(self, model: nn.Module, token: MaskToken) -> None:
         super().__init__()
-        base: Any = model
-        embedding = base.get_input_embeddings()
+        embedding = input_embedding(model)
         with torch.no_grad():
             chunks = torch.arange(token.id, device=embedding.weight.device).split(4096)
             mean = sum(embedding(ids).float().sum(0) for ids in chunks) / token.id
@@ -229,7 +200,7 @@ class AddedMaskToken(nn.Module):
         self._where: Tensor | None = None
         self._embedding = (embedding,)  # in a tuple, so that it is no submodule of this one
         self.hidden = HiddenSubmodule(model, MODULE_NAME, self)
-        self._handles: list[Any] = []
+        self._handles: list[RemovableHandle] = []
 
     @property
     def attached(self) -> bool:

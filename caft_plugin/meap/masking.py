@@ -12,20 +12,23 @@ import dataclasses
 import hashlib
 import logging
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset as TorchIterableDataset
-from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from caft_plugin.config import ConfigError, MEAPConfig
 from caft_plugin.loss import BOUNDARY, EXAMPLE, IGNORE, MASKED, MAY_MASK, OVERLONG, PLAN, Batch, document_ids
-from caft_plugin.meap.mask_token import column_chunks, rows_of, special_ids
+from caft_plugin.meap.mask_token import special_ids
+from caft_plugin.meap.training_set import Row, TrainingSet, column_chunks, rows_of
 
 logger = logging.getLogger(__name__)
+
+ArrayOrTensor = TypeVar("ArrayOrTensor", np.ndarray, Tensor)
 
 # What labels say between duplication and collation, all of it gone from a batch:
 COPY = -101  # a token of a copy, outside of its answers
@@ -95,7 +98,7 @@ class Duplication:
                 coded[start:end][maskable] = labels[start:end][maskable] + ELIGIBLE
         return coded if found else None
 
-    def __call__(self, example: Mapping[str, Any]) -> list[dict[str, Any]]:
+    def __call__(self, example: Row) -> list[Row]:
         """The row or rows that an example becomes.
 
         Raises:
@@ -142,12 +145,12 @@ class Duplication:
             pair["length"] = 2 * len(ids)
         return [pair]
 
-    def of_batch(self, batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+    def of_batch(self, batch: Mapping[str, list]) -> dict[str, list]:
         examples = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
         made = [row for example in examples for row in self(example)]
         return {key: [row[key] for row in made] for key in (made[0] if made else batch)}
 
-    def of_dataset(self, dataset: Any) -> Any:
+    def of_dataset(self, dataset: TrainingSet) -> TrainingSet:
         """A training set of the same kind, doubled: of `datasets` (streamed too), or any map-style one, read once, as
         a list.
 
@@ -178,17 +181,17 @@ class Duplication:
         return [row for example in rows_of(dataset) for row in self(example)]
 
 
-def codes(labels: Any) -> Any:
+def codes(labels: ArrayOrTensor) -> ArrayOrTensor:
     """Where labels, an array or a tensor, say something to the collator that draws masks."""
     return (labels < IGNORE) | (labels >= ELIGIBLE)
 
 
-def has_target(row: Mapping[str, Any]) -> bool:
+def has_target(row: Row) -> bool:
     """Whether a row, cut after it was doubled, still has a token that is learned or that may be masked and learned."""
     return any(label >= 0 for label in row["labels"])
 
 
-def nothing_to_mask(dataset: Any) -> str | None:
+def nothing_to_mask(dataset: TrainingSet) -> str | None:
     """Why a doubled training set has no masked copy at all, with counts. None where it has one, or is streamed."""
     if not hasattr(dataset, "__len__"):
         return None
@@ -236,7 +239,7 @@ class MEAPCollator:
 
     def __init__(
         self,
-        host: Callable[..., Any],
+        host: Callable[..., dict[str, Tensor]],
         config: MEAPConfig,
         mask_id: int,
         seed: int,
@@ -250,7 +253,7 @@ class MEAPCollator:
         self.masked = False
         self.epoch = torch.zeros((), dtype=torch.long).share_memory_()
 
-    def __call__(self, features: Any, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, features: Sequence[Row | list[Row]], *args, **kwargs) -> dict[str, Tensor]:
         batch = self.host(features, *args, **kwargs)
         if PLAN in batch:
             raise ConfigError(
@@ -325,7 +328,7 @@ class MEAPCollator:
         return generator.sample(eligible, max(1, int(tokens * self.config.ratio)))
 
 
-def carries_codes(row: Any) -> bool:
+def carries_codes(row: Row | list[Row]) -> bool:
     """Whether the labels of a row, or of one in a list of rows, say what is to be masked."""
     if isinstance(row, list):
         return any(carries_codes(part) for part in row)
@@ -339,14 +342,20 @@ class EpochOfMasks(TrainerCallback):
         self.collator = collator
         self.next = 0
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         self.next = int(state.epoch or 0)
 
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         self.collator.epoch.fill_(self.next)
         self.next += 1
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         if not self.collator.masked and state.is_world_process_zero:
             logger.warning(
                 "meap: not one token was masked in %d steps, so this was a plain run. %s",

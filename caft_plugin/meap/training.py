@@ -6,11 +6,11 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from caft_plugin.config import ConfigError, MEAPConfig, shown
 from caft_plugin.logs import MEAPLog
@@ -21,10 +21,11 @@ from caft_plugin.meap.mask_token import (
     choose_mask_token,
     placeholder_ids,
     row_norms,
-    used_ids,
 )
 from caft_plugin.meap.masking import Duplication, EpochOfMasks, MEAPCollator, nothing_to_mask, plain_labels
+from caft_plugin.meap.training_set import TrainingSet, used_ids
 from caft_plugin.refusals import check_trainer
+from caft_plugin.trunk import input_embedding
 
 logger = logging.getLogger(__name__)
 
@@ -61,8 +62,8 @@ class MaskedTraining:
         self.config = config
         self.collator: MEAPCollator | None = None
         self.handle: AddedMaskToken | None = None  # of an added mask token
-        self.data: Any = None
-        self.plain: Callable[[], Any] | None = None
+        self.data: TrainingSet = None
+        self.plain: Callable[[], TrainingSet] | None = None
         self._tally: MaskTally | None = None
 
     def attach(self) -> None:
@@ -73,8 +74,8 @@ class MaskedTraining:
             ConfigError: there is no tokenizer, or no mask token to be had.
         """
         trainer, config = self.trainer, self.config
-        model: Any = trainer.model
-        embedding = model.get_input_embeddings()
+        model = cast(PreTrainedModel, trainer.model)
+        embedding = input_embedding(model)
         rows = getattr(embedding, "num_embeddings", None) or len(embedding.weight)
         tokenizer = tokenizer_of(trainer.processing_class)
         used: frozenset[int] | None = frozenset()
@@ -100,7 +101,7 @@ class MaskedTraining:
     def double(self) -> None:
         """Puts the doubled training set in the place of the one that the class was given."""
         trainer = self.trainer
-        model: Any = trainer.model
+        model = cast(PreTrainedModel, trainer.model)
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         dataset = trainer.train_dataset
         placeholders = placeholder_ids(model.config)
@@ -109,18 +110,18 @@ class MaskedTraining:
 
     def doubled(
         self,
-        dataset: Any,
+        dataset: TrainingSet,
         processing_class: object,
         args: TrainingArguments,
         max_length: int | None,
         placeholders: Iterable[int] = (),
-    ) -> Any:
+    ) -> TrainingSet:
         """A training set with copies to be masked."""
         duplication = Duplication.of(self.config, tokenizer_of(processing_class), max_length, placeholders)
         with args.main_process_first():
             return duplication.of_dataset(dataset)
 
-    def _mask_from_now_on(self, dataset: Any) -> None:
+    def _mask_from_now_on(self, dataset: TrainingSet) -> None:
         self.data = dataset
         nothing = nothing_to_mask(dataset) if self.config.mode == "sft" and dataset is not None else None
         if nothing is not None and self.collator is not None:
@@ -160,11 +161,11 @@ class MaskedTraining:
         finally:
             trainer.data_collator = ours.host
 
-    def as_evaluated(self, dataset: Any) -> Any:
+    def as_evaluated(self, dataset: TrainingSet) -> TrainingSet:
         """What stands for a data set in evaluation: for the doubled training set, that set without copies."""
         return dataset if self.plain is None or dataset is not self.data else self.plain()
 
-    def put_plain_labels(self, inputs: MutableMapping[str, Any]) -> None:
+    def put_plain_labels(self, inputs: MutableMapping[str, Tensor]) -> None:
         """Gives rows out of the doubled training set, say a part of it, the labels that they had before."""
         ids, labels = inputs.get("input_ids"), inputs.get("labels")
         if self.config.mode == "sft" and ids is not None and labels is not None and ids.shape == labels.shape:
@@ -189,7 +190,7 @@ class MaskedTraining:
             if not self.collator.masked:
                 self.collator.masked = bool((batch[PLAN] & MASKED).any())
 
-    def take_plan(self, inputs: MutableMapping[str, Any]) -> None:
+    def take_plan(self, inputs: MutableMapping[str, Tensor]) -> None:
         """Takes out of a batch what only our collator and this class know, and counts it."""
         plan = inputs.pop(PLAN, None)
         if plan is not None:
@@ -226,7 +227,7 @@ def tokenizer_of(processing_class: object) -> PreTrainedTokenizerBase:
     Raises:
         ConfigError: the trainer has none.
     """
-    tokenizer: Any = getattr(processing_class, "tokenizer", processing_class)
+    tokenizer = cast(PreTrainedTokenizerBase | None, getattr(processing_class, "tokenizer", processing_class))
     if tokenizer is None:
         raise ConfigError(
             "meap: the trainer has no tokenizer, which says what tokens are special. Pass processing_class=tokenizer."

@@ -79,7 +79,7 @@ def _keeps(
     model: nn.Module, trunk: Trunk, heads: AuxiliaryHeads | None, rows: int, length: int, dtype: torch.dtype
 ) -> Kept:
     call: dict[str, Any] = {}
-    decoder: Any = trunk.model.get_decoder()
+    decoder = trunk.model.get_decoder()
     half = dtype != torch.float32
     with contextlib.ExitStack() as stack:
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))

@@ -70,7 +70,7 @@ def build_model(run: Run) -> tuple[nn.Module, Trunk, dict[Tensor, float]]:
     Raises:
         ConfigError: the model cannot be built from its config, or takes no such adapter.
     """
-    loading: dict[str, Any] = {"dtype": run.dtype, **({"attn_implementation": "eager"} if run.eager else {})}
+    loading: dict[str, object] = {"dtype": run.dtype, **({"attn_implementation": "eager"} if run.eager else {})}
     trunk = empty_trunk(run.config or run.model, "base_model", run.revision, **loading)
     model: nn.Module = trunk.model
     quantised = {}

@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,7 @@ class AnswerFile:
     refused rather than mixed.
     """
 
-    def __init__(self, path: Path, header: dict[str, Any]) -> None:
+    def __init__(self, path: Path, header: Mapping[str, object]) -> None:
         self.path = path
         self.answers: list[list[int]] = []
         complete = 0  # bytes
@@ -90,7 +90,7 @@ class AnswerFile:
         if not complete:
             self._write(header)
 
-    def _write(self, content: dict[str, Any]) -> None:
+    def _write(self, content: Mapping[str, object]) -> None:
         self.file.write((json.dumps(content) + "\n").encode())
 
     def add(self, answers: Iterable[list[int]]) -> None:
@@ -181,7 +181,7 @@ def generate(
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(ends)
     ids = torch.tensor([[pad] * (length - len(p)) + list(p) for p in prompts], device=model.device)
     mask = torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in prompts], device=model.device)
-    sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    sampling: dict[str, object] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if config.temperature > 0:
         sampling = {"do_sample": True, "temperature": config.temperature, "top_p": config.top_p, "top_k": 0}
     generating: Any = model

@@ -12,10 +12,9 @@ import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -33,7 +32,7 @@ from caft_plugin.config import CAFTConfig, ConfigError, PretrainConfig
 from caft_plugin.heads_folder import CARD, FOLDER, METRICS, HeadFigures, HeadsMetrics, HeadsRecord, read_record
 from caft_plugin.logs import HeadsEvaluation
 from caft_plugin.loss import Batch, RowLoss, divergence_of
-from caft_plugin.objective import AuxiliaryObjective
+from caft_plugin.objective import AuxiliaryObjective, HostLoss
 from caft_plugin.precision import warn_of_slow_bf16
 from caft_plugin.stage1.answers import ANSWERS, check_vllm, write_answers
 from caft_plugin.stage1.data import Row, pad_rows, prompt_of, supervised, with_answer
@@ -88,7 +87,7 @@ def load_base(
 class TrunkTrainer(Trainer):
     """Calls the frozen base without asking it for logits; its own loss is 0, the heads' is all there is."""
 
-    def __init__(self, *, model: Any, **kwargs: Any) -> None:
+    def __init__(self, *, model: PreTrainedModel, **kwargs) -> None:
         # The Trainer refuses quantised models that have no adapter; here the heads are what trains.
         quantised = getattr(model, "is_quantized", False) and not getattr(model, "_hf_peft_config_loaded", False)
         if quantised:
@@ -100,8 +99,12 @@ class TrunkTrainer(Trainer):
                 model._hf_peft_config_loaded = False
 
     def compute_loss(
-        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
+        self,
+        model: nn.Module,
+        inputs: Batch,
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> HostLoss:
         # No logits are needed but those of one position, by which the heads' unembedding is checked.
         inputs = {k: v for k, v in inputs.items() if k != "labels"}
         outputs = model(**inputs, logits_to_keep=LAST_POSITION.clone(), use_cache=False)
@@ -146,7 +149,7 @@ class DistributionObjective(Stage1Objective):
 class HeadsTrainer(with_caft(TrunkTrainer)):  # type: ignore[misc]
     """Trains heads on a frozen base. Checkpoints hold the heads alone, the base stays as it is."""
 
-    def __init__(self, *args: Any, distribution: bool = False, **kwargs: Any) -> None:
+    def __init__(self, *args, distribution: bool = False, **kwargs) -> None:
         self.caft_objective = DistributionObjective if distribution else Stage1Objective
         super().__init__(*args, **kwargs)
 
@@ -157,10 +160,10 @@ class HeadsTrainer(with_caft(TrunkTrainer)):  # type: ignore[misc]
         return dataclasses.replace(super().checkpoint_parts(), weights=False)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: object = None) -> None:
-        self.caft.load(resume_from_checkpoint)
+        self._load_ours(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
-        self.caft.load(self.state.best_model_checkpoint)
+        self._load_ours(self.state.best_model_checkpoint)
 
 
 @dataclasses.dataclass

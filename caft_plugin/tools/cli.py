@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 class CAFTCommands(click.Group):
     """A group whose commands may raise ConfigError: the user sees its message, not a traceback; exit code 1."""
 
-    def invoke(self, ctx: click.Context) -> Any:
+    def invoke(self, ctx: click.Context) -> object:
         try:
             return super().invoke(ctx)
         except ConfigError as error:
