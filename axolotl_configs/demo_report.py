@@ -3,8 +3,8 @@
     python demo_report.py --config axolotl_configs/quickstart-cpu.yml
 
 Reads the newest checkpoint's trainer_state.json in the config's output_dir, and lets the base model and the
-merged model (output_dir/merged) answer the same held-out questions. Uses transformers only: the merged model
-is an ordinary model. Run it from the repository root, where the paths in the configs start.
+merged model (output_dir/merged) answer the same held-out questions: the merged model is an ordinary model of
+transformers. Run it from the repository root, where the paths in the configs start.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+from caft_plugin.logs import HEAD_LOSS, CAFTLog
+
 WIDTH = 100
 NEW_TOKENS = 80
-HEAD = "caft/loss_head_"
 HELDOUT = Path(__file__).parent / "data" / "molecules-heldout.jsonl"
 
 
@@ -52,8 +53,6 @@ def read_log(output_dir: Path) -> tuple[Path, list[dict[str, Any]]]:
 
 def loss_table(log: list[dict[str, Any]]) -> str:
     """First and last logged value of each loss."""
-    heads = sorted({key for entry in log for key in entry if key.startswith(HEAD)})
-    rows = ["loss", *(["caft/next_token_loss"] if heads else []), *heads]
     training = [entry for entry in log if "loss" in entry]
     if not training:
         raise ReportError("the newest checkpoint has logged no loss: set logging_steps below max_steps")
@@ -62,14 +61,20 @@ def loss_table(log: list[dict[str, Any]]) -> str:
     lines = [
         " " * 24 + "".join(f"{'step ' + str(entry['step']):>14}" for entry in columns),
     ]
-    for row in rows:
-        values = [entry.get(row) for entry in columns]
+    rows = {"loss": [entry["loss"] for entry in columns]}
+    read = [found for found in map(CAFTLog.read, columns) if found is not None]
+    heads = sorted({k for found in read for k in found.head_losses})
+    if heads:
+        rows["caft/next_token_loss"] = [found.next_token_loss for found in read]
+    for k in heads:
+        rows[f"{HEAD_LOSS}{k}"] = [found.head_losses.get(k) for found in read]
+    for name, values in rows.items():
         cells = ["-" if value is None else f"{float(value):.4f}" for value in values]
-        lines.append(f"  {row:<22}" + "".join(f"{cell:>14}" for cell in cells))
+        lines.append(f"  {name:<22}" + "".join(f"{cell:>14}" for cell in cells))
     if heads:
         lines.append("  Head k predicts the token k+1 ahead.")
     else:
-        lines.append(f"  No {HEAD}k was logged: this run trained without the caft: block.")
+        lines.append(f"  No {HEAD_LOSS}k was logged: this run trained without the caft: block.")
     return "\n".join(lines)
 
 
