@@ -227,8 +227,8 @@ def only_at(positions: Tensor, parts: list[nn.Module]) -> Iterator[None]:
 
     def spread(part: nn.Module, args: tuple, output: Tensor) -> Tensor:
         shape = picked.pop()
-        whole = output.new_zeros(shape.numel(), output.shape[-1])
-        return whole.index_copy(0, positions, output[0]).view(*shape, -1)
+        everywhere = output.new_zeros(shape.numel(), output.shape[-1])
+        return everywhere.index_copy(0, positions, output[0]).view(*shape, -1)
 
     picked: list[torch.Size] = []
     handles = [part.register_forward_pre_hook(pick) for part in parts]

@@ -1,4 +1,4 @@
-"""What lies on disk and in shards: files are written whole or not at all, tensors are gathered and sharded."""
+"""What lies on disk and in shards: files are written completely or not at all, tensors are gathered and sharded."""
 
 from __future__ import annotations
 

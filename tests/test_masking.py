@@ -198,12 +198,12 @@ def test_data_sets_of_every_kind_become_the_same_rows(layout):
     rows = [example(answer=n, seed=n) for n in (10, 60, 70)]
     double = duplication(layout)
     wanted = [row for r in rows for row in double(r)]
-    assert double.of_dataset(rows) == wanted
-    assert list(double.of_dataset(Dataset.from_list(rows))) == wanted
-    assert list(double.of_dataset(IterableDataset.from_generator(lambda: iter(rows)))) == wanted
-    tensors = double.of_dataset(Dataset.from_list(rows).with_format("torch"))
+    assert double.doubled(rows) == wanted
+    assert list(double.doubled(Dataset.from_list(rows))) == wanted
+    assert list(double.doubled(IterableDataset.from_generator(lambda: iter(rows)))) == wanted
+    tensors = double.doubled(Dataset.from_list(rows).with_format("torch"))
     assert [{k: v.tolist() for k, v in row.items()} for row in tensors] == wanted
-    arrays = double.of_dataset([{k: np.array(v) for k, v in row.items()} for row in rows])
+    arrays = double.doubled([{k: np.array(v) for k, v in row.items()} for row in rows])
     assert [{k: v.tolist() for k, v in row.items()} for row in arrays] == wanted
 
 
@@ -211,7 +211,7 @@ def test_labels_in_a_narrow_column():
     from datasets import Features, Sequence, Value
 
     narrow = Features({"input_ids": Sequence(Value("int32")), "labels": Sequence(Value("int16"))})
-    made = duplication().of_dataset(Dataset.from_list([example()], features=narrow))
+    made = duplication().doubled(Dataset.from_list([example()], features=narrow))
     assert max(made[0]["labels"]) > ELIGIBLE
 
 
@@ -232,7 +232,7 @@ class Endless:
 
 def test_a_data_set_is_as_long_as_it_says():
     endless = Endless()
-    assert duplication().of_dataset(endless) == [row for i in range(3) for row in duplication()(example(seed=i))]
+    assert duplication().doubled(endless) == [row for i in range(3) for row in duplication()(example(seed=i))]
     assert endless.read == [0, 1, 2]
     assert used_ids(Endless()) == {id_ for i in range(3) for id_ in example(seed=i)["input_ids"]}
 
@@ -243,7 +243,7 @@ def test_a_set_that_is_doubled_already_is_named(layout):
     rows = [row for n in (10, 60, 70) for row in double(example(answer=n, seed=n))]
     for again in (rows, Dataset.from_list(rows)):
         with pytest.raises(ConfigError, match="has its masked copies already"):
-            double.of_dataset(again)
+            double.doubled(again)
 
 
 @pytest.mark.parametrize("how", ["with_transform", "set_transform"])
@@ -251,7 +251,7 @@ def test_a_set_with_a_transform_is_named(how):
     rows = Dataset.from_list([{"text": "w1"}])
     made = getattr(rows, how)(lambda batch: {key: [value] for key, value in example().items()})
     with pytest.raises(ConfigError, match="with_transform or set_transform.*Dataset.map.*mode: pretrain"):
-        duplication().of_dataset(made if made is not None else rows)
+        duplication().doubled(made if made is not None else rows)
     assert used_ids(made if made is not None else rows) is None
 
 

@@ -110,7 +110,7 @@ class CAFTPlugin(BasePlugin):
         said = {key: cfg[key] for key in COUNTED}
         data = load_datasets(cfg=cfg)
         duplication = Duplication.of(meap, load_tokenizer(cfg), cfg.sequence_len, placeholders)
-        data.train_dataset = duplication.of_dataset(data.train_dataset)
+        data.train_dataset = duplication.doubled(data.train_dataset)
         self._duplicated = True
         if isinstance(data.train_dataset, Dataset):
             cfg.update(said)

@@ -123,7 +123,7 @@ def attention_report(
         masked = torch.zeros(len(ids), dtype=torch.bool)
         masked[drawn] = True
         inputs = {"plain": ids, "masked": ids.masked_fill(masked, token.id)}
-        of_tokens = [text.segments[start] if start < end else "" for start, end in row["offset_mapping"]]
+        segment_of_token = [text.segments[start] if start < end else "" for start, end in row["offset_mapping"]]
         for model_name, model in models.items():
             for input_name, input_ids in inputs.items():
                 weights = attention(model, input_ids)
@@ -132,7 +132,7 @@ def attention_report(
                     sums[key, model_name, input_name] = sums.get((key, model_name, input_name), 0.0) + value
                 if input_name == "plain":
                     for segment in SEGMENTS:
-                        where = torch.tensor([name == segment for name in of_tokens])
+                        where = torch.tensor([name == segment for name in segment_of_token])
                         share = weights[:, -1, where].sum(-1).mean().item()
                         sums[segment, model_name] = sums.get((segment, model_name), 0.0) + share
     in_segments = sum(any(text.segments) for text, _ in kept)
@@ -157,8 +157,8 @@ def _mask_token(
         wanted = "add"
     # As the training run chose it, that is by the rows that the base has.
     norms = row_norms(input_embedding(models["base"]))
-    of_media = placeholder_ids(models["base"].config)
-    token = choose_mask_token(int(wanted) if wanted.isdigit() else wanted, tokenizer, rows, used, norms, of_media)
+    placeholders = placeholder_ids(models["base"].config)
+    token = choose_mask_token(int(wanted) if wanted.isdigit() else wanted, tokenizer, rows, used, norms, placeholders)
     if token.added:
         for name, model in models.items():
             added = AddedMaskToken(model, token).attach()

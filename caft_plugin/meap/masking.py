@@ -145,12 +145,12 @@ class Duplication:
             pair["length"] = 2 * len(ids)
         return [pair]
 
-    def of_batch(self, batch: Mapping[str, list]) -> dict[str, list]:
+    def doubled_rows(self, batch: Mapping[str, list]) -> dict[str, list]:
         examples = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
         made = [row for example in examples for row in self(example)]
         return {key: [row[key] for row in made] for key in (made[0] if made else batch)}
 
-    def of_dataset(self, dataset: TrainingSet) -> TrainingSet:
+    def doubled(self, dataset: TrainingSet) -> TrainingSet:
         """A training set of the same kind, doubled: of `datasets` (streamed too), or any map-style one, read once, as
         a list.
 
@@ -170,9 +170,9 @@ class Duplication:
             if "labels" in dataset.column_names:
                 features = dataset.features.copy()
                 features["labels"] = Sequence(Value("int64"))
-            return dataset.map(self.of_batch, batched=True, features=features, desc="Adding copies to be masked")
+            return dataset.map(self.doubled_rows, batched=True, features=features, desc="Adding copies to be masked")
         if isinstance(dataset, IterableDataset):
-            return dataset.map(self.of_batch, batched=True)
+            return dataset.map(self.doubled_rows, batched=True)
         if isinstance(dataset, TorchIterableDataset):
             raise ConfigError(
                 f"meap: the training set is a {type(dataset).__name__}, a stream that cannot be doubled. Give a "

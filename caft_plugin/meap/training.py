@@ -119,7 +119,7 @@ class MaskedTraining:
         """A training set with copies to be masked."""
         duplication = Duplication.of(self.config, tokenizer_of(processing_class), max_length, placeholders)
         with args.main_process_first():
-            return duplication.of_dataset(dataset)
+            return duplication.doubled(dataset)
 
     def _mask_from_now_on(self, dataset: TrainingSet) -> None:
         self.data = dataset

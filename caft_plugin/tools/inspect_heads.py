@@ -31,7 +31,7 @@ def describe(heads: str | os.PathLike[str]) -> str:
     """The heads in a heads folder, a run's folder or a Hub id; of the weights only the file's header is read.
 
     Raises:
-        ConfigError: the folder is not a whole heads folder.
+        ConfigError: the folder is not a complete heads folder.
     """
     opened = HeadsFolder.open(heads)
     folder, record = opened.path, opened.record
