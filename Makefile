@@ -122,8 +122,9 @@ study-report: $(VENV)/.package  ## write trl_examples/study/README.md and its fi
 
 # --- development
 
-# Two processes, each test file in one of them. What an Axolotl run does not touch runs on the newest stack as well.
-PYTEST := -n 2 --dist loadfile
+# Two processes, each test file in one of them, in the order in which conftest.py puts the files. What an Axolotl run does
+# not touch runs on the newest stack as well.
+PYTEST := -n 2 --dist loadfile --no-loadscope-reorder
 NEWEST := tests/test_golden.py tests/test_heads.py tests/test_training.py tests/test_families.py tests/test_vision.py \
 	tests/test_masking.py tests/test_mask_token.py tests/test_masked_training.py \
 	tests/test_numbers.py tests/test_checkpoints.py tests/test_fused_loss.py tests/test_copies.py tests/test_objective.py \

@@ -1,4 +1,4 @@
-"""`caft`: its start, its errors, `caft inspect`. `caft import-heads` is in test_importing.py."""
+"""`caft`: its start, its errors, `caft inspect`. `caft import-heads` is in test_import_heads.py."""
 
 from __future__ import annotations
 
