@@ -22,6 +22,7 @@ from axolotl.utils.config import prepare_plugins, validate_config
 from axolotl.utils.dict import DictDefault
 
 READY = sorted((ROOT / "axolotl_configs").glob("*.yml"))
+USERS = sorted((ROOT / "tests" / "integration" / "users").glob("*.yml"))
 H100 = {"bf16": True, "fp8": True, "n_gpu": 8, "n_node": 1, "compute_capability": "sm_90", "tf32": True}
 ENVIRONMENT = {"torch_version": "2.13.0"}
 
@@ -330,12 +331,30 @@ def test_another_plugin_without_a_trainer(config):
     before_weights(config(caft={}, plugins=["axolotl.integrations.kd.KDPlugin", "caft_plugin"]))
 
 
-@pytest.mark.parametrize("file", READY, ids=[file.name for file in READY])
-def test_ready_configs_pass_axolotls_schema(file):
+def validated(file):
     raw = DictDefault(yaml.safe_load(file.read_text()))
     prepare_plugins(raw)
     cfg = validate_config(raw, capabilities=H100, env_capabilities=ENVIRONMENT)
-    assert (cfg.caft is not None or cfg.meap is not None) and cfg.plugins == ["caft_plugin"]
+    assert cfg.caft is not None or cfg.meap is not None
+    return raw, cfg
+
+
+@pytest.mark.parametrize("file", READY, ids=[file.name for file in READY])
+def test_ready_configs_pass_axolotls_schema(file):
+    _, cfg = validated(file)
+    assert cfg.plugins == ["caft_plugin"]
+
+
+@pytest.mark.parametrize("file", USERS, ids=[file.name for file in USERS])
+def test_configs_as_users_have_them_pass_axolotls_schema(file):
+    """Five families with the options that Axolotl's users set most, and our blocks added: every key stays."""
+    raw, cfg = validated(file)
+    assert {"caft_plugin"} < set(cfg.plugins) or cfg.plugins == ["caft_plugin"]
+    assert not {key for key in raw if key not in cfg}
+
+
+def test_users_of_five_families():
+    assert [file.stem for file in USERS] == ["gemma3", "gpt-oss", "llama-3", "mistral", "qwen3"]
 
 
 def test_there_are_ready_configs():
