@@ -10,18 +10,23 @@ import matplotlib
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, PathPatch
 from matplotlib.path import Path as Curve
+from PIL import Image
 
 HERE = Path(__file__).parent
 WIDTH, HEIGHT, SCALE = 800, 372, 2  # pixels as the README shows them, and how many of the file's make one
 COLORS = {
     "light": {
+        "page": "#ffffff",
         "text": "#1f2328", "quiet": "#59636e", "line": "#8c959f", "box": "#f0f2f5",
         "own": "#0969da", "own box": "#ddf0ff", "head": "#bc4c00", "head box": "#fff0e0",
         "mask": "#8250df", "mask box": "#e9dbff",
     },
     "dark": {
+        "page": "#0d1117",
         "text": "#f0f6fc", "quiet": "#a5afbb", "line": "#6e7681", "box": "#22272e",
         "own": "#6cb6ff", "own box": "#12335c", "head": "#ffa657", "head box": "#4d2a10",
         "mask": "#d2a8ff", "mask box": "#46307a",
@@ -168,9 +173,12 @@ def main() -> None:
         caft(canvas)
         meap(canvas)
         canvas.line([(396, 8), (396, HEIGHT - 8)], "box")
-        canvas.figure.savefig(
-            HERE / f"methods-{name}.png", transparent=True, metadata={"Software": None}, pil_kwargs={"optimize": True}
-        )
+        # With a ground of its own, so that it is legible where a page's color is not the one its reader asked for.
+        canvas.figure.set_facecolor(colors["page"])
+        drawn = FigureCanvasAgg(canvas.figure)
+        drawn.draw()
+        pixels = Image.fromarray(np.asarray(drawn.buffer_rgba())).convert("RGB")
+        pixels.quantize(256, dither=Image.Dither.NONE).save(HERE / f"methods-{name}.png", optimize=True)
         plt.close(canvas.figure)
 
 
