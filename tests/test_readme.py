@@ -112,25 +112,46 @@ def test_a_broken_link_is_found():
     assert broken("CHANGES.md", ROOT) and broken("SECURITY.md#the-start", ROOT)
 
 
+HOOK = PROJECT["tool"]["hatch"]["metadata"]["hooks"]["fancy-pypi-readme"]
+REPOSITORY = PROJECT["project"]["urls"]["Repository"]
+
+
+def as_the_index_gets_it(text: str) -> str:
+    for substitution in HOOK["substitutions"]:
+        text = re.sub(substitution["pattern"], substitution["replacement"], text)
+    return text
+
+
 def test_the_package_index_gets_no_relative_link():
     """The wheel's description is README.md after the substitutions of pyproject.toml."""
     assert PROJECT["project"]["dynamic"] == ["readme"]
-    hook = PROJECT["tool"]["hatch"]["metadata"]["hooks"]["fancy-pypi-readme"]
-    assert hook["fragments"] == [{"path": "README.md"}]
+    assert HOOK["fragments"] == [{"path": "README.md"}]
     text = README.read_text(encoding="utf-8")
     before = links(text)
-    for substitution in hook["substitutions"]:
-        text = re.sub(substitution["pattern"], substitution["replacement"], text)
+    text = as_the_index_gets_it(text)
     after = links(text)
     assert "<picture" not in text and "<source" not in text, "the index drops <source>"
     assert not [link for link in after if is_relative(link)]
-    repository = PROJECT["project"]["urls"]["Repository"]
-    ours = [link.removeprefix(f"{repository}/") for link in after if link.startswith(repository)]
+    ours = [link.removeprefix(f"{REPOSITORY}/") for link in after if link.startswith(REPOSITORY)]
     assert sum(map(is_relative, before)) - text.count("<img") <= len(ours) and ours
     for link in ours:
         kind, branch, path = link.split("/", 2)
         assert (kind, branch) == ("raw" if path.endswith(".png") else "blob", "main"), link
         assert not broken(path, ROOT)
+
+
+@pytest.mark.parametrize(
+    ("written", "shown"),
+    [
+        ("[a](SECURITY.md#x)", f"[a]({REPOSITORY}/blob/main/SECURITY.md#x)"),
+        ("[a](#install)", f"[a]({REPOSITORY}/blob/main/README.md#install)"),
+        ("![a](b.png)", f"![a]({REPOSITORY}/raw/main/b.png)"),
+        ('<img src="b.png">', f'<img src="{REPOSITORY}/raw/main/b.png">'),
+        ("[a](https://arxiv.org/abs/1) [a](mailto:b@c)", "[a](https://arxiv.org/abs/1) [a](mailto:b@c)"),
+    ],
+)
+def test_the_package_index_gets_links_of_every_kind(written, shown):
+    assert as_the_index_gets_it(written) == shown
 
 
 if __name__ == "__main__":
