@@ -74,8 +74,8 @@ class Project:
     def train(self, name: str, **changes) -> Path:
         """The output folder of `axolotl train` with these changes to the base config; run once a name.
 
-        It trains in the process of the command itself, which spares the imports of `accelerate launch`, and prepares the
-        rows there too: by default each pool of processes that Axolotl saves them with imports Axolotl anew. Tests that
+        It trains in the process of the command itself, which spares the imports of `accelerate launch`, and prepares
+        the rows there too: by default Axolotl saves them with a pool of processes that import Axolotl anew. Tests that
         call `axolotl("train", ...)` or `axolotl("preprocess", ...)` launch as users do.
         """
         out = self.folder / name
