@@ -74,13 +74,14 @@ class Project:
     def train(self, name: str, **changes) -> Path:
         """The output folder of `axolotl train` with these changes to the base config; run once a name.
 
-        It trains in the process of the command itself, which spares the imports of `accelerate launch`; tests that call
-        `axolotl("train", ...)` launch as users do.
+        It trains in the process of the command itself, which spares the imports of `accelerate launch`, and prepares
+        the rows there too: by default Axolotl saves them with a pool of processes that import Axolotl anew. Tests that
+        call `axolotl("train", ...)` or `axolotl("preprocess", ...)` launch as users do.
         """
         out = self.folder / name
         if not out.exists():
             self.config(name, **changes)
-            self.axolotl("train", f"{name}.yml", "--launcher", "python")
+            self.axolotl("train", f"{name}.yml", "--launcher", "python", AXOLOTL_DATASET_NUM_PROC="0")
         return out
 
     def logs(self, name: str) -> list[dict]:
