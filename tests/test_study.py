@@ -464,11 +464,7 @@ RUNS = (
 
 
 def small(task: str) -> dict:
-    if task == "stage1":
-        return {"steps": 2, "batch-size": 2}
-    if task in ("retrieval", "pretrain"):  # long rows; of their training nothing but the end is looked at
-        return {"steps": 1, "batch": 1, "threads": 1}
-    return {"steps": 2, "batch": 2, "threads": 1}
+    return {"steps": 2, "batch-size": 2} if task == "stage1" else {"steps": 2, "batch": 2, "threads": 1}
 
 
 @pytest.fixture(scope="module")
