@@ -12,7 +12,7 @@ HEAD_LOSS, HEAD_ACCURACY = f"{CAFT}loss_head_", f"{CAFT}accuracy_head_"
 def by_head(start: str, values: Mapping[str, float]) -> dict[int, float]:
     """The values whose keys are `start` and a head's number k, by k."""
     found = {key.removeprefix(start): value for key, value in values.items() if key.startswith(start)}
-    return {int(k): value for k, value in sorted(found.items()) if k.isdecimal()}
+    return dict(sorted((int(k), value) for k, value in found.items() if k.isdecimal()))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,6 +21,11 @@ def test_an_evaluation_is_read_as_it_was_written():
     assert HeadsEvaluation.read(entries, "eval") == HeadsEvaluation({}, {})
 
 
+def test_heads_are_read_in_their_order():
+    entries = HeadsEvaluation({k: float(k) for k in range(1, 13)}, {}).entries("eval")
+    assert list(HeadsEvaluation.read(entries, "eval").losses) == list(range(1, 13))
+
+
 def test_no_share_is_logged_where_no_token_could_be_masked():
     assert MEAPLog(None, 0.0, 2.0).entries() == {"meap/examples_masked": 0.0, "meap/examples_too_long": 2.0}
     assert MEAPLog(0.1, 1.0, 0.0).entries()["meap/masked_fraction"] == 0.1
