@@ -118,8 +118,7 @@ def to_resume_from(asked: str | Literal[True], output_dir: str | Path, parts: Pa
         ConfigError: the checkpoint asked for is not whole, or none in `output_dir` is.
     """
     if asked is True:
-        newest, passed_over = newest_whole(output_dir, parts)
-        warn_of(passed_over)
+        newest = newest_warning_of_others(output_dir, parts)
         if newest is None:
             raise ConfigError(
                 f"resume_from_checkpoint: got True, but {output_dir} holds no whole checkpoint. Start "
@@ -138,14 +137,16 @@ def to_resume_from(asked: str | Literal[True], output_dir: str | Path, parts: Pa
     return str(asked)
 
 
-def warn_of(passed_over: list[str]) -> None:
-    """Warns, in the main process, of checkpoints that a killed run left behind half written."""
+def newest_warning_of_others(output_dir: str | Path, parts: Parts) -> Path | None:
+    """As `newest_whole`; the main process warns of newer ones, which a killed run left behind half written."""
+    newest, passed_over = newest_whole(output_dir, parts)
     if PartialState().is_main_process:
         for problem in passed_over:
             logger.warning(
                 "resume_from_checkpoint: %s; it is passed over, and overwritten when training comes to that step",
                 problem,
             )
+    return newest
 
 
 def begin_overwriting(checkpoint: Path) -> None:

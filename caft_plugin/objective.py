@@ -19,8 +19,8 @@ from caft_plugin.loss import Batch, count_targets, head_targets
 from caft_plugin.refusals import check_trainer, may_fuse, no_heads_ran, no_labels
 from caft_plugin.trunk import find_trunk
 from caft_plugin.window import (
+    LossShare,
     MicroBatch,
-    Share,
     Tally,
     Totals,
     Window,
@@ -163,17 +163,17 @@ class AuxiliaryObjective:
         window.sums.add(loss.double() / share.divisor, aux.double() / share.divisor, result.sums, tokens)
         return (total, *outputs) if isinstance(returned, tuple) else total
 
-    def request(self, window: Window, micro_batch: MicroBatch, inputs: Batch, share: Share) -> Request:
+    def request(self, window: Window, micro_batch: MicroBatch, inputs: Batch, share: LossShare) -> Request:
         return window.request(micro_batch, inputs, share, self.fused)
 
-    def _share(self, items: Tensor | int | None) -> Share:
+    def _share(self, items: Tensor | int | None) -> LossShare:
         """What the trainer will do to the loss: `training_step` divides it by the accumulation steps, unless the host's
         loss is already a share of the whole window, or was asked for by hand."""
         trainer = self.trainer
         counted = items if trainer.model_accepts_loss_kwargs else None
         divides = self._step is not None and counted is None and trainer.compute_loss_func is None
         steps = getattr(trainer, "current_gradient_accumulation_steps", 1) if divides else 1
-        return Share(steps, trainer.accelerator.num_processes, counted)
+        return LossShare(steps, trainer.accelerator.num_processes, counted)
 
     # -- evaluation --------------------------------------------------------------------------------
 

@@ -267,8 +267,7 @@ class CAFTTrainerMixin(_Base):
     def newest_whole_checkpoint(self) -> str | None:
         """The newest checkpoint of the output folder that this run can resume from, None where there is none.
         Newer ones that are not whole, because the run was killed while it wrote them, are warned of."""
-        newest, passed_over = checkpoints.newest_whole(str(self.args.output_dir), self.checkpoint_parts())
-        checkpoints.warn_of(passed_over)
+        newest = checkpoints.newest_warning_of_others(str(self.args.output_dir), self.checkpoint_parts())
         return None if newest is None else str(newest)
 
     def checkpoint_parts(self) -> checkpoints.Parts:

@@ -18,7 +18,7 @@ from caft_plugin.loss import IGNORE, Batch, count_targets, gamma, head_targets, 
 
 
 @dataclasses.dataclass(frozen=True)
-class Share:
+class LossShare:
     """How a host treats the loss that it is given.
 
     It divides it by `divisor` (accumulation steps), and gradients become a mean over `processes`. `items` is the number
@@ -153,7 +153,7 @@ class Window:
             weights = [count * sum(weights) / config.heads_per_step for count in draws]
         return torch.tensor(weights, device=self.counts.device) / self.counts.clamp(min=1)
 
-    def request(self, micro_batch: MicroBatch, inputs: Batch, share: Share, fused: bool) -> Request:
+    def request(self, micro_batch: MicroBatch, inputs: Batch, share: LossShare, fused: bool) -> Request:
         """What the heads are to compute of `inputs`, and with `fused` the next-token loss too."""
         request = Request(
             targets=micro_batch.targets_in(inputs),

@@ -9,7 +9,7 @@ import torch
 
 from caft_plugin import CAFTConfig
 from caft_plugin.loss import IGNORE
-from caft_plugin.window import Share, Tally, Window, draw_heads, next_tokens_in
+from caft_plugin.window import LossShare, Tally, Window, draw_heads, next_tokens_in
 
 CPU = torch.device("cpu")
 
@@ -98,13 +98,13 @@ def test_targets_of_inputs_that_the_host_has_made_anew_are_its_own():
 def test_a_request_undoes_what_the_host_will_do():
     window = opened(BATCHES)
     micro_batch = window.micro_batches[0]
-    share = Share(divisor=4, processes=2)
+    share = LossShare(divisor=4, processes=2)
     assert window.request(micro_batch, BATCHES[0], share, fused=False).next_tokens is None
     fused = window.request(micro_batch, BATCHES[0], share, fused=True)
     assert fused.run == [True, True] and fused.training
     assert fused.next_tokens.tolist() == [[5, 6, 7, 8, IGNORE], [IGNORE, 9, IGNORE, IGNORE, IGNORE]]
     assert float(fused.next_token_weight) == pytest.approx(4 * 2 / 7)  # 7 next tokens in the window
-    counted = window.request(micro_batch, BATCHES[0], Share(divisor=1, processes=2, items=5), fused=True)
+    counted = window.request(micro_batch, BATCHES[0], LossShare(divisor=1, processes=2, items=5), fused=True)
     assert counted.next_token_weight == pytest.approx(1 / 5)
 
 
@@ -112,7 +112,7 @@ def test_no_head_runs_where_gamma_is_0():
     window = opened(BATCHES, schedule="linear")
     window.gamma = 0.0
     assert window.run == [False, False]
-    assert window.request(window.micro_batches[0], BATCHES[0], Share(1, 1), fused=False).run == [False, False]
+    assert window.request(window.micro_batches[0], BATCHES[0], LossShare(1, 1), fused=False).run == [False, False]
 
 
 def test_the_log_has_means_over_steps_and_a_batch_asked_for_twice_counts_once():

@@ -39,7 +39,7 @@ from caft_plugin.stage1.data import Row, pad_rows, prompt_of, supervised, with_a
 from caft_plugin.storage import write_json, write_text
 from caft_plugin.training import with_caft
 from caft_plugin.trunk import trunk_without_weights
-from caft_plugin.window import MicroBatch, Share, Window
+from caft_plugin.window import LossShare, MicroBatch, Window
 
 
 def load_base(
@@ -141,7 +141,7 @@ class Stage1Objective(AuxiliaryObjective):
 class DistributionObjective(Stage1Objective):
     """In training the heads learn distributions."""
 
-    def request(self, window: Window, micro_batch: MicroBatch, inputs: Batch, share: Share) -> Request:
+    def request(self, window: Window, micro_batch: MicroBatch, inputs: Batch, share: LossShare) -> Request:
         request = super().request(window, micro_batch, inputs, share)
         return DistributionRequest(request.targets, request.weights, request.run, training=True)
 
