@@ -34,15 +34,25 @@ PATHS = [str(ROOT), str(HERE), str(ROOT / "tests"), str(ROOT / "tests" / "benchm
 sys.path[:0] = PATHS
 
 import torch
-from checks import CHECKS, REFERENCES, Check, Row, in_one_line, save
-from hosts import PROCESSES, AxolotlCheck, BenchCheck, last_words
+from checks import REFERENCES, TRAINER_CHECKS, Check, Row, in_one_line, save
+from hosts import PROCESS_CHECKS, last_words
 
 from caft_plugin.storage import write_text
 
 RESULTS = HERE / "results.md"
-PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "trl", "axolotl", "liger_kernel", "flash_attn")
-ALL: dict[str, Check | AxolotlCheck | BenchCheck] = {check.name: check for check in (*CHECKS, *PROCESSES)}
-LIMIT = 180.0  # seconds that one check may take
+PACKAGES = (
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "bitsandbytes",
+    "trl",
+    "axolotl",
+    "liger_kernel",
+    "flash_attn",
+)
+ALL: dict[str, Check] = {check.name: check for check in (*TRAINER_CHECKS, *PROCESS_CHECKS)}
+LIMIT = 240.0  # seconds that one check may take
 OUT_OF_TIME = "not run: out of time"
 
 
@@ -52,11 +62,12 @@ OUT_OF_TIME = "not run: out of time"
 def work(options: argparse.Namespace) -> None:
     """What a worker does: each of its checks in turn. A line is added to its file for each."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what it has started is ended too
-    torch.set_num_threads(max(torch.get_num_threads(), 1))
     first = os.environ.get("RANK", "0") == "0"
     for name in options.work:
         try:
-            row = save(options.folder, name) if name in REFERENCES else ALL[name].measure(options.device, options.folder)
+            row = (
+                save(options.folder, name) if name in REFERENCES else ALL[name].measure(options.device, options.folder)
+            )
         except Exception as error:
             traceback.print_exc()
             row = Row(name, f"failed: {in_one_line(error)}")
@@ -105,20 +116,19 @@ def rows_of(
                     stopped = f"failed: it took longer than {limit:.0f} seconds"
                 else:
                     time.sleep(0.1)
-            end(process)
+            end(process, patience=0 if waiting else 10)
         if waiting and stopped is not None:
             yield Row(waiting.pop(0), stopped.replace("|", "/"))
 
 
-def end(process: subprocess.Popen) -> None:
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(10 if process.poll() is None else 0)  # it has done its work, or it hangs
-    if process.poll() is None:
-        process.terminate()
+def end(process: subprocess.Popen, patience: float) -> None:
+    """Ends a worker that has not ended by itself in `patience` seconds: first so that it ends what it has started."""
+    for tell, seconds in ((None, patience), (process.terminate, 10.0), (process.kill, None)):
+        if tell is not None:
+            tell()
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(10)
-    process.kill()
-    process.wait()
+            process.wait(seconds)
+            return
 
 
 def worker(device: str, folder: Path, processes: int) -> Callable[[list[str], Path], list[str]]:
@@ -160,13 +170,16 @@ def results(device: str, names: list[str], deadline: float) -> Iterator[Row]:
         for row in rows_of(worker("cpu", folder, 1), wanted, folder, deadline, environment=environment_of("cpu", 1)):
             if row.result != "ran":
                 lacking[row.check] = row.result
-        for name in able:
-            if ALL[name].reference in lacking:
-                yield Row(name, lacking[ALL[name].reference])
-        able = [name for name in able if ALL[name].reference not in lacking]
-        for (_, processes), group in itertools.groupby(able, lambda name: (ALL[name].alone and name, ALL[name].processes)):
+        for name in [name for name in able if ALL[name].reference in lacking]:
+            able.remove(name)
+            yield Row(name, lacking[str(ALL[name].reference)])
+        for (_, processes), group in itertools.groupby(
+            able, lambda name: (ALL[name].alone and name, ALL[name].processes)
+        ):
             environment = environment_of(device, processes)
-            yield from rows_of(worker(device, folder, processes), list(group), folder, deadline, environment=environment)
+            yield from rows_of(
+                worker(device, folder, processes), list(group), folder, deadline, environment=environment
+            )
 
 
 # -- the table ---------------------------------------------------------------------------------------

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib.util
 import json
 import os
 import subprocess
@@ -15,40 +14,29 @@ from typing import Any
 
 import cost
 import yaml
-from checks import FOUR_BITS, HALF, REFERENCES, Difference, Row, Tolerance, in_one_line, load, verdict
+from checks import FOUR_BITS, HALF, REFERENCES, Check, Difference, Row, Tolerance, in_one_line, load, verdict
 from runs import model_of
 from tiny import word_tokenizer
 
 KERNELS = dict.fromkeys(("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel"), True)
 FOUR = {"adapter": "qlora", "load_in_4bit": True}
-LEARNS = 0.02  # least relative fall of each loss from the first step to the last: in float32 on a CPU it is 0.03
+LEARNS = 0.05  # least relative fall of each loss from the first step to the last: in float32 on a CPU it is 0.13
 
 
 @dataclasses.dataclass(frozen=True)
-class AxolotlCheck:
+class AxolotlCheck(Check):
     """`axolotl train` with heads beside the same without us, and beside the Trainer's run on a CPU in float32.
 
     Every step takes all rows. Axolotl draws the start of LoRA on its own, so beside the CPU's run stand the losses of
     the first step, when LoRA does nothing yet; that the losses fall shows that gradients do what they should.
     """
 
-    name: str
     options: dict[str, Any]
     tolerance: Tolerance
-    reference: str
-    packages: tuple[str, ...] = ("axolotl",)
-    cuda: bool = False
-    alone: bool = True
-    processes: int = 1
-
-    def why_not(self, device: str) -> str | None:
-        missing = [package for package in self.packages if importlib.util.find_spec(package) is None]
-        if missing:
-            return f"{missing[0]} is not installed"
-        return "it takes CUDA" if self.cuda and device == "cpu" else None
 
     def measure(self, device: str, folder: Path) -> Row:
-        size, run = REFERENCES[self.reference]
+        reference = str(self.reference)
+        size, run = REFERENCES[reference]
         base = folder / "axolotl"
         model_of(dataclasses.replace(run, how="full"), size, "cpu", folder).save_pretrained(base)
         word_tokenizer("").save_pretrained(base)
@@ -83,7 +71,7 @@ class AxolotlCheck:
             except RuntimeError as error:
                 return Row(self.name, f"not run: without us it fails too, {in_one_line(error)}")
             after = logs(base / "ours", with_heads)
-        return Row(self.name, *verdict([*self.compared(before, after, load(folder, self.reference).logs)]))
+        return Row(self.name, *verdict([*self.compared(before, after, load(folder, reference).logs)]))
 
     def compared(self, plain: list[dict], ours: list[dict], on_cpu: list[dict]) -> Iterator[Difference]:
         first, last, allowed = ours[0], ours[-1], self.tolerance.loss
@@ -134,29 +122,20 @@ def logs(folder: Path, process: subprocess.Popen) -> list[dict[str, float]]:
 def last_words(log: str) -> str:
     """Of a process that failed: the last line in which an error is named."""
     lines = [line.strip() for line in log.splitlines() if line.strip()]
-    named = [line for line in lines if "Error" in line and not line.startswith("File ")]
+    named = [line for line in lines if "Error: " in line]
     return (named or lines or ["no word"])[-1]
 
 
 @dataclasses.dataclass(frozen=True)
-class BenchCheck:
+class BenchCheck(Check):
     """Runs of `make bench` that take steps in turn, on a model of random weights. Nothing is equal here or not."""
 
-    name: str
     how: str
-    packages: tuple[str, ...] = ()
-    reference: None = None
-    alone: bool = True
-    processes: int = 1
-
-    def why_not(self, device: str) -> str | None:
-        missing = [package for package in self.packages if importlib.util.find_spec(package) is None]
-        return f"{missing[0]} is not installed" if missing else None
 
     def measure(self, device: str, folder: Path) -> Row:
         return self.compared(folder, BENCH_MODEL, length=512, steps=9)
 
-    def compared(self, folder: Path, model: dict[str, int], length: int, steps: int) -> Row:
+    def compared(self, folder: Path, model: dict[str, Any], length: int, steps: int) -> Row:
         made: Any = model
         if self.how == "qlora":
             from transformers import LlamaConfig, LlamaForCausalLM
@@ -177,7 +156,7 @@ class BenchCheck:
         return Row(self.name, "ran", "", time, memory)
 
 
-BENCH_MODEL = {
+BENCH_MODEL: dict[str, Any] = {
     "vocab_size": 32_000,
     "hidden_size": 1024,
     "intermediate_size": 2816,
@@ -185,18 +164,26 @@ BENCH_MODEL = {
     "num_attention_heads": 16,
     "max_position_embeddings": 2048,
 }
-PROCESSES = [
-    AxolotlCheck("axolotl train", {}, HALF, "all rows at once"),
-    AxolotlCheck("axolotl train, Triton LoRA kernels", KERNELS, HALF, "all rows at once", cuda=True),
+PROCESS_CHECKS: list[Check] = [
+    AxolotlCheck("axolotl train", {}, HALF, reference="all rows at once", packages=("axolotl",)),
+    AxolotlCheck(
+        "axolotl train, Triton LoRA kernels",
+        KERNELS,
+        HALF,
+        reference="all rows at once",
+        packages=("axolotl",),
+        cuda=True,
+    ),
     AxolotlCheck(
         "axolotl train, QLoRA with Triton LoRA kernels",
         {**KERNELS, **FOUR},
         FOUR_BITS,
-        "all rows at once, qlora",
-        ("axolotl", "bitsandbytes"),
+        reference="all rows at once, qlora",
+        packages=("axolotl", "bitsandbytes"),
         cuda=True,
     ),
-    BenchCheck("make bench, LoRA", "lora"),
-    BenchCheck("make bench, full fine-tuning", "full"),
-    BenchCheck("make bench, QLoRA", "qlora", ("bitsandbytes",)),
+    # `make bench` itself runs on a CPU too, for an hour
+    BenchCheck("make bench, LoRA", "lora", cuda=True),
+    BenchCheck("make bench, full fine-tuning", "full", cuda=True),
+    BenchCheck("make bench, QLoRA", "qlora", packages=("bitsandbytes",), cuda=True),
 ]
