@@ -10,8 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from runs import HEAD, LARGE, SMALL, WHOLE, Figures, Run, Size, train
-from torch import Tensor
+from described import LARGE, SMALL, WHOLE, Figures, Run, Size
 
 from caft_plugin.precision import cpu_has_bf16
 
@@ -111,6 +110,8 @@ class TrainerCheck(Check):
         return super().why_not(device)
 
     def measure(self, device: str, folder: Path) -> Row:
+        from runs import train
+
         reference = None if self.reference is None else load(folder, self.reference)
         start = None if reference is None else reference.start
         try:
@@ -178,8 +179,8 @@ def on_cpu(ours: Figures, reference: Figures, tolerance: Tolerance) -> Iterator[
         for key in ("meap/examples_masked", "meap/masked_fraction"):  # which tokens are masked depends on nothing here
             if key in reference.logs[step]:
                 yield losses(f"{key} of step {step + 1}", ours, reference, step, key, key, 1e-6)
-    mine, theirs = by_part(ours.gradients), by_part(reference.gradients)
-    for part, gradient in theirs.items():
+    mine = ours.gradients
+    for part, gradient in reference.gradients.items():
         same = part in mine and mine[part].shape == gradient.shape
         size = ((mine[part] - gradient).norm() / gradient.norm()).item() if same else math.inf
         yield Difference(f"gradient of {part}", size, tolerance.gradient)
@@ -198,17 +199,10 @@ def saved_plainly(ours: Figures, plain: Figures) -> Difference:
     return Difference("saved tensors and modules left on the model", len(others) + len(ours.left_behind), 0)
 
 
-def by_part(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The gradient of the model itself and of each head, as one vector."""
-    parts: dict[str, list[Tensor]] = {}
-    for name in sorted(gradients):
-        head = HEAD.search(name)
-        parts.setdefault(f"head {int(head[1]) + 1}" if head else "the model", []).append(gradients[name].flatten())
-    return {part: torch.cat(tensors) for part, tensors in parts.items()}
-
-
 def pairs_of_runs(run: Run, size: Size, device: str, folder: Path) -> list[tuple[Figures, Figures]]:
     """Runs without us and with heads, in turn."""
+    from runs import train
+
     return [(train(run, size, device, folder, ours=False), train(run, size, device, folder)) for _ in range(ROUNDS)]
 
 
@@ -223,6 +217,8 @@ def ratios(pairs: list[tuple[Figures, Figures]]) -> tuple[str, str]:
 
 def save(folder: Path, name: str) -> Row:
     """Does a reference's run, and keeps it for `load`."""
+    from runs import train
+
     size, run = REFERENCES[name]
     torch.save(vars(train(run, size, "cpu", folder)), folder / f"{name}.pt")
     return Row(name, "ran")

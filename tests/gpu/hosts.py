@@ -15,8 +15,6 @@ from typing import Any
 import cost
 import yaml
 from checks import FOUR_BITS, HALF, REFERENCES, Check, Difference, Row, Tolerance, in_one_line, load, verdict
-from runs import model_of
-from tiny import word_tokenizer
 
 KERNELS = dict.fromkeys(("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel"), True)
 FOUR = {"adapter": "qlora", "load_in_4bit": True}
@@ -35,12 +33,15 @@ class AxolotlCheck(Check):
     tolerance: Tolerance
 
     def measure(self, device: str, folder: Path) -> Row:
+        from runs import data_of, model_of
+        from tiny import word_tokenizer
+
         reference = str(self.reference)
         size, run = REFERENCES[reference]
         base = folder / "axolotl"
         model_of(dataclasses.replace(run, how="full"), size, "cpu", folder).save_pretrained(base)
         word_tokenizer("").save_pretrained(base)
-        rows = [{**row, "attention_mask": [1] * len(row["labels"])} for row in size.data()]
+        rows = [{**row, "attention_mask": [1] * len(row["labels"])} for row in data_of(size)]
         (base / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         config = {
             "base_model": str(base),

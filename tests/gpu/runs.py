@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import gc
 import os
 import re
@@ -11,10 +10,11 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from accelerate import DistributedType, PartialState
+from described import LARGE, Figures, Run, Size
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from tiny import word_tokenizer
@@ -39,90 +39,33 @@ Row = dict[str, list[int]]
 Batch = dict[str, Tensor]
 
 
-@dataclasses.dataclass(frozen=True)
-class Size:
-    """Of a model; of its data (below which number token ids lie, the shortest and the longest row, rows a step, steps
-    that differ); and how many steps are taken, at which learning rate."""
-
-    hidden: int
-    layers: int
-    vocabulary: int
-    ids: int
-    lengths: tuple[int, int]
-    rows: int
-    batches: int
-    steps: int
-    learning_rate: float
-
-    def config(self, attention: str) -> LlamaConfig:
-        return LlamaConfig(
-            vocab_size=self.vocabulary,
-            hidden_size=self.hidden,
-            intermediate_size=self.hidden * 2,
-            num_hidden_layers=self.layers,
-            num_attention_heads=self.hidden // 64,
-            num_key_value_heads=self.hidden // 128,
-            max_position_embeddings=2048,
-            pad_token_id=0,
-            bos_token_id=None,
-            eos_token_id=1,
-            # Three times Llama's: else all positions are alike, and a wrong target changes little.
-            initializer_range=0.06,
-            attn_implementation=attention,  # type: ignore[call-arg]
-        )
-
-    def data(self) -> list[Row]:
-        """Rows of very different lengths, whose first two tokens have no labels."""
-        generator = torch.Generator().manual_seed(5)
-        low, high = self.lengths
-        made = []
-        for length in torch.randint(low, high + 1, (self.batches * self.rows,), generator=generator).tolist():
-            ids = torch.randint(5, self.ids, (length,), generator=generator).tolist()
-            made.append({"input_ids": ids, "labels": [IGNORE, IGNORE, *ids[2:]]})
-        return made
+def config_of(size: Size, attention: str) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=size.vocabulary,
+        hidden_size=size.hidden,
+        intermediate_size=size.hidden * 2,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.hidden // 64,
+        num_key_value_heads=size.hidden // 128,
+        max_position_embeddings=2048,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=1,
+        # Three times Llama's: else all positions are alike, and a wrong target changes little.
+        initializer_range=0.06,
+        attn_implementation=attention,  # type: ignore[call-arg]
+    )
 
 
-# Its ids are the words of `word_tokenizer`, which MEAP needs, of a vocabulary that is larger, so that losses fall.
-SMALL = Size(128, 2, 512, ids=97, lengths=(4, 60), rows=8, batches=2, steps=4, learning_rate=1e-2)
-# The same data, all of it in each step: what is computed does not depend on the order of rows.
-WHOLE = dataclasses.replace(SMALL, rows=16, batches=1)
-LARGE = Size(1024, 8, 32_000, ids=32_000, lengths=(64, 512), rows=8, batches=2, steps=9, learning_rate=1e-4)
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """What is trained, and how.
-
-    `weights` is the dtype of the base model's, `host` the trainer that `with_caft` is put over, `packed` puts the rows
-    of a batch one behind the other into a single one, `cce` patches the model with Cut Cross Entropy, `args` are
-    training arguments.
-    """
-
-    how: Literal["full", "lora", "qlora"] = "lora"
-    weights: str = "float32"
-    attention: str = "sdpa"
-    host: Literal["Trainer", "save_on_cpu", "SFTTrainer"] = "Trainer"
-    packed: bool = False
-    cce: bool = False
-    dropout: float = 0.0
-    caft: dict[str, Any] = dataclasses.field(default_factory=lambda: {"beta": 0.5})
-    meap: dict[str, Any] | None = None
-    args: dict[str, Any] = dataclasses.field(default_factory=dict)
-
-
-@dataclasses.dataclass
-class Figures:
-    """What was seen of a run: each step's log and seconds, trainable tensors as they were and their gradients at the
-    first step, the names and shapes that were saved, modules of ours that were left on the model, and the most memory
-    that tensors took on the GPU."""
-
-    logs: list[dict[str, float]]
-    start: dict[str, Tensor]
-    gradients: dict[str, Tensor]
-    saved: dict[str, list[int]]
-    left_behind: list[str]
-    seconds: list[float]
-    memory: int
+def data_of(size: Size) -> list[Row]:
+    """Rows of very different lengths, whose first two tokens have no labels."""
+    generator = torch.Generator().manual_seed(5)
+    low, high = size.lengths
+    made = []
+    for length in torch.randint(low, high + 1, (size.batches * size.rows,), generator=generator).tolist():
+        ids = torch.randint(5, size.ids, (length,), generator=generator).tolist()
+        made.append({"input_ids": ids, "labels": [IGNORE, IGNORE, *ids[2:]]})
+    return made
 
 
 class Notes(TrainerCallback):
@@ -189,7 +132,9 @@ def model_of(run: Run, size: Size, device: str, folder: Path) -> Any:
     # A CPU draws the same weights everywhere; those that are only timed may be others, which a GPU draws sooner. All
     # are rounded to bfloat16, whatever they are kept in, so that all runs begin with the same.
     with torch.device(device if size is LARGE and processes() == 1 else "cpu"):
-        model: Any = LlamaForCausalLM(size.config(run.attention)).bfloat16().to(dtype)
+        model: Any = LlamaForCausalLM(config_of(size, run.attention))
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16().to(dtype)
     if run.how == "qlora":
         model.save_pretrained(folder / "base")
         model = AutoModelForCausalLM.from_pretrained(
@@ -232,7 +177,7 @@ def trainer_of(run: Run, size: Size, device: str, folder: Path, ours: bool) -> t
     }
     common: dict[str, Any] = {
         "model": model_of(run, size, device, folder),
-        "train_dataset": size.data(),
+        "train_dataset": data_of(size),
         "callbacks": [notes],
         "processing_class": word_tokenizer(""),
     }
@@ -241,7 +186,7 @@ def trainer_of(run: Run, size: Size, device: str, folder: Path, ours: bool) -> t
         from datasets import Dataset
         from trl import SFTConfig, SFTTrainer
 
-        host, common["train_dataset"] = SFTTrainer, Dataset.from_list(size.data())
+        host, common["train_dataset"] = SFTTrainer, Dataset.from_list(data_of(size))
         common["args"] = SFTConfig(**settings, max_length=None)
     else:
         common |= {"args": TrainingArguments(**settings), "data_collator": one_behind_the_other if run.packed else pad}
@@ -299,12 +244,21 @@ def train(
         return Figures(
             logs=[entry for entry in trainer.state.log_history if "loss" in entry],
             start=begun,
-            gradients=notes.gradients,
+            gradients=by_part(notes.gradients),
             saved=shapes(own / "saved"),
             left_behind=[name for name, _ in trainer.model.named_modules() if "caft" in name],
             seconds=notes.seconds,
             memory=notes.memory,
         )
+
+
+def by_part(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The gradient of the model itself and of each head, as one vector."""
+    parts: dict[str, list[Tensor]] = {}
+    for name in sorted(gradients):
+        head = HEAD.search(name)
+        parts.setdefault(f"head {int(head[1]) + 1}" if head else "the model", []).append(gradients[name].flatten())
+    return {part: torch.cat(tensors) for part, tensors in parts.items()}
 
 
 def shapes(folder: Path) -> dict[str, list[int]]:
