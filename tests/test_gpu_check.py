@@ -87,12 +87,12 @@ def test_its_other_runs_on_a_cpu():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["lora", "qlora"])
-def test_its_benchmark_on_a_cpu(tmp_path, how):
+def test_its_benchmark_on_a_cpu(tmp_path):
     model = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
-    row = hosts.BenchCheck("bench", how).compared(tmp_path, {**model, "num_attention_heads": 1}, length=16, steps=2)
+    model["num_attention_heads"] = 1
+    row = hosts.BenchCheck("bench", "qlora").compared(tmp_path, model, {"4 heads": {}}, length=16, steps=2)
     assert row.result == "ran", row
-    assert row.time.count("4 heads") == 2 and row.memory.count(";") == 2
+    assert row.time.startswith("4 heads ") and float(row.memory.removeprefix("4 heads ")) > 0
 
 
 # -- faults are found -------------------------------------------------------------------------------
