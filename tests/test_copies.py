@@ -17,7 +17,7 @@ import torch
 from bitsandbytes.nn.parametrize import replace_parameter_4bit
 from peft import LoraConfig, PeftType, get_peft_model
 from test_heads import attach, batch, read
-from tiny import LLAMA, head_outputs
+from tiny import LLAMA, add_adapter, head_outputs
 from torch import nn
 from torch.nn.utils import parametrizations
 from transformers import (
@@ -329,11 +329,6 @@ def test_a_parametrised_weight_is_its_value():
     assert gap(model) < EXACT
     model = get_peft_model(model, LoraConfig(target_modules=["down_proj"]))
     assert gap(moved(model)) < EXACT
-
-
-def add_adapter(model, config):
-    model.add_adapter(config)
-    return model
 
 
 @pytest.mark.parametrize("put_on", [get_peft_model, add_adapter])

@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, OFTConfig, PeftModel, get_peft_model
-from tiny import LLAMA, head_outputs
+from tiny import LLAMA, add_adapter, head_outputs
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -550,8 +550,7 @@ def test_a_layer_that_cannot_be_copied_is_named():
 
 def with_adapter(model, how, config):
     if how == "add_adapter":
-        model.add_adapter(config)
-        return model
+        return add_adapter(model, config)
     return get_peft_model(model, config, mixed=how == "mixed")
 
 
