@@ -39,8 +39,8 @@ def word_tokenizer(template: str) -> PreTrainedTokenizerFast:
 
 
 def add_adapter(model, config):
-    """The adapter put on by transformers itself; skips where transformers takes no PEFT as old as this one (5.24 asks for
-    PEFT 0.22, which was not out when it came)."""
+    """The adapter put on by transformers itself; skips where transformers takes no PEFT as old as this one (5.24 asks
+    for PEFT 0.22, which was not out when it came)."""
     if version.parse(peft.__version__) < version.parse(MIN_PEFT_VERSION):
         pytest.skip(f"this transformers' add_adapter needs PEFT {MIN_PEFT_VERSION}, and this is {peft.__version__}")
     model.add_adapter(config)
