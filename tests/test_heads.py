@@ -338,6 +338,16 @@ def test_copies_leave_patched_forwards_out():
     assert layer.mlp.forward(torch.ones(1)) == 0  # the base keeps its own
 
 
+@pytest.mark.parametrize("how", ["full", "lora"])
+def test_heads_over_weights_that_another_process_reads_have_addresses(how):
+    """accelerate tells the parameters of an optimizer apart by their address, which is 0 for all on the meta device."""
+    model = AutoModelForCausalLM.from_config(FAMILIES["plain"]).to("meta")
+    attached = attach(model, train_heads=how)
+    trained = [parameter for parameter in attached.heads.parameters() if parameter.requires_grad]
+    assert trained
+    assert len({parameter.data_ptr() for parameter in trained} - {0}) == len(trained)
+
+
 @pytest.mark.parametrize("ran_before", [False, True])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_copies_are_dequantised(tmp_path, bits, ran_before):
