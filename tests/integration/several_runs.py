@@ -15,11 +15,13 @@ import signal
 import sys
 import traceback
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 ANSWERS = os.fdopen(os.dup(1), "w")  # standard output is for answers alone, whatever is printed by what is imported
 os.dup2(2, 1)
 
+import torch
 import triton.language.extra.libdevice
 import triton.language.math
 from axolotl.cli.main import cli
@@ -51,6 +53,9 @@ def train(config: Path) -> int:
 def main() -> None:
     if os.environ.get("TRITON_INTERPRET") == "1":  # the interpreter has none of the GPU's library
         triton.language.extra.libdevice.rsqrt = lambda x: triton.language.math.rsqrt(x)
+    if find_spec("cut_cross_entropy") and not torch.cuda.is_available():  # its own way for CPUs, which no key chooses
+        patch = import_module("cut_cross_entropy.transformers.patch").cce_patch
+        patch.__defaults__ = ("torch_compile", *patch.__defaults__[1:])
     gc.collect()
     gc.freeze()  # Axolotl collects garbage all the time: half of a run would go into looking at what was imported
     for line in sys.stdin:

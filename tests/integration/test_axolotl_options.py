@@ -10,6 +10,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -291,3 +292,25 @@ def test_liger_before_and_after_ours(project, name, plugins, changes, fused_loss
     ((ours,), (plain,)) = (project.logs(run) for run in (f"liger_{name}", f"no_liger_{name}"))
     for key in ("loss", "grad_norm", "caft/next_token_loss", "caft/aux_loss", *(f"caft/loss_head_{k}" for k in HEADS)):
         assert ours[key] == pytest.approx(plain[key], rel=1e-5), key
+
+
+CUT = "axolotl.integrations.cut_cross_entropy.CutCrossEntropyPlugin"
+
+
+@pytest.mark.skipif(
+    find_spec("cut_cross_entropy") is None,
+    reason="Axolotl's fork of cut_cross_entropy is on no package index; Axolotl's own error names what installs it",
+)
+@pytest.mark.parametrize(
+    "name, plugins", [("before", [CUT, "caft_plugin"]), ("after", ["caft_plugin", CUT])], ids=["before", "after"]
+)
+def test_cut_cross_entropy_before_and_after_ours(project, name, plugins):
+    """Losses and the gradient norm are those of the run without it. 1e-4, because it takes bf16 alone. On a CPU it
+    computes with `torch.compile`; its kernels need a GPU."""
+    settings = {**ONE_ROW, "bf16": True, "caft": {"beta": 0.3, "num_heads": 2}}
+    project.train_in_fork("not_cut", **settings, plugins=["caft_plugin"])
+    project.train_in_fork(f"cut_{name}", **settings, plugins=plugins, cut_cross_entropy=True)
+    assert "Applying Cut Cross Entropy to model type: llama" in (project.folder / f"cut_{name}.log").read_text()
+    ((ours,), (plain,)) = (project.logs(run) for run in (f"cut_{name}", "not_cut"))
+    for key in ("loss", "grad_norm", "caft/next_token_loss", "caft/aux_loss", *(f"caft/loss_head_{k}" for k in HEADS)):
+        assert ours[key] == pytest.approx(plain[key], rel=1e-4), key
