@@ -80,7 +80,7 @@ def assert_plain(layer):
         assert not hasattr(module, "parametrizations"), name
         assert not {"forward", "_old_forward", "_hf_hook"} & vars(module).keys(), name
         for key, hooks in vars(module).items():
-            assert not ("_hooks" in key and hooks), (name, key)
+            assert not ("_hooks" in key and isinstance(hooks, dict) and hooks), (name, key)
     for name, parameter in layer.named_parameters():
         assert type(parameter) is nn.Parameter and parameter.is_floating_point(), name
     for name, buffer in layer.named_buffers():
