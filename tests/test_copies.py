@@ -43,6 +43,13 @@ MOE = {**LLAMA, "num_experts_per_tok": 2, "initializer_range": 0.1}
 TARGETS = ["q_proj", "down_proj"]
 
 
+@pytest.fixture(autouse=True)
+def _four_bits_in_float32(monkeypatch):
+    """On a CPU with instructions for bfloat16, bitsandbytes computes 4-bit products in it when a model is in evaluation
+    mode, whatever compute dtype was asked for."""
+    monkeypatch.setattr(bitsandbytes.nn.modules, "has_avx512bf16", lambda: False)
+
+
 def tiny(config=CONFIG):
     return AutoModelForCausalLM.from_config(copy.deepcopy(config)).eval()
 
