@@ -72,23 +72,12 @@ class Project:
             assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
         return result
 
-    def train(self, name: str, **changes) -> Path:
+    def train(self, name: str, interpret_triton: bool = False, **changes) -> Path:
         """The output folder of `axolotl train` with these changes to the base config; run once a name.
 
-        It trains in the process of the command itself, which spares the imports of `accelerate launch`, and prepares
-        the rows there too: by default Axolotl saves them with a pool of processes that import Axolotl anew. Tests that
-        call `axolotl("train", ...)` or `axolotl("preprocess", ...)` launch as users do.
-        """
-        out = self.folder / name
-        if not out.exists():
-            self.config(name, **changes)
-            self.axolotl("train", f"{name}.yml", "--launcher", "python", AXOLOTL_DATASET_NUM_PROC="0")
-        return out
-
-    def train_in_fork(self, name: str, interpret_triton: bool = False, **changes) -> Path:
-        """As `train`, in a fork of a process that has imported Axolotl (several_runs.py), which spares imports.
-
-        Random generators start alike in all such runs. With `interpret_triton`, Triton's kernels run on a CPU.
+        The command runs in a fork of a process that has imported Axolotl (several_runs.py), which spares the imports;
+        random generators start alike in all such runs. With `interpret_triton`, Triton's kernels run on a CPU. Tests
+        that call `axolotl("train", ...)` or `axolotl("preprocess", ...)` launch as users do.
         """
         out = self.folder / name
         if not out.exists():

@@ -107,7 +107,7 @@ def train(moe, bits, name, caft=None, **changes):
     """A run over a base of so many bits; its output folder and its log."""
     plugins = [*PLUGINS[bits], *(["caft_plugin"] if caft else [])]
     settings = {**RUN, **BASES[bits], "plugins": plugins or None, "caft": caft, **changes}
-    out = moe.train_in_fork(f"moe_{bits}_{name}", **settings)
+    out = moe.train(f"moe_{bits}_{name}", **settings)
     return out, moe.logs(f"moe_{bits}_{name}")
 
 

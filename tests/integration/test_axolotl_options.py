@@ -46,7 +46,7 @@ def run(project: Project, option: str, arm: str) -> str:
     """The name of a finished run."""
     name = f"{option}_{arm}"
     settings = OPTIONS[option].settings if option in OPTIONS else {}
-    project.train_in_fork(name, **{**SHORT, **settings, **ARMS[arm]})
+    project.train(name, **{**SHORT, **settings, **ARMS[arm]})
     return name
 
 
@@ -242,11 +242,17 @@ def test_heads_losses_of_packed_evaluation_rows_are_those_of_padded_ones(project
         assert packed[f"eval_caft/loss_head_{k}"] == pytest.approx(padded[f"eval_caft/loss_head_{k}"], rel=1e-5)
 
 
+def by_command(project: Project, **settings) -> Path:
+    project.config("by_command", **settings)
+    project.axolotl("train", "by_command.yml", "--launcher", "python", AXOLOTL_DATASET_NUM_PROC="0")
+    return project.folder / "by_command"
+
+
 def test_a_fork_is_the_command(project):
     """The same YAML by `axolotl train` in a process of its own: all tests of this file rest on this. It starts from a
     saved adapter, since Axolotl makes LoRA matrices before it seeds the generator."""
     settings = {**SHORT, **EVALUATED, **ARMS["ours"], "lora_model_dir": f"./{run(project, 'none', 'plain')}"}
-    fork, command = project.train_in_fork("in_fork", **settings), project.train("by_command", **settings)
+    fork, command = project.train("in_fork", **settings), by_command(project, **settings)
     keys = (
         "loss",
         "grad_norm",
@@ -293,9 +299,9 @@ def test_liger_before_and_after_ours(project, name, plugins, changes, fused_loss
     """
     caft = {"beta": 0.3, "num_heads": 2, "fused_loss": fused_loss}
     settings = {**ONE_ROW, **changes, "caft": caft}
-    project.train_in_fork(f"no_liger_{name}", **settings, plugins=["caft_plugin"])
+    project.train(f"no_liger_{name}", **settings, plugins=["caft_plugin"])
     kernels = dict.fromkeys(KERNELS, True)
-    project.train_in_fork(f"liger_{name}", interpret_triton=True, **settings, **kernels, plugins=plugins)
+    project.train(f"liger_{name}", interpret_triton=True, **settings, **kernels, plugins=plugins)
     printed = (project.folder / f"liger_{name}.log").read_text()
     for patched in ("rope", "rms_norm", "swiglu", "fused_linear_cross_entropy"):
         assert f"'{patched}': True" in printed.partition("Applying LIGER to llama with kwargs: ")[2].splitlines()[0]
@@ -318,8 +324,8 @@ def test_cut_cross_entropy_before_and_after_ours(project, name, plugins):
     """Losses and the gradient norm are those of the run without it. 1e-4, because it takes bf16 alone. On a CPU it
     computes with `torch.compile`; its kernels need a GPU."""
     settings = {**ONE_ROW, "bf16": True, "caft": {"beta": 0.3, "num_heads": 2}}
-    project.train_in_fork("not_cut", **settings, plugins=["caft_plugin"])
-    project.train_in_fork(f"cut_{name}", **settings, plugins=plugins, cut_cross_entropy=True)
+    project.train("not_cut", **settings, plugins=["caft_plugin"])
+    project.train(f"cut_{name}", **settings, plugins=plugins, cut_cross_entropy=True)
     assert "Applying Cut Cross Entropy to model type: llama" in (project.folder / f"cut_{name}.log").read_text()
     ((ours,), (plain,)) = (project.logs(run) for run in (f"cut_{name}", "not_cut"))
     for key in ("loss", "grad_norm", "caft/next_token_loss", "caft/aux_loss", *(f"caft/loss_head_{k}" for k in HEADS)):

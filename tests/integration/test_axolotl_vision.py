@@ -156,8 +156,8 @@ def first_losses(project, family):
 @pytest.mark.parametrize(("family", "how", "layer"), [("llava", "lora", "Llama"), ("gemma3", "full", "Gemma3")])
 def test_images(vision, family, how, layer):
     """To 1e-5, as float32 sums of other orders differ; what comes out is what a plain run leaves."""
-    plain = vision.train_in_fork(f"{family}_plain", **vision_run(family, how))
-    ours = vision.train_in_fork(f"{family}_ours", **vision_run(family, how, **PLUGIN))
+    plain = vision.train(f"{family}_plain", **vision_run(family, how))
+    ours = vision.train(f"{family}_ours", **vision_run(family, how, **PLUGIN))
     log, plain_log = vision.logs(f"{family}_ours"), vision.logs(f"{family}_plain")
     assert len(log) == len(plain_log) == 4
     wanted = first_losses(vision, family)
@@ -188,7 +188,7 @@ def test_masks_are_refused_by_name(vision):
     """When the YAML is read: there is no such model, and there are no such rows."""
     nowhere = {"base_model": "./nowhere", "datasets": [{"path": "./nowhere.jsonl", "type": "chat_template"}]}
     with pytest.raises(AssertionError):
-        vision.train_in_fork("masked", **vision_run("llava", "lora", **nowhere), plugins=["caft_plugin"], meap="bare")
+        vision.train("masked", **vision_run("llava", "lora", **nowhere), plugins=["caft_plugin"], meap="bare")
     said = " ".join((vision.folder / "masked.log").read_text().split())
     assert said.count("ConfigError: meap: cannot be used together with `processor_type: AutoProcessor`: ") == 1
     assert "Take out the `meap:` block, or, for text alone, the key `processor_type`." in said
@@ -211,7 +211,7 @@ def test_stage1_takes_text_alone_and_its_heads_serve_images(vision, monkeypatch)
     made = CliRunner().invoke(commands, ["pretrain-heads", "stage1.yml"], catch_exceptions=False)
     assert made.exit_code == 0 and "LlamaDecoderLayer" in made.output, made.output
     given = {**PLUGIN["caft"], "heads": "./stage1", "train_heads": "frozen"}
-    ours = vision.train_in_fork("from_stage1", **vision_run("llava", "lora", plugins=["caft_plugin"], caft=given))
+    ours = vision.train("from_stage1", **vision_run("llava", "lora", plugins=["caft_plugin"], caft=given))
     kept, pretrained = (load_file(run / "caft_heads" / "heads.safetensors") for run in (ours, vision.folder / "stage1"))
     assert kept.keys() == pretrained.keys() and all(torch.equal(kept[key], pretrained[key]) for key in kept)
     base = load_file(vision.folder / "llava" / "model.safetensors")
