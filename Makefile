@@ -1,11 +1,13 @@
 # make demo | study | test | soak | bench | gpu | lint | format | clean, see `make help`. Settings, all with a default:
-#   PYTHON=python3.11   the interpreter to build .venv with
+#   PYTHON=python3.13   the interpreter to build .venv with: 3.11, 3.12 or 3.13; by default the newest of these that is there
 #   VENV=.venv          where the environment goes; the one for the newest TRL goes to $(VENV)-trl
 #   TORCH_INDEX=URL     a package index for torch alone: without a GPU, PyTorch's index of CPU wheels, which
 #                       saves several GB of CUDA packages on Linux
 #   BASE_MODEL=...      (demo) another model, a folder or a Hub id, in place of SmolLM2-135M
 
-PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3.11)
+# Started, because a version manager has commands for Pythons that it cannot start.
+PYTHON ?= $(shell for python in python3.13 python3.12 python3.11 python3; do \
+	"$$python" -c '' 2>/dev/null && command -v "$$python" && break; done)
 VENV ?= .venv
 TRL_VENV := $(VENV)-trl
 TORCH_INDEX ?=
@@ -49,25 +51,25 @@ help:  ## show this list
 venv: $(VENV)/.package  ## build the environment in .venv (5 GB, a few minutes)
 
 %/.torch:
-	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null || { \
+	@"$(PYTHON)" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null || { \
 		found=$$("$(PYTHON)" --version 2>/dev/null) || found="not there"; \
-		echo "error: Python 3.11 is needed, and '$(PYTHON)' is $$found."; \
-		echo "       Install it and name it: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11"; exit 1; }
+		echo "error: Python 3.11, 3.12 or 3.13 is needed, and '$(or $(PYTHON),python3)' is $$found."; \
+		echo "       Install one and name it: make $(MAKECMDGOALS) PYTHON=/path/to/python3.13"; exit 1; }
 	@echo "== building $*: torch first, on its own"
 	@"$(PYTHON)" -m venv --clear "$*" || { \
-		echo "error: no environment could be made (on Debian or Ubuntu: apt install python3.11-venv)"; exit 1; }
+		echo "error: no environment could be made (on Debian or Ubuntu: apt install $(notdir $(PYTHON))-venv)"; exit 1; }
 	@if [ -z "$(TORCH_INDEX)" ] && [ "$$(uname)" = Linux ] && ! command -v nvidia-smi >/dev/null; then \
 		echo "   no GPU here: should pip fetch CUDA packages, stop it and set TORCH_INDEX (see the top of Makefile)"; fi
 	@"$*/bin/pip" install $(if $(TORCH_INDEX),--index-url "$(TORCH_INDEX)") torch==2.13.0 || { \
 		echo "error: torch 2.13.0 was not installed (pip's message is above); run make again to go on"; exit 1; }
 	@touch $@
 
-# Axolotl with what it pins, and in an environment of its own the newest TRL that pyproject.toml allows.
-$(VENV)/.dependencies: EXTRA := axolotl,study
-$(TRL_VENV)/.dependencies: EXTRA := trl
+# The lowest versions that pyproject.toml allows, which Axolotl 0.19.0 pins, and in an environment of its own the newest.
+$(VENV)/.dependencies: WANTED := '.[axolotl,study,dev]' axolotl==0.19.0
+$(TRL_VENV)/.dependencies: WANTED := --upgrade '.[trl,dev]' accelerate peft transformers trl
 %/.dependencies: pyproject.toml | %/.torch
-	@echo "== installing $(EXTRA) and the development tools into $*"
-	@"$*/bin/pip" install '.[$(EXTRA),dev]' || { \
+	@echo "== installing $(WANTED) into $*"
+	@"$*/bin/pip" install $(WANTED) || { \
 		echo "error: the installation failed (pip's message is above); run make again to go on"; exit 1; }
 	@touch $@
 

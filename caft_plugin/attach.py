@@ -19,7 +19,7 @@ from transformers.utils import ModelOutput
 from caft_plugin.config import CAFTConfig, ConfigError
 from caft_plugin.heads import MODULE_NAME, NOTING, AuxiliaryHeads, LayerCall, refuse_taken, run_head, taken
 from caft_plugin.loss import IGNORE, RowLoss, cross_entropy_and_hit_of, cross_entropy_of, weighted_sum
-from caft_plugin.storage import unsharded_twin
+from caft_plugin.storage import give_memory, unsharded_twin
 from caft_plugin.trunk import Trunk
 
 # A forward's `logits_to_keep` for the least logits. A plain number lets Gemma 4 cut hidden states of whole layers.
@@ -119,7 +119,7 @@ class AttachedHeads:
         layer = self.trunk.last_layer
         self.hidden.attach()
         device = next(layer.parameters()).device
-        if next(self.heads.parameters()).device != device:
+        if device.type != "meta" and next(self.heads.parameters()).device != device:
             self.heads.to(device)
         self._own_class = type(layer)
         self._noting_class = _noting(type(layer), self._note_call)
@@ -381,6 +381,7 @@ class HiddenSubmodule:
         """Raises ConfigError where the model has a submodule of this name."""
         if hasattr(self.model, self.name):
             raise taken(self.model)
+        give_memory(self.module)
         self.model.add_module(self.name, self.module)
         self._handles = [
             # functools.partial, because torch sets a mark on what it is given
