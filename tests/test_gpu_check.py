@@ -79,6 +79,23 @@ def test_its_runs_on_a_cpu(tmp_path):
     assert f"torch {torch.__version__}, transformers" in out.read_text() and "| MEAP |" in out.read_text()
 
 
+def test_it_needs_nothing_but_the_wheel(tmp_path):
+    """And what the wheel requires: it runs on machines without a package index."""
+    others = ("axolotl", "bitsandbytes", "datasets", "hypothesis", "matplotlib", "pytest")
+    code = "\n".join(
+        [
+            "import sys",
+            "from pathlib import Path",
+            f"sys.modules |= dict.fromkeys({(*others, 'scipy', 'sklearn', 'trl')})",  # importing one of these now fails
+            f"sys.path.insert(0, {str(FOLDER)!r})",
+            "import check",
+            f"check.save(Path({str(tmp_path)!r}), 'masked')",
+        ]
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0 and (tmp_path / "masked.pt").exists(), result.stderr[-3000:]
+
+
 @pytest.mark.slow
 def test_its_other_runs_on_a_cpu():
     status, rows, said = checked("--device", "cpu", "--only", *SLOW)
