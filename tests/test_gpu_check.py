@@ -79,6 +79,23 @@ def test_its_runs_on_a_cpu(tmp_path):
     assert f"torch {torch.__version__}, transformers" in out.read_text() and "| MEAP |" in out.read_text()
 
 
+def test_it_needs_nothing_but_the_wheel(tmp_path):
+    """And what the wheel requires: it runs on machines without a package index."""
+    others = ("axolotl", "bitsandbytes", "datasets", "hypothesis", "matplotlib", "pytest")
+    code = "\n".join(
+        [
+            "import sys",
+            "from pathlib import Path",
+            f"sys.modules |= dict.fromkeys({(*others, 'scipy', 'sklearn', 'trl')})",  # importing one of these now fails
+            f"sys.path.insert(0, {str(FOLDER)!r})",
+            "import check",
+            f"check.save(Path({str(tmp_path)!r}), 'masked')",
+        ]
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0 and (tmp_path / "masked.pt").exists(), result.stderr[-3000:]
+
+
 @pytest.mark.slow
 def test_its_other_runs_on_a_cpu():
     status, rows, said = checked("--device", "cpu", "--only", *SLOW)
@@ -87,12 +104,12 @@ def test_its_other_runs_on_a_cpu():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["lora", "qlora"])
-def test_its_benchmark_on_a_cpu(tmp_path, how):
+def test_its_benchmark_on_a_cpu(tmp_path):
     model = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
-    row = hosts.BenchCheck("bench", how).compared(tmp_path, {**model, "num_attention_heads": 1}, length=16, steps=2)
+    model["num_attention_heads"] = 1
+    row = hosts.BenchCheck("bench", "qlora").compared(tmp_path, model, {"4 heads": {}}, length=16, steps=2)
     assert row.result == "ran", row
-    assert row.time.count("4 heads") == 2 and row.memory.count(";") == 2
+    assert row.time.startswith("4 heads ") and float(row.memory.removeprefix("4 heads ")) > 0
 
 
 # -- faults are found -------------------------------------------------------------------------------

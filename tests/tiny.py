@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 
 import peft
-import pytest
 from packaging import version
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -42,6 +41,8 @@ def add_adapter(model, config):
     """The adapter put on by transformers itself; skips where transformers takes no PEFT as old as this one (5.24 asks
     for PEFT 0.22, which was not out when it came)."""
     if version.parse(peft.__version__) < version.parse(MIN_PEFT_VERSION):
+        import pytest  # tests/gpu runs where there is none
+
         pytest.skip(f"this transformers' add_adapter needs PEFT {MIN_PEFT_VERSION}, and this is {peft.__version__}")
     model.add_adapter(config)
     return model

@@ -134,9 +134,9 @@ class BenchCheck(Check):
     how: str
 
     def measure(self, device: str, folder: Path) -> Row:
-        return self.compared(folder, BENCH_MODEL, length=512, steps=9)
+        return self.compared(folder, BENCH_MODEL, ARMS, length=512, steps=9)
 
-    def compared(self, folder: Path, model: dict[str, Any], length: int, steps: int) -> Row:
+    def compared(self, folder: Path, model: dict[str, Any], arms: dict[str, dict], length: int, steps: int) -> Row:
         made: Any = model
         if self.how == "qlora":
             from transformers import LlamaConfig, LlamaForCausalLM
@@ -144,7 +144,6 @@ class BenchCheck(Check):
             made = str(folder / "bench")
             LlamaForCausalLM(LlamaConfig(**model)).save_pretrained(made)
         base = {"door": "trainer", "how": self.how, "batch": 4, "length": length, "supervised": 0.3, "model": made}
-        arms = {"4 heads": {}, "one head a step": cost.ONE, "4 heads, fused_loss": {"fused_loss": "on"}}
         runs = {"plain": base} | {name: {**base, "caft": caft} for name, caft in arms.items()}
         comparison = cost.Comparison(self.name, runs, {})
         try:
@@ -157,6 +156,7 @@ class BenchCheck(Check):
         return Row(self.name, "ran", "", time, memory)
 
 
+ARMS: dict[str, dict] = {"4 heads": {}, "one head a step": cost.ONE, "4 heads, fused_loss": {"fused_loss": "on"}}
 BENCH_MODEL: dict[str, Any] = {
     "vocab_size": 32_000,
     "hidden_size": 1024,
