@@ -105,7 +105,7 @@ class AttachedHeads:
 
     @property
     def attached(self) -> bool:
-        return self._noting_class is not None
+        return bool(self._handles)
 
     def attach(self) -> AttachedHeads:
         """Puts the heads on the model. Doing it twice does no harm.
@@ -121,9 +121,10 @@ class AttachedHeads:
         device = next(layer.parameters()).device
         if device.type != "meta" and next(self.heads.parameters()).device != device:
             self.heads.to(device)
-        self._own_class = type(layer)
-        self._noting_class = _noting(type(layer), self._note_call)
-        layer.__class__ = self._noting_class
+        if self._noting_class is None or type(layer) is not self._own_class:
+            self._own_class = type(layer)
+            self._noting_class = _noting(type(layer), self._note_call)
+        layer.__class__ = self._noting_class  # the same each time, or a compiled model would be compiled again
         self._handles = [
             self.trunk.norm.register_forward_hook(self._note_norm),
             self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
@@ -133,7 +134,7 @@ class AttachedHeads:
 
     def detach(self) -> None:
         """Takes the heads and every hook off the model. Doing it twice does no harm."""
-        if self._noting_class is None:
+        if not self.attached:
             return
         for handle in self._handles:
             handle.remove()
@@ -146,7 +147,7 @@ class AttachedHeads:
             wrapper.__bases__ = tuple(
                 self._own_class if base is self._noting_class else base for base in wrapper.__bases__
             )
-        self._noting_class = None
+            self._noting_class = None
         self.hidden.detach()
 
     def __enter__(self) -> AttachedHeads:
@@ -178,6 +179,7 @@ class AttachedHeads:
         if reading is not None and reading.call is not None and reading.wants_notes:
             reading.final = output
 
+    @torch.compiler.disable
     def _before_forward(
         self, model: nn.Module, args: tuple, kwargs: dict[str, object]
     ) -> tuple[tuple, dict[str, object]] | None:
@@ -186,6 +188,7 @@ class AttachedHeads:
             return None
         return args, {**kwargs, "labels": None, "logits_to_keep": LAST_POSITION.clone()}
 
+    @torch.compiler.disable
     def _after_forward(self, model: nn.Module, args: tuple, output: object) -> ModelOutput | None:
         reading = self._reading
         if reading is None or reading.call is None or not reading.wants_notes:
