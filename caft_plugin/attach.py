@@ -87,7 +87,8 @@ class AttachedHeads:
 
     While they are on, the heads are the submodule `caft_heads` of `model`, so that optimizers and distributed wrappers
     see them, but they are left out of its state dict. They run in a forward hook of `model`, inside of whatever wraps
-    it, and only within `answer`. While they are off, nothing of them is on the model.
+    it, and only within `answer`. While they are off, nothing of them is on the model. Where `model` is compiled, noting
+    what they read is part of its graph, and they themselves are not: which run and where changes with every step.
     """
 
     def __init__(self, model: nn.Module, heads: AuxiliaryHeads, trunk: Trunk, config: CAFTConfig) -> None:
