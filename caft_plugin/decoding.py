@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import inspect
 import os
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -79,7 +77,9 @@ class Drafter:
         confidence: float | None = None,
     ) -> None:
         if num_draft is not None and not 0 <= num_draft <= len(heads):
-            raise ConfigError(f"num_draft: got {num_draft}, but it takes 0 to {len(heads)}, the number of heads, or None.")
+            raise ConfigError(
+                f"num_draft: got {num_draft}, but it takes 0 to {len(heads)}, the number of heads, or None."
+            )
         if confidence is not None and not 0 <= confidence <= 1:
             raise ConfigError(f"confidence: got {confidence}, but it takes a probability, 0 to 1, or None.")
         self.trunk = find_trunk(model)
@@ -145,11 +145,13 @@ class Drafter:
                 sent = guesses
                 outputs = _one_pass(model, text.ids, sent, first, model_kwargs)
                 came = text.check(outputs.logits[:, -len(sent) - 1 :], sent)
-                model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs, num_new_tokens=len(came))
-                wrong = len(sent) + 1 - len(came)
-                cache.crop(-wrong)
+                model_kwargs = model._update_model_kwargs_for_generation(
+                    outputs, model_kwargs, num_new_tokens=len(came)
+                )
                 if first:
                     _refuse_recurrent(model, cache)
+                wrong = len(sent) + 1 - len(came)
+                cache.crop(-wrong)
                 self._note(sent, came)
                 if not first:
                     self.pace.pass_took(len(sent), time.perf_counter() - began)
@@ -188,7 +190,9 @@ class Drafter:
                 "). Make a drafter for each: Drafter.from_pretrained(model, heads)."
             )
         if model.training:
-            raise ConfigError("Drafter: the model is in training mode, where dropout changes each pass. Call model.eval().")
+            raise ConfigError(
+                "Drafter: the model is in training mode, where dropout changes each pass. Call model.eval()."
+            )
         if len(input_ids) > 1:
             raise ConfigError(
                 f"Drafter: got {len(input_ids)} texts at a time, but it takes 1: as soon as one text takes fewer guesses "
@@ -199,7 +203,9 @@ class Drafter:
             raise ConfigError(f"Drafter: got {mode.value}, but it takes greedy search and sampling (num_beams: 1).")
         for key in ("output_attentions", "output_hidden_states", "prefill_chunk_size"):
             if getattr(config, key, None):
-                raise ConfigError(f"Drafter: {key} does not go with drafts. Leave it out, or leave custom_generate out.")
+                raise ConfigError(
+                    f"Drafter: {key} does not go with drafts. Leave it out, or leave custom_generate out."
+                )
         cache = next((value for value in model_kwargs.values() if isinstance(value, Cache)), None)
         if type(cache) is not DynamicCache or getattr(cache, "offloading", False):
             found = "none (use_cache: false)" if cache is None else type(cache).__name__
@@ -207,7 +213,7 @@ class Drafter:
                 f"Drafter: needs a DynamicCache, which can be cropped, but the cache is {found}. Leave "
                 "cache_implementation and use_cache out."
             )
-        if cache.get_seq_length() > 0:
+        if any(layer.get_seq_length() for layer in cache.layers if hasattr(layer, "get_seq_length")):
             raise ConfigError(
                 "Drafter: the prompt is in the cache already, and what the heads would have kept of it is not. Pass the "
                 "whole prompt without a cache."
@@ -253,8 +259,7 @@ class _Side:
         self.caches = [DynamicCache(config=trunk.model.config) for _ in drafter.heads.layers]
         for cache in self.caches:
             cache.activate_past_recording()
-        dtype = next(trunk.norm.parameters()).dtype
-        self.norm = unsharded_twin(trunk.norm, dtype)  # without hooks: what uses it here is no pass of the model
+        self.norm = unsharded_twin(trunk.norm, trunk.model.dtype)  # without hooks: its use here is no pass of the model
         self.open: list[tuple[list[float], list[int], list[int]]] = []
 
     def guess(self, wrong: int, came: list[int], most: int) -> list[int]:
@@ -265,10 +270,13 @@ class _Side:
         source = call.hidden_states if drafter.config.head_input == "penultimate" else self.last_call.final
         assert source is not None
         at = torch.tensor([source.shape[1] - 1 - wrong], device=source.device)
-        rows = []
+        rows, last = [], len(drafter.trunk.layers) - 1
         for layer, cache in zip(drafter.heads.layers, self.caches, strict=True):
             rows.append(replay(layer, source, call, at, cache))
-            cache.layers[len(drafter.trunk.layers) - 1].crop(-wrong)
+            for of_head in cache.layers[
+                last : last + 1
+            ]:  # none where the last layer reads another one's keys and values
+                of_head.crop(-wrong)
         hidden = torch.cat(rows)
         if drafter.config.head_norm:
             hidden = self.norm(hidden)
@@ -370,10 +378,17 @@ def _one_pass(model: Any, ids: Tensor, sent: list[int], first: bool, model_kwarg
 
 
 def _refuse_recurrent(model: nn.Module, cache: DynamicCache) -> None:
-    """A recurrent state cannot be put back to before a guess that was wrong."""
+    """Raises ConfigError after the first pass where a layer has a state that cannot be put back to before a wrong guess:
+    a recurrent one, in the cache or (the cache's layer is then still empty) in the layer itself. A convolution's is
+    cropped as keys and values are."""
     for layer in cache.layers:
-        if any(getattr(layer, "is_recurrent_states_initialized", {}).values()):
+        if hasattr(layer, "recurrent_states"):
+            recurrent = any(layer.is_recurrent_states_initialized.values())
+            fit = any(layer.is_conv_states_initialized.values()) and not recurrent
+        else:
+            fit = layer.is_initialized
+        if not fit:
             raise ConfigError(
-                f"Drafter: {type(model).__name__} has recurrent layers, whose state cannot be put back to before a wrong "
-                "guess. Generate without custom_generate."
+                f"Drafter: {type(model).__name__} has recurrent layers, whose state cannot be put back to before a "
+                "wrong guess. Generate without custom_generate."
             )
