@@ -46,10 +46,10 @@ class Drafted:
 
 
 class Drafter:
-    """Makes `generate` faster by the heads that a model was fine-tuned with: `model.generate(..., custom_generate=drafter)`.
+    """Makes `generate` faster by the heads that a model was fine-tuned with: pass it as `custom_generate`.
 
     Head k guesses the token k+1 ahead. The model checks all guesses in one pass, and what it would not have written is
-    dropped, so the text is that of plain `generate`: greedy or sampled, in the latter case with the same random numbers.
+    dropped, so the text is that of plain `generate`: greedy or sampled, the latter with the same random numbers.
     (Passes of several tokens round otherwise than passes of one: where two tokens are as good as equally likely, the
     other one may come out. In float32 that hardly ever happens.)
 
@@ -186,8 +186,8 @@ class Drafter:
         """The cache that `generate` has made. Raises ConfigError where the drafter cannot follow."""
         if find_trunk(model).model is not self.trunk.model:
             raise ConfigError(
-                f"Drafter: called by {type(model).__name__}, but made for another model ({type(self.trunk.model).__name__}"
-                "). Make a drafter for each: Drafter.from_pretrained(model, heads)."
+                f"Drafter: called by {type(model).__name__}, but made for another model "
+                f"({type(self.trunk.model).__name__}). Make a drafter for each: Drafter.from_pretrained(model, heads)."
             )
         if model.training:
             raise ConfigError(
@@ -195,8 +195,8 @@ class Drafter:
             )
         if len(input_ids) > 1:
             raise ConfigError(
-                f"Drafter: got {len(input_ids)} texts at a time, but it takes 1: as soon as one text takes fewer guesses "
-                "than another, their rows no longer line up. Generate one after the other (num_return_sequences: 1)."
+                f"Drafter: got {len(input_ids)} texts at a time, but it takes 1: as soon as one text takes fewer "
+                "guesses than another, their rows no longer line up. Generate one after the other (num_return_sequences: 1)."
             )
         mode = config.get_generation_mode()
         if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
@@ -215,8 +215,8 @@ class Drafter:
             )
         if any(layer.get_seq_length() for layer in cache.layers if hasattr(layer, "get_seq_length")):
             raise ConfigError(
-                "Drafter: the prompt is in the cache already, and what the heads would have kept of it is not. Pass the "
-                "whole prompt without a cache."
+                "Drafter: the prompt is in the cache already, and what the heads would have kept of it is not. Pass "
+                "the whole prompt without a cache."
             )
         return cache
 
@@ -378,9 +378,9 @@ def _one_pass(model: Any, ids: Tensor, sent: list[int], first: bool, model_kwarg
 
 
 def _refuse_recurrent(model: nn.Module, cache: DynamicCache) -> None:
-    """Raises ConfigError after the first pass where a layer has a state that cannot be put back to before a wrong guess:
-    a recurrent one, in the cache or (the cache's layer is then still empty) in the layer itself. A convolution's is
-    cropped as keys and values are."""
+    """Raises ConfigError after the first pass where a layer has a state that cannot be put back to before a wrong
+    guess: a recurrent one, in the cache or (the cache's layer is then still empty) in the layer itself. A convolution's
+    is cropped as keys and values are."""
     for layer in cache.layers:
         if hasattr(layer, "recurrent_states"):
             recurrent = any(layer.is_recurrent_states_initialized.values())
