@@ -1,4 +1,4 @@
-# make demo | study | test | soak | bench | lint | format | clean, see `make help`. Settings, all with a default:
+# make demo | study | test | soak | bench | gpu | lint | format | clean, see `make help`. Settings, all with a default:
 #   PYTHON=python3.13   the interpreter to build .venv with: 3.11, 3.12 or 3.13; by default the newest of these that is there
 #   VENV=.venv          where the environment goes; the one for the newest TRL goes to $(VENV)-trl
 #   TORCH_INDEX=URL     a package index for torch alone: without a GPU, PyTorch's index of CPU wheels, which
@@ -39,7 +39,7 @@ AXOLOTL_ENV := PATH="$(abspath $(BIN)):$$PATH" AXOLOTL_DO_NOT_TRACK=1 TOKENIZERS
 
 .DEFAULT_GOAL := help
 .PRECIOUS: %/.torch %/.dependencies %/.package
-.PHONY: help venv demo model train merge report study study-report test soak bench bench-official lint format clean
+.PHONY: help venv demo model train merge report study study-report test soak bench bench-official gpu lint format clean
 .DELETE_ON_ERROR:
 
 help:  ## show this list
@@ -130,7 +130,8 @@ PYTEST := -n 2 --dist loadfile --no-loadscope-reorder
 NEWEST := tests/test_golden.py tests/test_heads.py tests/test_training.py tests/test_families.py tests/test_vision.py \
 	tests/test_masking.py tests/test_mask_token.py tests/test_masked_training.py \
 	tests/test_numbers.py tests/test_checkpoints.py tests/test_fused_loss.py tests/test_copies.py tests/test_objective.py \
-	tests/test_host_model.py tests/test_private_names.py tests/integration/test_trl_trainers.py \
+	tests/test_host_model.py tests/test_private_names.py tests/test_compile.py tests/test_install.py \
+	tests/integration/test_trl_trainers.py \
 	tests/integration/test_trl.py tests/integration/test_trl_meap.py tests/integration/test_restart.py
 
 test: $(VENV)/.package $(TRL_VENV)/.package  ## run every test, on Axolotl's stack and on the newest one
@@ -154,10 +155,14 @@ $(VENV)-official/.ready:
 bench-official: model $(TRL_VENV)/.package $(VENV)-official/.ready  ## the same, and beside the authors' package
 	@$(BENCH) --official "$(abspath $(VENV)-official)/bin/python" $(BENCH_ARGS)
 
+gpu: $(VENV)/.package  ## what only a GPU can do, beside the same on a CPU and without us (10 minutes; says so without a GPU)
+	@"$(BIN)/python" tests/gpu/check.py $(GPU_ARGS)
+
 lint: $(VENV)/.package  ## check format, style and types
 	@"$(BIN)/ruff" format --check . || { echo "error: make format puts this right"; exit 1; }
 	@"$(BIN)/ruff" check .
 	@"$(BIN)/mypy"
+	@"$(BIN)/mypy" --follow-imports=silent tests/gpu
 
 format: $(VENV)/.package  ## format the code and fix what can be fixed
 	@"$(BIN)/ruff" format .

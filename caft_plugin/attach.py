@@ -19,7 +19,7 @@ from transformers.utils import ModelOutput
 from caft_plugin.config import CAFTConfig, ConfigError
 from caft_plugin.heads import MODULE_NAME, NOTING, AuxiliaryHeads, LayerCall, refuse_taken, run_head, taken
 from caft_plugin.loss import IGNORE, RowLoss, cross_entropy_and_hit_of, cross_entropy_of, weighted_sum
-from caft_plugin.storage import unsharded_twin
+from caft_plugin.storage import give_memory, unsharded_twin
 from caft_plugin.trunk import Trunk
 
 # A forward's `logits_to_keep` for the least logits. A plain number lets Gemma 4 cut hidden states of whole layers.
@@ -87,7 +87,8 @@ class AttachedHeads:
 
     While they are on, the heads are the submodule `caft_heads` of `model`, so that optimizers and distributed wrappers
     see them, but they are left out of its state dict. They run in a forward hook of `model`, inside of whatever wraps
-    it, and only within `answer`. While they are off, nothing of them is on the model.
+    it, and only within `answer`. While they are off, nothing of them is on the model. Where `model` is compiled, noting
+    what they read is part of its graph, and they themselves are not: which run and where changes with every step.
     """
 
     def __init__(self, model: nn.Module, heads: AuxiliaryHeads, trunk: Trunk, config: CAFTConfig) -> None:
@@ -105,7 +106,7 @@ class AttachedHeads:
 
     @property
     def attached(self) -> bool:
-        return self._noting_class is not None
+        return bool(self._handles)
 
     def attach(self) -> AttachedHeads:
         """Puts the heads on the model. Doing it twice does no harm.
@@ -119,11 +120,12 @@ class AttachedHeads:
         layer = self.trunk.last_layer
         self.hidden.attach()
         device = next(layer.parameters()).device
-        if next(self.heads.parameters()).device != device:
+        if device.type != "meta" and next(self.heads.parameters()).device != device:
             self.heads.to(device)
-        self._own_class = type(layer)
-        self._noting_class = _noting(type(layer), self._note_call)
-        layer.__class__ = self._noting_class
+        if self._noting_class is None or type(layer) is not self._own_class:
+            self._own_class = type(layer)
+            self._noting_class = _noting(type(layer), self._note_call)
+        layer.__class__ = self._noting_class  # the same each time, or a compiled model would be compiled again
         self._handles = [
             self.trunk.norm.register_forward_hook(self._note_norm),
             self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
@@ -133,7 +135,7 @@ class AttachedHeads:
 
     def detach(self) -> None:
         """Takes the heads and every hook off the model. Doing it twice does no harm."""
-        if self._noting_class is None:
+        if not self.attached:
             return
         for handle in self._handles:
             handle.remove()
@@ -146,7 +148,7 @@ class AttachedHeads:
             wrapper.__bases__ = tuple(
                 self._own_class if base is self._noting_class else base for base in wrapper.__bases__
             )
-        self._noting_class = None
+            self._noting_class = None
         self.hidden.detach()
 
     def __enter__(self) -> AttachedHeads:
@@ -178,6 +180,7 @@ class AttachedHeads:
         if reading is not None and reading.call is not None and reading.wants_notes:
             reading.final = output
 
+    @torch.compiler.disable
     def _before_forward(
         self, model: nn.Module, args: tuple, kwargs: dict[str, object]
     ) -> tuple[tuple, dict[str, object]] | None:
@@ -186,6 +189,7 @@ class AttachedHeads:
             return None
         return args, {**kwargs, "labels": None, "logits_to_keep": LAST_POSITION.clone()}
 
+    @torch.compiler.disable
     def _after_forward(self, model: nn.Module, args: tuple, output: object) -> ModelOutput | None:
         reading = self._reading
         if reading is None or reading.call is None or not reading.wants_notes:
@@ -387,6 +391,7 @@ class HiddenSubmodule:
         """Raises ConfigError where the model has a submodule of this name."""
         if hasattr(self.model, self.name):
             raise taken(self.model)
+        give_memory(self.module)
         self.model.add_module(self.name, self.module)
         self._handles = [
             # functools.partial, because torch sets a mark on what it is given

@@ -103,7 +103,7 @@ class CAFTConfig(Block):
     )
     train_heads: TrainHeads = Field(
         "auto",
-        description="`full`, `lora` (the adapter's rank and alpha, all linear layers), `frozen`; "
+        description="`full`, `lora` (the adapter's rank and alpha, all linear layers, but no experts), `frozen`; "
         "`auto`: `full` when the base trains fully, `lora` under LoRA and QLoRA",
     )
     beta: float = Field(0.01, ge=0, allow_inf_nan=False, description="weight of all auxiliary losses; 0 is a plain run")

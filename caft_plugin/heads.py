@@ -11,6 +11,7 @@ import copy
 import dataclasses
 import functools
 import inspect
+import logging
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -27,6 +28,8 @@ from transformers.pytorch_utils import Conv1D
 from caft_plugin.config import CAFTConfig, ConfigError
 from caft_plugin.copies import plain_copy
 from caft_plugin.trunk import Trunk, active_peft_configs, is_model_with_adapter, refuse_offloaded
+
+logger = logging.getLogger(__name__)
 
 MODULE_NAME = "caft_heads"
 NOTING = "_caft_notes_its_call"  # marks the class that the last layer has while heads are on
@@ -93,7 +96,8 @@ def build_heads(model: nn.Module, trunk: Trunk, config: CAFTConfig, seed: int) -
 
 
 def head_lora_config(model: nn.Module, layer: nn.Module) -> LoraConfig:
-    """LoRA on every linear layer of a head, with the rank and alpha of the base model's LoRA, if it has one.
+    """LoRA on every linear layer of a head, with the rank and alpha of the base model's LoRA, if it has one. Warns
+    where much of a head is in none, such as a mixture's experts.
 
     Raises:
         ConfigError: the head has no linear layer that is called (nn.MultiheadAttention calls none).
@@ -107,6 +111,16 @@ def head_lora_config(model: nn.Module, layer: nn.Module) -> LoraConfig:
         raise ConfigError(
             f"caft.train_heads: got lora, or auto beside an adapter, but {type(layer).__name__} has no linear layer to "
             "put LoRA on. Use train_heads: full or frozen."
+        )
+    covered = {parameter for module in linear.values() for parameter in module.parameters()}
+    rest = {name: parameter.numel() for name, parameter in layer.named_parameters() if parameter not in covered}
+    share = sum(rest.values()) / sum(parameter.numel() for parameter in layer.parameters())
+    if share > 0.1:
+        logger.warning(
+            "caft.train_heads: with LoRA a head's linear layers train; %.0f %% of its weights are in none (most of "
+            "them in %s) and stay as they are. Use train_heads: full to train them too.",
+            100 * share,
+            max(rest, key=lambda name: rest[name]),
         )
     lora = (config for config in active_peft_configs(model) if isinstance(config, LoraConfig) and config.r > 0)
     base = next(lora, LoraConfig(r=LORA_RANK, lora_alpha=LORA_ALPHA))

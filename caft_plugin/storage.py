@@ -65,6 +65,19 @@ def shard_like(tensor: Tensor, full: Tensor) -> Tensor:
     return distribute_tensor(full.to(tensor.device), tensor.device_mesh, tensor.placements, src_data_rank=None)
 
 
+def give_memory(module: nn.Module) -> None:
+    """Trainable parameters that lie nowhere (on the meta device) get memory of their own, on the CPU.
+
+    They lie nowhere in every process but the first where that one alone has read the weights; when FSDP2 shards the
+    model, all get the first one's. Before that, accelerate tells the optimizer's parameters apart by their address,
+    which is 0 for each on meta: a process would train one shard in the place of all.
+    """
+    for owner in module.modules():
+        for name, parameter in owner.named_parameters(recurse=False):
+            if parameter.is_meta and parameter.requires_grad:
+                setattr(owner, name, nn.Parameter(torch.zeros_like(parameter, device="cpu")))
+
+
 def unsharded_twin(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     """`module` with unsharded parameters and without hooks, to be used during one forward and its backward pass.
 

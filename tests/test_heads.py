@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, OFTConfig, PeftModel, get_peft_model
-from tiny import LLAMA, head_outputs
+from tiny import LLAMA, add_adapter, head_outputs
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -338,6 +338,16 @@ def test_copies_leave_patched_forwards_out():
     assert layer.mlp.forward(torch.ones(1)) == 0  # the base keeps its own
 
 
+@pytest.mark.parametrize("how", ["full", "lora"])
+def test_heads_over_weights_that_another_process_reads_have_addresses(how):
+    """accelerate tells the parameters of an optimizer apart by their address, which is 0 for all on the meta device."""
+    model = AutoModelForCausalLM.from_config(FAMILIES["plain"]).to("meta")
+    attached = attach(model, train_heads=how)
+    trained = [parameter for parameter in attached.heads.parameters() if parameter.requires_grad]
+    assert trained
+    assert len({parameter.data_ptr() for parameter in trained} - {0}) == len(trained)
+
+
 @pytest.mark.parametrize("ran_before", [False, True])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_copies_are_dequantised(tmp_path, bits, ran_before):
@@ -550,8 +560,7 @@ def test_a_layer_that_cannot_be_copied_is_named():
 
 def with_adapter(model, how, config):
     if how == "add_adapter":
-        model.add_adapter(config)
-        return model
+        return add_adapter(model, config)
     return get_peft_model(model, config, mixed=how == "mixed")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import sys
 from collections import Counter
 
 import numpy as np
@@ -205,6 +206,15 @@ def test_data_sets_of_every_kind_become_the_same_rows(layout):
     assert [{k: v.tolist() for k, v in row.items()} for row in tensors] == wanted
     arrays = double.doubled([{k: np.array(v) for k, v in row.items()} for row in rows])
     assert [{k: v.tolist() for k, v in row.items()} for row in arrays] == wanted
+
+
+def test_the_package_datasets_is_not_needed(monkeypatch):
+    """The wheel does not require it: `with_caft(Trainer)` trains on a list of rows where it is not installed."""
+    rows = [example(answer=n, seed=n) for n in (10, 60)]
+    wanted = [row for r in rows for row in duplication()(r)]
+    monkeypatch.setitem(sys.modules, "datasets", None)  # importing it now fails
+    assert duplication().doubled(rows) == wanted
+    assert used_ids(rows) == {token for row in rows for token in row["input_ids"]}
 
 
 def test_labels_in_a_narrow_column():

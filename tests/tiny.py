@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 
+import peft
+from packaging import version
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
+from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from caft_plugin import attach
 
@@ -32,6 +35,17 @@ def word_tokenizer(template: str) -> PreTrainedTokenizerFast:
     made = PreTrainedTokenizerFast(tokenizer_object=model, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
     made.chat_template = template
     return made
+
+
+def add_adapter(model, config):
+    """The adapter put on by transformers itself; skips where transformers takes no PEFT as old as this one (5.24 asks
+    for PEFT 0.22, which was not out when it came)."""
+    if version.parse(peft.__version__) < version.parse(MIN_PEFT_VERSION):
+        import pytest  # tests/gpu runs where there is none
+
+        pytest.skip(f"this transformers' add_adapter needs PEFT {MIN_PEFT_VERSION}, and this is {peft.__version__}")
+    model.add_adapter(config)
+    return model
 
 
 @contextlib.contextmanager

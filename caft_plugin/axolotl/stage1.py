@@ -49,6 +49,11 @@ def read_stage1(config_file: Path, options: dict[str, object]) -> Stage1:
         raise ConfigError(
             "pretrain_heads: streamed data (`pretraining_dataset`, `streaming`) is not supported; give `datasets:`."
         )
+    if cfg.processor_type:
+        raise ConfigError(
+            f"pretrain_heads: got processor_type: {cfg.processor_type}, but it takes rows of text alone, also for a "
+            "vision-language model. Leave out `processor_type` and `skip_prepare_dataset`; give text in `datasets:`."
+        )
     config = PretrainConfig(**{**dict(cfg.pretrain_heads or {}), **options})
     meta = load_datasets(cfg=cfg, cli_args=TrainerCliArgs())
     settings = {ours: cfg[theirs] for theirs, ours in TRAINER_KEYS.items() if cfg[theirs] is not None}

@@ -215,7 +215,8 @@ class AddedMaskToken(nn.Module):
         if not self.attached:
             (embedding,) = self._embedding
             self.hidden.attach()
-            self.vector.data = self.vector.data.to(embedding.weight.device)
+            if not embedding.weight.is_meta:
+                self.vector.data = self.vector.data.to(embedding.weight.device)
             self._handles = [
                 embedding.register_forward_pre_hook(self._before),
                 embedding.register_forward_hook(self._after),

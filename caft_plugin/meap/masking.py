@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerContro
 from caft_plugin.config import ConfigError, MEAPConfig
 from caft_plugin.loss import BOUNDARY, EXAMPLE, IGNORE, MASKED, MAY_MASK, OVERLONG, PLAN, Batch, document_ids
 from caft_plugin.meap.mask_token import special_ids
-from caft_plugin.meap.training_set import Row, TrainingSet, column_chunks, rows_of
+from caft_plugin.meap.training_set import Row, TrainingSet, column_chunks, is_of_datasets, rows_of
 
 logger = logging.getLogger(__name__)
 
@@ -157,21 +157,21 @@ class Duplication:
         Raises:
             ConfigError: the set makes its rows anew each time, or cannot be doubled for another reason.
         """
-        from datasets import Dataset, IterableDataset, Sequence, Value
-
-        if isinstance(dataset, Dataset) and dataset.format["type"] == "custom":
+        if is_of_datasets(dataset, "Dataset") and dataset.format["type"] == "custom":
             raise ConfigError(
                 "meap.mode: got sft, but the training set makes its rows when they are read (with_transform or "
                 "set_transform), so no copies can be put behind them. Make the rows with Dataset.map(...) in place of "
                 "the transform, or use mode: pretrain, which takes such a set."
             )
-        if isinstance(dataset, Dataset):
+        if is_of_datasets(dataset, "Dataset"):
+            from datasets import Sequence, Value
+
             features = None
             if "labels" in dataset.column_names:
                 features = dataset.features.copy()
                 features["labels"] = Sequence(Value("int64"))
             return dataset.map(self.doubled_rows, batched=True, features=features, desc="Adding copies to be masked")
-        if isinstance(dataset, IterableDataset):
+        if is_of_datasets(dataset, "IterableDataset"):
             return dataset.map(self.doubled_rows, batched=True)
         if isinstance(dataset, TorchIterableDataset):
             raise ConfigError(

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from torch.utils.data import IterableDataset as TorchIterableDataset
 
 Row = Mapping[str, Any]  # lists, arrays or tensors of one value for each token, by column; other columns are the host's
 TrainingSet = Any  # a Dataset or IterableDataset of `datasets`, a torch Dataset, or a list of rows
+
+
+def is_of_datasets(dataset: TrainingSet, kind: Literal["Dataset", "IterableDataset"]) -> bool:
+    """Whether a data set is one of the package `datasets`, which nobody needs who does not have such a set."""
+    package = sys.modules.get("datasets")
+    return package is not None and isinstance(dataset, getattr(package, kind))
 
 
 def used_ids(dataset: TrainingSet) -> frozenset[int] | None:
@@ -32,9 +39,7 @@ def rows_of(dataset: TrainingSet) -> Iterator[Row]:
 
 def column_chunks(dataset: TrainingSet, column: str) -> Iterator[np.ndarray | None]:
     """All values of a column of whole numbers, many at a time; None where rows do not have it, or make it when read."""
-    from datasets import Dataset
-
-    if isinstance(dataset, Dataset):
+    if is_of_datasets(dataset, "Dataset"):
         if column not in dataset.column_names or dataset.format["type"] == "custom":
             yield None
             return

@@ -12,12 +12,16 @@ import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -52,7 +56,7 @@ def load_base(
     vllm: bool = False,
 ) -> PreTrainedModel:
     """The base model, quantised by bitsandbytes as QLoRA does (NF4, double quantisation) if asked; with `vllm` one
-    that vLLM can load too.
+    that vLLM can load too. A vision-language model comes whole where transformers has no class for its text part.
 
     Raises:
         ConfigError: before weights are loaded, where heads cannot be built for the model or vLLM cannot run it.
@@ -60,7 +64,11 @@ def load_base(
     model_config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     if vllm:
         check_vllm(load_in_4bit or load_in_8bit or getattr(model_config, "quantization_config", None) is not None)
-    build = functools.partial(AutoModelForCausalLM.from_config, model_config, trust_remote_code=trust_remote_code)
+    kind = type(model_config)
+    auto_class: Any = AutoModelForCausalLM
+    if kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and kind not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        auto_class = AutoModelForImageTextToText
+    build = functools.partial(auto_class.from_config, model_config, trust_remote_code=trust_remote_code)
     trunk_without_weights(model_config, name, build)
     quantisation = None
     if load_in_4bit:
@@ -72,7 +80,7 @@ def load_base(
         )
     elif load_in_8bit:
         quantisation = BitsAndBytesConfig(load_in_8bit=True)
-    model = AutoModelForCausalLM.from_pretrained(
+    model = auto_class.from_pretrained(
         name,
         dtype=dtype,
         quantization_config=quantisation,

@@ -47,6 +47,7 @@ class Project:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._forking: dict[tuple[str, ...], subprocess.Popen] = {}
 
     def config(self, name: str, **changes) -> dict:
         """Writes NAME.yml; its output folder is NAME. A change to None takes a key out, "bare" leaves it empty."""
@@ -71,23 +72,51 @@ class Project:
             assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
         return result
 
-    def train(self, name: str, **changes) -> Path:
+    def train(self, name: str, interpret_triton: bool = False, **changes) -> Path:
         """The output folder of `axolotl train` with these changes to the base config; run once a name.
 
-        It trains in the process of the command itself, which spares the imports of `accelerate launch`, and prepares
-        the rows there too: by default Axolotl saves them with a pool of processes that import Axolotl anew. Tests that
-        call `axolotl("train", ...)` or `axolotl("preprocess", ...)` launch as users do.
+        The command runs in a fork of a process that has imported Axolotl (several_runs.py), which spares the imports;
+        random generators start alike in all such runs. With `interpret_triton`, Triton's kernels run on a CPU. Tests
+        that call `axolotl("train", ...)` or `axolotl("preprocess", ...)` launch as users do.
         """
         out = self.folder / name
         if not out.exists():
             self.config(name, **changes)
-            self.axolotl("train", f"{name}.yml", "--launcher", "python", AXOLOTL_DATASET_NUM_PROC="0")
+            process = self._forking_process(("TRITON_INTERPRET",) if interpret_triton else ())
+            process.stdin.write(f"{name}.yml\n")
+            process.stdin.flush()
+            code = process.stdout.readline().strip()
+            log = self.folder / (f"{name}.log" if code else "several_runs.log")
+            assert code == "0", log.read_text()[-4000:]
         return out
 
-    def logs(self, name: str) -> list[dict]:
+    def _forking_process(self, switches: tuple[str, ...]) -> subprocess.Popen:
+        if switches not in self._forking:
+            switched_on = dict.fromkeys(("OMP_NUM_THREADS", *switches), "1")
+            with open(self.folder / "several_runs.log", "a") as log:
+                self._forking[switches] = subprocess.Popen(
+                    [sys.executable, Path(__file__).parent / "several_runs.py"],
+                    cwd=self.folder,
+                    env={**os.environ, "AXOLOTL_DATASET_NUM_PROC": "0", **switched_on},
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=log,
+                    text=True,
+                )
+        return self._forking[switches]
+
+    def close(self) -> None:
+        for process in self._forking.values():
+            process.stdin.close()
+            process.wait()
+
+    def history(self, name: str) -> list[dict]:
+        """All log entries of a run, those of evaluations too."""
         newest = max((self.folder / name).glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
-        state = json.loads((newest / "trainer_state.json").read_text())
-        return [entry for entry in state["log_history"] if "loss" in entry]
+        return json.loads((newest / "trainer_state.json").read_text())["log_history"]
+
+    def logs(self, name: str) -> list[dict]:
+        return [entry for entry in self.history(name) if "loss" in entry]
 
 
 @pytest.fixture(scope="session")
@@ -121,5 +150,7 @@ def project(tmp_path_factory, smollm2) -> Project:
                 {"role": "assistant", "content": answer},
             ]
             file.write(json.dumps({"messages": messages}) + "\n")
-    yield Project(folder)
+    made = Project(folder)
+    yield made
+    made.close()
     shutil.rmtree(folder, ignore_errors=True)

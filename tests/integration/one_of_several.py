@@ -1,8 +1,10 @@
 """Run by test_processes.py, alone or under torchrun: trains a tiny model in each of the given ways.
 
 Arguments: a folder, and a JSON object of cases. A case is a dict of TrainingArguments and of `caft` and `meap` (their
-settings), `lora` and `tied` (what the model is), `only_first` (every process but the first begins with zeros for
-weights), `parallelism` (accelerate's ParallelismConfig) and `resume` (train again, from the checkpoint of step 2).
+settings, None for a plain run), `lora` and `tied` (what the model is), `loaded` (how it is loaded, see `loaded`),
+`only_first` (every process but the first begins with "zeros" for weights, or with frozen ones on "meta"), `parallelism`
+(accelerate's ParallelismConfig), `axolotl` (shard as Axolotl does it, in this case and all that follow) and `resume`
+(train again, from the checkpoint of step 2).
 
 The first process writes `CASE.json` (what the model was wrapped in, what was logged) and `CASE.safetensors` (the
 gradients of every step, whole) into the folder, and the Trainer what it saves into `CASE/`.
@@ -28,15 +30,20 @@ from safetensors.torch import save_file
 from test_training import arguments, pad, rows
 from tiny import LLAMA, word_tokenizer
 from torch.distributed.tensor import DTensor
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
+from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
 
 import caft_plugin.loss
 from caft_plugin import ConfigError, with_caft
 from caft_plugin.storage import gather
+from caft_plugin.trunk import find_trunk
 
 # Rows of very different lengths and few logits at a time: processes then differ in how often they unembed.
 DATA = rows([4, 120, 7, 3, 22, 90, 5, 15, 60, 6, 3, 12, 100, 4, 8, 25], prompt=1)
 caft_plugin.loss.LOGITS_AT_A_TIME["cpu"] = 1
+
+
+# bitsandbytes quantises in blocks of 64, and in evaluation mode on a CPU it wants whole blocks in each row (0.50).
+WIDE = {"hidden_size": 64, "intermediate_size": 128}
 
 
 class Gradients(TrainerCallback):
@@ -56,13 +63,62 @@ def shard_on_cpu() -> None:
     PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 
 
+def shard_as_axolotl() -> None:
+    """What Axolotl changes for `fsdp_version: 2` with `load_in_4bit: true`, by its own functions."""
+    from axolotl.monkeypatch import fsdp2_qlora
+    from axolotl.monkeypatch.accelerate.fsdp2 import patch_accelerate_fsdp2
+    from axolotl.monkeypatch.accelerate.parallelism_config import patch_parallelism_config
+
+    patch_parallelism_config()
+    patch_accelerate_fsdp2()
+    fsdp2_qlora.apply_init_sharded_param_patch()
+    fsdp2_qlora.apply_init_unsharded_param_patch()
+    fsdp2_qlora.apply_init_dtype_attrs_patch()
+
+
+def forget_weights(model: torch.nn.Module, how: str) -> None:
+    """What a process has for a model of which the first one alone has read the weights: zeros in transformers; with an
+    adapter in Axolotl, nothing in the place of frozen ones."""
+    for parameter in model.parameters():
+        if how == "zeros":
+            parameter.data.zero_()
+        elif not parameter.requires_grad:
+            nowhere = torch.nn.Parameter(parameter.to("meta"), requires_grad=False)
+            torch.utils.swap_tensors(parameter, nowhere)
+
+
+def loaded(model: LlamaForCausalLM, dtype: str, in_4_bits: bool = False) -> LlamaForCausalLM:
+    """The model as `from_pretrained` loads it in `dtype`, quantised as one that FSDP2 is to shard has to be."""
+    options: dict[str, Any] = {}
+    if in_4_bits:
+        options["device_map"] = {"": "cpu"}
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=dtype,
+            bnb_4bit_quant_storage=dtype,
+        )
+    state, config = model.state_dict(), model.config
+    return LlamaForCausalLM.from_pretrained(
+        None, config=config, state_dict=state, dtype=getattr(torch, dtype), **options
+    )
+
+
 def trained(folder: Path, settings: dict[str, Any], resume: bool = False) -> tuple[Trainer, Gradients]:
     settings = dict(settings)
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**{**LLAMA, "tie_word_embeddings": settings.pop("tied", False)}))
+    wide = WIDE if "loaded" in settings else {}
+    model = LlamaForCausalLM(LlamaConfig(**{**LLAMA, **wide, "tie_word_embeddings": settings.pop("tied", False)}))
+    if "loaded" in settings:
+        model = loaded(model, **settings.pop("loaded"))
     if settings.pop("lora", False):
         model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
-    caft, meap, only_first = settings.pop("caft"), settings.pop("meap", None), settings.pop("only_first", False)
+    only_first = settings.pop("only_first", None)
+    if only_first is not None and int(os.environ["RANK"]) > 0:
+        forget_weights(model, only_first)
+    if settings.pop("axolotl", False):
+        shard_as_axolotl()
+    caft, meap = settings.pop("caft"), settings.pop("meap", None)
     if "parallelism" in settings:
         settings["parallelism_config"] = ParallelismConfig(**settings.pop("parallelism"))
     args = arguments(folder, learning_rate=1e-3, **settings)
@@ -79,9 +135,6 @@ def trained(folder: Path, settings: dict[str, Any], resume: bool = False) -> tup
         meap=meap,
         callbacks=[seen],
     )
-    if only_first and args.process_index > 0:
-        for parameter in model.parameters():
-            parameter.data.zero_()
     trainer.train(resume_from_checkpoint=str(folder / "checkpoint-2") if resume else None)
     return trainer, seen
 
@@ -106,7 +159,7 @@ def main() -> None:
         if resume:
             resumed, _ = trained(folder / case, settings, resume=True)
             result["resumed"] = logged(resumed)
-        layers = trainer.caft.trunk.model.model.layers  # FSDP2 puts a class of its own upon each class
+        layers = find_trunk(trainer.model).layers  # FSDP2 puts a class of its own upon each class
         trainer.detach_ours()
         names = [name for name, _ in trainer.model.named_modules() if "caft" in name]
         classes = [[c for c in type(layer).__mro__ if not c.__name__.startswith("FSDP")] for layer in layers]

@@ -133,6 +133,37 @@ def test_fused_loss(project):
             assert other[key] == pytest.approx(one[key], rel=1e-4), key
 
 
+COUNTING = """
+import json
+from pathlib import Path
+from axolotl.integrations.base import BasePlugin
+from torch._dynamo.utils import counters
+
+class Counting(BasePlugin):
+    def post_train(self, cfg, model):
+        Path("compiled.json").write_text(json.dumps(counters["stats"]))
+"""
+
+
+def test_torch_compile(project):
+    """The losses of the run that is not compiled, to 1e-5; and the model is compiled: where that fails, Axolotl has
+    torch go on without."""
+    settings = {**FULL, "caft": "bare"}
+    project.train("full", **PLUGIN, **settings)
+    (project.folder / "counting.py").write_text(COUNTING)
+    settings |= {"torch_compile": True, "torch_compile_backend": "aot_eager"}
+    project.config("compiled", plugins=["caft_plugin", "counting.Counting"], **settings)
+    path = os.pathsep.join([".", os.environ.get("PYTHONPATH", "")])
+    environment = {"AXOLOTL_DATASET_NUM_PROC": "0", "PYTHONPATH": path}
+    project.axolotl("train", "compiled.yml", "--launcher", "python", **environment)
+    compiled = json.loads((project.folder / "compiled.json").read_text())
+    assert 1 <= compiled["unique_graphs"] <= 2 and compiled["calls_captured"] > 50  # the first shape, and all others
+    for one, other in zip(project.logs("full"), project.logs("compiled"), strict=True):
+        for key in one:
+            if key == "loss" or key.startswith("caft/"):
+                assert other[key] == pytest.approx(one[key], rel=1e-5), key
+
+
 def test_saved_model_loads_where_the_plugin_is_not_installed(project):
     ours = project.train("ours", **LORA_RUN)
     full = project.train("full", **FULL, **PLUGIN, caft="bare")

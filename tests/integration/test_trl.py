@@ -79,9 +79,22 @@ FEATURES = {
     "activation offloading": (CHATS, {"activation_offloading": True}, {}),
     "LoRA": (CHATS, {}, {"peft_config": LoraConfig(r=4, target_modules="all-linear")}),
     "bf16": (CHATS, {"bf16": True}, {}),
+    "torch_compile": (
+        CHATS,
+        {"torch_compile": True, "torch_compile_backend": "aot_eager", "gradient_checkpointing": False},
+        {},
+    ),
 }
 # What the heads are to learn does not depend on how the host computes its own loss.
-SAME_HEADS = ("loss nll", "loss chunked_nll", "loss dft", "label smoothing nll", "compute_loss_func", "checkpointing")
+SAME_HEADS = (
+    "loss nll",
+    "loss chunked_nll",
+    "loss dft",
+    "label smoothing nll",
+    "compute_loss_func",
+    "checkpointing",
+    "torch_compile",
+)
 
 
 def model_of(seed=0, **changes):
