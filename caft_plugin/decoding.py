@@ -196,7 +196,8 @@ class Drafter:
         if len(input_ids) > 1:
             raise ConfigError(
                 f"Drafter: got {len(input_ids)} texts at a time, but it takes 1: as soon as one text takes fewer "
-                "guesses than another, their rows no longer line up. Generate one after the other (num_return_sequences: 1)."
+                "guesses than another, their rows no longer line up. Generate one after the other, with "
+                "num_return_sequences=1."
             )
         mode = config.get_generation_mode()
         if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import contextlib
 
+import hypothesis
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from test_families import FAMILIES, model_of
@@ -343,8 +343,8 @@ def test_fewer_guesses_and_none(tiny_model):
     assert sure.last.tokens_per_pass == 1.0
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(st.data())
+@hypothesis.settings(max_examples=300, deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+@hypothesis.given(st.data())
 def test_any_model_prompt_and_settings(data):
     """300 cases: the text is that of plain `generate`."""
     draw = data.draw
