@@ -86,13 +86,26 @@ def build_heads(model: nn.Module, trunk: Trunk, config: CAFTConfig, seed: int) -
     if how == "auto":
         how = "lora" if is_model_with_adapter(model) else "full"
     lora = head_lora_config(model, first) if how == "lora" else None
-    with torch.random.fork_rng(devices=[]):  # the host's random stream stays as it was
-        torch.manual_seed(seed)
+    with own_random_numbers(next(first.parameters()).device, seed):
         heads = AuxiliaryHeads(layers, lora)
     if how != "lora":
         for parameter in heads.parameters():
             parameter.requires_grad_(how == "full" and parameter.is_floating_point())
     return heads
+
+
+@contextlib.contextmanager
+def own_random_numbers(device: torch.device, seed: int) -> Iterator[None]:
+    """While this is open, the generators of the CPU and of `device` go on from `seed`. The host's random streams, on
+    every device, stay as they were."""
+    others = [] if device.type in ("cpu", "meta") else [device]
+    with torch.random.fork_rng(others, device_type=device.type if others else "cuda"):
+        torch.default_generator.manual_seed(seed)
+        for other in others:  # torch.manual_seed would also seed the devices whose state is not put back
+            module = torch.get_device_module(other)
+            with getattr(module, "device", contextlib.nullcontext)(other):  # Apple's has but one device
+                module.manual_seed(seed)
+        yield
 
 
 def head_lora_config(model: nn.Module, layer: nn.Module) -> LoraConfig:

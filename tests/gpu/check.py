@@ -61,7 +61,6 @@ OUT_OF_TIME = "not run: out of time"
 
 def work(options: argparse.Namespace) -> None:
     """What a worker does: each of its checks in turn. A line is added to its file for each."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what it has started is ended too
     first = os.environ.get("RANK", "0") == "0"
     for name in options.work:
         try:
@@ -99,24 +98,26 @@ def rows_of(
             lines.touch()
             process = subprocess.Popen(command(waiting, lines), env=environment, stdout=log, stderr=subprocess.STDOUT)
             begun, read, stopped = time.monotonic(), 0, None
-            while waiting and stopped is None:
-                ended = process.poll() is not None  # asked before reading, so that nothing is missed
-                for line in lines.read_text().splitlines(keepends=True)[read:]:
-                    if line.endswith("\n"):
-                        yield Row(**json.loads(line))
-                        waiting.pop(0)
-                        begun, read = time.monotonic(), read + 1
-                now = time.monotonic()
-                if ended:
-                    log.seek(0)
-                    stopped = f"failed: the process ended with {process.returncode}: {last_words(log.read())[:200]}"
-                elif now > deadline:
-                    stopped = OUT_OF_TIME
-                elif now > begun + limit:
-                    stopped = f"failed: it took longer than {limit:.0f} seconds"
-                else:
-                    time.sleep(0.1)
-            end(process, patience=0 if waiting else 10)
+            try:
+                while waiting and stopped is None:
+                    ended = process.poll() is not None  # asked before reading, so that nothing is missed
+                    for line in lines.read_text().splitlines(keepends=True)[read:]:
+                        if line.endswith("\n"):
+                            yield Row(**json.loads(line))
+                            waiting.pop(0)
+                            begun, read = time.monotonic(), read + 1
+                    now = time.monotonic()
+                    if ended:
+                        log.seek(0)
+                        stopped = f"failed: the process ended with {process.returncode}: {last_words(log.read())[:200]}"
+                    elif now > deadline:
+                        stopped = OUT_OF_TIME
+                    elif now > begun + limit:
+                        stopped = f"failed: it took longer than {limit:.0f} seconds"
+                    else:
+                        time.sleep(0.1)
+            finally:
+                end(process, patience=0 if waiting else 10)
         if waiting and stopped is not None:
             yield Row(waiting.pop(0), stopped.replace("|", "/"))
 
@@ -221,6 +222,7 @@ def main() -> int:
         parser.add_argument(name, type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--work", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what was started is ended too
     if options.work:
         work(options)
         return 0
