@@ -182,7 +182,7 @@ def run_head(layer: nn.Module, source: Tensor, call: LayerCall, positions: Tenso
 
 
 def replay(layer: nn.Module, source: Tensor, call: LayerCall, positions: Tensor, cache: Cache | None = None) -> Tensor:
-    """Calls a head as the model called its last layer, with `source` as hidden states and with its own cache or none."""
+    """Calls a head as the model called its last layer, with `source` as hidden states, and its own cache or none."""
     bound = _forward_signature(type(layer)).bind(*call.args, **call.kwargs)  # type: ignore[arg-type]
     named = dict(bound.arguments)
     extra = dict(named.get("kwargs", {}))

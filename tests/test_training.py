@@ -286,11 +286,12 @@ def test_tokens_per_pass_against_a_slow_formula(tiny_model, tmp_path):
     generator, data = random.Random(0), rows([30, 7, 22, 3, 2])
     runs = []
     for row in data:
-        best = tiny_model(input_ids=torch.tensor([row["input_ids"]])).logits[0].argmax(-1).tolist()
+        best = tiny_model(input_ids=row["input_ids"][None]).logits[0].argmax(-1).tolist()
         labels = [best[max(t - generator.choice([2, 2, 3, 4, 5]), 0)] for t in range(len(best))]
-        row["labels"] = [-100 if generator.random() < 0.1 else label for label in labels]
+        labels = [-100 if generator.random() < 0.1 else label for label in labels]
+        row["labels"] = torch.tensor(labels)
         for t, guess in enumerate(best):
-            ahead = row["labels"][t + 2 : t + 6]
+            ahead = labels[t + 2 : t + 6]
             if not ahead or ahead[0] == -100:
                 continue
             runs.append(next((i for i, label in enumerate(ahead) if label != guess), len(ahead)))
