@@ -15,7 +15,6 @@ from transformers import (
     DynamicCache,
     GenerationConfig,
     LogitsProcessorList,
-    PreTrainedModel,
     StoppingCriteriaList,
 )
 from transformers.generation.configuration_utils import GenerationMode
@@ -117,7 +116,7 @@ class Drafter:
     @torch.no_grad()
     def __call__(
         self,
-        model: PreTrainedModel,
+        model: Any,
         input_ids: Tensor,
         logits_processor: LogitsProcessorList,
         stopping_criteria: StoppingCriteriaList,
@@ -167,7 +166,7 @@ class Drafter:
                 first = False
         for layer in cache.layers:  # a cache that is used on without a drafter is not cropped
             if getattr(layer, "record_past", False):
-                layer.record_past = False
+                layer.record_past = False  # type: ignore[union-attr]
         return text.result(cache)
 
     def _nothing(self) -> Drafted:
@@ -277,7 +276,7 @@ class _Side:
             for of_head in cache.layers[
                 last : last + 1
             ]:  # none where the last layer reads another one's keys and values
-                of_head.crop(-wrong)
+                of_head.crop(-wrong)  # type: ignore[union-attr]
         hidden = torch.cat(rows)
         if drafter.config.head_norm:
             hidden = self.norm(hidden)
@@ -338,7 +337,7 @@ class _Text:
         logits = logits.to(copy=True, dtype=torch.float32, device=self.ids.device)
         came: list[int] = []
         for row, guess in enumerate([*sent, None]):
-            scores = self.processors(self.ids, logits[:, row])
+            scores = self.processors(self.ids, logits[:, row])  # type: ignore[arg-type]
             if self.scores is not None:
                 self.scores += (scores,)
             if self.logits is not None:
@@ -362,7 +361,8 @@ class _Text:
         if not self.config.return_dict_in_generate:
             return self.ids
         name = "cache" if "cache" in inspect.signature(GenerateDecoderOnlyOutput).parameters else "past_key_values"
-        return GenerateDecoderOnlyOutput(sequences=self.ids, scores=self.scores, logits=self.logits, **{name: cache})
+        fields = {"sequences": self.ids, "scores": self.scores, "logits": self.logits, name: cache}
+        return GenerateDecoderOnlyOutput(**fields)  # type: ignore[arg-type]
 
 
 def _one_pass(model: Any, ids: Tensor, sent: list[int], first: bool, model_kwargs: dict[str, Any]) -> Any:
@@ -382,7 +382,8 @@ def _refuse_recurrent(model: nn.Module, cache: DynamicCache) -> None:
     """Raises ConfigError after the first pass where a layer has a state that cannot be put back to before a wrong
     guess: a recurrent one, in the cache or (the cache's layer is then still empty) in the layer itself. A convolution's
     is cropped as keys and values are."""
-    for layer in cache.layers:
+    layers: list[Any] = cache.layers
+    for layer in layers:
         if hasattr(layer, "recurrent_states"):
             recurrent = any(layer.is_recurrent_states_initialized.values())
             fit = any(layer.is_conv_states_initialized.values()) and not recurrent
