@@ -12,11 +12,12 @@ __version__ = "0.1.0"
 _HOMES = {
     "CAFTConfig": "caft_plugin.config",
     "ConfigError": "caft_plugin.config",
+    "Drafter": "caft_plugin.decoding",
     "MEAPConfig": "caft_plugin.config",
     "with_caft": "caft_plugin.training",
     "CAFTPlugin": "caft_plugin.axolotl.plugin",
 }
-__all__ = ["CAFTConfig", "CAFTPlugin", "ConfigError", "MEAPConfig", "with_caft"]
+__all__ = ["CAFTConfig", "CAFTPlugin", "ConfigError", "Drafter", "MEAPConfig", "with_caft"]
 
 
 def __getattr__(name: str) -> Any:

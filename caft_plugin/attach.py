@@ -33,7 +33,7 @@ class Request:
     """What heads are to compute during one loss of the host.
 
     `targets` (num_heads, batch, length); `weights` holds the weight of each head's summed loss (num_heads,); `run`
-    says which heads run. In training the result is joined to the graph, in evaluation hits are counted.
+    says which heads run. In training the result is joined to the graph, in evaluation it says where heads were right.
     With `next_tokens` (batch, length), targets of the model itself, it is called without labels and builds no logits;
     its output has their summed cross-entropy times `next_token_weight` as its loss.
     """
@@ -60,12 +60,12 @@ class Result:
     """What came of a request.
 
     `loss` is the weighted sum (joined to the graph), `sums` the summed loss of each head (num_heads,), float32, 0 for
-    heads that did not run, and `hits`, in evaluation, how many targets each had right.
+    heads that did not run, and `right`, in evaluation, where each had its target right (num_heads, batch * length).
     """
 
     loss: Tensor
     sums: Tensor
-    hits: Tensor | None
+    right: Tensor | None
 
 
 @dataclasses.dataclass
@@ -265,6 +265,7 @@ class AttachedHeads:
         rows: list[Tensor] = []
         learned: list[Tensor] = []
         numbers: list[Tensor] = []  # of the head that each row belongs to
+        places: list[Tensor] = []  # the position of each row
         for index, layer in enumerate(self.heads.layers):
             if not request.run[index]:
                 zero = zero + joined_zero(layer) if request.training else zero
@@ -273,7 +274,11 @@ class AttachedHeads:
             rows.append(run_head(layer, source, call, positions, checkpointing))
             learned.append(request.learned(index, positions, final))
             numbers.append(torch.full_like(positions, index))
-        loss, sums, hits = zero, zero.new_zeros(num_heads), None
+            places.append(positions)
+        loss, sums = zero, zero.new_zeros(num_heads)
+        right = (
+            None if request.training else torch.zeros(request.targets.flatten(1).shape, dtype=torch.bool, device=device)
+        )
         if rows:
             hidden, number = torch.cat(rows), torch.cat(numbers)
             if self.apply_norm:
@@ -283,8 +288,9 @@ class AttachedHeads:
             total, figures = _weighted_loss(row_loss, weights, hidden, torch.cat(learned), trunk)
             loss = zero + total
             sums = sums.index_add(0, number, figures[:, 0])
-            hits = None if request.training else torch.zeros_like(sums).index_add(0, number, figures[:, 1])
-        return Result(loss, sums, hits)
+            if right is not None:
+                right[number, torch.cat(places)] = figures[:, 1].bool()
+        return Result(loss, sums, right)
 
 
 def _check_shape(model: nn.Module, hidden: Tensor, targets: Tensor) -> None:

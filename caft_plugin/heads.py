@@ -181,8 +181,8 @@ def run_head(layer: nn.Module, source: Tensor, call: LayerCall, positions: Tenso
     return replay(layer, source, call, positions)
 
 
-def replay(layer: nn.Module, source: Tensor, call: LayerCall, positions: Tensor) -> Tensor:
-    """Calls a head as the model called its last layer, with `source` as hidden states and without a cache."""
+def replay(layer: nn.Module, source: Tensor, call: LayerCall, positions: Tensor, cache: Cache | None = None) -> Tensor:
+    """Calls a head as the model called its last layer, with `source` as hidden states, and its own cache or none."""
     bound = _forward_signature(type(layer)).bind(*call.args, **call.kwargs)  # type: ignore[arg-type]
     named = dict(bound.arguments)
     extra = dict(named.get("kwargs", {}))
@@ -190,8 +190,8 @@ def replay(layer: nn.Module, source: Tensor, call: LayerCall, positions: Tensor)
     for arguments in (named, extra):
         for name, value in arguments.items():
             if is_cache(name, value):
-                arguments[name] = None
-        if "use_cache" in arguments:
+                arguments[name] = cache
+        if cache is None and "use_cache" in arguments:
             arguments["use_cache"] = False
     named[first] = source
     if "kwargs" in named:

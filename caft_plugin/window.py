@@ -208,21 +208,26 @@ class Tally:
 
 
 class Totals:
-    """What an evaluation summed, on this process, float64: each head's losses, hits and targets."""
+    """What an evaluation summed, on this process, float64: each head's losses, how often it was right, how often it and
+    all heads before it were, and its targets."""
 
     def __init__(self, num_heads: int, device: torch.device) -> None:
-        self.figures = torch.zeros(3, num_heads, dtype=torch.float64, device=device)
+        self.figures = torch.zeros(4, num_heads, dtype=torch.float64, device=device)
 
     def add(self, result: Result, counts: Tensor) -> None:
-        if result.hits is not None:
-            self.figures += torch.stack([result.sums, result.hits, counts.to(result.sums)]).to(self.figures)
+        if result.right is not None:
+            right = result.right.to(result.sums)
+            figures = [result.sums, right.sum(1), right.cumprod(0).sum(1), counts.to(result.sums)]
+            self.figures += torch.stack(figures).to(self.figures)
 
     def means(self, over_processes: Callable[[Tensor], Tensor]) -> HeadsEvaluation:
         """Every process has to call it."""
-        found = {k: row for k, row in enumerate(over_processes(self.figures).T.tolist(), 1) if row[2]}
+        rows = over_processes(self.figures).T.tolist()
+        found = {k: row for k, row in enumerate(rows, 1) if row[3]}
         return HeadsEvaluation(
-            losses={k: total / count for k, (total, _, count) in found.items()},
-            accuracies={k: hits / count for k, (_, hits, count) in found.items()},
+            losses={k: total / count for k, (total, _, _, count) in found.items()},
+            accuracies={k: right / count for k, (_, right, _, count) in found.items()},
+            tokens_per_pass=1 + sum(run for _, _, run, _ in rows) / rows[0][3] if 1 in found else None,
         )
 
 

@@ -54,6 +54,13 @@ NAMES = [
         ("self", "resume_from_checkpoint", "model"),
     ),
     PrivateName(TRAINER, "_load_best_model", "load the heads of the best checkpoint", "training.py", ("self",)),
+    PrivateName(
+        "transformers:GenerationMixin",
+        "_update_model_kwargs_for_generation",
+        "lengthen masks and positions by several tokens",
+        "decoding.py",
+        ("self", "outputs", "model_kwargs", "is_encoder_decoder", "num_new_tokens"),
+    ),
     PrivateName("transformers:PreTrainedModel", "_no_split_modules", "find the list of decoder layers", "trunk.py"),
     PrivateName(
         "transformers.integrations.peft:PeftAdapterMixin",

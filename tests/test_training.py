@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import random
 
 import pytest
 import torch
@@ -277,6 +278,26 @@ def test_evaluation_adds_nothing_and_reports_the_heads(tiny_model, tmp_path):
         assert metrics[key] > 0
         assert one_by_one[key] == pytest.approx(metrics[key], rel=1e-5)
     assert f"eval_caft/loss_head_{1}" in ours.state.log_history[-1]
+
+
+def test_tokens_per_pass_against_a_slow_formula(tiny_model, tmp_path):
+    """Fresh heads say what the model says, so head k is right where the model's likeliest token at t is the target at
+    t + k + 1."""
+    generator, data = random.Random(0), rows([30, 7, 22, 3, 2])
+    runs = []
+    for row in data:
+        best = tiny_model(input_ids=row["input_ids"][None]).logits[0].argmax(-1).tolist()
+        labels = [best[max(t - generator.choice([2, 2, 3, 4, 5]), 0)] for t in range(len(best))]
+        labels = [-100 if generator.random() < 0.1 else label for label in labels]
+        row["labels"] = torch.tensor(labels)
+        for t, guess in enumerate(best):
+            ahead = labels[t + 2 : t + 6]
+            if not ahead or ahead[0] == -100:
+                continue
+            runs.append(next((i for i, label in enumerate(ahead) if label != guess), len(ahead)))
+    assert 0 < sum(runs) and max(runs) > 1
+    metrics = trainer_of(tiny_model, tmp_path, caft={}, evaluate=data, per_device_eval_batch_size=2).evaluate()
+    assert metrics["eval_caft/tokens_per_pass"] == pytest.approx(1 + sum(runs) / len(runs), rel=1e-6)
 
 
 def test_no_head_works_where_gamma_is_zero(tiny_model, tmp_path):

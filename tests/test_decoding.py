@@ -1,0 +1,383 @@
+"""A Drafter writes the text that plain `generate` writes, in fewer passes, whatever the model, the prompt and the
+settings; or it refuses by name."""
+
+from __future__ import annotations
+
+import contextlib
+
+import hypothesis
+import pytest
+import torch
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from test_families import FAMILIES, model_of
+from tiny import LLAMA
+from transformers import (
+    BitsAndBytesConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StaticCache,
+)
+
+from caft_plugin import CAFTConfig, ConfigError, Drafter, decoding
+from caft_plugin.heads import build_heads, replay
+from caft_plugin.heads_folder import save_heads
+from caft_plugin.trunk import find_trunk
+
+RECURRENT = ("RecurrentGemma", "Mamba", "Mamba2", "Jamba", "Bamba", "FalconH1", "GraniteMoeHybrid", "Qwen3Next")
+NEW = 24  # tokens
+
+
+def drafter_of(model, num_heads=4, head_input="penultimate", head_norm=True, **settings):
+    """Heads that are copies of the last layer, the later ones a little off, so that some guesses are right."""
+    model.eval()
+    config = CAFTConfig(num_heads=num_heads, head_input=head_input, head_norm=head_norm, train_heads="frozen")
+    heads = build_heads(model, find_trunk(model), config, seed=0)
+    generator = torch.Generator().manual_seed(0)
+    for index, layer in enumerate(heads.layers):
+        for parameter in layer.parameters():
+            if parameter.is_floating_point():
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter.data += 0.01 * index * noise.to(parameter)
+    return Drafter(model, heads, config, **settings)
+
+
+def prompt(length=9, vocab_size=24, seed=1, padding=0):
+    ids = torch.randint(min(3, vocab_size - 1), vocab_size, (1, length), generator=torch.Generator().manual_seed(seed))
+    mask = torch.ones_like(ids)
+    ids[0, :padding], mask[0, :padding] = 0, 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def written(model, inputs, seed=5, **settings):
+    torch.manual_seed(seed)
+    usual = {"max_new_tokens": NEW, "eos_token_id": None, "pad_token_id": 0, "use_cache": True}
+    return model.generate(**{**usual, **inputs, **settings})
+
+
+@pytest.fixture
+def tiny_model():
+    """Of few words, so that guesses are often right."""
+    return LlamaForCausalLM(LlamaConfig(**{**LLAMA, "vocab_size": 24}))
+
+
+GREEDY = {"do_sample": False}
+SAMPLED = {"do_sample": True, "temperature": 0.5, "top_k": 8}
+
+
+@contextlib.contextmanager
+def all_guesses():
+    """While this is open: of each round, how long the text was and what each head guessed, sent or not."""
+    rounds, guess = [], decoding._Side.guess
+
+    def noting(side, wrong, came, most):
+        sent = guess(side, wrong, came, most)
+        rounds.append((len(came), list(side.open[-1][1])))
+        return sent
+
+    decoding._Side.guess = noting
+    try:
+        yield rounds
+    finally:
+        decoding._Side.guess = guess
+
+
+def guesses_without_a_cache(drafter, ids):
+    """What the heads guess behind the last but one token of `ids`, everything computed anew."""
+    trunk = drafter.trunk
+    with torch.no_grad(), decoding._LastCall(trunk) as last:
+        trunk.model(input_ids=ids[:, :-1], use_cache=False)
+        source = last.call.hidden_states if drafter.config.head_input == "penultimate" else last.final
+        at = torch.tensor([source.shape[1] - 1])
+        hidden = torch.cat([replay(layer, source, last.call, at) for layer in drafter.heads.layers])
+        if drafter.config.head_norm:
+            hidden = trunk.norm(hidden)
+        return trunk.logits(hidden).argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in RECURRENT])
+def test_the_same_text_in_every_family(family):
+    model = model_of(family)
+    drafter = drafter_of(model, num_draft=4)
+    for inputs in (prompt(), prompt(padding=3)):
+        for how in (GREEDY, SAMPLED):
+            assert torch.equal(written(model, inputs, custom_generate=drafter, **how), written(model, inputs, **how))
+            assert drafter.last.tokens == NEW and drafter.last.passes <= NEW
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in RECURRENT])
+def test_guesses_are_those_of_heads_without_a_cache(family):
+    model = model_of(family)
+    drafter = drafter_of(model, num_draft=4)
+    inputs = prompt()
+    with all_guesses() as rounds:
+        text = written(model, inputs, custom_generate=drafter, **SAMPLED)
+    length = inputs["input_ids"].shape[1]
+    assert len(rounds) >= 3
+    for came, guesses in rounds:
+        length += came
+        assert guesses == guesses_without_a_cache(drafter, text[:, :length])
+
+
+@pytest.mark.parametrize("family", RECURRENT)
+def test_recurrent_models_are_refused(family):
+    model = model_of(family)
+    drafter = drafter_of(model)
+    with pytest.raises(ConfigError, match=rf"{type(model).__name__} has recurrent layers|needs a DynamicCache"):
+        written(model, prompt(), custom_generate=drafter)
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("head_input", ["penultimate", "final"])
+@pytest.mark.parametrize("head_norm", [True, False])
+def test_both_wirings(tiny_model, head_input, head_norm):
+    drafter = drafter_of(tiny_model, head_input=head_input, head_norm=head_norm, num_draft=4)
+    with all_guesses() as rounds:
+        text = written(tiny_model, prompt(), custom_generate=drafter, **GREEDY)
+    assert torch.equal(text, written(tiny_model, prompt(), **GREEDY))
+    length = 9
+    for came, guesses in rounds:
+        length += came
+        assert guesses == guesses_without_a_cache(drafter, text[:, :length])
+
+
+def test_with_an_adapter(tiny_model):
+    model = get_peft_model(tiny_model, LoraConfig(r=4, target_modules="all-linear"))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    drafter = drafter_of(model, num_draft=4)
+    for how in (GREEDY, SAMPLED):
+        text = written(model, prompt(), custom_generate=drafter, **how)
+        assert drafter.last.passes < NEW
+        assert torch.equal(text, written(model, prompt(), **how))
+        assert torch.equal(text, written(model.base_model.model, prompt(), custom_generate=drafter, **how))
+
+
+def test_over_four_bit_weights(tmp_path):
+    LlamaForCausalLM(LlamaConfig(**{**LLAMA, "hidden_size": 64, "vocab_size": 24})).save_pretrained(tmp_path)
+    four_bit = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
+    model = LlamaForCausalLM.from_pretrained(tmp_path, quantization_config=four_bit, dtype=torch.float32)
+    drafter = drafter_of(model, num_draft=4)
+    for how in (GREEDY, SAMPLED):
+        text = written(model, prompt(), custom_generate=drafter, **how)
+        assert drafter.last.passes < NEW
+        assert torch.equal(text, written(model, prompt(), **how))
+
+
+def test_from_a_folder_and_what_does_not_fit_it(tiny_model, tmp_path):
+    given = drafter_of(tiny_model, num_draft=4)
+    save_heads(tmp_path, given.heads, given.trunk, given.config, resumable=False)
+    loaded = Drafter.from_pretrained(tiny_model, tmp_path, num_draft=4)
+    texts = [written(tiny_model, prompt(), custom_generate=drafter, **GREEDY) for drafter in (given, loaded)]
+    assert torch.equal(*texts)
+    assert given.last == loaded.last and given.last.passes < NEW
+    assert not any(parameter.requires_grad for parameter in loaded.heads.parameters())
+    other = LlamaForCausalLM(LlamaConfig(**{**LLAMA, "hidden_size": 64, "vocab_size": 24}))
+    with pytest.raises(
+        ConfigError, match="caft.heads: .* was made for hidden_size 32 .* but this model has hidden_size 64"
+    ):
+        Drafter.from_pretrained(other, tmp_path)
+    with pytest.raises(ConfigError, match=r"caft.heads: got './nowhere', which is not a folder"):
+        Drafter.from_pretrained(tiny_model, "./nowhere")
+    for key, wrong in {"num_draft": 5, "confidence": 1.5}.items():
+        with pytest.raises(ConfigError, match=f"{key}: got {wrong}, but it takes"):
+            Drafter.from_pretrained(tiny_model, tmp_path, **{key: wrong})
+
+
+def test_the_model_is_plain_afterwards(tiny_model):
+    drafter = drafter_of(tiny_model, num_draft=4)
+    before = {name: type(module) for name, module in tiny_model.named_modules()}
+    written(tiny_model, prompt(), custom_generate=drafter)
+    with pytest.raises(ZeroDivisionError):
+        written(tiny_model, prompt(), custom_generate=drafter, stopping_criteria=[lambda ids, scores: 1 / 0])
+    assert {name: type(module) for name, module in tiny_model.named_modules()} == before
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in tiny_model.modules())
+
+
+class NoTokenTwice(LogitsProcessor):
+    """Looks back, and changes its scores in place."""
+
+    def __call__(self, ids, scores):
+        scores[:, ids[0, -6:]] = -1000.0
+        return scores
+
+
+SETTINGS = {
+    "end token": {"eos_token_id": [7, 14, 21]},
+    "least tokens": {"eos_token_id": list(range(24)), "min_new_tokens": 5},
+    "max_length": {"max_length": 20, "max_new_tokens": None},
+    "one token": {"max_new_tokens": 1},
+    "two tokens": {"max_new_tokens": 2},
+    "no repeats": {"no_repeat_ngram_size": 2, "repetition_penalty": 1.5},
+    "forbidden": {"suppress_tokens": list(range(10)), "bad_words_ids": [[11], [12, 13]]},
+    "own processor": {"logits_processor": LogitsProcessorList([NoTokenTwice()])},
+    "own criteria": {"stopping_criteria": [lambda ids, scores: torch.tensor([ids.shape[1] >= 17])]},
+    "top_p": {"do_sample": True, "top_p": 0.7, "temperature": 0.3},
+    "sampled, end token": {**SAMPLED, "eos_token_id": [5, 10, 15]},
+}
+
+
+@pytest.mark.parametrize("case", SETTINGS)
+def test_settings_of_generate(tiny_model, case):
+    drafter = drafter_of(tiny_model, num_draft=4)
+    for seed in range(5):
+        settings = {**GREEDY, **SETTINGS[case]}
+        plain = written(tiny_model, prompt(seed=seed), **settings)
+        assert torch.equal(written(tiny_model, prompt(seed=seed), custom_generate=drafter, **settings), plain)
+        assert drafter.last.tokens == plain.shape[1] - 9
+
+
+@pytest.mark.parametrize("how", [GREEDY, SAMPLED])
+def test_scores_logits_and_cache_are_returned(tiny_model, how):
+    drafter = drafter_of(tiny_model, num_draft=4)
+    wanted = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True, **how}
+    ours = written(tiny_model, prompt(), custom_generate=drafter, **wanted)
+    plain = written(tiny_model, prompt(), **wanted)
+    assert type(ours) is type(plain) and ours.keys() == plain.keys()
+    assert torch.equal(ours.sequences, plain.sequences) and drafter.last.passes < NEW
+    for key in ("scores", "logits"):
+        assert len(ours[key]) == len(plain[key]) == NEW
+        for mine, theirs in zip(ours[key], plain[key], strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)  # passes of several tokens round otherwise
+    caches = [next(value for value in output.values() if hasattr(value, "get_seq_length")) for output in (ours, plain)]
+    assert caches[0].get_seq_length() == caches[1].get_seq_length() == 9 + NEW - 1
+
+
+def test_a_returned_cache_goes_on_without_the_drafter():
+    model = model_of("Gemma3Text")  # sliding windows
+    drafter = drafter_of(model, num_draft=4)
+    texts = []
+    for settings in ({}, {"custom_generate": drafter}):
+        begun = written(model, prompt(), return_dict_in_generate=True, **GREEDY, **settings)
+        name, cache = next((n, value) for n, value in begun.items() if hasattr(value, "get_seq_length"))
+        mask = torch.ones_like(begun.sequences)
+        texts.append(written(model, {"input_ids": begun.sequences, "attention_mask": mask, name: cache}, **GREEDY))
+    assert torch.equal(*texts)
+
+
+class Streamer:
+    def __init__(self):
+        self.seen, self.ended = [], 0
+
+    def put(self, value):
+        self.seen.append(value.flatten().tolist())
+
+    def end(self):
+        self.ended += 1
+
+
+def test_a_streamer(tiny_model):
+    plain, ours = Streamer(), Streamer()
+    written(tiny_model, prompt(), streamer=plain, **GREEDY)
+    written(tiny_model, prompt(), text_streamer=ours, custom_generate=drafter_of(tiny_model, num_draft=4), **GREEDY)
+    assert ours.seen == plain.seen and len(ours.seen) == NEW + 1
+    assert ours.ended == plain.ended == 1
+
+
+def with_a_cache(model):
+    output = model(**prompt(), use_cache=True)
+    name, cache = next((n, value) for n, value in output.items() if hasattr(value, "get_seq_length"))
+    return {name: cache}
+
+
+def static_cache(model):
+    (name,) = with_a_cache(model)
+    return {name: StaticCache(config=model.config, max_cache_len=64)}
+
+
+REFUSED = {
+    "batch": ({"input_ids": torch.full((2, 5), 7)}, "got 2 texts at a time, but it takes 1"),
+    "several": ({"num_return_sequences": 2, "do_sample": True}, "got 2 texts at a time"),
+    "beams": ({"num_beams": 2}, "got 2 texts at a time|got beam_search, but it takes greedy search and sampling"),
+    "lookup": ({"prompt_lookup_num_tokens": 2}, "got assisted_generation, but it takes"),
+    "no cache": ({"use_cache": False}, r"needs a DynamicCache, .* the cache is none \(use_cache: false\)"),
+    "static": (
+        {"cache_implementation": "static"},
+        "needs a DynamicCache, which can be cropped, but the cache is StaticCache",
+    ),
+    "own static": (static_cache, "but the cache is StaticCache"),
+    "begun": (with_a_cache, "the prompt is in the cache already"),
+    "hidden states": (
+        {"output_hidden_states": True, "return_dict_in_generate": True},
+        "output_hidden_states does not go",
+    ),
+    "chunks": ({"prefill_chunk_size": 4}, "prefill_chunk_size does not go with drafts"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_refused(tiny_model, case):
+    drafter = drafter_of(tiny_model)
+    settings, message = REFUSED[case]
+    inputs = {**prompt(), **(settings(tiny_model) if callable(settings) else settings)}
+    if case == "batch":
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    with pytest.raises(ConfigError, match=message):
+        written(tiny_model, inputs, custom_generate=drafter)
+
+
+def test_another_model_and_training_mode_are_refused(tiny_model):
+    drafter = drafter_of(tiny_model)
+    other = LlamaForCausalLM(tiny_model.config).eval()
+    with pytest.raises(
+        ConfigError, match=r"called by LlamaForCausalLM, but made for another model \(LlamaForCausalLM\)"
+    ):
+        written(other, prompt(), custom_generate=drafter)
+    tiny_model.train()
+    with pytest.raises(ConfigError, match=r"the model is in training mode, .* Call model.eval\(\)"):
+        written(tiny_model, prompt(), custom_generate=drafter)
+
+
+def test_fewer_guesses_and_none(tiny_model):
+    plain = written(tiny_model, prompt(), **GREEDY)
+    for most in range(5):
+        drafter = drafter_of(tiny_model, num_draft=most)
+        assert torch.equal(written(tiny_model, prompt(), custom_generate=drafter, **GREEDY), plain)
+        assert sum(drafter.last.drafted[most:]) == 0 and (sum(drafter.last.drafted) > 0) == (most > 0)
+    sure = drafter_of(tiny_model, num_draft=4, confidence=1.0)
+    assert torch.equal(written(tiny_model, prompt(), custom_generate=sure, **GREEDY), plain)
+    assert sure.last.drafted == [0, 0, 0, 0] and sure.last.passes == NEW
+    assert sure.last.tokens_per_pass == 1.0
+
+
+@hypothesis.settings(max_examples=300, deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+@hypothesis.given(st.data())
+def test_any_model_prompt_and_settings(data):
+    """300 cases: the text is that of plain `generate`."""
+    draw = data.draw
+    heads = draw(st.sampled_from([2, 4]))
+    config = LlamaConfig(
+        vocab_size=draw(st.sampled_from([5, 17, 64])),
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=draw(st.integers(1, 3)),
+        num_attention_heads=heads,
+        num_key_value_heads=draw(st.sampled_from([1, heads])),
+        initializer_range=draw(st.sampled_from([0.02, 0.3])),
+        tie_word_embeddings=draw(st.booleans()),
+        max_position_embeddings=128,
+        pad_token_id=0,
+    )
+    torch.manual_seed(draw(st.integers(0, 2**20)))
+    model = LlamaForCausalLM(config)
+    num_heads = draw(st.integers(1, 5))
+    drafter = drafter_of(
+        model,
+        num_heads=num_heads,
+        head_input=draw(st.sampled_from(["penultimate", "final"])),
+        head_norm=draw(st.booleans()),
+        num_draft=draw(st.none() | st.integers(0, num_heads)),
+        confidence=draw(st.none() | st.floats(0, 1)),
+    )
+    length = draw(st.integers(1, 20))
+    seed, padding = draw(st.integers(0, 1000)), draw(st.integers(0, length - 1))
+    inputs = prompt(length, vocab_size=config.vocab_size, seed=seed, padding=padding)
+    how = draw(st.sampled_from([GREEDY, SAMPLED, {"do_sample": True}, {"do_sample": False, "repetition_penalty": 1.3}]))
+    ends = draw(st.none() | st.lists(st.integers(0, config.vocab_size - 1), min_size=1, max_size=3))
+    settings = {**how, "eos_token_id": ends, "max_new_tokens": draw(st.integers(1, 30))}
+    plain = written(model, inputs, **settings)
+    assert torch.equal(written(model, inputs, custom_generate=drafter, **settings), plain)
+    assert drafter.last.tokens == plain.shape[1] - length
