@@ -171,9 +171,7 @@ class AttachedHeads:
         reading = self._reading
         if layer is not self.trunk.last_layer or reading is None or not reading.wants_notes:
             return
-        device = next((a.device.type for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), "cpu")
-        autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
-        reading.call = LayerCall(args, dict(kwargs), autocast)
+        reading.call = LayerCall.of(args, kwargs)
 
     def _note_norm(self, norm: nn.Module, args: tuple, output: Tensor) -> None:
         reading = self._reading

@@ -175,9 +175,9 @@ class Drafter:
     def _note(self, sent: list[int], came: list[int]) -> None:
         self.last.tokens += len(came)
         self.last.passes += 1
-        for head in range(len(sent)):
+        for head, guess in enumerate(sent):
             self.last.drafted[head] += 1
-            self.last.accepted[head] += head < len(came) - 1 or (head == len(came) - 1 and sent[head] == came[head])
+            self.last.accepted[head] += came[head : head + 1] == [guess]
 
     def _cache(
         self, model: nn.Module, input_ids: Tensor, config: GenerationConfig, model_kwargs: dict[str, Any]
@@ -241,9 +241,7 @@ class _LastCall:
             handle.remove()
 
     def _note_call(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        device = self.trunk.model.device.type
-        autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
-        self.call = LayerCall(args, dict(kwargs), autocast)
+        self.call = LayerCall.of(args, kwargs)
 
     def _note_norm(self, norm: nn.Module, args: tuple, output: Tensor) -> None:
         self.final = output

@@ -167,6 +167,12 @@ class LayerCall:
     kwargs: dict[str, Any]
     autocast: tuple[str, torch.dtype, bool]
 
+    @classmethod
+    def of(cls, args: tuple, kwargs: dict[str, Any]) -> LayerCall:
+        """The call that is being made with these arguments."""
+        device = next((a.device.type for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), "cpu")
+        return cls(args, dict(kwargs), (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)))
+
     @property
     def hidden_states(self) -> Tensor:
         """What the layer read: (batch, length, hidden size)."""

@@ -22,7 +22,6 @@ class Pace:
     """
 
     def __init__(self, num_heads: int) -> None:
-        self.num_heads = num_heads
         self.tried = [[0] * BINS for _ in range(num_heads)]
         self.right = [[0] * BINS for _ in range(num_heads)]
         self.seconds: list[deque[float]] = [deque(maxlen=9) for _ in range(num_heads + 1)]  # of a pass, by drafts

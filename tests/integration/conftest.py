@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from torch.nn.functional import cross_entropy
 
 BASE = {
     "base_model": "./tiny",
@@ -117,6 +119,25 @@ class Project:
 
     def logs(self, name: str) -> list[dict]:
         return [entry for entry in self.history(name) if "loss" in entry]
+
+
+def losses_ahead(logits: torch.Tensor, labels: torch.Tensor, num_heads: int) -> list[float]:
+    """The mean cross-entropy of logits (batch, length, vocabulary) for the token 1, 2 ... `num_heads` + 1 ahead."""
+    return [
+        cross_entropy(logits[:, :-ahead].flatten(0, 1), labels[:, ahead:].flatten()).item()
+        for ahead in range(1, num_heads + 2)
+    ]
+
+
+def assert_starts_from(wanted: list[float], plain_log: list[dict], log: list[dict]) -> None:
+    """Two runs of four steps, without heads and with them, begin with the `wanted` losses, and each head's falls."""
+    assert len(log) == len(plain_log) == 4
+    assert plain_log[0]["loss"] == pytest.approx(wanted[0], rel=1e-5)
+    assert log[0]["caft/next_token_loss"] == pytest.approx(plain_log[0]["loss"], rel=1e-5)
+    for k in range(1, len(wanted)):
+        losses = [entry[f"caft/loss_head_{k}"] for entry in log]
+        assert losses[0] == pytest.approx(wanted[k], rel=1e-5), k
+        assert all(map(math.isfinite, losses)) and losses[-1] < losses[0], k
 
 
 @pytest.fixture(scope="session")

@@ -11,14 +11,13 @@ in float32, sums in different orders, so that losses agree to 1e-5.
 from __future__ import annotations
 
 import copy
-import math
 
 import bitsandbytes
 import pytest
 import torch
+from conftest import assert_starts_from, losses_ahead
 from safetensors.torch import load_file
 from test_copies import EXACT, MOE, gap, moved, tiny, without_adapter
-from torch.nn.functional import cross_entropy
 
 pytest.importorskip("axolotl")
 
@@ -132,24 +131,14 @@ def first_losses(moe, bits):
     labels = batch.pop("labels")
     with torch.no_grad():
         logits = model(**batch).logits
-    return [
-        cross_entropy(logits[:, :-ahead].flatten(0, 1), labels[:, ahead:].flatten()).item()
-        for ahead in range(1, HEADS + 2)
-    ]
+    return losses_ahead(logits, labels, HEADS)
 
 
 @pytest.mark.parametrize("bits", [16, 4])
 def test_lora_on_experts(moe, bits):
     plain, plain_log = train(moe, bits, "plain")
     out, log = ours(moe, bits)
-    assert len(log) == len(plain_log) == 4
-    wanted = first_losses(moe, bits)
-    assert plain_log[0]["loss"] == pytest.approx(wanted[0], rel=1e-5)
-    assert log[0]["caft/next_token_loss"] == pytest.approx(plain_log[0]["loss"], rel=1e-5)
-    for k in range(1, HEADS + 1):
-        losses = [entry[f"caft/loss_head_{k}"] for entry in log]
-        assert losses[0] == pytest.approx(wanted[k], rel=1e-5), k
-        assert all(map(math.isfinite, losses)) and losses[-1] < losses[0], k
+    assert_starts_from(first_losses(moe, bits), plain_log, log)
     said = " ".join((moe.folder / f"moe_{bits}_ours.log").read_text().split())
     assert said.count("80 % of its weights are in none (most of them in mlp.experts.gate_up_proj) and stay") == 1
     adapter, plainly = (load_file(run / "adapter_model.safetensors") for run in (out, plain))

@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
+from conftest import assert_starts_from, losses_ahead
 from safetensors.torch import load_file
+from test_axolotl import FULL
 from test_vision import GATED, HEAD_DIM, VIT
-from torch.nn.functional import cross_entropy
 
 pytest.importorskip("axolotl")
 
@@ -48,10 +49,7 @@ TEXTS = {"llava": 2, "gemma3": 0}
 LANGUAGE = r"model.language_model.layers.[\d]+.(mlp|self_attn).(up|down|gate|q|k|v|o)_proj"
 HOW = {
     "lora": {"lora_target_linear": None, "lora_target_modules": LANGUAGE},
-    "full": dict.fromkeys(
-        ["adapter", "lora_target_linear"]
-        + [f"lora_{key}" for key in ("r", "alpha", "dropout", "mlp_kernel", "qkv_kernel", "o_kernel")]
-    ),
+    "full": FULL,
 }
 
 
@@ -147,10 +145,7 @@ def first_losses(project, family):
     assert batch["pixel_values"].shape == (10, 3, 16, 16)
     with torch.no_grad():
         logits = model(**batch).logits
-    return [
-        cross_entropy(logits[:, :-ahead].flatten(0, 1), labels[:, ahead:].flatten()).item()
-        for ahead in range(1, HEADS + 2)
-    ]
+    return losses_ahead(logits, labels, HEADS)
 
 
 @pytest.mark.parametrize(("family", "how", "layer"), [("llava", "lora", "Llama"), ("gemma3", "full", "Gemma3")])
@@ -159,14 +154,7 @@ def test_images(vision, family, how, layer):
     plain = vision.train(f"{family}_plain", **vision_run(family, how))
     ours = vision.train(f"{family}_ours", **vision_run(family, how, **PLUGIN))
     log, plain_log = vision.logs(f"{family}_ours"), vision.logs(f"{family}_plain")
-    assert len(log) == len(plain_log) == 4
-    wanted = first_losses(vision, family)
-    assert plain_log[0]["loss"] == pytest.approx(wanted[0], rel=1e-5)
-    assert log[0]["caft/next_token_loss"] == pytest.approx(plain_log[0]["loss"], rel=1e-5)
-    for k in range(1, HEADS + 1):
-        losses = [entry[f"caft/loss_head_{k}"] for entry in log]
-        assert losses[0] == pytest.approx(wanted[k], rel=1e-5), k
-        assert all(map(math.isfinite, losses)) and losses[-1] < losses[0], k
+    assert_starts_from(first_losses(vision, family), plain_log, log)
 
     file = "adapter_model.safetensors" if how == "lora" else "model.safetensors"
     saved, plainly = load_file(ours / file), load_file(plain / file)
