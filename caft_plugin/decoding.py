@@ -31,13 +31,30 @@ from caft_plugin.trunk import Trunk, find_trunk
 
 @dataclasses.dataclass
 class Drafted:
-    """What came of one text: its tokens, the model's passes over them, and of each head how often its guess was sent to
-    the model and how often it was right there."""
+    """What came of one text: of each head how often its guess was sent to the model and how often it was right there,
+    and how many passes of the model brought 1, 2, ... tokens."""
 
     drafted: list[int]
     accepted: list[int]
-    tokens: int = 0
-    passes: int = 0
+    lengths: list[int]
+
+    @classmethod
+    def nothing(cls, num_heads: int) -> Drafted:
+        return cls([0] * num_heads, [0] * num_heads, [0] * (num_heads + 1))
+
+    def __iadd__(self, other: Drafted) -> Drafted:
+        for name in ("drafted", "accepted", "lengths"):
+            ours, theirs = getattr(self, name), getattr(other, name)
+            setattr(self, name, [a + b for a, b in zip(ours, theirs, strict=True)])
+        return self
+
+    @property
+    def tokens(self) -> int:
+        return sum(length * passes for length, passes in enumerate(self.lengths, 1))
+
+    @property
+    def passes(self) -> int:
+        return sum(self.lengths)
 
     @property
     def tokens_per_pass(self) -> float:
@@ -87,7 +104,7 @@ class Drafter:
         self.num_draft = num_draft
         self.confidence = confidence
         self.pace = Pace(len(heads))
-        self.last = self._nothing()
+        self.last = Drafted.nothing(len(heads))
 
     @classmethod
     def from_pretrained(
@@ -134,7 +151,7 @@ class Drafter:
         cache = self._cache(model, input_ids, generation_config, model_kwargs)
         cache.activate_past_recording()
         text = _Text(input_ids, logits_processor, stopping_criteria, generation_config, text_streamer)
-        self.last = self._nothing()
+        self.last = Drafted.nothing(len(self.heads))
         with _LastCall(self.trunk) as last_call:
             side = _Side(self, last_call) if self.num_draft != 0 and self.pace.begin_text() else None
             guesses: list[int] = []
@@ -169,12 +186,8 @@ class Drafter:
                 layer.record_past = False  # type: ignore[union-attr]
         return text.result(cache)
 
-    def _nothing(self) -> Drafted:
-        return Drafted([0] * len(self.heads), [0] * len(self.heads))
-
     def _note(self, sent: list[int], came: list[int]) -> None:
-        self.last.tokens += len(came)
-        self.last.passes += 1
+        self.last.lengths[len(came) - 1] += 1
         for head, guess in enumerate(sent):
             self.last.drafted[head] += 1
             self.last.accepted[head] += came[head : head + 1] == [guess]

@@ -78,13 +78,17 @@ class HeadFigures(BaseModel):
 
 class HeadsMetrics(BaseModel):
     """`metrics.json` of pretrained heads: what they were trained on, and held-out figures of each head after training
-    and before it. The lists are empty where nothing was held out. Other keys in such a file are left alone."""
+    and before it: untrained, or as they came from the folder `started_from`. The lists are empty where nothing was held
+    out. Other keys in such a file are left alone."""
 
     targets: str
     rows: int | None = None
     steps: int
     heads: list[HeadFigures]
     untrained: list[HeadFigures] = []
+    started_from: str | None = None
+    before: list[HeadFigures] = []
+    tokens_per_pass: float | None = None  # with these heads as drafters, on what was held out
 
 
 @dataclasses.dataclass(frozen=True)

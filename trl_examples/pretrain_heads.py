@@ -23,7 +23,7 @@ from trl import TrlParser
 from caft_plugin import CAFTConfig
 from caft_plugin.config import PretrainConfig
 from caft_plugin.stage1.data import read_rows
-from caft_plugin.stage1.pretraining import Stage1, load_base, pretrain_heads
+from caft_plugin.stage1.pretraining import Stage1, heads_block, load_base, pretrain_heads
 from caft_plugin.tools.cli import push_heads
 from caft_plugin.tools.inspect_heads import describe
 
@@ -48,6 +48,7 @@ class HeadsArguments:
     top_p: float | None = key_of(PretrainConfig, "top_p")
     generation_batch_size: int | None = key_of(PretrainConfig, "generation_batch_size")
     vllm: bool | None = key_of(PretrainConfig, "vllm")
+    heads: str | None = field(default=None, metadata={"help": "Go on from these heads: a folder or a Hub id."})
     num_heads: int | None = key_of(CAFTConfig, "num_heads")
     head_input: str | None = key_of(CAFTConfig, "head_input")
     head_norm: bool | None = key_of(CAFTConfig, "head_norm")
@@ -65,7 +66,7 @@ def main() -> None:
     config = PretrainConfig(
         seed=training.seed, **{key: keys[key] for key in PretrainConfig.model_fields if key in keys}
     )
-    caft = CAFTConfig(**{key: keys[key] for key in CAFTConfig.model_fields if key in keys})
+    caft = heads_block({key: keys[key] for key in CAFTConfig.model_fields if key in keys})
     tokenizer = AutoTokenizer.from_pretrained(given.model_name_or_path, trust_remote_code=given.trust_remote_code)
     rows = read_rows(Path(given.dataset_name), tokenizer, given.max_length, option="--dataset_name")
     model = load_base(

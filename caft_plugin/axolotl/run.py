@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +18,41 @@ WITHOUT_LOGITS = ("cut_cross_entropy", "liger_fused_linear_cross_entropy", "chun
 Keys = dict[str, Any]  # of a YAML file
 
 
-def read_keys(file: Path) -> Keys:
-    """The keys of a YAML file.
+def read_keys(file: Path, command: str) -> Keys:
+    """The keys of a YAML file, for a command that errors name.
 
     Raises:
         ConfigError: it is not a file, or not YAML, or holds no keys.
     """
     try:
-        keys = yaml.safe_load(read_text(file, "plan", "an Axolotl YAML"))
+        keys = yaml.safe_load(read_text(file, command, "an Axolotl YAML"))
     except yaml.YAMLError as error:
         reason = " ".join(str(error).split())
-        raise ConfigError(f"plan: {file} is not YAML ({reason}). CONFIG takes an Axolotl YAML.") from error
+        raise ConfigError(f"{command}: {file} is not YAML ({reason}). CONFIG takes an Axolotl YAML.") from error
     if not isinstance(keys, dict):
-        raise ConfigError(f"plan: {file} holds {shown(keys)}, but CONFIG takes an Axolotl YAML, keys and values.")
+        raise ConfigError(f"{command}: {file} holds {shown(keys)}, but CONFIG takes an Axolotl YAML, keys and values.")
     return keys
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What a finished run has left: a model (the merged one where there is one, else the adapter or the model in the
+    output folder), whether that is to be loaded in 4 bits, and the folder in which its heads are."""
+
+    model: str
+    heads: str
+    in_4_bits: bool
+
+
+def come_out(keys: Keys) -> Outcome:
+    """Raises ConfigError where the YAML names no output_dir."""
+    folder = keys.get("output_dir")
+    if not isinstance(folder, str):
+        raise ConfigError(f"output_dir: got {shown(folder)}, but it takes the folder that the run has written to.")
+    merged = Path(folder) / "merged"
+    if (merged / "config.json").is_file():
+        return Outcome(str(merged), folder, in_4_bits=False)
+    return Outcome(folder, folder, in_4_bits=bool(keys.get("load_in_4bit")))
 
 
 def read_run(keys: Keys) -> Run:

@@ -11,8 +11,9 @@ from axolotl.common.datasets import load_datasets
 from axolotl.loaders import load_tokenizer
 from transformers import TrainingArguments
 
-from caft_plugin.config import CAFTConfig, ConfigError, PretrainConfig
-from caft_plugin.stage1.pretraining import Stage1, load_base
+from caft_plugin.config import ConfigError, PretrainConfig
+from caft_plugin.stage1.data import prompt_of
+from caft_plugin.stage1.pretraining import Stage1, heads_block, load_base
 
 # Axolotl's key, and the Trainer's name for it. What Axolotl's user left out keeps stage 1's own default.
 TRAINER_KEYS = {
@@ -36,15 +37,16 @@ TRAINER_KEYS = {
 }
 
 
-def read_stage1(config_file: Path, options: dict[str, object]) -> Stage1:
-    """Everything stage 1 needs, from a YAML; `options` are keys of `pretrain_heads:` given on the command line.
+def read_stage1(config_file: Path, options: dict[str, object], caft: dict[str, object], **keys: object) -> Stage1:
+    """Everything stage 1 needs, from a YAML. What the command line gave goes before it: `options` are keys of
+    `pretrain_heads:`, `caft` of `caft:`, `keys` of the YAML itself.
 
     The YAML's adapter is left out (the base stays as it is), its quantisation is kept.
 
     Raises:
         ConfigError: a key that stage 1 cannot follow.
     """
-    cfg = load_cfg(str(config_file))
+    cfg = load_cfg(str(config_file), **keys)
     if cfg.pretraining_dataset or cfg.streaming:
         raise ConfigError(
             "pretrain_heads: streamed data (`pretraining_dataset`, `streaming`) is not supported; give `datasets:`."
@@ -83,7 +85,24 @@ def read_stage1(config_file: Path, options: dict[str, object]) -> Stage1:
         rows=list(meta.train_dataset),
         heldout=list(meta.eval_dataset) if meta.eval_dataset is not None else None,
         arguments=arguments,
-        caft=CAFTConfig.read(dict(cfg.caft)) if cfg.caft is not None else CAFTConfig(),
+        caft=heads_block({**dict(cfg.caft or {}), **caft}),
         config=config,
         name=cfg.base_model,
     )
+
+
+def read_prompts_of_tests(config_file: Path) -> list[list[int]]:
+    """Token ids of the prompts in a YAML's `test_datasets`.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    cfg = load_cfg(str(config_file))
+    data = load_datasets(cfg=cfg, cli_args=TrainerCliArgs()).eval_dataset if cfg.test_datasets else []
+    prompts = [prompt for prompt in map(prompt_of, data or []) if prompt]
+    if not prompts:
+        raise ConfigError(
+            f"--prompts: {config_file} has no test_datasets with prompts in them. Give a JSONL file of prompts that "
+            "the model was not trained on."
+        )
+    return prompts

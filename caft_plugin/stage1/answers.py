@@ -40,6 +40,14 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> se
     return ids
 
 
+def fingerprint(model: PreTrainedModel) -> str:
+    """Of a model's weights: a model that was trained again in the folder of the former has another."""
+    digest = hashlib.sha256()
+    for parameter in model.parameters():
+        digest.update(parameter.detach().flatten()[:64].cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
 def check_prompts(prompts: Sequence[Sequence[int]], config: PretrainConfig, context: int | None) -> None:
     """Raises ConfigError where a row asks nothing, or leaves no room to answer."""
     empty = sum(not prompt for prompt in prompts)
@@ -126,6 +134,7 @@ def write_answers(
     digest = hashlib.sha256(json.dumps([list(p) for p in prompts]).encode()).hexdigest()
     header = {
         "base model": name,
+        "weights": fingerprint(model),
         "prompts": digest,
         "sampling": config.model_dump(include={"max_new_tokens", "temperature", "top_p", "seed"}),
         **({"engine": "vllm"} if config.vllm else {}),

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from caft_plugin.config import ConfigError
 from caft_plugin.loss import IGNORE
 from caft_plugin.storage import read_text
 
+T = TypeVar("T")
 Row = dict[str, list[int]]  # input_ids, and labels with -100 where there is no loss
 
 
@@ -42,21 +44,44 @@ def read_rows(file: Path, tokenizer: PreTrainedTokenizerBase, max_length: int, o
     Raises:
         ConfigError: no such file, or a line that is none of these.
     """
-    lines = read_text(file, option, "a JSONL file").splitlines()
-    rows = []
-    for number, line in enumerate(lines, 1):
+    rows = [with_answer(*parts) for parts in _read_lines(file, option, lambda c: _prompt_and_answer(c, tokenizer))]
+    return [{key: values[:max_length] for key, values in row.items()} for row in rows]
+
+
+def read_prompts(file: Path, tokenizer: PreTrainedTokenizerBase, option: str = "--prompts") -> list[list[int]]:
+    """Token ids of what a model is asked in a JSONL file: `messages` up to the first assistant's turn, `prompt`, or
+    `text`, of which it writes the rest. Whatever else a line holds is left alone.
+
+    Raises:
+        ConfigError: no such file, a line that is none of these, or no line at all.
+    """
+    prompts = list(_read_lines(file, option, lambda content: _prompt(content, tokenizer)))
+    if not prompts:
+        raise ConfigError(f"{option}: {file} holds no line.")
+    return prompts
+
+
+def _read_lines(file: Path, option: str, read: Callable[[dict[str, Any]], T]) -> Iterator[T]:
+    for number, line in enumerate(read_text(file, option, "a JSONL file").splitlines(), 1):
         if not line.strip():
             continue
         try:
-            prompt, answer = _prompt_and_answer(json.loads(line), tokenizer)
+            yield read(json.loads(line))
         except (ValueError, KeyError, TypeError, StopIteration) as error:
             raise ConfigError(
                 f"{option}: line {number} of {file} is not a row ({type(error).__name__}: {error}). A line takes "
                 '{"messages": [...]}, {"prompt": "...", "completion": "..."} or {"text": "..."}.'
             ) from None
-        row = with_answer(prompt, answer)
-        rows.append({key: values[:max_length] for key, values in row.items()})
-    return rows
+
+
+def _prompt(content: dict[str, Any], tokenizer: Any) -> list[int]:
+    if "messages" in content:
+        asked = list(itertools.takewhile(lambda message: message["role"] != "assistant", content["messages"]))
+        return tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=True, return_dict=False)
+    ids = tokenizer(content["prompt"] if "prompt" in content else content["text"]).input_ids
+    if not ids:
+        raise ValueError("it asks nothing")
+    return ids
 
 
 def _prompt_and_answer(content: dict[str, Any], tokenizer: Any) -> tuple[list[int], list[int]]:

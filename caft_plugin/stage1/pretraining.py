@@ -4,6 +4,9 @@ METHOD: arXiv 2506.07833, section 3 (pseudo-labels; the base frozen, only the he
 constant schedule, learning rate 1e-4). Besides the published way (`targets: model`) there are the data set's own
 answers (`dataset`, the authors' warm-up on task data) and `distribution`: head k at position t learns the base
 model's whole next-token distribution at position t+k, which the same forward pass of the frozen base gives.
+
+The same serves heads that are to draft (`caft.heads` names them): with a fine-tuned model as the frozen base they go on
+learning what it writes.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftConfig
 from torch import Tensor, nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -29,11 +33,21 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
+from transformers.utils import find_adapter_config_file
 
 from caft_plugin.attach import LAST_POSITION, Request
 from caft_plugin.checkpoints import Parts
 from caft_plugin.config import CAFTConfig, ConfigError, PretrainConfig
-from caft_plugin.heads_folder import CARD, FOLDER, METRICS, HeadFigures, HeadsMetrics, HeadsRecord, read_record
+from caft_plugin.heads_folder import (
+    CARD,
+    FOLDER,
+    METRICS,
+    HeadFigures,
+    HeadsFolder,
+    HeadsMetrics,
+    HeadsRecord,
+    read_record,
+)
 from caft_plugin.logs import HeadsEvaluation
 from caft_plugin.loss import Batch, RowLoss, divergence_of
 from caft_plugin.objective import AuxiliaryObjective, HostLoss
@@ -56,12 +70,15 @@ def load_base(
     vllm: bool = False,
 ) -> PreTrainedModel:
     """The base model, quantised by bitsandbytes as QLoRA does (NF4, double quantisation) if asked; with `vllm` one
-    that vLLM can load too. A vision-language model comes whole where transformers has no class for its text part.
+    that vLLM can load too. A vision-language model comes whole where transformers has no class for its text part. The
+    folder or Hub id of an adapter brings its base with it.
 
     Raises:
         ConfigError: before weights are loaded, where heads cannot be built for the model or vLLM cannot run it.
     """
-    model_config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    adapter = find_adapter_config_file(name) is not None
+    base = str(PeftConfig.from_pretrained(name).base_model_name_or_path) if adapter else name
+    model_config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
     if vllm:
         check_vllm(load_in_4bit or load_in_8bit or getattr(model_config, "quantization_config", None) is not None)
     kind = type(model_config)
@@ -69,7 +86,7 @@ def load_base(
     if kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and kind not in MODEL_FOR_CAUSAL_LM_MAPPING:
         auto_class = AutoModelForImageTextToText
     build = functools.partial(auto_class.from_config, model_config, trust_remote_code=trust_remote_code)
-    trunk_without_weights(model_config, name, build)
+    trunk_without_weights(model_config, base, build)
     quantisation = None
     if load_in_4bit:
         quantisation = BitsAndBytesConfig(
@@ -90,6 +107,17 @@ def load_base(
     )
     model.config.use_cache = False
     return model
+
+
+def heads_block(keys: dict[str, Any]) -> CAFTConfig:
+    """The `caft:` block of stage 1. Heads to go on from come in their own number, unless another is written.
+
+    Raises:
+        ConfigError: a wrong key or value, or no readable folder of heads.
+    """
+    if keys.get("heads") is not None and "num_heads" not in keys:
+        keys = {**keys, "num_heads": HeadsFolder.open(keys["heads"]).record.num_heads}
+    return CAFTConfig.read(keys)
 
 
 class TrunkTrainer(Trainer):
@@ -251,14 +279,17 @@ def pretrain_heads(stage1: Stage1) -> Path:
     after = trainer.evaluate() if heldout else {}
     trainer.save_model(str(out))
     folder = out / FOLDER
+    first = figures_of(before, len(trainer.caft.heads))
     metrics = HeadsMetrics(
         targets=config.targets,
         rows=len(rows),
         steps=trainer.state.global_step,
         heads=figures_of(after, len(trainer.caft.heads)),
-        untrained=figures_of(before, len(trainer.caft.heads)),
+        started_from=caft.heads,
+        tokens_per_pass=HeadsEvaluation.read(after, "eval").tokens_per_pass,
+        **{"untrained" if caft.heads is None else "before": first},  # type: ignore[arg-type]
     )
-    write_json(folder / METRICS, metrics.model_dump())
+    write_json(folder / METRICS, metrics.model_dump(exclude_none=True))
     write_text(folder / CARD, model_card(read_record(folder), stage1.name, metrics))
     return folder
 
@@ -286,9 +317,12 @@ def model_card(record: HeadsRecord, name: str, metrics: HeadsMetrics) -> str:
         "",
         f"- wiring: head_input `{record.head_input}`, head_norm `{str(record.head_norm).lower()}`",
         f"- trained on: {metrics.rows} rows, targets `{metrics.targets}`, {metrics.steps} steps, base frozen",
+        *([] if metrics.started_from is None else [f"- started from the heads in: {metrics.started_from}"]),
         "",
     ]
     if metrics.heads:
         lines += ["| head | held-out loss | top-1 accuracy |", "| --- | --- | --- |"]
         lines += [f"| {k} | {head.loss:.4f} | {head.accuracy:.2%} |" for k, head in enumerate(metrics.heads, 1)]
+    if metrics.tokens_per_pass is not None:
+        lines += ["", f"As drafters: {metrics.tokens_per_pass:.2f} tokens a pass of the model, on what was held out."]
     return "\n".join(lines) + "\n"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 import click
 from pydantic import BaseModel
@@ -68,7 +68,8 @@ def setting(model: type[BaseModel], key: str, **more: Any) -> Any:
 
 @commands.command("pretrain-heads", short_help="Train heads on a frozen base model (stage 1).")
 @click.argument("config", required=False, type=click.Path(path_type=Path))
-@click.option("--model", help="Folder or Hub id of the base model, where no CONFIG is given.")
+@click.option("--model", help="Folder or Hub id of the model that stays as it is: a base model, or a fine-tuned one.")
+@click.option("--heads", help="Go on from these heads: a heads folder, a run's folder or a Hub id. Left out: new ones.")
 @click.option("--data", type=click.Path(path_type=Path), help="JSONL: messages, prompt and completion, or text.")
 @click.option("--output", type=click.Path(path_type=Path), help="Folder for answers, checkpoints and heads.")
 @setting(PretrainConfig, "targets", type=click.Choice(get_args(Targets)))
@@ -90,26 +91,35 @@ def setting(model: type[BaseModel], key: str, **more: Any) -> Any:
 @click.option("--load-in-4bit", "load_in_4bit", is_flag=True, help="Keep the base in 4 bits (bitsandbytes NF4).")
 @click.option("--float32", is_flag=True, help="Compute in float32 instead of bfloat16.")
 @click.option("--push-to-hub", metavar="REPO", help="Upload the heads folder to this Hub repository at the end.")
-def pretrain_heads_command(config: Path | None, push_to_hub: str | None, **options: Any) -> None:
-    """Train heads on a frozen base model, once, for every later fine-tuning (stage 1).
+@click.pass_context
+def pretrain_heads_command(
+    context: click.Context, config: Path | None, push_to_hub: str | None, **options: Any
+) -> None:
+    """Train heads on a frozen model: once on a base model, for every later fine-tuning (stage 1), or on a fine-tuned
+    one, going on from its --heads, so that they draft better.
 
     With an Axolotl YAML as CONFIG, the model, tokenizer, chat template, data sets, quantisation and trainer settings
-    come from it, and of the options here only those of its `pretrain_heads:` block and --push-to-hub count. Without
-    one, --model, --data and --output are needed. Started again after an interruption, it goes on where it stopped.
+    come from it; --model, --heads, --output and the options of its `caft:` and `pretrain_heads:` blocks go before it,
+    others are refused. Without one, --model, --data and --output are needed. Started again after an interruption, it
+    goes on where it stopped.
     """
     given = {key: value for key, value in options.items() if value is not None}
     settings = {key: given[key] for key in PretrainConfig.model_fields if key in given}
+    caft = {key: given[key] for key in CAFTConfig.model_fields if key in given}
     if config is None:
         for name in ("model", "data", "output"):
             if name not in given:
                 raise click.UsageError(f"--{name} is needed where no CONFIG is given")
-        stage1 = plain_stage1(given, PretrainConfig(**settings))
+        stage1 = plain_stage1(given, caft, PretrainConfig(**settings))
     else:
         if not config.is_file():
             raise ConfigError(f"pretrain-heads: {config} is not a file. CONFIG takes an Axolotl YAML.")
+        names = {"model": "base_model", "output": "output_dir"}
+        refuse_beside_config(context, {*settings, *caft, *names, "config", "push_to_hub"})
         from caft_plugin.axolotl.stage1 import read_stage1
 
-        stage1 = read_stage1(config, settings)
+        keys = {key: str(given[option]) for option, key in names.items() if option in given}
+        stage1 = read_stage1(config, settings, caft, **keys)
 
     from caft_plugin.stage1.pretraining import pretrain_heads
     from caft_plugin.tools.inspect_heads import describe
@@ -118,6 +128,14 @@ def pretrain_heads_command(config: Path | None, push_to_hub: str | None, **optio
     click.echo(describe(folder))
     if push_to_hub:
         push_heads(folder, push_to_hub)
+
+
+def refuse_beside_config(context: click.Context, taken: set[str]) -> None:
+    """Raises UsageError where an option was written that an Axolotl YAML speaks for."""
+    for name in context.params.keys() - taken:
+        if context.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE:
+            option = "--" + name.replace("_", "-")
+            raise click.UsageError(f"{option} does not go with a CONFIG, which has a key for it. Write it there.")
 
 
 def push_heads(folder: Path, repo: str, token: str | None = None) -> None:
@@ -130,9 +148,8 @@ def push_heads(folder: Path, repo: str, token: str | None = None) -> None:
     click.echo(f"Uploaded to {repo}")
 
 
-def plain_stage1(given: dict[str, Any], config: PretrainConfig) -> Stage1:
+def plain_stage1(given: dict[str, Any], caft: dict[str, Any], config: PretrainConfig) -> Stage1:
     """Stage 1 from the command line's options alone."""
-    caft_config = CAFTConfig(**{key: given[key] for key in ("num_heads", "head_input", "head_norm") if key in given})
     if not given["data"].is_file():
         raise ConfigError(f"--data: {given['data']} is not a file. It takes a JSONL file.")
 
@@ -140,8 +157,9 @@ def plain_stage1(given: dict[str, Any], config: PretrainConfig) -> Stage1:
     from transformers import AutoTokenizer, TrainingArguments
 
     from caft_plugin.stage1.data import read_rows
-    from caft_plugin.stage1.pretraining import Stage1, load_base
+    from caft_plugin.stage1.pretraining import Stage1, heads_block, load_base
 
+    caft_config = heads_block(caft)
     half = not given["float32"]
     tokenizer = AutoTokenizer.from_pretrained(given["model"], trust_remote_code=False)
     rows = read_rows(given["data"], tokenizer, given["max_length"])
@@ -166,6 +184,85 @@ def plain_stage1(given: dict[str, Any], config: PretrainConfig) -> Stage1:
         vllm=config.vllm,
     )
     return Stage1(model, tokenizer, rows, None, arguments, caft_config, config, given["model"])
+
+
+@commands.command("speculate", short_help="How much faster the heads make a model write.")
+@click.argument("config", required=False, type=click.Path(path_type=Path))
+@click.option("--model", help="Folder or Hub id of the fine-tuned model, or of its adapter.")
+@click.option("--heads", help="Its heads: a heads folder, a run's folder or a Hub id.")
+@click.option("--prompts", type=click.Path(path_type=Path), help="JSONL: messages, prompt or text, one a line.")
+@click.option("--limit", type=click.IntRange(1), default=50, show_default=True, help="Take the first prompts alone.")
+@click.option("--runs", type=click.IntRange(1), default=3, show_default=True, help="How often over the prompts.")
+@click.option(
+    "--max-new-tokens", type=click.IntRange(1), default=128, show_default=True, help="Longest text, in tokens."
+)
+@click.option(
+    "--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0 takes the likeliest token."
+)
+@click.option(
+    "--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True, help="Of sampling."
+)
+@click.option("--seed", default=0, show_default=True, help="Of sampling.")
+@click.option("--num-draft", type=int, help="Guesses a pass. Left out: chosen while it writes.")
+@click.option("--confidence", type=float, help="Send only guesses of at least this probability.")
+@click.option("--load-in-4bit", "load_in_4bit", is_flag=True, help="Load the model in 4 bits (bitsandbytes NF4).")
+@click.option("--float32", is_flag=True, help="Compute in float32 where bfloat16 would be quick.")
+@click.option("--png", type=click.Path(path_type=Path), help="Draw the heads' figures into this file too.")
+def speculate_command(
+    config: Path | None,
+    model: str | None,
+    heads: str | None,
+    prompts: Path | None,
+    limit: int,
+    num_draft: int | None,
+    confidence: float | None,
+    load_in_4bit: bool,
+    float32: bool,
+    png: Path | None,
+    **settings: Any,
+) -> None:
+    """How much faster its heads make a fine-tuned model write: tokens a second and tokens a pass, beside plain
+    generation and transformers' prompt lookup, the three in turn on the same prompts.
+
+    With an Axolotl YAML as CONFIG, model and heads are those in its output_dir (the merged model, if there is one), and
+    the prompts its test_datasets'; --model, --heads and --prompts go before them. Without one, all three are needed.
+    """
+    if config is not None:
+        if not config.is_file():
+            raise ConfigError(f"speculate: {config} is not a file. CONFIG takes an Axolotl YAML.")
+        from caft_plugin.axolotl.run import come_out, read_keys
+
+        found = come_out(read_keys(config, "speculate"))
+        load_in_4bit = load_in_4bit or (found.in_4_bits and model is None)
+        model, heads = model or found.model, heads or found.heads
+    for name, value in (("model", model), ("heads", heads), ("prompts", prompts or config)):
+        if value is None:
+            raise click.UsageError(f"--{name} is needed where no CONFIG is given")
+    model, heads = cast(str, model), cast(str, heads)
+
+    import torch
+    from transformers import AutoTokenizer
+
+    from caft_plugin.decoding import Drafter
+    from caft_plugin.precision import quick_dtype
+    from caft_plugin.stage1.data import read_prompts
+    from caft_plugin.stage1.pretraining import load_base
+    from caft_plugin.tools.speculate import as_table, draw, speculate
+
+    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+    if config is not None and prompts is None:
+        from caft_plugin.axolotl.stage1 import read_prompts_of_tests
+
+        asked = read_prompts_of_tests(config)
+    else:
+        asked = read_prompts(cast(Path, prompts), tokenizer)
+    dtype = torch.float32 if float32 else quick_dtype()
+    loaded = load_base(model, dtype, load_in_4bit=load_in_4bit)
+    drafter = Drafter.from_pretrained(loaded, heads, num_draft=num_draft, confidence=confidence)
+    comparison = speculate(loaded, tokenizer, drafter, asked[:limit], **settings)
+    click.echo(as_table(comparison))
+    if png is not None:
+        draw(comparison, png)
 
 
 @commands.command("attention-report", short_help="What masked training (MEAP) did to a model's attention.")
@@ -226,7 +323,7 @@ def plan_command(config: Path, gpu_memory: str | None, gpus: int, supervised: fl
     from caft_plugin.plan.words import as_text, parse_memory, run_as_text, verdict
 
     memory = None if gpu_memory is None else parse_memory(gpu_memory)
-    plan = make_plan(read_run(read_keys(config)), gpus, supervised)
+    plan = make_plan(read_run(read_keys(config, "plan")), gpus, supervised)
     click.echo(as_text(plan))
     if memory is not None:
         click.echo(f"\n{run_as_text(plan)}\n\n{verdict(plan, memory, gpus, supervised)}")

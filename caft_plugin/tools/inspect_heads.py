@@ -52,6 +52,10 @@ def describe(heads: str | os.PathLike[str]) -> str:
         counts = {"rows": metrics.rows, "steps": metrics.steps}
         said = [f"{count:,} {what}" for what, count in counts.items() if count is not None]
         facts["Trained on"] = ", ".join([f"targets {named(metrics.targets)}", *said])
+        if metrics.started_from is not None:
+            facts["Started from"] = named(metrics.started_from)
+        if metrics.tokens_per_pass is not None:
+            facts["As drafters"] = f"{metrics.tokens_per_pass:.2f} tokens a pass of the model, held out"
 
     table = [["head", "predicts", "parameters", "dtype", "size", "held-out loss", "held-out accuracy"]]
     for k, own in enumerate(tensors):

@@ -1,0 +1,213 @@
+"""`caft speculate`: how much faster the heads make a model write, beside plain generation and prompt lookup."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from caft_plugin.config import ConfigError
+from caft_plugin.decoding import Drafted, Drafter
+from caft_plugin.stage1.answers import end_tokens
+from caft_plugin.storage import write_atomically
+from caft_plugin.trunk import find_trunk
+
+PLAIN, HEADS, LOOKUP = "plain", "with the heads", "prompt lookup"
+LOOKUP_TOKENS = 10  # that transformers' prompt lookup copies at most, as its documentation has it
+BLUE, GREY = "#2f6f9f", "#9aa5b1"
+
+
+@dataclasses.dataclass
+class Way:
+    """One way to write all texts: in each run over the prompts its tokens and seconds, in all of them its passes of the
+    model, and how many texts were those of plain generation."""
+
+    tokens: list[int]
+    seconds: list[float]
+    passes: int = 0
+    same: int = 0
+
+    def speeds(self) -> list[float]:
+        """Tokens a second, of each run."""
+        return [tokens / seconds for tokens, seconds in zip(self.tokens, self.seconds, strict=True)]
+
+    def against(self, other: Way) -> float:
+        """How many times as fast as the other way: the median over the runs."""
+        return statistics.median(own / its for own, its in zip(self.speeds(), other.speeds(), strict=True))
+
+    @property
+    def tokens_per_pass(self) -> float:
+        return sum(self.tokens) / self.passes
+
+
+@dataclasses.dataclass
+class Comparison:
+    """`drafted` is about all texts that were written with the heads. `written` says how they were written."""
+
+    ways: dict[str, Way]
+    drafted: Drafted
+    texts: int
+    written: str
+
+
+def speculate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    drafter: Drafter,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int = 128,
+    runs: int = 3,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    lookup: bool = True,
+) -> Comparison:
+    """Writes a text to each prompt (token ids) in each way, the ways in turn, `runs` times over.
+
+    With a temperature of 0 the likeliest token is taken. Each text has a random seed of its own, the same for all ways.
+    """
+    ways: dict[str, dict[str, Any]] = {PLAIN: {}, HEADS: {"custom_generate": drafter}}
+    if lookup:
+        ways[LOOKUP] = {"prompt_lookup_num_tokens": LOOKUP_TOKENS}
+    settings: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    if temperature > 0:
+        settings = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+    ends = sorted(end_tokens(model, tokenizer))
+    settings |= {"eos_token_id": ends, "pad_token_id": ends[0], "use_cache": True}
+    generate: Any = model.generate
+    figures = {name: Way([0] * runs, [0.0] * runs) for name in ways}
+    drafted = Drafted.nothing(len(drafter.heads))
+
+    def write(number: int, length: int, way: dict[str, Any]) -> Tensor:
+        ids = torch.tensor([list(prompts[number])], device=model.device)
+        torch.manual_seed(seed + number)
+        out = generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=length, **settings, **way)
+        return out[0, ids.shape[1] :]
+
+    model.eval()
+    write(0, 8, {})  # the first text of a process takes longer
+    with count_passes(model) as passes, tqdm(total=runs * len(prompts), unit="prompt", desc="writing") as bar:
+        for run in range(runs):
+            for number in range(len(prompts)):
+                texts = {}
+                for name in turned(list(ways), run + number):
+                    before, began = passes(), time.perf_counter()
+                    texts[name] = write(number, max_new_tokens, ways[name])
+                    if model.device.type == "cuda":
+                        torch.cuda.synchronize()
+                    figures[name].seconds[run] += time.perf_counter() - began
+                    figures[name].tokens[run] += len(texts[name])
+                    figures[name].passes += passes() - before
+                    if name == HEADS:
+                        drafted += drafter.last
+                for name, text in texts.items():
+                    figures[name].same += torch.equal(text, texts[PLAIN])
+                bar.update()
+    how = "greedy" if temperature == 0 else f"sampled at temperature {temperature:g}, top_p {top_p:g}"
+    written = (
+        f"{len(prompts)} prompts, {runs} runs in turn, {how}, at most {max_new_tokens} tokens\n"
+        f"{named_dtype(model)} on {processor(model.device)}, torch {torch.__version__}, "
+        f"transformers {transformers.__version__}"
+    )
+    return Comparison(figures, drafted, runs * len(prompts), written)
+
+
+@contextlib.contextmanager
+def count_passes(model: PreTrainedModel) -> Iterator[Callable[[], int]]:
+    """While it is open, a function says how often the model was called."""
+    passes = [0]
+
+    def note(*_: object) -> None:
+        passes[0] += 1
+
+    handle = find_trunk(model).model.register_forward_pre_hook(note)
+    try:
+        yield lambda: passes[0]
+    finally:
+        handle.remove()
+
+
+def turned(names: list[str], by: int) -> list[str]:
+    by %= len(names)
+    return names[by:] + names[:by]
+
+
+def named_dtype(model: PreTrainedModel) -> str:
+    return f"{'4 or 8 bits, ' if getattr(model, 'is_quantized', False) else ''}{model.dtype}".replace("torch.", "")
+
+
+def processor(device: torch.device) -> str:
+    """What a figure of speed is about."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    has = torch.cpu.get_capabilities()
+    kinds = {"avx512_bf16": "AVX-512 BF16", "avx512_f": "AVX-512", "avx2": "AVX2"}
+    kind = next((f" with {name}" for key, name in kinds.items() if has.get(key)), "")
+    return f"a CPU ({platform.machine()}{kind}), {torch.get_num_threads()} threads"
+
+
+def as_table(found: Comparison) -> str:
+    plain = found.ways[PLAIN]
+    lines = [found.written, "", f"{'':<16}{'tokens a second':>17}{'against plain':>15}{'tokens a pass':>15}  same text"]
+    for name, way in found.ways.items():
+        same = "" if name == PLAIN else f"  {way.same} of {found.texts}"
+        lines.append(
+            f"{name:<16}{statistics.median(way.speeds()):>17.1f}{way.against(plain):>15.2f}"
+            f"{way.tokens_per_pass:>15.2f}{same}"
+        )
+    lines += ["", f"{'head':<6}{'predicts':<10}{'sent':>8}{'right':>8}{'share':>9}"]
+    for k, (sent, right) in enumerate(zip(found.drafted.drafted, found.drafted.accepted, strict=True), 1):
+        share = f"{right / sent:.1%}" if sent else "-"
+        lines.append(f"{k:<6}{f'{k + 1} ahead':<10}{sent:>8,}{right:>8,}{share:>9}")
+    passes = ", ".join(f"{length}: {share:.0%}" for length, share in lengths(found.drafted))
+    lines += ["", f"tokens that a pass brought, with the heads: {passes}"]
+    if found.ways[HEADS].same < found.texts:
+        lines.append(
+            "A text can differ where two tokens are nearly as likely as each other: a pass of several tokens rounds "
+            "otherwise than a pass of one. In float32 that hardly ever shows."
+        )
+    return "\n".join(lines)
+
+
+def lengths(drafted: Drafted) -> list[tuple[int, float]]:
+    """Of all passes the share that brought so many tokens."""
+    return [(length, passes / max(drafted.passes, 1)) for length, passes in enumerate(drafted.lengths, 1)]
+
+
+def draw(found: Comparison, file: Path) -> None:
+    """Writes acceptance by head, and how many tokens a pass brought, as a PNG.
+
+    Raises:
+        ConfigError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ConfigError("--png needs matplotlib. Install it: pip install 'caft_plugin[report]'") from None
+    figure = Figure(figsize=(8, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes: Any = figure.subplots(1, 2)
+    heads = range(1, len(found.drafted.drafted) + 1)
+    shares = [
+        right / sent if sent else 0.0 for sent, right in zip(found.drafted.drafted, found.drafted.accepted, strict=True)
+    ]
+    axes[0].bar([str(k) for k in heads], shares, color=BLUE)
+    axes[0].set(title="guesses that were right", xlabel="head", ylim=(0, 1))
+    axes[1].bar(*zip(*((str(n), share) for n, share in lengths(found.drafted)), strict=True), color=GREY)
+    way = found.ways[HEADS]
+    axes[1].set(title=f"passes, {way.tokens_per_pass:.2f} tokens each on average", xlabel="tokens that a pass brought")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(file, lambda path: figure.savefig(path, format="png", dpi=120))
