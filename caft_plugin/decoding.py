@@ -28,6 +28,9 @@ from caft_plugin.pace import Pace
 from caft_plugin.storage import unsharded_twin
 from caft_plugin.trunk import Trunk, find_trunk
 
+ASKED = 2  # heads at a time: the next ones only where their guesses may be worth sending
+LONGEST_LAG = 32  # passes that a head has not read
+
 
 @dataclasses.dataclass
 class Drafted:
@@ -153,7 +156,7 @@ class Drafter:
         text = _Text(input_ids, logits_processor, stopping_criteria, generation_config, text_streamer)
         self.last = Drafted.nothing(len(self.heads))
         with _LastCall(self.trunk) as last_call:
-            side = _Side(self, last_call) if self.num_draft != 0 and self.pace.begin_text() else None
+            side = _Side(self, last_call) if self.num_draft != 0 and self.pace.awake() else None
             guesses: list[int] = []
             first = True
             while True:
@@ -174,7 +177,9 @@ class Drafter:
                 if text.done:
                     break
                 guesses = []
-                if side is not None:
+                if side is None:
+                    self.pace.rested(len(came))
+                else:
                     guesses = side.guess(wrong, came, generation_config.max_length - text.length - 1)
                     if not first:
                         self.pace.round_took(len(came), time.perf_counter() - began)
@@ -260,8 +265,23 @@ class _LastCall:
         self.final = output
 
 
+@dataclasses.dataclass(frozen=True)
+class _Pass:
+    """What a head needs of a pass of the model: the call of the last layer, what heads read (1, length, hidden size),
+    the last position that counts, (1,), and how many behind it were wrong guesses."""
+
+    call: LayerCall
+    source: Tensor
+    at: Tensor
+    wrong: int
+
+
 class _Side:
-    """The heads beside one text: a cache for each, and the guesses that no token has answered yet."""
+    """The heads beside one text: a cache for each, and the guesses that no token has answered yet.
+
+    A head is asked only where its guess may be worth sending. It then reads the passes since it was last asked, one
+    after the other; a head that is not asked for long is out for the rest of the text, and those behind it.
+    """
 
     def __init__(self, drafter: Drafter, last_call: _LastCall) -> None:
         self.drafter = drafter
@@ -271,31 +291,50 @@ class _Side:
         for cache in self.caches:
             cache.activate_past_recording()
         self.norm = unsharded_twin(trunk.norm, trunk.model.dtype)  # without hooks: its use here is no pass of the model
+        self.unread: list[list[_Pass]] = [[] for _ in self.caches]  # by head
         self.open: list[tuple[list[float], list[int], list[int]]] = []
 
     def guess(self, wrong: int, came: list[int], most: int) -> list[int]:
         """The guesses to check next, `most` at most. `came` are the tokens of this round, after `wrong` guesses less
         than were sent."""
-        drafter, call = self.drafter, self.last_call.call
+        self._learn(came)
+        self._note_pass(wrong)
+        probabilities: list[float] = []
+        guesses: list[int] = []
+        most = min(max(most, 0), len(self.unread))
+        while len(guesses) < most and self._how_many([*probabilities, *[1.0] * ASKED], most) > len(guesses):
+            asked = range(len(guesses), min(len(guesses) + ASKED, most))
+            hidden = torch.cat([self._read(head) for head in asked])
+            if self.drafter.config.head_norm:
+                hidden = self.norm(hidden)
+            best = self.drafter.trunk.logits(hidden).float().softmax(-1).max(-1)
+            probabilities += best.values.tolist()
+            guesses += best.indices.tolist()
+        self.open.append((probabilities, guesses, []))
+        return guesses[: self._how_many(probabilities, most)]
+
+    def _note_pass(self, wrong: int) -> None:
+        call = self.last_call.call
         assert call is not None
-        source = call.hidden_states if drafter.config.head_input == "penultimate" else self.last_call.final
+        final = self.drafter.config.head_input == "final"
+        source = self.last_call.final if final else call.hidden_states
         assert source is not None
         at = torch.tensor([source.shape[1] - 1 - wrong], device=source.device)
-        rows, last = [], len(drafter.trunk.layers) - 1
-        for layer, cache in zip(drafter.heads.layers, self.caches, strict=True):
-            rows.append(replay(layer, source, call, at, cache))
-            for of_head in cache.layers[
-                last : last + 1
-            ]:  # none where the last layer reads another one's keys and values
-                of_head.crop(-wrong)  # type: ignore[union-attr]
-        hidden = torch.cat(rows)
-        if drafter.config.head_norm:
-            hidden = self.norm(hidden)
-        best = drafter.trunk.logits(hidden).float().softmax(-1).max(-1)
-        probabilities, guesses = best.values.tolist(), best.indices.tolist()
-        self._learn(came)
-        self.open.append((probabilities, guesses, []))
-        return guesses[: self._how_many(probabilities, min(len(guesses), max(most, 0)))]
+        for unread in self.unread:
+            unread.append(_Pass(call, source, at, wrong))
+        asleep = (head for head, unread in enumerate(self.unread) if len(unread) > LONGEST_LAG)
+        del self.unread[next(asleep, len(self.unread)) :]
+
+    def _read(self, head: int) -> Tensor:
+        """A head's output (1, hidden size) at the newest position that counts."""
+        layer, cache = self.drafter.heads.layers[head], self.caches[head]
+        last = len(self.drafter.trunk.layers) - 1
+        for a_pass in self.unread[head]:
+            output = replay(layer, a_pass.source, a_pass.call, a_pass.at, cache)
+            for own in cache.layers[last : last + 1]:  # none where the last layer reads another one's keys and values
+                own.crop(-a_pass.wrong)  # type: ignore[union-attr]
+        self.unread[head].clear()
+        return output
 
     def _learn(self, came: list[int]) -> None:
         for _, _, answered in self.open:
@@ -306,7 +345,7 @@ class _Side:
         self.open = [entry for entry in self.open if len(entry[2]) < len(entry[1])]
 
     def _how_many(self, probabilities: list[float], most: int) -> int:
-        drafter = self.drafter
+        drafter, most = self.drafter, min(most, len(probabilities))
         if drafter.confidence is not None:
             sure = (at for at, p in enumerate(probabilities) if p < drafter.confidence)
             most = min(most, next(sure, most))

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 
 BINS = 10  # of a head's own probability of its guess
 FADING = 0.98  # what tokens and seconds of the past count, a round later
-FIRST_ROUNDS = 10  # of a text, before its drafts are judged
-LONGEST_REST = 16  # texts
+FIRST_ROUNDS = 10  # before drafts are judged
+FIRST_REST, LONGEST_REST = 32, 2048  # tokens
+FIRST_PASSES = 3  # of a width, before their median is what it costs
 
 
 class Pace:
@@ -25,20 +26,20 @@ class Pace:
         self.tried = [[0] * BINS for _ in range(num_heads)]
         self.right = [[0] * BINS for _ in range(num_heads)]
         self.seconds: list[deque[float]] = [deque(maxlen=9) for _ in range(num_heads + 1)]  # of a pass, by drafts
-        self.rests, self.resting = 0, 0  # texts to be written plainly: at a time, and still
-        self._start_of_text()
+        self.rest, self.resting = FIRST_REST, 0  # tokens to be written plainly: the next time, and still
+        self._start_afresh()
 
-    def _start_of_text(self) -> None:
+    def _start_afresh(self) -> None:
         self.rounds = 0
         self.recent_tokens, self.recent_seconds = 0.0, 0.0
 
-    def begin_text(self) -> bool:
+    def awake(self) -> bool:
         """Whether the heads are to draft for the text that begins."""
-        self._start_of_text()
-        if self.resting:
-            self.resting -= 1
-            return False
-        return True
+        return self.resting <= 0
+
+    def rested(self, tokens: int) -> None:
+        """So many tokens were written without the heads."""
+        self.resting -= tokens
 
     def learn(self, probabilities: Sequence[float], guesses: Sequence[int], came: Sequence[int]) -> None:
         """Of one round: each head's probability of its guess, its guess, and the tokens that came."""
@@ -64,15 +65,17 @@ class Pace:
         self.recent_seconds = FADING * self.recent_seconds + seconds
 
     def cost(self, drafts: int) -> float:
-        """Seconds of a pass; of a width that was not tried, those of the widest below it, so that it will be."""
-        for width in range(drafts, -1, -1):
-            if self.seconds[width]:
-                return statistics.median(self.seconds[width])
-        return 0.0
+        """Seconds of a pass; of a width that was hardly tried, at most those of the next one below it, so that it will
+        be."""
+        seconds = self.seconds[drafts]
+        if len(seconds) >= FIRST_PASSES:
+            return statistics.median(seconds)
+        below = [self.cost(drafts - 1)] if drafts else []
+        return min([*seconds, *below], default=0.0)
 
     def how_many(self, probabilities: Sequence[float], most: int) -> int:
         """How many of the guesses to send: as many as bring more tokens than the time that they cost would."""
-        if len(self.seconds[0]) < 2:
+        if len(self.seconds[0]) < FIRST_PASSES:
             return 0  # what a plain pass costs is what drafts are held against
         tokens_a_second = self.recent_tokens / self.recent_seconds if self.recent_seconds else 0.0
         chances = itertools.accumulate(
@@ -87,15 +90,15 @@ class Pace:
         return best
 
     def worth_it(self) -> bool:
-        """Whether drafts make this text faster; if not, heads rest for this text, and for more of the next ones each
-        time."""
-        if self.rounds < FIRST_ROUNDS or not self.seconds[0]:
+        """Whether drafts make writing faster, over the newest rounds; if not, heads rest, for longer each time."""
+        if self.rounds < FIRST_ROUNDS:
             return True
         if self.recent_seconds <= self.recent_tokens * self.cost(0):
-            self.rests = 0
+            if self.rounds >= 5 * FIRST_ROUNDS:
+                self.rest = FIRST_REST
             return True
-        self.rests = min(max(1, 2 * self.rests), LONGEST_REST)
-        self.resting = self.rests
+        self.resting, self.rest = self.rest, min(2 * self.rest, LONGEST_REST)
+        self._start_afresh()
         return False
 
 

@@ -88,6 +88,10 @@ def test_inspect_with_held_out_figures(folder):
         r"2   3 ahead .* 4\.500 +25\.0%\n", output
     )
 
+    (folder / METRICS).write_text(metrics(started_from="./run", before=[], tokens_per_pass=2.345))
+    output = run("inspect", folder).output
+    assert "Started from ./run\n" in output and "As drafters  2.35 tokens a pass of the model, held out\n" in output
+
     (folder / METRICS).write_text(metrics(heads=[], rows=50, untrained=[]))  # nothing was held out
     output = run("inspect", folder).output
     assert "50 rows" in output and re.search(r"1   2 ahead .* - +-\n", output)

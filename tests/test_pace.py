@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from caft_plugin.pace import FIRST_ROUNDS, LONGEST_REST, Pace
+from caft_plugin.pace import FIRST_PASSES, FIRST_REST, FIRST_ROUNDS, LONGEST_REST, Pace
 
 SURE, DOUBTFUL = 0.95, 0.05
 
@@ -40,38 +40,62 @@ def test_as_many_as_pay():
 
 def test_plain_passes_are_measured_first_and_every_width_is_tried():
     pace = Pace(3)
-    assert pace.how_many([SURE] * 3, 3) == 0
-    pace.pass_took(0, 1.0), pace.pass_took(0, 1.0)
-    pace.round_took(1, 1.0)
-    assert pace.how_many([SURE] * 3, 3) == 3  # not tried, so it may cost nothing more
-    pace.pass_took(3, 9.0)
-    assert pace.how_many([SURE] * 3, 3) == 2
-    pace.pass_took(2, 9.0)
-    assert pace.how_many([SURE] * 3, 3) == 1
-    pace.pass_took(1, 9.0)
-    assert pace.how_many([SURE] * 3, 3) == 0
+    for _ in range(FIRST_PASSES):
+        assert pace.how_many([SURE] * 3, 3) == 0
+        pace.pass_took(0, 1.0)
+        pace.round_took(1, 1.0)
+    sent = []
+    for _ in range(10):
+        sent.append(pace.how_many([SURE] * 3, 3))
+        pace.pass_took(sent[-1], 9.0 if sent[-1] else 1.0)
+    assert sent == [3] * FIRST_PASSES + [2] * FIRST_PASSES + [1] * FIRST_PASSES + [0]  # each may cost nothing more
+
+
+def test_a_width_that_was_slow_once_is_tried_again():
+    """The first pass of a width may have been slow for other reasons."""
+    pace = pace_of([1, 1])
+    pace.seconds[1].clear()
+    pace.pass_took(1, 50.0)
+    assert pace.how_many([SURE], 1) == 1
+    pace.pass_took(1, 1.1), pace.pass_took(1, 1.1)
+    assert pace.how_many([SURE], 1) == 1 and pace.cost(1) == 1.1
+
+
+def rounds(pace, count, tokens, seconds):
+    """So many rounds, until drafts are given up."""
+    for done in range(1, count + 1):
+        pace.round_took(tokens, seconds)
+        if not pace.worth_it():
+            return done
+    return None
 
 
 def test_heads_that_do_not_pay_rest_longer_each_time():
-    pace, rests = Pace(2), []
-    pace.pass_took(0, 1.0), pace.pass_took(0, 1.0)
-    for _ in range(7):
-        assert pace.begin_text()
-        for _ in range(FIRST_ROUNDS):
-            pace.round_took(tokens=1, seconds=1.2)
-        assert not pace.worth_it()
+    pace, rests = pace_of([1, 1]), []
+    for _ in range(9):
+        assert pace.awake()
+        pace._start_afresh()
+        assert rounds(pace, 99, tokens=1, seconds=1.2) == FIRST_ROUNDS
         rests.append(0)
-        while pace.resting:
-            assert not pace.begin_text()
-            rests[-1] += 1
-    assert rests == [1, 2, 4, 8, 16, 16, LONGEST_REST]
+        while not pace.awake():
+            pace.rested(8)
+            rests[-1] += 8
+    assert rests == [32, 64, 128, 256, 512, 1024, 2048, 2048, 2048]
+    assert rests[0] == FIRST_REST and rests[-1] == LONGEST_REST
 
 
-def test_heads_that_pay_go_on():
-    pace = Pace(2)
-    pace.pass_took(0, 1.0)
-    assert pace.begin_text()
-    for _ in range(100):
-        pace.round_took(tokens=2, seconds=1.5)
-        assert pace.worth_it()
-    assert pace.begin_text()
+def test_heads_that_pay_go_on_and_one_bad_text_does_not_end_it():
+    pace = pace_of([1, 1])
+    assert rounds(pace, 100, tokens=2, seconds=1.5) is None
+    assert rounds(pace, 20, tokens=1, seconds=1.5) is None  # a text in which no guess is right
+    assert rounds(pace, 100, tokens=1, seconds=1.5) is not None  # no text goes well any more
+    assert not pace.awake() and pace.rest == 2 * FIRST_REST
+
+
+def test_a_trial_that_went_well_for_long_makes_the_next_rest_short():
+    pace = pace_of([1, 1])
+    pace.rest = LONGEST_REST
+    assert rounds(pace, 5 * FIRST_ROUNDS - 2, tokens=2, seconds=1) is None
+    assert pace.rest == LONGEST_REST
+    assert rounds(pace, 1, tokens=2, seconds=1) is None
+    assert pace.rest == FIRST_REST

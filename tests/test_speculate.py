@@ -29,7 +29,7 @@ def model(tiny_model):  # noqa: F811
 
 
 def compared(model, drafter, **settings):
-    return speculate(model, word_tokenizer(TEMPLATE), drafter, PROMPTS, max_new_tokens=NEW, **settings)
+    return speculate(model, word_tokenizer(TEMPLATE), {HEADS: drafter}, PROMPTS, max_new_tokens=NEW, **settings)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
@@ -57,7 +57,7 @@ def test_figures_are_those_of_the_texts(model, temperature):
     assert found.ways[PLAIN].passes == 2 * tokens and found.ways[PLAIN].tokens_per_pass == 1
     assert found.ways[HEADS].passes == 2 * passes < 2 * tokens
     drafted += dataclasses.replace(drafted)
-    assert found.drafted == drafted
+    assert found.ways[HEADS].drafted == drafted and found.ways[PLAIN].drafted is None
     assert LOOKUP not in compared(model, drafter, runs=1, lookup=False).ways
 
 
@@ -101,7 +101,7 @@ def test_the_command(folder):
     assert re.search(r"^with the heads +[\d.]+ +[\d.]+ +[\d.]+  3 of 3$", table, re.M)
     assert re.search(r"^prompt lookup +[\d.]+ +[\d.]+ +[\d.]+  3 of 3$", table, re.M)
     assert re.search(r"^4 +5 ahead +[\d,]+ +[\d,]+ +(-|[\d.]+%)$", table, re.M)
-    assert re.search(r"with the heads: 1: \d+%, 2: \d+%, 3: \d+%, 4: \d+%, 5: \d+%$", table, re.M)
+    assert re.search(r"^passes that brought 1: \d+%, 2: \d+%, 3: \d+%, 4: \d+%, 5: \d+%$", table, re.M)
     assert (folder / "out" / "heads.png").read_bytes().startswith(b"\x89PNG")
     assert "2 prompts, 1 runs" in run(folder, "--limit", "2", "--runs", "1", "--temperature", "0.5").stdout
 

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from tiny import word_tokenizer
 from transformers import LlamaForCausalLM, RwkvConfig, TrainingArguments
@@ -16,7 +17,7 @@ from caft_plugin.loss import IGNORE, cross_entropy_and_hit_of, divergence_of, we
 from caft_plugin.stage1 import answers as answers_room
 from caft_plugin.stage1.answers import ANSWERS, AnswerFile, write_answers
 from caft_plugin.stage1.data import pad_rows, prompt_of, read_rows, with_answer
-from caft_plugin.stage1.pretraining import HeadsTrainer, Stage1, load_base, pretrain_heads
+from caft_plugin.stage1.pretraining import HeadsTrainer, Stage1, heads_block, load_base, pretrain_heads
 
 TEMPLATE = (
     "{% for m in messages %}{{ m.role }} {{ m.content }} </s> {% endfor %}"
@@ -319,3 +320,61 @@ def test_pretrained_heads_serve_fine_tuning(base, tokenizer, tmp_path):
     ours = dict(trainer.caft.heads.layers.named_parameters())
     assert ours.keys() == trained.keys()
     assert all(torch.equal(ours[name], tensor) for name, tensor in trained.items())
+
+
+# -- heads that go on over a tuned model ----------------------------------------------------------------
+
+
+def test_heads_go_on_from_a_folder(taught, tokenizer, tmp_path):
+    """They start as they are in the folder, as many as there are, and learn; the model stays bit for bit."""
+    data = counting()
+    first = pretrain_heads(job(taught, tokenizer, tmp_path / "a", data=data, heldout=data[:7], caft={"num_heads": 3}))
+    block = heads_block({"heads": str(first)})
+    assert block.num_heads == 3
+    before = {name: parameter.clone() for name, parameter in taught.named_parameters()}
+    settings = {"max_new_tokens": 60, "steps": 8, "heldout": data[:7], "data": data}
+    going_on = job(taught, tokenizer, tmp_path / "b", "model", caft=block.model_dump(), **settings)
+    folder = pretrain_heads(going_on)
+    earlier, metrics = (json.loads((made / "metrics.json").read_text()) for made in (first, folder))
+    assert metrics["started_from"] == str(first) and "started_from" not in earlier
+    assert "untrained" not in metrics or metrics["untrained"] == []
+    for old, start, end in zip(earlier["heads"], metrics["before"], metrics["heads"], strict=True):
+        assert end["loss"] < start["loss"] < 1.5 * old["loss"]  # other answers than the data's
+    assert all(torch.equal(parameter, taught.get_parameter(name)) for name, parameter in before.items())
+    assert metrics["tokens_per_pass"] > 1
+    assert f"started from the heads in: {first}" in (folder / "README.md").read_text()
+
+
+def test_heads_before_are_those_of_the_folder(taught, tokenizer, tmp_path):
+    data = counting()
+    first = pretrain_heads(job(taught, tokenizer, tmp_path / "a", data=data, heldout=data[:7]))
+    again = pretrain_heads(
+        job(taught, tokenizer, tmp_path / "b", data=data, heldout=data[:7], caft={"heads": str(first)}, steps=1)
+    )
+    earlier, metrics = (json.loads((made / "metrics.json").read_text()) for made in (first, again))
+    assert metrics["before"] == earlier["heads"]
+
+
+def test_an_adapter_is_loaded_over_its_base(base, tokenizer, tmp_path):
+    base.save_pretrained(tmp_path / "base")
+    model = get_peft_model(
+        LlamaForCausalLM.from_pretrained(tmp_path / "base"),
+        LoraConfig(target_modules="all-linear", init_lora_weights=False),
+    ).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = load_base(str(tmp_path / "adapter"), torch.float32).eval()
+    ids = torch.arange(5, 15)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids).logits, model(ids).logits)
+    pretrain_heads(job(loaded, tokenizer, tmp_path / "out"))
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids).logits, model(ids).logits)
+
+
+def test_answers_of_a_model_that_was_trained_again_are_not_taken(taught, tokenizer, tmp_path):
+    prompts, config = [[5, 6, 7]], PretrainConfig(max_new_tokens=60)
+    write_answers(taught, tokenizer, prompts, config, tmp_path / "a.jsonl", "tiny")
+    with torch.no_grad():
+        taught.model.layers[1].mlp.up_proj.weight[0, 3] += 0.1
+    with pytest.raises(ConfigError, match="holds answers made with another weights"):
+        write_answers(taught, tokenizer, prompts, config, tmp_path / "a.jsonl", "tiny")

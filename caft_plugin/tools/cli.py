@@ -247,7 +247,7 @@ def speculate_command(
     from caft_plugin.precision import quick_dtype
     from caft_plugin.stage1.data import read_prompts
     from caft_plugin.stage1.pretraining import load_base
-    from caft_plugin.tools.speculate import as_table, draw, speculate
+    from caft_plugin.tools.speculate import HEADS, as_table, draw, speculate
 
     tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     if config is not None and prompts is None:
@@ -259,7 +259,7 @@ def speculate_command(
     dtype = torch.float32 if float32 else quick_dtype()
     loaded = load_base(model, dtype, load_in_4bit=load_in_4bit)
     drafter = Drafter.from_pretrained(loaded, heads, num_draft=num_draft, confidence=confidence)
-    comparison = speculate(loaded, tokenizer, drafter, asked[:limit], **settings)
+    comparison = speculate(loaded, tokenizer, {HEADS: drafter}, asked[:limit], **settings)
     click.echo(as_table(comparison))
     if png is not None:
         draw(comparison, png)

@@ -7,7 +7,7 @@ import dataclasses
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +31,13 @@ BLUE, GREY = "#2f6f9f", "#9aa5b1"
 @dataclasses.dataclass
 class Way:
     """One way to write all texts: in each run over the prompts its tokens and seconds, in all of them its passes of the
-    model, and how many texts were those of plain generation."""
+    model, how many texts were those of plain generation, and with heads what came of their guesses."""
 
     tokens: list[int]
     seconds: list[float]
     passes: int = 0
     same: int = 0
+    drafted: Drafted | None = None
 
     def speeds(self) -> list[float]:
         """Tokens a second, of each run."""
@@ -53,10 +54,9 @@ class Way:
 
 @dataclasses.dataclass
 class Comparison:
-    """`drafted` is about all texts that were written with the heads. `written` says how they were written."""
+    """So many texts, each written in all ways; `written` says how."""
 
     ways: dict[str, Way]
-    drafted: Drafted
     texts: int
     written: str
 
@@ -64,7 +64,7 @@ class Comparison:
 def speculate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    drafter: Drafter,
+    drafters: Mapping[str, Drafter],
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int = 128,
@@ -74,11 +74,13 @@ def speculate(
     seed: int = 0,
     lookup: bool = True,
 ) -> Comparison:
-    """Writes a text to each prompt (token ids) in each way, the ways in turn, `runs` times over.
+    """Writes a text to each prompt (token ids) in each way, the ways in turn, `runs` times over: plain, with each of
+    the drafters, and with prompt lookup.
 
     With a temperature of 0 the likeliest token is taken. Each text has a random seed of its own, the same for all ways.
     """
-    ways: dict[str, dict[str, Any]] = {PLAIN: {}, HEADS: {"custom_generate": drafter}}
+    ways: dict[str, dict[str, Any]] = {PLAIN: {}}
+    ways |= {name: {"custom_generate": drafter} for name, drafter in drafters.items()}
     if lookup:
         ways[LOOKUP] = {"prompt_lookup_num_tokens": LOOKUP_TOKENS}
     settings: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
@@ -87,8 +89,8 @@ def speculate(
     ends = sorted(end_tokens(model, tokenizer))
     settings |= {"eos_token_id": ends, "pad_token_id": ends[0], "use_cache": True}
     generate: Any = model.generate
-    figures = {name: Way([0] * runs, [0.0] * runs) for name in ways}
-    drafted = Drafted.nothing(len(drafter.heads))
+    drafted = {name: Drafted.nothing(len(drafter.heads)) for name, drafter in drafters.items()}
+    figures = {name: Way([0] * runs, [0.0] * runs, drafted=drafted.get(name)) for name in ways}
 
     def write(number: int, length: int, way: dict[str, Any]) -> Tensor:
         ids = torch.tensor([list(prompts[number])], device=model.device)
@@ -110,8 +112,8 @@ def speculate(
                     figures[name].seconds[run] += time.perf_counter() - began
                     figures[name].tokens[run] += len(texts[name])
                     figures[name].passes += passes() - before
-                    if name == HEADS:
-                        drafted += drafter.last
+                    if name in drafters:
+                        drafted[name] += drafters[name].last
                 for name, text in texts.items():
                     figures[name].same += torch.equal(text, texts[PLAIN])
                 bar.update()
@@ -121,7 +123,7 @@ def speculate(
         f"{named_dtype(model)} on {processor(model.device)}, torch {torch.__version__}, "
         f"transformers {transformers.__version__}"
     )
-    return Comparison(figures, drafted, runs * len(prompts), written)
+    return Comparison(figures, runs * len(prompts), written)
 
 
 @contextlib.contextmanager
@@ -160,24 +162,27 @@ def processor(device: torch.device) -> str:
 
 def as_table(found: Comparison) -> str:
     plain = found.ways[PLAIN]
-    lines = [found.written, "", f"{'':<16}{'tokens a second':>17}{'against plain':>15}{'tokens a pass':>15}  same text"]
+    lines = [found.written, "", f"{'':<20}{'tokens a second':>17}{'against plain':>15}{'tokens a pass':>15}  same text"]
     for name, way in found.ways.items():
         same = "" if name == PLAIN else f"  {way.same} of {found.texts}"
         lines.append(
-            f"{name:<16}{statistics.median(way.speeds()):>17.1f}{way.against(plain):>15.2f}"
+            f"{name:<20}{statistics.median(way.speeds()):>17.1f}{way.against(plain):>15.2f}"
             f"{way.tokens_per_pass:>15.2f}{same}"
         )
-    lines += ["", f"{'head':<6}{'predicts':<10}{'sent':>8}{'right':>8}{'share':>9}"]
-    for k, (sent, right) in enumerate(zip(found.drafted.drafted, found.drafted.accepted, strict=True), 1):
-        share = f"{right / sent:.1%}" if sent else "-"
-        lines.append(f"{k:<6}{f'{k + 1} ahead':<10}{sent:>8,}{right:>8,}{share:>9}")
-    passes = ", ".join(f"{length}: {share:.0%}" for length, share in lengths(found.drafted))
-    lines += ["", f"tokens that a pass brought, with the heads: {passes}"]
-    if found.ways[HEADS].same < found.texts:
-        lines.append(
-            "A text can differ where two tokens are nearly as likely as each other: a pass of several tokens rounds "
-            "otherwise than a pass of one. In float32 that hardly ever shows."
-        )
+    for name, way in found.ways.items():
+        if way.drafted is None:
+            continue
+        lines += ["", f"{'head':<6}{'predicts':<10}{'sent':>8}{'right':>8}{'share':>9}   ({name})"]
+        for k, (sent, right) in enumerate(zip(way.drafted.drafted, way.drafted.accepted, strict=True), 1):
+            share = f"{right / sent:.1%}" if sent else "-"
+            lines.append(f"{k:<6}{f'{k + 1} ahead':<10}{sent:>8,}{right:>8,}{share:>9}")
+        lines.append("passes that brought " + ", ".join(f"{n}: {share:.0%}" for n, share in lengths(way.drafted)))
+    if any(way.drafted is not None and way.same < found.texts for way in found.ways.values()):
+        lines += [
+            "",
+            "A text can differ where two tokens are nearly as likely as each other: a pass of several tokens rounds\n"
+            "otherwise than a pass of one. In float32 that hardly ever shows.",
+        ]
     return "\n".join(lines)
 
 
@@ -200,14 +205,12 @@ def draw(found: Comparison, file: Path) -> None:
     figure = Figure(figsize=(8, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     axes: Any = figure.subplots(1, 2)
-    heads = range(1, len(found.drafted.drafted) + 1)
-    shares = [
-        right / sent if sent else 0.0 for sent, right in zip(found.drafted.drafted, found.drafted.accepted, strict=True)
-    ]
-    axes[0].bar([str(k) for k in heads], shares, color=BLUE)
-    axes[0].set(title="guesses that were right", xlabel="head", ylim=(0, 1))
-    axes[1].bar(*zip(*((str(n), share) for n, share in lengths(found.drafted)), strict=True), color=GREY)
     way = found.ways[HEADS]
+    assert way.drafted is not None
+    shares = [right / max(sent, 1) for sent, right in zip(way.drafted.drafted, way.drafted.accepted, strict=True)]
+    axes[0].bar([str(k) for k in range(1, len(shares) + 1)], shares, color=BLUE)
+    axes[0].set(title="guesses that were right", xlabel="head", ylim=(0, 1))
+    axes[1].bar(*zip(*((str(n), share) for n, share in lengths(way.drafted)), strict=True), color=GREY)
     axes[1].set(title=f"passes, {way.tokens_per_pass:.2f} tokens each on average", xlabel="tokens that a pass brought")
     file.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(file, lambda path: figure.savefig(path, format="png", dpi=120))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -14,11 +15,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from click.testing import CliRunner
 from paths import ROOT
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from caft_plugin.precision import quick_dtype
+from caft_plugin.tools.cli import commands
 
 pytestmark = pytest.mark.slow
 
@@ -418,3 +421,44 @@ def test_pretrain_heads_from_a_yaml(project, smollm2):
         assert after["loss"] < before["loss"]
     inspected = project.axolotl("caft", "inspect", "heads")
     assert "LlamaDecoderLayer" in inspected.stdout
+
+
+def test_heads_go_on_over_the_tuned_model_and_draft_for_it(project, monkeypatch):
+    """`pretrain-heads CONFIG --model --heads --output`, then `speculate CONFIG`: adapter, heads and held-out prompts are
+    found in the YAML."""
+    ours = project.train("ours", **LORA_RUN)
+    config = yaml.safe_load((project.folder / "ours.yml").read_text())
+    config["test_datasets"] = [{**config["datasets"][0], "split": "train"}]
+    config["dataset_prepared_path"] = "./prepared_drafting"
+    (project.folder / "drafting.yml").write_text(yaml.safe_dump(config))
+    monkeypatch.chdir(project.folder)
+    adapter = (ours / "adapter_model.safetensors").read_bytes()
+
+    def run(*arguments):
+        return CliRunner().invoke(commands, [*arguments, "drafting.yml"])
+
+    options = ["--model", "./ours", "--heads", "./ours", "--output", "./boosted", "--targets", "distribution"]
+    made = run("pretrain-heads", *options)
+    assert made.exit_code == 0, made.output
+    assert "Started from ./ours\n" in made.stdout and "Heads         4\n" in made.stdout
+    heads, boosted = (load_file(folder / "caft_heads" / "heads.safetensors") for folder in (ours, Path("boosted")))
+    assert heads.keys() == boosted.keys() and not any(torch.equal(heads[key], boosted[key]) for key in heads)
+    metrics = json.loads(Path("boosted/caft_heads/metrics.json").read_text())
+    assert all(
+        after["loss"] < before["loss"] for before, after in zip(metrics["before"], metrics["heads"], strict=True)
+    )
+    assert (ours / "adapter_model.safetensors").read_bytes() == adapter and not Path(
+        "boosted/adapter_config.json"
+    ).exists()
+
+    said = run("speculate", "--heads", "./boosted", "--limit", "3", "--runs", "1", "--max-new-tokens", "8", "--float32")
+    assert said.exit_code == 0, said.output
+    assert re.search(r"with the heads +[\d.]+ +[\d.]+ +[\d.]+  3 of 3", said.stdout)
+    assert "speculate: got" not in said.output
+
+    refused = run("pretrain-heads", "--steps", "3")
+    assert refused.exit_code == 2 and "--steps does not go with a CONFIG, which has a key for it" in refused.stderr
+    del config["test_datasets"]
+    Path("drafting.yml").write_text(yaml.safe_dump(config))
+    refused = run("speculate")
+    assert refused.exit_code == 1 and "drafting.yml has no test_datasets with prompts in them" in refused.stderr
