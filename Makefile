@@ -39,7 +39,7 @@ AXOLOTL_ENV := PATH="$(abspath $(BIN)):$$PATH" AXOLOTL_DO_NOT_TRACK=1 TOKENIZERS
 
 .DEFAULT_GOAL := help
 .PRECIOUS: %/.torch %/.dependencies %/.package
-.PHONY: help venv demo model train merge report study study-report test soak bench bench-official gpu lint format clean
+.PHONY: help venv demo model train merge report study study-report test soak bench bench-official bench-decoding gpu lint format clean
 .DELETE_ON_ERROR:
 
 help:  ## show this list
@@ -154,6 +154,9 @@ $(VENV)-official/.ready:
 
 bench-official: model $(TRL_VENV)/.package $(VENV)-official/.ready  ## the same, and beside the authors' package
 	@$(BENCH) --official "$(abspath $(VENV)-official)/bin/python" $(BENCH_ARGS)
+
+bench-decoding: model  ## what heads bring as drafters: fine-tunes, boosts, measures (an hour and a half on two cores)
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$(CORES)} "$(BIN)/python" tests/benchmarks/decoding.py --model $(SMOLLM2) $(BENCH_ARGS)
 
 gpu: $(VENV)/.package  ## what only a GPU can do, beside the same on a CPU and without us (10 minutes; says so without a GPU)
 	@"$(BIN)/python" tests/gpu/check.py $(GPU_ARGS)

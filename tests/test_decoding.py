@@ -4,6 +4,7 @@ settings; or it refuses by name."""
 from __future__ import annotations
 
 import contextlib
+import random
 
 import hypothesis
 import pytest
@@ -24,6 +25,7 @@ from transformers import (
 from caft_plugin import CAFTConfig, ConfigError, Drafter, decoding
 from caft_plugin.heads import build_heads, replay
 from caft_plugin.heads_folder import save_heads
+from caft_plugin.pace import Pace
 from caft_plugin.trunk import find_trunk
 
 RECURRENT = ("RecurrentGemma", "Mamba", "Mamba2", "Jamba", "Bamba", "FalconH1", "GraniteMoeHybrid", "Qwen3Next")
@@ -107,10 +109,27 @@ def test_the_same_text_in_every_family(family):
             assert drafter.last.tokens == NEW and drafter.last.passes <= NEW
 
 
+class AnyPace(Pace):
+    """Sends as many guesses as chance has it, and never gives up."""
+
+    def __init__(self, num_heads):
+        super().__init__(num_heads)
+        self.random = random.Random(0)
+
+    def how_many(self, probabilities, most):
+        return self.random.randint(0, min(most, len(probabilities)))
+
+    def worth_it(self):
+        return True
+
+
+@pytest.mark.parametrize("how", ["all guesses", "as chance has it"])
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family not in RECURRENT])
-def test_guesses_are_those_of_heads_without_a_cache(family):
+def test_guesses_are_those_of_heads_without_a_cache(family, how):
+    """Also of heads that were not asked for some rounds and read what they missed."""
     model = model_of(family)
-    drafter = drafter_of(model, num_draft=4)
+    drafter = drafter_of(model, num_draft=4 if how == "all guesses" else None)
+    drafter.pace = AnyPace(4)
     inputs = prompt()
     with all_guesses() as rounds:
         text = written(model, inputs, custom_generate=drafter, **SAMPLED)
@@ -118,7 +137,9 @@ def test_guesses_are_those_of_heads_without_a_cache(family):
     assert len(rounds) >= 3
     for came, guesses in rounds:
         length += came
-        assert guesses == guesses_without_a_cache(drafter, text[:, :length])
+        assert guesses == guesses_without_a_cache(drafter, text[:, :length])[: len(guesses)]
+    asked = {len(guesses) for _, guesses in rounds[:-3]}  # at the end of the text fewer are needed
+    assert asked == {4} if how == "all guesses" else len(asked) > 1
 
 
 @pytest.mark.parametrize("family", RECURRENT)
@@ -329,6 +350,17 @@ def test_another_model_and_training_mode_are_refused(tiny_model):
     tiny_model.train()
     with pytest.raises(ConfigError, match=r"the model is in training mode, .* Call model.eval\(\)"):
         written(tiny_model, prompt(), custom_generate=drafter)
+
+
+def test_heads_that_are_not_asked_for_long_are_out(tiny_model, monkeypatch):
+    """What they have not read is let go, so that a long text takes no more memory."""
+    monkeypatch.setattr(decoding, "LONGEST_LAG", 5)
+    drafter = drafter_of(tiny_model, num_draft=2)
+    sides, start = [], decoding._Side.__init__
+    monkeypatch.setattr(decoding._Side, "__init__", lambda side, *a: sides.append(side) or start(side, *a))
+    plain = written(tiny_model, prompt(), **SAMPLED)
+    assert torch.equal(written(tiny_model, prompt(), custom_generate=drafter, **SAMPLED), plain)
+    assert len(sides[0].unread) == 2 and all(len(unread) <= 1 for unread in sides[0].unread)
 
 
 def test_fewer_guesses_and_none(tiny_model):

@@ -26,7 +26,14 @@ from caft_plugin import attach, window
 from caft_plugin.precision import cpu_has_bf16
 
 # Every way that differs in its code and not in its settings alone; SLOW ones import much or start several processes.
-QUICK = ["LoRA, float32", "QLoRA in 4 bits", "dropout, heads that weigh nothing", "MEAP", "rows packed into one"]
+QUICK = [
+    "LoRA, float32",
+    "QLoRA in 4 bits",
+    "dropout, heads that weigh nothing",
+    "MEAP",
+    "rows packed into one",
+    "Drafter, float32",
+]
 SLOW = [
     "full fine-tuning, float32",
     "activation offloading, torch's save_on_cpu",

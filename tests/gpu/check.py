@@ -34,7 +34,7 @@ PATHS = [str(ROOT), str(HERE), str(ROOT / "tests"), str(ROOT / "tests" / "benchm
 sys.path[:0] = PATHS
 
 import torch
-from checks import REFERENCES, TRAINER_CHECKS, Check, Row, in_one_line, save
+from checks import CHECKS, REFERENCES, Check, Row, in_one_line, save
 from hosts import PROCESS_CHECKS, last_words
 
 from caft_plugin.storage import write_text
@@ -51,7 +51,7 @@ PACKAGES = (
     "liger_kernel",
     "flash_attn",
 )
-ALL: dict[str, Check] = {check.name: check for check in (*TRAINER_CHECKS, *PROCESS_CHECKS)}
+ALL: dict[str, Check] = {check.name: check for check in (*CHECKS, *PROCESS_CHECKS)}
 LIMIT = 240.0  # seconds that one check may take
 OUT_OF_TIME = "not run: out of time"
 

@@ -137,6 +137,21 @@ class TrainerCheck(Check):
 
 
 @dataclasses.dataclass(frozen=True)
+class DrafterCheck(Check):
+    """Texts written with heads that draft, all four in every round, beside those that the model writes plainly."""
+
+    def measure(self, device: str, folder: Path) -> Row:
+        from runs import written_twice
+
+        pairs = written_twice(SMALL, device, folder, num_draft=4)
+        others = sum(plain != drafted for plain, drafted, _, _ in pairs)
+        size = LARGE if device == "cuda" else SMALL
+        timed = written_twice(size, device, folder, num_draft=None)
+        ratio = statistics.median(after / before for _, _, before, after in timed[1:])
+        return Row(self.name, *verdict([Difference("texts that differ", others, 0)]), time=f"{ratio:.2f}")
+
+
+@dataclasses.dataclass(frozen=True)
 class Difference:
     """Of one figure: what it is, how far off, and how far it may be."""
 
@@ -250,7 +265,7 @@ MASKED = REFERENCES["masked"][1]
 BITS = ("bitsandbytes",)
 
 
-TRAINER_CHECKS = [
+CHECKS: list[Check] = [
     TrainerCheck("LoRA, float32", Run(), FLOAT32),
     TrainerCheck("full fine-tuning, float32", Run(how="full"), FLOAT32, reference="full"),
     TrainerCheck("LoRA, bf16", Run(args=BF16), HALF),
@@ -313,6 +328,7 @@ TRAINER_CHECKS = [
         alone=True,
     ),
     TrainerCheck("torch_compile", Run(args={**BF16, "torch_compile": True}), HALF, alone=True),
+    DrafterCheck("Drafter, float32"),
     TrainerCheck("FSDP2, LoRA", Run(args=SHARDED), FLOAT32, processes=2),
     TrainerCheck("FSDP2, full fine-tuning", Run(how="full", args=SHARDED), FLOAT32, reference="full", processes=2),
 ]

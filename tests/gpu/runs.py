@@ -29,10 +29,12 @@ from transformers import (
     TrainingArguments,
 )
 
-from caft_plugin import with_caft
-from caft_plugin.heads import MODULE_NAME
+from caft_plugin import CAFTConfig, Drafter, with_caft
+from caft_plugin.heads import MODULE_NAME, build_heads
+from caft_plugin.heads_folder import resolve_wiring
 from caft_plugin.loss import IGNORE
 from caft_plugin.storage import gather
+from caft_plugin.trunk import find_trunk
 
 HEAD = re.compile(rf"\b{MODULE_NAME}\.layers\.(\d+)\.")
 Row = dict[str, list[int]]
@@ -267,4 +269,33 @@ def shapes(folder: Path) -> dict[str, list[int]]:
     for file in folder.glob("*.safetensors"):
         with safe_open(file, framework="pt") as tensors:
             found |= {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}
+    return found
+
+
+def written_twice(
+    size: Size, device: str, folder: Path, num_draft: int | None
+) -> list[tuple[list[int], list[int], float, float]]:
+    """Of greedy and of sampled texts: the plain one, the drafted one, and the seconds of both. Heads are untrained."""
+    model = model_of(Run(how="full"), size, device, folder).eval()
+    config = resolve_wiring(CAFTConfig(train_heads="frozen"), None)
+    drafter = Drafter(model, build_heads(model, find_trunk(model), config, seed=0), config, num_draft=num_draft)
+    found = []
+    for row in data_of(size)[:4]:
+        ids = torch.tensor([row["input_ids"]], device=device)
+        for sampling in ({"do_sample": False}, {"do_sample": True, "temperature": 0.5}):
+            texts, seconds = [], []
+            for way in (None, drafter):
+                torch.manual_seed(0)
+                began = time.perf_counter()
+                text = model.generate(
+                    ids,
+                    attention_mask=torch.ones_like(ids),
+                    max_new_tokens=32,
+                    min_new_tokens=32,
+                    custom_generate=way,
+                    **sampling,
+                )
+                texts.append(text[0].tolist())
+                seconds.append(time.perf_counter() - began)
+            found.append((*texts, *seconds))
     return found

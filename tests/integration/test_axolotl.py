@@ -424,8 +424,8 @@ def test_pretrain_heads_from_a_yaml(project, smollm2):
 
 
 def test_heads_go_on_over_the_tuned_model_and_draft_for_it(project, monkeypatch):
-    """`pretrain-heads CONFIG --model --heads --output`, then `speculate CONFIG`: adapter, heads and held-out prompts are
-    found in the YAML."""
+    """`pretrain-heads CONFIG --model --heads --output`, then `speculate CONFIG`: adapter, heads and held-out prompts
+    are found in the YAML."""
     ours = project.train("ours", **LORA_RUN)
     config = yaml.safe_load((project.folder / "ours.yml").read_text())
     config["test_datasets"] = [{**config["datasets"][0], "split": "train"}]
