@@ -17,6 +17,8 @@ from pathlib import Path
 import nbformat
 import pytest
 from nbclient import NotebookClient
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # where no conftest.py has done so
 from paths import ROOT
 
 pytestmark = pytest.mark.slow
