@@ -10,9 +10,11 @@ transformers. Run it from the repository root, where the paths in the configs st
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 import textwrap
+import time
 from pathlib import Path
 from typing import Any
 
@@ -89,10 +91,32 @@ def read_questions(path: Path, count: int) -> list[tuple[str, str]]:
     return questions
 
 
-def generate(model_path: str, questions: list[str], label: str, dtype: str) -> list[str]:
-    """The model's greedy answer to each question, through its own chat template."""
+@dataclasses.dataclass
+class Answer:
+    """A greedy answer: its text, what it was made of, and what it took."""
+
+    text: str
+    tokens: list[int]
+    passes: int  # of the model; plainly one a token
+    seconds: float
+
+
+@dataclasses.dataclass
+class Answers:
+    """A model's answers to the questions, and the same once more with the heads' drafts, or why there are none."""
+
+    plain: list[Answer]
+    drafted: list[Answer] = dataclasses.field(default_factory=list)
+    why_not_drafted: str = ""
+
+
+def ask(model_path: str, questions: list[str], label: str, dtype: str, heads: Path | None = None) -> Answers:
+    """The model's greedy answer to each question, through its own chat template; with a folder of `heads`, each plain
+    answer is followed by a drafted one."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from caft_plugin import ConfigError, Drafter
 
     print(f"loading the {label} model {model_path}", file=sys.stderr, flush=True)
     try:
@@ -101,18 +125,35 @@ def generate(model_path: str, questions: list[str], label: str, dtype: str) -> l
     except (OSError, ValueError) as error:
         raise ReportError(f"the {label} model {model_path} does not load: {error}") from error
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    answers = []
-    for number, question in enumerate(questions, start=1):
-        print(f"  the {label} model answers {number} of {len(questions)}", file=sys.stderr, flush=True)
+
+    def answer(question: str, drafter: Drafter | None = None, longest: int = NEW_TOKENS) -> Answer:
         chat = [{"role": "user", "content": question}]
         inputs = tokenizer.apply_chat_template(
             chat, add_generation_prompt=True, return_dict=True, return_tensors="pt"
         ).to(model.device)
-        with torch.inference_mode():
-            output = model.generate(
-                **inputs, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=tokenizer.eos_token_id
-            )
-        answers.append(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+        settings = {"max_new_tokens": longest, "do_sample": False, "pad_token_id": tokenizer.eos_token_id}
+        began = time.perf_counter()
+        output = model.generate(**inputs, **settings, custom_generate=drafter)
+        seconds = time.perf_counter() - began
+        tokens = output[0, inputs["input_ids"].shape[1] :].tolist()
+        passes = drafter.last.passes if drafter else len(tokens)
+        return Answer(tokenizer.decode(tokens, skip_special_tokens=True), tokens, passes, seconds)
+
+    drafter, answers = None, Answers([])
+    if heads is not None:
+        try:
+            if not heads.is_dir():
+                raise ConfigError(f"no heads in {heads}; a run with the caft: block leaves them there.")
+            drafter = Drafter.from_pretrained(model, heads)
+            for warm_up in (None, drafter):
+                answer(questions[0], warm_up, longest=8)
+        except ConfigError as error:
+            drafter, answers.why_not_drafted = None, str(error)
+    for number, question in enumerate(questions, start=1):
+        print(f"  the {label} model answers {number} of {len(questions)}", file=sys.stderr, flush=True)
+        answers.plain.append(answer(question))
+        if drafter is not None:
+            answers.drafted.append(answer(question, drafter))
     return answers
 
 
@@ -122,6 +163,45 @@ def answer_block(question: str, named_answers: dict[str, str]) -> str:
     for name, answer in named_answers.items():
         line = f"  {name:<11}" + (" ".join(answer.split()) or "(nothing)")
         lines.append(line if len(line) <= WIDTH else line[: WIDTH - 4] + " ...")
+    return "\n".join(lines)
+
+
+def total(answers: list[Answer]) -> Answer:
+    return Answer(
+        "\n".join(one.text for one in answers),
+        [token for one in answers for token in one.tokens],
+        sum(one.passes for one in answers),
+        sum(one.seconds for one in answers),
+    )
+
+
+def draft_table(answers: Answers) -> str:
+    """The plain answers beside the drafted ones: whether the text is the same, passes and seconds."""
+    if not answers.drafted:
+        return f"The heads draft nothing here: {answers.why_not_drafted}"
+    pairs = list(zip(answers.plain, answers.drafted, strict=True))
+    same = [plain.tokens == drafted.tokens for plain, drafted in pairs]
+    rows = [
+        (str(number), "same" if alike else "differs", *pair)
+        for number, (alike, pair) in enumerate(zip(same, pairs, strict=True), start=1)
+    ]
+    plain, drafted = total(answers.plain), total(answers.drafted)
+    rows.append(("all", f"{sum(same)} of {len(same)}", plain, drafted))
+    lines = [
+        f"{'passes of the model':>39}{'tokens':>10}{'seconds':>17}",
+        f"{'molecule':>10}{'text':>10}{'plain':>9}{'drafted':>10}{'a pass':>10}{'plain':>8}{'drafted':>9}",
+    ]
+    for name, text, one, other in rows:
+        lines.append(
+            f"{name:>10}{text:>10}{one.passes:>9}{other.passes:>10}{len(other.tokens) / other.passes:>10.2f}"
+            f"{one.seconds:>8.2f}{other.seconds:>9.2f}"
+        )
+    lines.append(f"\nSame text in {sum(same)} of {len(same)}; {drafted.passes} passes in place of {plain.passes}.")
+    if not all(same):
+        lines.append(
+            "A pass over several tokens rounds otherwise than a pass over one. Where two tokens are as good as\n"
+            "equally likely, the other one may come out: in bfloat16 now and then, in float32 hardly ever."
+        )
     return "\n".join(lines)
 
 
@@ -145,8 +225,8 @@ def main(arguments: list[str] | None = None) -> int:
         rows = read_questions(options.heldout, options.molecules)
         questions = [question for question, _ in rows]
         dtype = "bfloat16" if options.bf16 == "true" else "float32"
-        base_answers = generate(options.base_model or config["base_model"], questions, "base", dtype)
-        merged_answers = generate(str(merged), questions, "merged", dtype)
+        base = ask(options.base_model or config["base_model"], questions, "base", dtype)
+        tuned = ask(str(merged), questions, "merged", dtype, heads=output_dir / "caft_heads")
     except (ReportError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -154,9 +234,11 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"\nLosses, from {checkpoint}\n")
     print(table)
     print(f"\n{len(rows)} held-out molecules, greedy decoding\n")
-    for (question, reference), base, tuned in zip(rows, base_answers, merged_answers, strict=True):
-        print(answer_block(question, {"reference": reference, "base": base, "merged": tuned}) + "\n")
-    print(f"The merged model is an ordinary transformers folder: {merged}")
+    for (question, reference), before, after in zip(rows, base.plain, tuned.plain, strict=True):
+        print(answer_block(question, {"reference": reference, "base": before.text, "merged": after.text}) + "\n")
+    print("The merged model's answers, written plainly and once more with the heads' guesses, which it checks\n")
+    print(draft_table(tuned))
+    print(f"\nThe merged model is an ordinary transformers folder: {merged}")
     return 0
 
 

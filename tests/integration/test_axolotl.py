@@ -20,8 +20,12 @@ from paths import ROOT
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from caft_plugin.pace import Pace
 from caft_plugin.precision import quick_dtype
 from caft_plugin.tools.cli import commands
+
+sys.path.insert(0, str(ROOT / "axolotl_configs"))
+import demo_report
 
 pytestmark = pytest.mark.slow
 
@@ -281,6 +285,47 @@ def test_merged_model_is_plain(project, method):
     assert model.state_dict().keys() == base.state_dict().keys()
     assert model.generate(torch.ones(1, 3, dtype=torch.long), max_new_tokens=3).shape[1] >= 4
     assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), base.parameters(), strict=True))
+
+
+def test_demo_report(project, monkeypatch, capsys):
+    """What `make demo` prints of a run and its merged model: the last part, drafts beside plain answers, agrees with
+    itself, and a run's folder without heads says so. Guesses are all sent, whatever they cost: on a model as small as
+    this one they never pay."""
+    out = project.train("ours", **LORA_RUN)
+    if not (out / "merged").exists():
+        project.axolotl("merge-lora", "ours.yml")
+    monkeypatch.chdir(project.folder)
+    monkeypatch.setattr(Pace, "how_many", lambda pace, probabilities, most: most)
+    monkeypatch.setattr(Pace, "worth_it", lambda pace: True)
+    report = ["--config=ours.yml", "--bf16=false", "--molecules=2"]
+    assert demo_report.main(report) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("  merged  ") == 2 and "caft/loss_head_4" in printed
+    rows = [line.split() for line in printed.split("a pass ")[1].splitlines()[1:4]]
+    assert [row[:-5] for row in rows] == [["1", "same"], ["2", "same"], ["all", "2", "of", "2"]]
+    plain, drafted = ([int(row[at]) for row in rows] for at in (-5, -4))
+    assert plain[0] + plain[1] == plain[2] and drafted[0] + drafted[1] == drafted[2] < plain[2]
+    assert [row[-3] for row in rows] == [f"{one / other:.2f}" for one, other in zip(plain, drafted, strict=True)]
+    assert f"Same text in 2 of 2; {drafted[2]} passes in place of {plain[2]}.\n" in printed
+    assert "rounds otherwise" not in printed
+
+    shutil.copytree(out, "headless", ignore=shutil.ignore_patterns("caft_heads"))
+    assert demo_report.main([*report, "--output-dir=headless"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("  merged  ") == 2 and "Same text" not in printed
+    assert "The heads draft nothing here: no heads in headless/caft_heads; a run with the caft: block" in printed
+
+
+def test_demo_report_of_a_text_that_differs():
+    plain = [demo_report.Answer("CC", [1, 1, 2], 3, 0.3), demo_report.Answer("C", [1, 2], 2, 0.2)]
+    drafted = [demo_report.Answer("CN", [1, 3, 3, 2], 2, 0.2), demo_report.Answer("C", [1, 2], 1, 0.1)]
+    table = demo_report.draft_table(demo_report.Answers(plain, drafted))
+    _, _, first, second, both, _, closing, why, _ = table.splitlines()
+    assert first.split() == ["1", "differs", "3", "2", "2.00", "0.30", "0.20"]
+    assert second.split() == ["2", "same", "2", "1", "2.00", "0.20", "0.10"]
+    assert both.split() == ["all", "1", "of", "2", "5", "3", "2.00", "0.50", "0.30"]
+    assert closing == "Same text in 1 of 2; 3 passes in place of 5."
+    assert why.startswith("A pass over several tokens rounds otherwise")
 
 
 def test_inference_and_preprocess(project):
