@@ -134,12 +134,12 @@ def test_guesses_are_those_of_heads_without_a_cache(family, how):
     with all_guesses() as rounds:
         text = written(model, inputs, custom_generate=drafter, **SAMPLED)
     length = inputs["input_ids"].shape[1]
-    assert len(rounds) >= 3
+    assert len(rounds) > 5
     for came, guesses in rounds:
         length += came
         assert guesses == guesses_without_a_cache(drafter, text[:, :length])[: len(guesses)]
-    asked = {len(guesses) for _, guesses in rounds[:-3]}  # at the end of the text fewer are needed
-    assert asked == {4} if how == "all guesses" else len(asked) > 1
+    asked = {len(guesses) for _, guesses in rounds[:-5]}  # at the end of the text fewer are needed
+    assert asked == {4} if how == "all guesses" else len(asked) > 1, (asked, rounds)
 
 
 @pytest.mark.parametrize("family", RECURRENT)

@@ -1,7 +1,7 @@
 """What heads bring as drafters: tokens a pass and a second, beside plain generation and prompt lookup. `make
 bench-decoding`.
 
-    python tests/benchmarks/decoding.py --model outputs/smollm2-135m-instruct [--steps 150] [--boost 300]
+    python tests/benchmarks/decoding.py --model outputs/smollm2-135m-instruct [--steps 150] [--boost 250]
         [--prompts 200] [--out outputs/decoding]
 
 The commands of the README, each done only if its folder is not there yet: full fine-tuning with heads on the molecules
@@ -116,7 +116,14 @@ def add(sum_: Comparison | None, found: Comparison) -> Comparison:
     return sum_
 
 
-def compare(model: Any, tokenizer: Any, drafters: dict[str, Drafter], prompts: Sequence[list[int]], temperature: float):
+def compare(
+    model: Any,
+    tokenizer: Any,
+    drafters: dict[str, Drafter],
+    prompts: Sequence[list[int]],
+    temperature: float,
+    lookup: bool,
+) -> Comparison:
     found: Comparison | None = None
     for first in range(0, len(prompts), RUN):
         part = speculate(
@@ -128,7 +135,7 @@ def compare(model: Any, tokenizer: Any, drafters: dict[str, Drafter], prompts: S
             runs=1,
             temperature=temperature,
             seed=first,
-            lookup=temperature == 0,
+            lookup=lookup,
         )
         found = add(found, part)
     assert found is not None
@@ -202,7 +209,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="the base model's folder")
     parser.add_argument("--steps", type=int, default=150, help="of fine-tuning, 8 rows each (default: %(default)s)")
-    parser.add_argument("--boost", type=int, default=300, help="steps of the booster, 16 rows each")
+    parser.add_argument("--boost", type=int, default=250, help="steps of the booster, 16 rows each")
     parser.add_argument("--prompts", type=int, default=200, help="held-out prompts")
     parser.add_argument("--out", type=Path, default=Path("outputs/decoding"))
     options = parser.parse_args()
@@ -216,16 +223,25 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(tuned)
     model: Any = AutoModelForCausalLM.from_pretrained(tuned, dtype=torch.float32).to(device).eval()
     prompts = read_prompts(DATA / "molecules-heldout.jsonl", tokenizer)[: options.prompts]
+    folders = {TUNED: tuned, BOOSTED: boosted}
+
+    def drafters(names: Sequence[str], **settings: Any) -> dict[str, Drafter]:
+        return {name: Drafter.from_pretrained(model, folders[name], **settings) for name in names}
+
     kept = {}
-    for temperature in (0.0, 0.7):
-        drafters = {
-            TUNED: Drafter.from_pretrained(model, tuned),
-            BOOSTED: Drafter.from_pretrained(model, boosted),
-            UNTRAINED: untrained(model, 4),
-        }
-        found = compare(model, tokenizer, drafters, prompts, temperature)
-        kept[f"temperature {temperature:g}"] = dataclasses.asdict(found)
-        print(f"\n{as_table(found)}\n\n{markdown(found)}\n", flush=True)
+    for title, ways, asked, temperature in (
+        ("greedy", {**drafters([TUNED, BOOSTED]), UNTRAINED: untrained(model, 4)}, prompts, 0.0),
+        ("sampled", drafters([BOOSTED]), prompts, 0.7),
+        (
+            "greedy, 4 guesses in every round",
+            drafters([TUNED, BOOSTED], num_draft=4),
+            prompts[: len(prompts) // 2],
+            0.0,
+        ),
+    ):
+        found = compare(model, tokenizer, ways, asked, temperature, lookup=title == "greedy")
+        kept[title] = dataclasses.asdict(found)
+        print(f"\n## {title}\n\n{as_table(found)}\n\n{markdown(found)}\n", flush=True)
     (options.out / "figures.json").write_text(json.dumps(kept, indent=1) + "\n")
     print(costs(Drafter.from_pretrained(model, boosted), model))
 
