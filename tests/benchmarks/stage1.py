@@ -2,9 +2,10 @@
 
     python tests/benchmarks/stage1.py --model outputs/smollm2-135m-instruct --seconds 240 --seeds 0 1
 
-Writing answers counts: `model` spends part of its time on it. Every kind is measured on the same held-out prompts, once
-against the answers that the base model gives, once against the data's own. Prints Markdown; one JSON line a run goes to
---results, and runs that are there already are not done again.
+With --heads they go on from there instead, over a fine-tuned model (--model), and answers are greedy: what helps heads
+that are to draft. Writing answers counts: `model` spends part of its time on it. Every kind is measured on the same
+held-out prompts, once against the answers that the model gives, once against the data's own. Prints Markdown; one JSON
+line a run goes to --results, and runs that are there already are not done again.
 """
 
 from __future__ import annotations
@@ -63,7 +64,9 @@ def run(kind: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     rows = read_rows(DATA / "molecules-train.jsonl", tokenizer, 256)
     heldout = read_rows(DATA / "molecules-heldout.jsonl", tokenizer, 256)[:64]
-    settings = PretrainConfig(max_new_tokens=48, temperature=0.7, top_p=0.95, generation_batch_size=32)
+    sampling = {} if options.heads else {"temperature": 0.7, "top_p": 0.95}
+    settings = PretrainConfig(max_new_tokens=48, generation_batch_size=32, **sampling)
+    start_from: dict[str, Any] = {"heads": options.heads} if options.heads else {}
     base = load_base(options.model, quick_dtype())
     base.eval()
     prompts = [prompt_of(row) for row in heldout]
@@ -71,7 +74,7 @@ def run(kind: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     sets = {"model": [with_answer(p, a) for p, a in zip(prompts, said, strict=True)], "dataset": heldout}
 
     with tempfile.TemporaryDirectory() as folder:
-        caft: dict[str, Any] = {"train_heads": "frozen", "beta": 1.0}
+        caft: dict[str, Any] = {"train_heads": "frozen", "beta": 1.0, **start_from}
         steps = 0
         start = time.monotonic()
         if kind != "untrained":
@@ -79,7 +82,15 @@ def run(kind: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
             shown = rows[: options.prompts] if kind == "model" else rows
             stop = StopAfter(start + options.seconds)
             job = Stage1(
-                base, tokenizer, shown, [], arguments(folder, seed), CAFTConfig(), config, options.model, [stop]
+                base,
+                tokenizer,
+                shown,
+                [],
+                arguments(folder, seed),
+                CAFTConfig(**start_from),
+                config,
+                options.model,
+                [stop],
             )
             heads = pretrain_heads(job)
             steps = json.loads((heads / "metrics.json").read_text())["steps"]
@@ -98,11 +109,13 @@ def run(kind: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
         name: [[metrics[f"eval_caft/{what}_head_{k}"] for what in ("loss", "accuracy")] for k in range(1, 5)]
         for name, metrics in found.items()
     }
-    return {"kind": kind, "seed": seed, "seconds": round(seconds), "steps": steps, "figures": figures}
+    drafts = {name: metrics["eval_caft/tokens_per_pass"] for name, metrics in found.items()}
+    return {"kind": kind, "seed": seed, "seconds": round(seconds), "steps": steps, "figures": figures, "drafts": drafts}
 
 
 def table(results: list[dict[str, Any]], against: str) -> str:
-    lines = [f"| held out: {against} | steps | head 1 | head 2 | head 3 | head 4 |", "| --- " * 6 + "|"]
+    columns = ["steps", "head 1", "head 2", "head 3", "head 4", "tokens a pass"]
+    lines = [f"| held out: {against} | {' | '.join(columns)} |", "| --- " * 7 + "|"]
     for kind in KINDS:
         runs = [r for r in results if r["kind"] == kind]
         if runs:
@@ -111,6 +124,7 @@ def table(results: list[dict[str, Any]], against: str) -> str:
                 losses, right = zip(*(r["figures"][against][k] for r in runs), strict=True)
                 spread = f" (spread {max(losses) - min(losses):.3f})" if len(losses) > 1 else ""
                 cells.append(f"{statistics.mean(losses):.3f}{spread}, {statistics.mean(right):.1%}")
+            cells.append(f"{statistics.mean(r['drafts'][against] for r in runs):.2f}")
             steps = ", ".join(str(r["steps"]) for r in runs)
             lines.append(f"| {kind} | {steps} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -119,6 +133,7 @@ def table(results: list[dict[str, Any]], against: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
+    parser.add_argument("--heads", help="go on from these heads")
     parser.add_argument("--seconds", type=int, default=240)
     parser.add_argument("--prompts", type=int, default=256, help="prompts that the base answers for `model`")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
