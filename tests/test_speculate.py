@@ -96,14 +96,14 @@ def test_the_command(folder):
     result = run(folder, "--max-new-tokens", "9", "--runs", "1", "--png", folder / "out" / "heads.png")
     assert result.exit_code == 0, result.output
     table = result.stdout
-    assert "3 prompts, 1 runs in turn, greedy, at most 9 tokens\nfloat32 on " in table
+    assert "3 prompts, runs over them: 1, greedy, at most 9 tokens\nfloat32 on " in table
     assert re.search(r"^plain +[\d.]+ +1\.00 +1\.00$", table, re.M)
     assert re.search(r"^with the heads +[\d.]+ +[\d.]+ +[\d.]+  3 of 3$", table, re.M)
     assert re.search(r"^prompt lookup +[\d.]+ +[\d.]+ +[\d.]+  3 of 3$", table, re.M)
     assert re.search(r"^4 +5 ahead +[\d,]+ +[\d,]+ +(-|[\d.]+%)$", table, re.M)
     assert re.search(r"^passes that brought 1: \d+%, 2: \d+%, 3: \d+%, 4: \d+%, 5: \d+%$", table, re.M)
     assert (folder / "out" / "heads.png").read_bytes().startswith(b"\x89PNG")
-    assert "2 prompts, 1 runs" in run(folder, "--limit", "2", "--runs", "1", "--temperature", "0.5").stdout
+    assert "2 prompts, runs over them: 1" in run(folder, "--limit", "2", "--runs", "1", "--temperature", "0.5").stdout
 
 
 @pytest.mark.parametrize(

@@ -369,6 +369,9 @@ def test_an_adapter_is_loaded_over_its_base(base, tokenizer, tmp_path):
     pretrain_heads(job(loaded, tokenizer, tmp_path / "out"))
     with torch.no_grad():
         torch.testing.assert_close(loaded(ids).logits, model(ids).logits)
+    (tmp_path / "adapter" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    with pytest.raises(ConfigError, match=r"adapter is an adapter, but its adapter_config.json names no base_model"):
+        load_base(str(tmp_path / "adapter"), torch.float32)
 
 
 def test_answers_of_a_model_that_was_trained_again_are_not_taken(taught, tokenizer, tmp_path):

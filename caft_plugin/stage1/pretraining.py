@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig
 from torch import Tensor, nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -54,10 +54,28 @@ from caft_plugin.objective import AuxiliaryObjective, HostLoss
 from caft_plugin.precision import warn_of_slow_bf16
 from caft_plugin.stage1.answers import ANSWERS, check_vllm, write_answers
 from caft_plugin.stage1.data import Row, pad_rows, prompt_of, supervised, with_answer
-from caft_plugin.storage import write_json, write_text
+from caft_plugin.storage import read_text, write_json, write_text
 from caft_plugin.training import with_caft
 from caft_plugin.trunk import trunk_without_weights
 from caft_plugin.window import LossShare, MicroBatch, Window
+
+
+def base_of(name: str) -> str:
+    """The base model that an adapter's folder or Hub id names; of any other model the name itself.
+
+    Raises:
+        ConfigError: an adapter that names none.
+    """
+    file = find_adapter_config_file(name)
+    if file is None:
+        return name
+    try:
+        base = json.loads(read_text(Path(file), "--model", "the folder of an adapter"))["base_model_name_or_path"]
+    except (ValueError, KeyError, TypeError):
+        base = None
+    if not isinstance(base, str):
+        raise ConfigError(f"--model: {name} is an adapter, but its {Path(file).name} names no base_model_name_or_path.")
+    return base
 
 
 def load_base(
@@ -76,8 +94,7 @@ def load_base(
     Raises:
         ConfigError: before weights are loaded, where heads cannot be built for the model or vLLM cannot run it.
     """
-    adapter = find_adapter_config_file(name) is not None
-    base = str(PeftConfig.from_pretrained(name).base_model_name_or_path) if adapter else name
+    base = base_of(name)
     model_config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
     if vllm:
         check_vllm(load_in_4bit or load_in_8bit or getattr(model_config, "quantization_config", None) is not None)

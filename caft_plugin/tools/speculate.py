@@ -119,7 +119,7 @@ def speculate(
                 bar.update()
     how = "greedy" if temperature == 0 else f"sampled at temperature {temperature:g}, top_p {top_p:g}"
     written = (
-        f"{len(prompts)} prompts, {runs} runs in turn, {how}, at most {max_new_tokens} tokens\n"
+        f"{len(prompts)} prompts, runs over them: {runs}, {how}, at most {max_new_tokens} tokens\n"
         f"{named_dtype(model)} on {processor(model.device)}, torch {torch.__version__}, "
         f"transformers {transformers.__version__}"
     )
