@@ -161,7 +161,8 @@ def test_both_wirings(tiny_model, head_input, head_norm):
     length = 9
     for came, guesses in rounds:
         length += came
-        assert guesses == guesses_without_a_cache(drafter, text[:, :length])
+        assert guesses == guesses_without_a_cache(drafter, text[:, :length])[: len(guesses)]
+    assert max(len(guesses) for _, guesses in rounds) == 4
 
 
 def test_with_an_adapter(tiny_model):
@@ -360,7 +361,7 @@ def test_heads_that_are_not_asked_for_long_are_out(tiny_model, monkeypatch):
     monkeypatch.setattr(decoding._Side, "__init__", lambda side, *a: sides.append(side) or start(side, *a))
     plain = written(tiny_model, prompt(), **SAMPLED)
     assert torch.equal(written(tiny_model, prompt(), custom_generate=drafter, **SAMPLED), plain)
-    assert len(sides[0].unread) == 2 and all(len(unread) <= 1 for unread in sides[0].unread)
+    assert len(sides[0].unread) == 2 and max(map(len, sides[0].unread)) <= 3  # of its last rounds
 
 
 def test_fewer_guesses_and_none(tiny_model):

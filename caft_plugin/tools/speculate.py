@@ -79,11 +79,11 @@ def speculate(
 
     With a temperature of 0 the likeliest token is taken. Each text has a random seed of its own, the same for all ways.
     """
-    ways: dict[str, dict[str, Any]] = {PLAIN: {}}
+    ways: dict[str, dict[str, object]] = {PLAIN: {}}
     ways |= {name: {"custom_generate": drafter} for name, drafter in drafters.items()}
     if lookup:
         ways[LOOKUP] = {"prompt_lookup_num_tokens": LOOKUP_TOKENS}
-    settings: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    settings: dict[str, object] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if temperature > 0:
         settings = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
     ends = sorted(end_tokens(model, tokenizer))
@@ -92,7 +92,7 @@ def speculate(
     drafted = {name: Drafted.nothing(len(drafter.heads)) for name, drafter in drafters.items()}
     figures = {name: Way([0] * runs, [0.0] * runs, drafted=drafted.get(name)) for name in ways}
 
-    def write(number: int, length: int, way: dict[str, Any]) -> Tensor:
+    def write(number: int, length: int, way: dict[str, object]) -> Tensor:
         ids = torch.tensor([list(prompts[number])], device=model.device)
         torch.manual_seed(seed + number)
         out = generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=length, **settings, **way)
