@@ -132,7 +132,8 @@ NEWEST := tests/test_golden.py tests/test_heads.py tests/test_training.py tests/
 	tests/test_numbers.py tests/test_checkpoints.py tests/test_fused_loss.py tests/test_copies.py tests/test_objective.py \
 	tests/test_host_model.py tests/test_private_names.py tests/test_install.py tests/test_decoding.py \
 	tests/integration/test_trl_trainers.py \
-	tests/integration/test_trl.py tests/integration/test_trl_meap.py tests/integration/test_restart.py
+	tests/integration/test_trl.py tests/integration/test_trl_meap.py tests/integration/test_restart.py \
+	tests/integration/test_notebook.py
 
 test: $(VENV)/.package $(TRL_VENV)/.package  ## run every test, on Axolotl's stack and on the newest one
 	@PATH="$(abspath $(BIN)):$$PATH" "$(BIN)/pytest" $(PYTEST) $(PYTEST_ARGS)
