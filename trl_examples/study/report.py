@@ -4,6 +4,7 @@ results.jsonl and nothing else, the same bytes each time."""
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,12 +20,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 import results
 import words
-from scipy import stats
+from scipy import optimize, stats
 
 HERE = Path(__file__).parent
 README = HERE.parents[1] / "README.md"
 MARKS = ("<!-- the study -->", "<!-- end of the study -->")
 CONFIDENCE = 0.95
+POWER = 0.8  # with which an effect that could have been seen would have been
 
 Lines = Sequence[results.Line]
 Value = Callable[[results.Line], float]
@@ -60,6 +62,17 @@ def estimate(values: Iterable[float]) -> Estimate:
         return Estimate(float(found.mean()), None, len(found))
     width = stats.t.ppf((1 + CONFIDENCE) / 2, len(found) - 1) * stats.sem(found)
     return Estimate(float(found.mean()), float(width), len(found))
+
+
+def detectable(difference: Estimate) -> float | None:
+    """The smallest true difference that the t-test behind `difference` finds with 80 % power, if its values scatter as
+    they did; None where one seed shows no scatter."""
+    if difference.half is None:
+        return None
+    freedom = difference.seeds - 1
+    limit = stats.t.ppf((1 + CONFIDENCE) / 2, freedom)
+    apart = optimize.brentq(lambda apart: stats.nct.sf(limit, freedom, apart) - POWER, 0.0, 30.0)  # standard errors
+    return float(apart * difference.half / limit)
 
 
 def paired(lines: Lines, task: str, arm: str, against: str, value: Value) -> Estimate | None:
@@ -234,11 +247,39 @@ def primary_verdicts(lines: Lines, method: str) -> list[tuple[design.Comparison,
     return [(c, judged(lines, c.task, c.arm, c.against, c.metric)) for c in design.COMPARISONS if c.method == method]
 
 
-def helped(lines: Lines, method: str, where: str = " here") -> str:
+def helped(lines: Lines, method: str) -> str:
+    """Whether a method came out better anywhere, or else how large an effect had to be for this study to see it."""
     verdicts = [outcome for _, outcome in primary_verdicts(lines, method)]
-    if "better" not in verdicts:
-        return f"{method} is not shown to help{where}"
-    return f"{method} helped{where} in {verdicts.count('better')} of {len(verdicts)} primary comparisons"
+    if "better" in verdicts:
+        return f"{method} helped in {verdicts.count('better')} of {len(verdicts)} primary comparisons"
+    unseen = limits(lines, method)
+    return f"{method}: inconclusive" + (
+        f", could not have seen an effect below {' and '.join(unseen)}" if unseen else ""
+    )
+
+
+def limits(lines: Lines, method: str) -> list[str]:
+    """By metric, the largest detectable difference of the primary comparisons that show none, rounded up."""
+    found: dict[str, float] = {}
+    for c, outcome in primary_verdicts(lines, method):
+        difference = paired(lines, c.task, c.arm, c.against, metric(c.metric))
+        least = detectable(difference) if difference else None
+        if least is not None and outcome == "no difference shown":
+            found[c.metric] = max(least, found.get(c.metric, 0.0))
+    said = []
+    for name, least in found.items():
+        shown = design.METRICS[name]
+        size = rounded_up(100 * least if shown.percent else least)
+        said.append(f"{size:g} {'points' if shown.percent else 'nats'} ({shown.title})")
+    return said
+
+
+def rounded_up(value: float) -> float:
+    """To two significant digits."""
+    if value <= 0:
+        return 0.0
+    digits = 1 - math.floor(math.log10(value))
+    return round(math.ceil(value * 10**digits - 1e-9) / 10**digits, digits)
 
 
 def secondary(lines: Lines) -> str:
@@ -621,7 +662,8 @@ def page(lines: Lines) -> str:
         summary(lines),
         primary_table(lines),
         "Differences are the first arm's minus the second's (↓ lower is better, ↑ higher is better). 'Better' and "
-        "'worse' stand only where the 95 % interval of the paired difference excludes zero.",
+        "'worse' stand only where the 95 % interval of the paired difference excludes zero. The effect that could have "
+        f"been seen is the one that the same test finds in {POWER:.0%} of such studies.",
         secondary(lines),
         "This holds for a model of 135M parameters, short runs and the data below. What it lets a user of an 8B model "
         "conclude stands under 'What an 8B user may conclude'.",
@@ -727,7 +769,7 @@ def readme_section(lines: Lines) -> str:
     missing, planned = len(results.missing(lines)), len(design.plan())
     said = words.README.format(
         model=design.MODEL,
-        answer=" and ".join(helped(lines, method, where="") for method in methods()),
+        answer=". ".join(helped(lines, method) for method in methods()),
         runs=f"{planned} runs ({missing} are still to be done)" if missing else f"{planned} runs",
         planned=len(design.COMPARISONS),
         outcomes=outcomes(lines),

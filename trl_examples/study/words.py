@@ -74,6 +74,6 @@ DEFAULTS = (
 )
 
 README = """\
-**In short fine-tuning of {model} {answer}.** {runs}, which two cores can repeat, answer {planned} questions that
-were declared before them: {outcomes}. [The study](trl_examples/study/README.md) has every arm, metric and ablation,
-what each cost, and what a user of an 8B model may conclude."""
+**{answer}.** (At 80 % power.) This is short fine-tuning of {model}: {runs}, which two cores can repeat, for {planned}
+questions that were declared before them: {outcomes}. [The study](trl_examples/study/README.md) has every arm, metric
+and ablation, what each cost, and what a user of an 8B model may conclude."""
