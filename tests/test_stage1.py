@@ -362,6 +362,7 @@ def test_an_adapter_is_loaded_over_its_base(base, tokenizer, tmp_path):
         LoraConfig(target_modules="all-linear", init_lora_weights=False),
     ).eval()
     model.save_pretrained(tmp_path / "adapter")
+    base.config.save_pretrained(tmp_path / "adapter")  # as Axolotl does
     loaded = load_base(str(tmp_path / "adapter"), torch.float32).eval()
     ids = torch.arange(5, 15)[None]
     with torch.no_grad():

@@ -16,9 +16,10 @@ import functools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -115,7 +116,7 @@ def load_base(
     elif load_in_8bit:
         quantisation = BitsAndBytesConfig(load_in_8bit=True)
     model = auto_class.from_pretrained(
-        name,
+        base,
         dtype=dtype,
         quantization_config=quantisation,
         attn_implementation=attn_implementation,
@@ -123,7 +124,8 @@ def load_base(
         device_map={"": 0} if torch.cuda.is_available() else None,
     )
     model.config.use_cache = False
-    return model
+    # Not left to transformers: of a folder with a config.json beside the adapter it takes all weights to be there.
+    return model if base == name else cast(PreTrainedModel, PeftModel.from_pretrained(model, name))
 
 
 def heads_block(keys: dict[str, Any]) -> CAFTConfig:
