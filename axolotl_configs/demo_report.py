@@ -226,7 +226,7 @@ def main(arguments: list[str] | None = None) -> int:
         questions = [question for question, _ in rows]
         dtype = "bfloat16" if options.bf16 == "true" else "float32"
         base = ask(options.base_model or config["base_model"], questions, "base", dtype)
-        tuned = ask(str(merged), questions, "merged", dtype, heads=output_dir / "caft_heads")
+        tuned = ask(str(merged), questions, "merged", "float32", heads=output_dir / "caft_heads")
     except (ReportError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -236,7 +236,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"\n{len(rows)} held-out molecules, greedy decoding\n")
     for (question, reference), before, after in zip(rows, base.plain, tuned.plain, strict=True):
         print(answer_block(question, {"reference": reference, "base": before.text, "merged": after.text}) + "\n")
-    print("The merged model's answers, written plainly and once more with the heads' guesses, which it checks\n")
+    print("The merged model's answers in float32, written plainly and with the heads' guesses, which it checks\n")
     print(draft_table(tuned))
     print(f"\nThe merged model is an ordinary transformers folder: {merged}")
     return 0
