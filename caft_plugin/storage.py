@@ -37,6 +37,24 @@ def write_json(path: Path, content: object) -> None:
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
+def write_png(file: Path, size: tuple[float, float], columns: int, fill: Callable[..., None]) -> None:
+    """Writes a picture of panels side by side, `size` inches large, into which `fill` draws: it is given the axes.
+
+    Raises:
+        ConfigError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ConfigError("--png needs matplotlib. Install it: pip install 'caft_plugin[report]'") from None
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(figure)
+    fill(figure.subplots(1, columns))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(file, lambda path: figure.savefig(path, format="png", dpi=120))
+
+
 def read_text(file: Path, asked_by: str, takes: str) -> str:
     """The content of a text file that the user named by `asked_by` (an option or a key), which `takes` such a file.
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from caft_plugin.config import DEFAULT_MASK_RATIO, ConfigError
 from caft_plugin.meap.mask_token import FILE, AddedMaskToken, MaskToken, choose_mask_token, placeholder_ids, row_norms
-from caft_plugin.storage import read_text, write_atomically
+from caft_plugin.storage import read_text, write_png
 from caft_plugin.trunk import input_embedding
 
 SEGMENTS = ("context", "answer", "query")
@@ -224,34 +224,28 @@ def draw(figures: Figures, file: Path) -> None:
     Raises:
         ConfigError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ConfigError("--png needs matplotlib. Install it: pip install 'caft_plugin[report]'") from None
-    figure = Figure(figsize=(11, 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes: Any = figure.subplots(1, 3 if figures.segments else 2)
-    bars = [f"{m}\n{i}" for m in MODELS for i in INPUTS]
-    for axis, title, values in (
-        (axes[0], f"on masked positions\ndecay {figures.decay:.1%}", figures.masked),
-        (axes[1], f"variance over the others\nincrease {figures.variance_increase:.1%}", figures.variance),
-    ):
-        axis.bar(
-            bars, [values[m, i] for m in MODELS for i in INPUTS], color=["#9aa5b1", "#9aa5b1", "#2f6f9f", "#2f6f9f"]
-        )
-        axis.set_title(title)
-    if figures.segments:
-        for offset, model in ((-0.2, "base"), (0.2, "tuned")):
-            axes[2].bar(
-                [i + offset for i in range(len(SEGMENTS))],
-                [figures.segments[model, segment] for segment in SEGMENTS],
-                width=0.4,
-                label=model,
-                color={"base": "#9aa5b1", "tuned": "#2f6f9f"}[model],
+
+    def fill(axes: Any) -> None:
+        bars = [f"{m}\n{i}" for m in MODELS for i in INPUTS]
+        for axis, title, values in (
+            (axes[0], f"on masked positions\ndecay {figures.decay:.1%}", figures.masked),
+            (axes[1], f"variance over the others\nincrease {figures.variance_increase:.1%}", figures.variance),
+        ):
+            axis.bar(
+                bars, [values[m, i] for m in MODELS for i in INPUTS], color=["#9aa5b1", "#9aa5b1", "#2f6f9f", "#2f6f9f"]
             )
-        axes[2].set_xticks(range(len(SEGMENTS)), SEGMENTS)
-        axes[2].set_title("of the last token")
-        axes[2].legend()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(file, lambda path: figure.savefig(path, format="png", dpi=120))
+            axis.set_title(title)
+        if figures.segments:
+            for offset, model in ((-0.2, "base"), (0.2, "tuned")):
+                axes[2].bar(
+                    [i + offset for i in range(len(SEGMENTS))],
+                    [figures.segments[model, segment] for segment in SEGMENTS],
+                    width=0.4,
+                    label=model,
+                    color={"base": "#9aa5b1", "tuned": "#2f6f9f"}[model],
+                )
+            axes[2].set_xticks(range(len(SEGMENTS)), SEGMENTS)
+            axes[2].set_title("of the last token")
+            axes[2].legend()
+
+    write_png(file, (11, 3.6), 3 if figures.segments else 2, fill)

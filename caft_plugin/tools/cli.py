@@ -112,8 +112,7 @@ def pretrain_heads_command(
                 raise click.UsageError(f"--{name} is needed where no CONFIG is given")
         stage1 = plain_stage1(given, caft, PretrainConfig(**settings))
     else:
-        if not config.is_file():
-            raise ConfigError(f"pretrain-heads: {config} is not a file. CONFIG takes an Axolotl YAML.")
+        refuse_no_file(config, "pretrain-heads")
         names = {"model": "base_model", "output": "output_dir"}
         refuse_beside_config(context, {*settings, *caft, *names, "config", "push_to_hub"})
         from caft_plugin.axolotl.stage1 import read_stage1
@@ -128,6 +127,11 @@ def pretrain_heads_command(
     click.echo(describe(folder))
     if push_to_hub:
         push_heads(folder, push_to_hub)
+
+
+def refuse_no_file(config: Path, command: str) -> None:
+    if not config.is_file():
+        raise ConfigError(f"{command}: {config} is not a file. CONFIG takes an Axolotl YAML.")
 
 
 def refuse_beside_config(context: click.Context, taken: set[str]) -> None:
@@ -228,8 +232,7 @@ def speculate_command(
     the prompts its test_datasets'; --model, --heads and --prompts go before them. Without one, all three are needed.
     """
     if config is not None:
-        if not config.is_file():
-            raise ConfigError(f"speculate: {config} is not a file. CONFIG takes an Axolotl YAML.")
+        refuse_no_file(config, "speculate")
         from caft_plugin.axolotl.run import come_out, read_keys
 
         found = come_out(read_keys(config, "speculate"))

@@ -17,10 +17,9 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from caft_plugin.config import ConfigError
 from caft_plugin.decoding import Drafted, Drafter
 from caft_plugin.stage1.answers import end_tokens
-from caft_plugin.storage import write_atomically
+from caft_plugin.storage import write_png
 from caft_plugin.trunk import find_trunk
 
 PLAIN, HEADS, LOOKUP = "plain", "with the heads", "prompt lookup"
@@ -197,20 +196,16 @@ def draw(found: Comparison, file: Path) -> None:
     Raises:
         ConfigError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ConfigError("--png needs matplotlib. Install it: pip install 'caft_plugin[report]'") from None
-    figure = Figure(figsize=(8, 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes: Any = figure.subplots(1, 2)
-    way = found.ways[HEADS]
-    assert way.drafted is not None
-    shares = [right / max(sent, 1) for sent, right in zip(way.drafted.drafted, way.drafted.accepted, strict=True)]
-    axes[0].bar([str(k) for k in range(1, len(shares) + 1)], shares, color=BLUE)
-    axes[0].set(title="guesses that were right", xlabel="head", ylim=(0, 1))
-    axes[1].bar(*zip(*((str(n), share) for n, share in lengths(way.drafted)), strict=True), color=GREY)
-    axes[1].set(title=f"passes, {way.tokens_per_pass:.2f} tokens each on average", xlabel="tokens that a pass brought")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(file, lambda path: figure.savefig(path, format="png", dpi=120))
+    way, drafted = found.ways[HEADS], found.ways[HEADS].drafted
+    assert drafted is not None
+    shares = [right / max(sent, 1) for sent, right in zip(drafted.drafted, drafted.accepted, strict=True)]
+
+    def fill(axes: Any) -> None:
+        axes[0].bar([str(k) for k in range(1, len(shares) + 1)], shares, color=BLUE)
+        axes[0].set(title="guesses that were right", xlabel="head", ylim=(0, 1))
+        axes[1].bar(*zip(*((str(n), share) for n, share in lengths(drafted)), strict=True), color=GREY)
+        axes[1].set(
+            title=f"passes, {way.tokens_per_pass:.2f} tokens each on average", xlabel="tokens that a pass brought"
+        )
+
+    write_png(file, (8, 3.6), 2, fill)
