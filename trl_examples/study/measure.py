@@ -46,6 +46,15 @@ def padded(rows: Sequence[Sequence[int]], pad: int) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
 
 
+def on(device: torch.device, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {key: value.to(device) for key, value in inputs.items()}
+
+
+def quickly(device: torch.device) -> torch.autocast:
+    """Products in bfloat16 on a CPU that has instructions for it, elsewhere as the weights are."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cpu" and cpu_has_bf16())
+
+
 @torch.no_grad()
 def judge(model: Any, rows: Sequence[Asked], pad: int, tokens_in_batch: int = 4096) -> list[Judged]:
     """Each answer judged in one forward pass, rows of like length together. The model is left in training mode if it
@@ -54,14 +63,14 @@ def judge(model: Any, rows: Sequence[Asked], pad: int, tokens_in_batch: int = 40
     model.eval()
     found: dict[int, Judged] = {}
     for batch in by_length([len(row.prompt) + len(row.answer) for row in rows], tokens_in_batch):
-        inputs = padded([rows[i].prompt + rows[i].answer for i in batch], pad)
+        inputs = on(model.device, padded([rows[i].prompt + rows[i].answer for i in batch], pad))
         longest = max(len(rows[i].answer) for i in batch)
         # A tensor, because what a number cuts is not contiguous, and the unembedding is then copied for every row.
-        keep = torch.arange(-longest - 1, 0)
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=cpu_has_bf16()):
+        keep = torch.arange(-longest - 1, 0, device=model.device)
+        with quickly(model.device):
             logits = model(**inputs, logits_to_keep=keep, use_cache=False).logits.float()
         for i, of_row in zip(batch, logits, strict=True):
-            answer = torch.tensor(rows[i].answer)
+            answer = torch.tensor(rows[i].answer, device=model.device)
             before = of_row[-len(answer) - 1 : -1]
             loss = torch.nn.functional.cross_entropy(before, answer, reduction="sum").item()
             found[i] = Judged(loss, len(answer), bool((before.argmax(-1) == answer).all()))
@@ -96,9 +105,9 @@ def write(model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: in
     texts: dict[int, str] = {}
     for start in range(0, len(order), batch):
         chosen = order[start : start + batch]
-        inputs = padded([ids[i] for i in chosen], tokenizer.pad_token_id)
+        inputs = on(model.device, padded([ids[i] for i in chosen], tokenizer.pad_token_id))
         del inputs["position_ids"]  # generate makes its own from the mask
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=cpu_has_bf16()):
+        with quickly(model.device):
             out = model.generate(
                 **inputs,
                 do_sample=False,
@@ -117,27 +126,38 @@ def write(model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: in
 GROUPS = {"benzene": "c1ccccc1", "amide": "[NX3][CX3](=[OX1])", "carboxyl": "[CX3](=O)[OX2H1]"}
 
 
-def molecule_metrics(written: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-    """Of SMILES that a model wrote: exact match on canonical SMILES, share that RDKit can read, mean Tanimoto
-    similarity (Morgan, radius 2, 2,048 bits; 0 where it cannot be read), F1 of groups (none where it cannot be
-    read)."""
-    from rdkit import Chem, DataStructs, RDLogger
+def molecule_items(written: Sequence[str], references: Sequence[str]) -> dict[str, list[float]]:
+    """Of each SMILES that a model wrote: whether it is the reference's molecule (by canonical SMILES), whether RDKit can
+    read it, and its Tanimoto similarity to the reference (Morgan, radius 2, 2,048 bits; 0 where it cannot be read)."""
+    from rdkit import Chem, DataStructs
     from rdkit.Chem import rdFingerprintGenerator
 
-    RDLogger.DisableLog("rdApp.*")
     morgan = rdFingerprintGenerator.GetMorganGenerator(radius=2, fpSize=2048)
-    made = [Chem.MolFromSmiles(text) if text else None for text in written]
-    meant = [Chem.MolFromSmiles(text) for text in references]
-    pairs = list(zip(made, meant, strict=True))
-    similar = [
-        0.0 if a is None else DataStructs.TanimotoSimilarity(morgan.GetFingerprint(a), morgan.GetFingerprint(b))
-        for a, b in pairs
-    ]
-    metrics = {
-        "exact": mean(a is not None and Chem.MolToSmiles(a) == Chem.MolToSmiles(b) for a, b in pairs),
-        "valid": mean(a is not None for a in made),
-        "tanimoto": mean(similar),
+    pairs = list(zip(map(molecule, written), map(molecule, references), strict=True))
+    return {
+        "exact": [float(a is not None and Chem.MolToSmiles(a) == Chem.MolToSmiles(b)) for a, b in pairs],
+        "valid": [float(a is not None) for a, _ in pairs],
+        "tanimoto": [
+            0.0 if a is None else DataStructs.TanimotoSimilarity(morgan.GetFingerprint(a), morgan.GetFingerprint(b))
+            for a, b in pairs
+        ],
     }
+
+
+def molecule(smiles: str) -> Any:
+    """What RDKit reads, None where it reads nothing."""
+    from rdkit import Chem, RDLogger
+
+    RDLogger.DisableLog("rdApp.*")
+    return Chem.MolFromSmiles(smiles) if smiles else None
+
+
+def molecule_metrics(written: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+    """The means of `molecule_items`, and the F1 of groups (a group is in none that cannot be read)."""
+    from rdkit import Chem
+
+    metrics = {name: mean(values) for name, values in molecule_items(written, references).items()}
+    made, meant = (list(map(molecule, texts)) for texts in (written, references))
     for name, smarts in GROUPS.items():
         pattern = Chem.MolFromSmarts(smarts)
         in_made = [a is not None and a.HasSubstructMatch(pattern) for a in made]

@@ -48,6 +48,6 @@ def run_of(line: Line) -> design.Run:
 
 
 def missing(lines: Iterable[Line]) -> list[design.Run]:
-    """Planned runs that have no line, in the order of the plan."""
+    """Planned runs of the first study that have no line, in the order of the plan."""
     done = {run_of(line) for line in lines}
     return [run for run in design.plan() if run not in done]

@@ -1,10 +1,11 @@
-"""One run of the study: trains one arm with one seed, measures it and adds a line to results.jsonl.
+"""One run of the studies: trains one arm with one seed, measures it and adds a line to results.jsonl.
 
-    python trl_examples/study/run.py --task molecules --arm caft-stage1 --seed 0
+    python trl_examples/study/run.py --task few --arm caft --seed 0
 
-Tasks, arms and seeds are those of design.py. The model is what axolotl_configs/make_base_model.py leaves in
-outputs/smollm2-135m-instruct. The learning rate is chosen by runs of the tasks `rates-...`, heads are made by runs of
-the task `stage1`; `make study` does all of it in the right order. A run that was interrupted leaves nothing.
+Tasks, arms and seeds are those of design2.py and, of the first study, of design.py. The model is what axolotl_configs/make_base_model.py leaves in
+outputs/smollm2-135m-instruct. Settings are chosen by runs of the tasks `...-pilot` and `rates-...`, heads are made by
+runs of the tasks `few-heads` and `stage1`; `make study` does all of it in the right order. A run that was interrupted
+leaves nothing.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from typing import Any
 
 import data
 import design
+import design2
 import results
 
 from caft_plugin.precision import cpu_has_bf16
@@ -225,8 +227,10 @@ def commit() -> str:
     def git(*words: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
 
-    changed = git("diff", "--quiet", "HEAD", "--", "*.py").returncode != 0
-    return (git("rev-parse", "HEAD").stdout.strip() or "unknown") + ("-changed" if changed else "")
+    head = git("rev-parse", "HEAD").stdout.strip()
+    if not head:  # a copy without its history
+        return os.environ.get("STUDY_COMMIT", "unknown")
+    return head + ("-changed" if git("diff", "--quiet", "HEAD", "--", "*.py").returncode != 0 else "")
 
 
 def do(
@@ -235,8 +239,8 @@ def do(
     sizes: design.Sizes = design.SIZES,
     changes: dict[str, Any] | None = None,
 ) -> results.Line:
-    """Does a run and adds its line, unless it is there already (then only heads that are gone are made again). A test
-    makes runs small with `sizes` and `changes` to the settings.
+    """Does a run of the first study and adds its line, unless it is there already (then only heads that are gone are
+    made again). A test makes runs small with `sizes` and `changes` to the settings.
 
     Raises:
         ValueError: the run is not declared, or one that it needs has not been done.
@@ -258,10 +262,49 @@ def do(
     else:
         with tempfile.TemporaryDirectory(prefix="caft-study-") as folder:
             figures = train_and_measure(run, settings, sizes, Path(folder))
-    line = {
+    line = line_of(run, figures, settings, digest, time.perf_counter() - start)
+    if run not in {results.run_of(one) for one in lines}:
+        results.add(line, file)
+    return line
+
+
+def measured(
+    run: design.Run,
+    lines: Sequence[results.Line],
+    sizes: design2.Sizes = design2.SIZES,
+    changes: dict[str, Any] | None = None,
+) -> results.Line:
+    """Does a run of the second study: its line, which is not added anywhere. `lines` hold the pilots.
+
+    Raises:
+        ValueError: the run is not declared, or one that it needs has not been done.
+    """
+    import run2
+    import torch
+
+    settings = {**design2.settings(run, lines), **(changes or {})}
+    places = run2.Places(MODEL, HEADS)
+    if settings.get("heads") is not None and not heads_are_there(settings["heads"]):
+        raise ValueError(f"heads are not in {HEADS / settings['heads']}: run.py --task few-heads --arm few-heads")
+    digest = data.prepare()
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix="caft-study-") as folder:
+        figures = run2.do(run, settings, sizes, Path(folder), places)
+    figures["dtype"] = run2.dtype()
+    line = line_of(run, figures, settings, digest, time.perf_counter() - start)
+    if torch.cuda.is_available():
+        line["processor"] = torch.cuda.get_device_name()
+    return line
+
+
+def line_of(
+    run: design.Run, figures: dict[str, Any], settings: dict[str, Any], digest: str, seconds: float
+) -> results.Line:
+    metrics = figures.pop("metrics")
+    return {
         **run._asdict(),
-        "metrics": figures.pop("metrics"),
-        "wall_seconds": round(time.perf_counter() - start, 1),
+        "metrics": {key: round(value, 6) for key, value in metrics.items()},
+        "wall_seconds": round(seconds, 1),
         **figures,
         "settings": settings,
         "data": digest,
@@ -272,22 +315,21 @@ def do(
         "processor": processor(),
         "commit": commit(),
     }
-    if run not in {results.run_of(one) for one in lines}:
-        results.add(line, file)
-    return line
 
 
 def check(run: design.Run) -> None:
-    """Raises ValueError where a run is not declared in design.py."""
-    if run.task not in design.TASKS:
-        raise ValueError(f"--task: got {run.task!r}, but it takes one of {', '.join(design.TASKS)}")
-    names = [arm.name for arm in design.TASKS[run.task].arms]
+    """Raises ValueError where a run is not declared in design.py or design2.py."""
+    tasks: dict[str, Any] = {**design2.TASKS, **design.TASKS}
+    if run.task not in tasks:
+        raise ValueError(f"--task: got {run.task!r}, but it takes one of {', '.join(tasks)}")
+    names = [arm.name for arm in tasks[run.task].arms]
     if run.arm not in names:
         raise ValueError(f"--arm: got {run.arm!r}, but task {run.task} takes one of {', '.join(names)}")
-    if run not in design.plan():
+    runs = [*design.plan(), *design2.declared()]
+    if run not in runs:
         raise ValueError(
             f"--seed: got {run.seed}, but {run.task} {run.arm} takes one of "
-            f"{', '.join(str(one.seed) for one in design.plan() if one[:2] == run[:2])}"
+            f"{', '.join(str(one.seed) for one in runs if one[:2] == run[:2])}"
         )
 
 
@@ -303,9 +345,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check(run)
         if not (MODEL / "config.json").is_file():
             raise ValueError(f"{MODEL} is not there: python axolotl_configs/make_base_model.py --out {MODEL}")
-        if run.task != "stage1" and run in map(results.run_of, results.read(options.results)):
+        lines = results.read(options.results)
+        if run.task not in ("stage1", "few-heads") and run in map(results.run_of, lines):
             raise ValueError(f"{options.results} has this run already. Delete its line to do it again.")
-        line = do(run, options.results)
+        if run.task in design2.TASKS:
+            line = measured(run, lines)
+            if run not in map(results.run_of, lines):
+                results.add(line, options.results)
+        else:
+            line = do(run, options.results)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

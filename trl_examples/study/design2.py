@@ -1,0 +1,377 @@
+"""The second study's protocol: where the methods should help. Declared once, before any run that counts.
+
+Pilots come first. They choose the settings of next-token training on validation rows, and they say by the rules here
+whether a task is done at all; then follow the runs that count, whole seeds one after the other. What is done follows
+from `plan()`, what is claimed from `COMPARISONS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import design
+from design import Comparison, Metric, Run
+from scipy import stats
+
+Line = Mapping[str, Any]
+
+FIVE, EIGHT = tuple(range(5)), tuple(range(8))
+INTERIM = 4  # seeds after which an arm may stop
+PILOT_SEED = 100
+
+# -- the rules that pilots and the first seeds are held against ---------------------------------------
+
+PATIENCE = 2  # epochs without a better validation loss, after which a run of few molecules ends
+EPOCHS = 12
+FEW, FEWER = 500, 250  # molecules; the latter where the pilot does not overfit on the former
+RULER = 1.3  # times as many molecules
+HEADROOM = (0.25, 0.75)  # of the questions have to be found by next-token training
+CONTROL = 0.95  # of the paths have to be found by the control
+LEARNT = 0.9  # of the paths right: a seed that has learnt them
+CONFIDENCE_TO_STOP = 0.8
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train: what it changes in its task's settings."""
+
+    name: str
+    says: str
+    seeds: Sequence[int]
+    changes: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Task:
+    name: str
+    settings: Mapping[str, Any]
+    arms: tuple[Arm, ...]
+
+    def arm(self, name: str) -> Arm:
+        return next(arm for arm in self.arms if arm.name == name)
+
+
+# -- A. few molecules, many epochs --------------------------------------------------------------------
+
+MOLECULES: dict[str, Any] = {
+    "model": design.MODEL,
+    "method": "full",
+    "frozen": "embeddings and unembedding",
+    "rows": FEW,
+    "times_rows": 1.0,
+    "epochs": EPOCHS,
+    "patience": PATIENCE,
+    "batch": 16,
+    "max_length": 128,
+    "optim": "adamw_torch",
+    "lr_scheduler_type": "constant_with_warmup",
+    "warmup_steps": 10,
+    "max_grad_norm": 1.0,
+    "loss_type": "chunked_nll",
+    "learning_rate": None,  # these three are the pilot's choice
+    "weight_decay": None,
+    "attention_dropout": None,
+    "caft": None,
+    "heads": None,
+    "meap": None,
+    "noise": 0.0,  # share of the input tokens that are replaced by others at random
+}
+CHOSEN = ("learning_rate", "weight_decay", "attention_dropout")
+GRID = tuple(
+    dict(zip(CHOSEN, (rate, decay, dropout), strict=True))
+    for rate in (1e-4, 2e-4, 4e-4)
+    for decay in (0.0, 1.0)
+    for dropout in (0.0, 0.1)
+)
+
+# The blocks, every key written out, so that a later change of a default changes nothing here.
+CAFT = {**design.CAFT, "beta": 0.3, "schedule": "constant"}
+FROZEN = {**design.CAFT, "train_heads": "frozen"}
+MEAP = {**design.MEAP, "layout": "separate", "mask_ratio": 0.15, "min_answer_tokens": 12}
+
+FEW_ARMS = (
+    Arm("ntp", "next-token", EIGHT),
+    Arm("ntp-more", "next-token, 30 % more molecules (the ruler)", FIVE, {"times_rows": RULER}),
+    Arm("caft", "CAFT, beta 0.3, constant, heads trained (from copies of the last layer)", EIGHT, {"caft": CAFT}),
+    Arm("meap", "MEAP separate, ratio 0.15, answers of 12 tokens and more", EIGHT, {"meap": MEAP}),
+    Arm(
+        "caft-frozen",
+        "CAFT as it comes (beta 0.01, rsine), frozen heads from stage 1",
+        EIGHT,
+        {"caft": FROZEN, "heads": "few-heads"},
+    ),
+    Arm("noise", "next-token, 5 % of the input tokens replaced at random", FIVE, {"noise": 0.05}),
+)
+
+# Stage 1 of the frozen heads, by `caft pretrain-heads`: 2,500 molecules that no other run of the second study trains
+# on. The heads have seen more molecules than the other arms; this arm asks what strong heads do, not what few data do.
+STAGE1 = {
+    "model": design.MODEL,
+    "rows": 2_500,
+    "targets": "dataset",
+    "num-heads": 4,
+    "head-input": "penultimate",
+    "head-norm": True,
+    "steps": 600,
+    "batch-size": 32,
+    "learning-rate": 1e-3,
+    "max-length": 128,
+    "save-steps": 600,
+    "seed": 0,
+}
+
+# -- B. looking ahead: paths in star graphs -----------------------------------------------------------
+
+GRAPHS: dict[str, Any] = {
+    "layers": 3,
+    "width": 96,
+    "attention_heads": 6,
+    "nodes": 20,  # numbers that nodes have
+    "arms": 3,
+    "length": 6,  # nodes of a path, its start and its goal among them
+    "reversed": False,
+    "steps": 5_000,
+    "batch": 64,
+    "optim": "adamw_torch",
+    "learning_rate": 1e-3,
+    "lr_scheduler_type": "constant_with_warmup",
+    "warmup_steps": 100,
+    "weight_decay": 0.0,
+    "max_grad_norm": 1.0,
+    "caft": None,
+}
+GRAPH_ARMS = (
+    Arm("ntp", "next-token", FIVE),
+    Arm("caft-1", "CAFT, beta 1, constant", FIVE, {"caft": {**design.CAFT, "beta": 1.0, "schedule": "constant"}}),
+    Arm("caft-0.01", "CAFT as it comes (beta 0.01, rsine)", FIVE, {"caft": dict(design.CAFT)}),
+    Arm("control", "next-token on reversed paths", (0, 1), {"reversed": True}),
+)
+
+# -- C. retrieval with headroom -----------------------------------------------------------------------
+
+DOCUMENTS: dict[str, Any] = {
+    "model": design.MODEL,
+    "method": "lora",
+    **{f"lora_{key.removeprefix('lora_')}": value for key, value in design.LORA.items()},
+    "documents": (6, 7, 8),
+    "rows": None,  # the pilot's choice
+    "epochs": 2,
+    "batch": 8,
+    "max_length": 2048,
+    "optim": "adamw_torch",
+    "learning_rate": None,  # that of the first study's retrieval
+    "lr_scheduler_type": "linear",
+    "warmup_share": 0.05,
+    "weight_decay": 0.0,
+    "max_grad_norm": 1.0,
+    "loss_type": "chunked_nll",
+    "meap": None,
+}
+ROWS = (80, 160, 320, 640)
+DOCUMENT_ARMS = (
+    Arm("ntp", "next-token, two epochs (MEAP's number of tokens)", EIGHT),
+    Arm(
+        "meap-separate",
+        "MEAP, the copy a row of its own, one epoch",
+        EIGHT,
+        {"meap": {**design.MEAP, "layout": "separate"}, "epochs": 1},
+    ),
+    Arm("meap-concat", "MEAP, the copy behind its original, one epoch", EIGHT, {"meap": design.MEAP, "epochs": 1}),
+)
+
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        Task("few-heads", STAGE1, (Arm("few-heads", "stage 1 on 2,500 other molecules", (0,)),)),
+        Task(
+            "few-pilot",
+            MOLECULES,
+            tuple(
+                Arm(
+                    f"{one['learning_rate']:g}-{one['weight_decay']:g}-{one['attention_dropout']:g}",
+                    "next-token, learning rate, weight decay and attention dropout",
+                    (PILOT_SEED,),
+                    one,
+                )
+                for one in GRID
+            ),
+        ),
+        Task("few", MOLECULES, FEW_ARMS),
+        Task(
+            "documents-pilot",
+            DOCUMENTS,
+            tuple(Arm(f"rows-{rows}", f"next-token, {rows} questions", (PILOT_SEED,), {"rows": rows}) for rows in ROWS),
+        ),
+        Task("documents", DOCUMENTS, DOCUMENT_ARMS),
+        Task("graphs-pilot", GRAPHS, (Arm("control", "reversed paths", (PILOT_SEED,), {"reversed": True}),)),
+        Task("graphs", GRAPHS, GRAPH_ARMS),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much a run is measured on."""
+
+    heldout: int = 1_000
+    validation: int = 500
+    generated: int = 500
+    questions: int = 400
+    validation_questions: int = 140  # of distinct documents, 7 each
+    graphs: int = 1_000
+    base_answers: int = 200
+    masked: int = 200
+    dose_every: int = 10  # steps
+    log_every: int = 5
+
+
+SIZES = Sizes()
+
+# -- what pilots chose, by the rules above ------------------------------------------------------------
+
+
+class NotYet(ValueError):
+    """A run that others depend on has not been done."""
+
+
+def pilot(task: str, lines: Iterable[Line]) -> dict[str, Mapping[str, float]]:
+    """The metrics of a pilot's runs by arm, in the order of its arms.
+
+    Raises:
+        NotYet: one of them is not in `lines`.
+    """
+    found = {line["arm"]: line["metrics"] for line in lines if line["task"] == task}
+    names = [arm.name for arm in TASKS[task].arms]
+    lacking = [name for name in names if name not in found]
+    if lacking:
+        raise NotYet(f"{task} {lacking[0]} is missing (make study does it)")
+    return {name: found[name] for name in names}
+
+
+def chosen_few(lines: Iterable[Line]) -> dict[str, Any]:
+    """Learning rate, weight decay and dropout of the lowest validation loss, and how many molecules: 250 where that run
+    went on to the last epoch, because it did not overfit then."""
+    found = pilot("few-pilot", lines)
+    name = min(found, key=lambda name: found[name]["validation_loss"])
+    rows = FEW if found[name]["epochs"] < EPOCHS else FEWER
+    return {**TASKS["few-pilot"].arm(name).changes, "rows": rows}
+
+
+def chosen_rows(lines: Iterable[Line]) -> int | None:
+    """The number of questions with which next-token training finds nearest to half of the validation questions, None
+    where even that leaves no headroom."""
+    found = {name: one["found"] for name, one in pilot("documents-pilot", lines).items()}
+    name = min(found, key=lambda name: abs(found[name] - 0.5))
+    return TASKS["documents-pilot"].arm(name).changes["rows"] if HEADROOM[0] <= found[name] <= HEADROOM[1] else None
+
+
+def control_works(lines: Iterable[Line]) -> bool:
+    return pilot("graphs-pilot", lines)["control"]["paths"] >= CONTROL
+
+
+def stopped(lines: Sequence[Line]) -> set[str]:
+    """Arms of `few` that end after four seeds: the 80 % interval of their difference to next-token training holds no
+    gain of half a ruler."""
+    losses = {
+        arm.name: {
+            line["seed"]: line["metrics"]["heldout_loss"]
+            for line in lines
+            if (line["task"], line["arm"]) == ("few", arm.name) and line["seed"] < INTERIM
+        }
+        for arm in FEW_ARMS
+    }
+    if len(losses["ntp"]) < INTERIM or len(losses["ntp-more"]) < INTERIM:
+        return set()
+    half_a_ruler = sum(losses["ntp-more"][seed] - losses["ntp"][seed] for seed in range(INTERIM)) / INTERIM / 2
+    found = set()
+    for name in ("caft", "meap", "caft-frozen", "noise"):
+        if len(losses[name]) == INTERIM:
+            apart = [losses[name][seed] - losses["ntp"][seed] for seed in range(INTERIM)]
+            quantile = stats.t.ppf((1 + CONFIDENCE_TO_STOP) / 2, INTERIM - 1)
+            if sum(apart) / INTERIM - quantile * stats.sem(apart) > half_a_ruler:
+                found.add(name)
+    return found
+
+
+# -- the plan -----------------------------------------------------------------------------------------
+
+
+def declared() -> list[Run]:
+    """Every run, whether the rules let it be done or not."""
+    return [
+        Run(task.name, arm.name, seed)
+        for task in TASKS.values()
+        for seed in sorted({seed for arm in task.arms for seed in arm.seeds})
+        for arm in task.arms
+        if seed in arm.seeds
+    ]
+
+
+def plan(lines: Sequence[Line]) -> list[Run]:
+    """The runs that the rules ask for, as far as `lines` tell: those that wait for others' results are not in it yet."""
+    runs = declared()
+    wanted = [run for run in runs if run.task.endswith("-pilot") or run.task == "few-heads"]
+    done = {(line["task"], line["arm"], line["seed"]) for line in lines}
+    try:
+        chosen_few(lines)
+        first = [run for run in runs if run.task == "few" and run.seed < INTERIM]
+        wanted += first
+        if done.issuperset(first):
+            out = stopped(lines)
+            wanted += [run for run in runs if run.task == "few" and run.seed >= INTERIM and run.arm not in out]
+    except NotYet:
+        pass
+    for task, rule in (("graphs", control_works), ("documents", lambda of: chosen_rows(of) is not None)):
+        try:
+            if rule(lines):
+                wanted += [run for run in runs if run.task == task]
+        except NotYet:
+            pass
+    return wanted
+
+
+def settings(run: Run, lines: Sequence[Line]) -> dict[str, Any]:
+    """Every hyperparameter of a run; `lines` hold the pilots.
+
+    Raises:
+        NotYet: a run by which a setting is chosen has not been done.
+    """
+    task = TASKS[run.task]
+    arm = task.arm(run.arm)
+    found: dict[str, Any] = {**task.settings, **arm.changes}
+    if run.task == "few":
+        found |= chosen_few(lines)
+    if run.task.startswith("documents"):
+        found["learning_rate"] = design.chosen_rate(design.RETRIEVAL_RATE, lines)
+        found["rows"] = found["rows"] or chosen_rows(lines)
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in found.items()}
+
+
+# -- metrics and comparisons --------------------------------------------------------------------------
+
+METRICS: dict[str, Metric] = {
+    "heldout_loss": design.METRICS["heldout_loss"],
+    "exact": design.METRICS["exact"],
+    "valid": design.METRICS["valid"],
+    "tanimoto": design.METRICS["tanimoto"],
+    "best_epoch": Metric("best epoch", True, 1),
+    "forgetting": Metric("KL to the base model on its own answers", True, 3),
+    "found": Metric("found", False, 1, percent=True),
+    "answer_loss": Metric("loss of the number", True, 3),
+    "paths": Metric("paths right", False, 1, percent=True),
+    "first": Metric("first step right", False, 1, percent=True),
+}
+SHOWN = {
+    "few": ("heldout_loss", "exact", "valid", "tanimoto", "best_epoch", "forgetting"),
+    "graphs": ("paths", "first"),
+    "documents": ("found", "answer_loss", "forgetting"),
+}
+
+COMPARISONS = (
+    Comparison("CAFT", "few", "heldout_loss", "caft", "ntp", "Does CAFT help where data are few?"),
+    Comparison("MEAP", "few", "heldout_loss", "meap", "ntp", "Does MEAP help where data are few?"),
+    Comparison("CAFT", "graphs", "paths", "caft-1", "ntp", "Does CAFT learn to look ahead?"),
+    Comparison("MEAP", "documents", "found", "meap-separate", "ntp", "Does MEAP help retrieval where there is room?"),
+)
