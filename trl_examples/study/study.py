@@ -1,6 +1,6 @@
 """`make study`: does every planned run that results.jsonl lacks, in the order of the plan.
 
-    python trl_examples/study/study.py [--workers 1] [--minutes N]
+    python trl_examples/study/study.py [--workers 1] [--minutes N] [--tasks few few-pilot few-heads]
 
 Stop it at any time and start it again: a run that was interrupted leaves nothing and is done anew, finished ones stay.
 What a run prints goes to outputs/study/logs/. On a GPU several runs go side by side (`--workers 12`); on a CPU one run
@@ -140,9 +140,9 @@ def printed_to(file: int) -> Iterator[None]:
             os.close(old)
 
 
-def second(workers: int, deadline: float) -> list[design.Run]:
-    """Does the second study's runs, `workers` at a time; a line is added as soon as its run is done. Returns the runs
-    that failed."""
+def second(workers: int, deadline: float, tasks: Sequence[str]) -> list[design.Run]:
+    """Does the second study's runs of these tasks, `workers` at a time; a line is added as soon as its run is done.
+    Returns the runs that failed."""
     failed: list[design.Run] = []
     running: dict[concurrent.futures.Future[results.Line], design.Run] = {}
     os.environ.update(environment(workers))
@@ -154,7 +154,8 @@ def second(workers: int, deadline: float) -> list[design.Run]:
     ):
         while True:
             lines = results.read()
-            waiting = [run for run in ready(lines) if run not in failed and run not in running.values()]
+            out = {*failed, *running.values()}
+            waiting = [run for run in ready(lines) if run.task in tasks and run not in out]
             bar.n = sum(line["task"] in design2.TASKS for line in lines)
             bar.set_postfix_str(f"{len(running)} running, {left([*running.values(), *waiting], lines)}")
             for run in waiting[: workers - len(running)] if time.monotonic() < deadline else ():
@@ -180,6 +181,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, default=1, help="runs side by side, of the second study")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="no run is begun after so many")
+    tasks = list(design2.TASKS)
+    parser.add_argument("--tasks", nargs="+", choices=tasks, default=tasks, help="of the second study")
     options = parser.parse_args(arguments)
     deadline = time.monotonic() + 60 * options.minutes
     lines = results.read()
@@ -199,7 +202,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 bar.set_postfix_str(left(runs[number:], results.read()))
                 do(run)
                 bar.update()
-        return int(bool(second(options.workers, deadline)))
+        return int(bool(second(options.workers, deadline, options.tasks)))
     except KeyboardInterrupt:
         print("\nstopped; make study goes on with the run that was interrupted", file=sys.stderr)
         return 130
