@@ -1,10 +1,11 @@
 """The GPU check, `make gpu`: what only a GPU can do, beside the same on a CPU or without us.
 
-    python tests/gpu/check.py [--only NAME ...] [--minutes 10] [--out FILE] [--device cpu]
+    python tests/gpu/check.py [--only NAME ...] [--minutes 10] [--out FILE] [--untimed] [--device cpu]
 
 Imports caft_plugin from this checkout. Downloads nothing: models and rows are random. Writes a table to
-tests/gpu/results.md, and says so where there is no CUDA device. `--device cpu` does what a CPU can do of it, and writes
-no file but one that is asked for. The exit status is 1 where a check failed or differed.
+tests/gpu/results.md, and says so where there is no CUDA device. `--untimed` leaves out times, which say nothing where
+other work runs beside. `--device cpu` does what a CPU can do of it, and writes no file but one that is asked for. The
+exit status is 1 where a check failed or differed.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ PATHS = [str(ROOT), str(HERE), str(ROOT / "tests"), str(ROOT / "tests" / "benchm
 sys.path[:0] = PATHS
 
 import torch
-from checks import CHECKS, REFERENCES, Check, Row, in_one_line, save
+from checks import CHECKS, REFERENCES, UNTIMED, Check, Row, in_one_line, save
 from hosts import PROCESS_CHECKS, last_words
 
 from caft_plugin.storage import write_text
@@ -218,6 +219,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=10.0, help="checks not begun by then are not run")
     parser.add_argument("--out", type=Path, help="where the table goes, in place of tests/gpu/results.md")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--untimed", action="store_true", help="no run for its time alone")
     for name in ("--folder", "--lines"):
         parser.add_argument(name, type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--work", nargs="+", help=argparse.SUPPRESS)
@@ -226,6 +228,8 @@ def main() -> int:
     if options.work:
         work(options)
         return 0
+    if options.untimed:
+        os.environ[UNTIMED] = "1"  # workers inherit it
     if options.device == "cuda" and not torch.cuda.is_available():
         print("No CUDA device: nothing was run.\n")
         print(*table([Row(name, "not run: no CUDA device") for name in options.only]), sep="\n")

@@ -1,9 +1,9 @@
 """Paths in star graphs: the task that next-token training is known to fail on (Bachmann and Nagarajan, 2024, arXiv
 2403.06963), because each step but the first can be read off the one before.
 
-From a start node go arms of equal length. A row lists all edges in random order, then start and goal, then the path from
-start to goal, or on request from goal to start: read that way each step follows from the one before, and next-token
-training learns it.
+From a start node go arms of equal length. A row lists all edges in random order, then start and goal, then the path
+from start to goal, or on request from goal to start: read that way each step follows from the one before, and
+next-token training learns it.
 
 A row as token ids: `a b |` for each edge, `=`, start, goal, `:`, the path. Nodes have random numbers in each graph.
 """

@@ -127,8 +127,9 @@ GROUPS = {"benzene": "c1ccccc1", "amide": "[NX3][CX3](=[OX1])", "carboxyl": "[CX
 
 
 def molecule_items(written: Sequence[str], references: Sequence[str]) -> dict[str, list[float]]:
-    """Of each SMILES that a model wrote: whether it is the reference's molecule (by canonical SMILES), whether RDKit can
-    read it, and its Tanimoto similarity to the reference (Morgan, radius 2, 2,048 bits; 0 where it cannot be read)."""
+    """Of each SMILES that a model wrote: whether it is the reference's molecule (by canonical SMILES), whether RDKit
+    can read it, and its Tanimoto similarity to the reference (Morgan, radius 2, 2,048 bits; 0 where it cannot be
+    read)."""
     from rdkit import Chem, DataStructs
     from rdkit.Chem import rdFingerprintGenerator
 

@@ -2,10 +2,10 @@
 
     python trl_examples/study/run.py --task few --arm caft --seed 0
 
-Tasks, arms and seeds are those of design2.py and, of the first study, of design.py. The model is what axolotl_configs/make_base_model.py leaves in
-outputs/smollm2-135m-instruct. Settings are chosen by runs of the tasks `...-pilot` and `rates-...`, heads are made by
-runs of the tasks `few-heads` and `stage1`; `make study` does all of it in the right order. A run that was interrupted
-leaves nothing.
+Tasks, arms and seeds are those of design2.py and, of the first study, of design.py. The model is what
+axolotl_configs/make_base_model.py leaves in outputs/smollm2-135m-instruct. Settings are chosen by runs of the tasks
+`...-pilot` and `rates-...`, heads are made by runs of the tasks `few-heads` and `stage1`; `make study` does all of it
+in the right order. A run that was interrupted leaves nothing.
 """
 
 from __future__ import annotations

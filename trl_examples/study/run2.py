@@ -498,11 +498,20 @@ def look_ahead(run: design2.Run, settings: dict[str, Any], sizes: design2.Sizes,
             num_attention_heads=settings["attention_heads"],
             num_key_value_heads=settings["attention_heads"],
             max_position_embeddings=256,
+            tie_word_embeddings=settings["tied"],
             bos_token_id=None,
             eos_token_id=None,
         )
     )
-    keys = ("learning_rate", "weight_decay", "max_grad_norm", "lr_scheduler_type", "optim", "warmup_steps")
+    keys = (
+        "learning_rate",
+        "adam_beta2",
+        "weight_decay",
+        "max_grad_norm",
+        "lr_scheduler_type",
+        "optim",
+        "warmup_steps",
+    )
     trainer: Any = with_caft(Trainer)(
         model=model,
         args=TrainingArguments(
