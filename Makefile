@@ -115,11 +115,11 @@ report: merge
 
 # --- the study, on SmolLM2-135M whatever BASE_MODEL says
 
-study: $(VENV)/.package  ## do the runs that trl_examples/study/results.jsonl lacks (all: about 13 hours on two free cores)
+study: $(VENV)/.package  ## do the runs that trl_examples/study/results.jsonl lacks (all: about 30 hours on two free cores; STUDY_ARGS='--workers 11' on a GPU)
 	@"$(BIN)/python" axolotl_configs/make_base_model.py --out $(SMOLLM2) --cache $(CACHE)
-	@PATH="$(abspath $(BIN)):$$PATH" "$(BIN)/python" trl_examples/study/study.py
+	@PATH="$(abspath $(BIN)):$$PATH" "$(BIN)/python" trl_examples/study/study.py $(STUDY_ARGS)
 
-study-report: $(VENV)/.package  ## write trl_examples/study/README.md and its figures from results.jsonl
+study-report: $(VENV)/.package  ## write trl_examples/study/README.md, study-1.md and their figures from results.jsonl
 	@"$(BIN)/python" trl_examples/study/report.py
 
 # --- development

@@ -85,7 +85,7 @@ def document_ids(batch: Batch) -> Tensor | None:
             starts[:, 1:] |= positions[:, 1:] != positions[:, :-1] + 1
         found = True
 
-    mask = batch.get("attention_mask")
+    mask = mask_of(batch)
     if isinstance(mask, Tensor) and mask.shape == shape:
         starts[:, 1:] |= mask[:, 1:] != mask[:, :-1]
         found = True
@@ -111,13 +111,19 @@ def document_ids(batch: Batch) -> Tensor | None:
     return documents if mask is None else documents.masked_fill(mask == 0, -1)
 
 
+def mask_of(batch: Batch) -> object:
+    """The batch's attention mask; None too where it is a dict by kind of layer that holds no mask."""
+    mask = batch.get("attention_mask")
+    return None if isinstance(mask, Mapping) and all(m is None for m in mask.values()) else mask
+
+
 def sees_back(mask: object, distance: int, shape: torch.Size) -> Tensor:
     """Which positions attend to the one that stands `distance` before them, by a mask of queries and keys.
 
     Args:
         mask: (batch or 1, length, length) or (batch or 1, heads or 1, length, length): True or not 0 where a query
             (last axis but one) sees a key (last axis); or floating point, as it is added to the scores. Or a dict of
-            such masks by kind of layer, of which one is enough.
+            such masks by kind of layer, of which one is enough, and one has to be there.
         shape: of the labels, (batch, length).
 
     Returns:
@@ -128,8 +134,7 @@ def sees_back(mask: object, distance: int, shape: torch.Size) -> Tensor:
     """
     length = shape[1]
     if isinstance(mask, Mapping):
-        by_layer = [sees_back(m, distance, shape) for m in mask.values() if m is not None]
-        return torch.stack(by_layer).any(0) if by_layer else torch.ones(shape[0], length - distance).bool()
+        return torch.stack([sees_back(m, distance, shape) for m in mask.values() if m is not None]).any(0)
     if not isinstance(mask, Tensor) or mask.dim() not in (3, 4) or mask.shape[-2:] != (length, length):
         kind = f"a tensor of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
         raise ConfigError(
@@ -156,7 +161,7 @@ def head_targets(batch: Batch, num_heads: int) -> Tensor:
     Returns:
         Long tensor (num_heads, batch, length).
     """
-    labels, mask = batch["labels"], batch.get("attention_mask")
+    labels, mask = batch["labels"], mask_of(batch)
     pairwise = mask is not None and not (isinstance(mask, Tensor) and mask.shape == labels.shape)
     # What a mask of queries and keys says holds as it stands, also where documents lie between each other.
     documents = document_ids({**batch, "attention_mask": None} if pairwise else batch)

@@ -232,3 +232,13 @@ def test_a_hosts_saved_tensor_hooks_see_nothing_of_a_chunk(monkeypatch):
         )
         total.backward()
     assert seen == []
+
+
+def test_a_dict_without_any_mask_is_no_mask():
+    """On torch's meta device too, on which a tensor left on the CPU is found out as on a GPU."""
+    nothing = {"attention_mask": {"full_attention": None, "sliding_attention": None}}
+    labels, positions = torch.arange(1, 10)[None], torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])
+    for batch in ({"labels": labels}, {"labels": labels, "position_ids": positions}):
+        assert torch.equal(head_targets({**batch, **nothing}, 3), head_targets(batch, 3))
+        there = {key: value.to("meta") for key, value in batch.items()}
+        assert head_targets({**there, **nothing}, 3).shape == (3, 1, 9)

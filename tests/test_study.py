@@ -284,10 +284,11 @@ def written(lines, folder):
 
 def test_the_report_is_the_same_bytes_each_time(lines, tmp_path):
     first = written(lines, tmp_path / "first")
-    assert set(first) == {"README.md", "molecules.png", "time.png", "heads.png", "documents.png", "needle.png"}
+    figures = {f"{name}.png" for name in ("molecules", "time", "heads", "documents", "needle", "few")}
+    assert set(first) == {"README.md", "study-1.md", *figures}
     assert written(lines, tmp_path / "second") == first
     assert written(lines[::-1], tmp_path / "other order") == first
-    text = first["README.md"].decode()
+    text = first["study-1.md"].decode()
     for task in ("molecules", "retrieval", "pretrain", "ablations"):
         for arm in design.TASKS[task].arms:
             assert f"`{arm.name}`" in text, "every arm is shown"
@@ -303,7 +304,8 @@ def test_what_is_committed_is_what_the_committed_results_say():
     lines = results.read()
     report.check(lines)
     readme = report.README.read_text(encoding="utf-8")
-    assert (report.HERE / "README.md").read_text(encoding="utf-8") == report.page(lines), "run: make study-report"
+    for name, page in (("README.md", report.page), ("study-1.md", report.first_page)):
+        assert (report.HERE / name).read_text(encoding="utf-8") == page(lines), "run: make study-report"
     assert readme == report.with_section(readme, lines), "run: make study-report"
 
 
@@ -402,14 +404,15 @@ def test_a_deleted_line_is_the_run_that_is_done_again(lines, tmp_path, monkeypat
     monkeypatch.setattr(study.data, "prepare", lambda: "made up")
     monkeypatch.setattr(one_run, "heads_are_there", lambda kind: True)
     done = []
+    monkeypatch.setattr(study, "ready", lambda lines: [])
     monkeypatch.setattr(study, "do", lambda run: (done.append(run), results.add({**run._asdict()}, file)))
 
     deleted = design.Run("molecules", "caft-one", 3)
     file.write_text("".join(json.dumps(line) + "\n" for line in everything if results.run_of(line) != deleted))
-    assert study.main() == 0
+    assert study.main([]) == 0
     assert done == [deleted]
-    assert study.main() == 0
-    assert done == [deleted] and "every one of the" in capsys.readouterr().out
+    assert study.main([]) == 0
+    assert done == [deleted] and "every planned run is in" in capsys.readouterr().out
 
     # Where the heads are gone too, they are made first.
     file.write_text("".join(json.dumps(line) + "\n" for line in everything if results.run_of(line) != deleted))
@@ -450,7 +453,7 @@ def test_a_line_is_added_whole_or_not_at_all(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--task", "x", "--arm", "ntp"], "--task: got 'x', but it takes one of stage1"),
+        (["--task", "x", "--arm", "ntp"], "--task: got 'x', but it takes one of few-heads, few-pilot, few, "),
         (["--task", "molecules", "--arm", "x"], "--arm: got 'x', but task molecules takes one of ntp, "),
         (["--task", "molecules", "--arm", "ntp", "--seed", "9"], "--seed: got 9, but molecules ntp takes one of 0, 1"),
     ],

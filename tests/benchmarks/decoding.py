@@ -167,13 +167,15 @@ def costs(drafter: Drafter, model: Any) -> str:
             cache.activate_past_recording()
         ids = torch.randint(5, model.config.vocab_size, (1, 60), device=model.device)
         model(input_ids=ids, past_key_values=caches[0])
+        at = torch.tensor([ids.shape[1] - 1], device=model.device)
         for layer, cache in zip(heads, caches[1:], strict=True):
-            replay(layer, noted.call.hidden_states, noted.call, torch.tensor([59]), cache)  # type: ignore[union-attr]
+            replay(layer, noted.call.hidden_states, noted.call, at, cache)  # type: ignore[union-attr]
 
         def of_heads(number: int, width: int) -> None:
+            at = torch.tensor([width - 1], device=model.device)
             for layer, cache in zip(heads[:number], caches[1:], strict=False):
                 source = noted.call.hidden_states  # type: ignore[union-attr]
-                replay(layer, source, noted.call, torch.tensor([width - 1]), cache)  # type: ignore[arg-type]
+                replay(layer, source, noted.call, at, cache)  # type: ignore[arg-type]
                 cache.layers[last].crop(-width)  # type: ignore[attr-defined]
 
         for width in WIDTHS:

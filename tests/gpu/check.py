@@ -219,7 +219,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=10.0, help="checks not begun by then are not run")
     parser.add_argument("--out", type=Path, help="where the table goes, in place of tests/gpu/results.md")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--untimed", action="store_true", help="no run for its time alone")
+    parser.add_argument("--untimed", action="store_true", help="no run for its time alone, but for those of make bench")
     for name in ("--folder", "--lines"):
         parser.add_argument(name, type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--work", nargs="+", help=argparse.SUPPRESS)

@@ -1,10 +1,10 @@
-"""`make study-report`: README.md here, its figures and the three sentences in the repository's README.md, from
-results.jsonl and nothing else, the same bytes each time."""
+"""`make study-report`: README.md and study-1.md here, their figures and the sentences in the repository's README.md,
+from results.jsonl and nothing else, the same bytes each time."""
 
 from __future__ import annotations
 
 import argparse
-import math
+import re
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,134 +18,34 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 import numpy as np
+import report2
 import results
 import words
-from scipy import optimize, stats
+from estimates import (
+    CONFIDENCE,
+    POWER,
+    Estimate,
+    Lines,
+    by_seed,
+    detectable,
+    estimate,
+    judged,
+    mean_difference,
+    metric,
+    number,
+    of,
+    paired,
+    rounded_up,
+    table,
+    times,
+    title,
+    verdict,
+    with_interval,
+)
 
 HERE = Path(__file__).parent
 README = HERE.parents[1] / "README.md"
 MARKS = ("<!-- the study -->", "<!-- end of the study -->")
-CONFIDENCE = 0.95
-POWER = 0.8  # with which an effect that could have been seen would have been
-
-Lines = Sequence[results.Line]
-Value = Callable[[results.Line], float]
-
-
-# -- statistics -------------------------------------------------------------------------------------
-
-
-class Estimate(NamedTuple):
-    """A mean over `seeds` seeds and the half width of its t-interval, None where one seed gives none."""
-
-    mean: float
-    half: float | None
-    seeds: int
-
-    @property
-    def low(self) -> float:
-        return self.mean - (self.half or 0.0)
-
-    @property
-    def high(self) -> float:
-        return self.mean + (self.half or 0.0)
-
-    @property
-    def excludes_zero(self) -> bool:
-        return self.half is not None and (self.low > 0 or self.high < 0)
-
-
-def estimate(values: Iterable[float]) -> Estimate:
-    """The mean with its 95 % t-interval."""
-    found = np.asarray(list(values), dtype=float)
-    if len(found) < 2:
-        return Estimate(float(found.mean()), None, len(found))
-    width = stats.t.ppf((1 + CONFIDENCE) / 2, len(found) - 1) * stats.sem(found)
-    return Estimate(float(found.mean()), float(width), len(found))
-
-
-def detectable(difference: Estimate) -> float | None:
-    """The smallest true difference that the t-test behind `difference` finds with 80 % power, if its values scatter as
-    they did; None where one seed shows no scatter."""
-    if difference.half is None:
-        return None
-    freedom = difference.seeds - 1
-    limit = stats.t.ppf((1 + CONFIDENCE) / 2, freedom)
-    apart = optimize.brentq(lambda apart: stats.nct.sf(limit, freedom, apart) - POWER, 0.0, 30.0)  # standard errors
-    return float(apart * difference.half / limit)
-
-
-def paired(lines: Lines, task: str, arm: str, against: str, value: Value) -> Estimate | None:
-    """The mean difference `arm` minus `against` over the seeds that both have; None without any."""
-    pairs = by_seed(lines, task, arm, against, value)
-    return mean_difference(pairs) if pairs else None
-
-
-def mean_difference(pairs: Iterable[tuple[float, float]]) -> Estimate:
-    return estimate(ours - theirs for ours, theirs in pairs)
-
-
-def by_seed(lines: Lines, task: str, arm: str, against: str, value: Value) -> list[tuple[float, float]]:
-    """The values of two arms, for each seed that both have."""
-    ours, theirs = ({line["seed"]: value(line) for line in of(lines, task, name)} for name in (arm, against))
-    return [(ours[seed], theirs[seed]) for seed in sorted(ours.keys() & theirs.keys())]
-
-
-def of(lines: Lines, task: str, arm: str) -> Lines:
-    return sorted(
-        (line for line in lines if line["task"] == task and line["arm"] == arm), key=lambda line: line["seed"]
-    )
-
-
-def metric(name: str) -> Value:
-    return lambda line: float(line["metrics"][name])
-
-
-def verdict(difference: Estimate | None, lower_is_better: bool) -> str:
-    """'better' or 'worse' only where the interval of the paired difference excludes zero."""
-    if difference is None:
-        return "not run"
-    if difference.half is None:
-        return "one seed, no interval"
-    if not difference.excludes_zero:
-        return "no difference shown"
-    return "better" if (difference.mean < 0) == lower_is_better else "worse"
-
-
-def judged(lines: Lines, task: str, arm: str, against: str, name: str) -> str:
-    """The verdict on a metric's paired difference `arm` minus `against`."""
-    return verdict(paired(lines, task, arm, against, metric(name)), design.METRICS[name].lower_is_better)
-
-
-# -- words and tables -------------------------------------------------------------------------------
-
-
-def number(value: float, name: str, sign: bool = False) -> str:
-    shown = design.METRICS[name]
-    text = f"{value * 100 if shown.percent else value:{'+' if sign else ''}.{shown.digits}f}"
-    zero = f"{0:.{shown.digits}f}"
-    return zero if text.lstrip("+-") == zero else text
-
-
-def with_interval(found: Estimate | None, name: str, sign: bool = False) -> str:
-    if found is None:
-        return "-"
-    if found.half is None:
-        return f"{number(found.mean, name, sign)} (one seed)"
-    return f"{number(found.mean, name, sign)} ({number(found.low, name, sign)} to {number(found.high, name, sign)})"
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows))
-
-
-def times(ratio: float | None) -> str:
-    return "-" if ratio is None else f"{ratio:.2f}"
-
-
-def title(name: str) -> str:
-    shown = design.METRICS[name]
-    return f"{shown.title}{', %' if shown.percent else ''} {'↓' if shown.lower_is_better else '↑'}"
 
 
 def metrics_table(lines: Lines, task: str) -> str:
@@ -272,14 +172,6 @@ def limits(lines: Lines, method: str) -> list[str]:
         size = rounded_up(100 * least if shown.percent else least)
         said.append(f"{size:g} {'points' if shown.percent else 'nats'} ({shown.title})")
     return said
-
-
-def rounded_up(value: float) -> float:
-    """To two significant digits."""
-    if value <= 0:
-        return 0.0
-    digits = 1 - math.floor(math.log10(value))
-    return round(math.ceil(value * 10**digits - 1e-9) / 10**digits, digits)
 
 
 def secondary(lines: Lines) -> str:
@@ -576,7 +468,11 @@ def draw_needle(lines: Lines, folder: Path) -> None:
     save()
 
 
-DRAWINGS = (draw_by_arm, draw_time, draw_heads, draw_places, draw_needle)
+def draw_few(lines: Lines, folder: Path) -> None:
+    report2.draw_few(lines, folder, figure)
+
+
+DRAWINGS = (draw_by_arm, draw_time, draw_heads, draw_places, draw_needle, draw_few)
 
 
 # -- checks -----------------------------------------------------------------------------------------
@@ -584,8 +480,9 @@ DRAWINGS = (draw_by_arm, draw_time, draw_heads, draw_places, draw_needle)
 
 def check(lines: Lines) -> None:
     """Raises SystemExit where a line is not what design.py declares: results and protocol have parted."""
+    report2.check([line for line in lines if line["task"] not in design.TASKS], lines)
     seen: set[design.Run] = set()
-    for line in lines:
+    for line in of_first(lines):
         run = results.run_of(line)
         if run not in design.plan():
             raise SystemExit(f"error: {run} is in results.jsonl and not declared in design.py")
@@ -609,6 +506,11 @@ def check(lines: Lines) -> None:
             )
     if len({line["data"] for line in lines}) > 1:
         raise SystemExit("error: the lines of results.jsonl were made on different data (key `data`)")
+
+
+def of_first(lines: Lines) -> Lines:
+    """The lines of the first study."""
+    return [line for line in lines if line["task"] in design.TASKS]
 
 
 def in_float32(line: results.Line) -> bool:
@@ -638,7 +540,9 @@ def listed(values: Iterable[Any]) -> str:
     return ", ".join(sorted({str(value) for value in values})) or "-"
 
 
-def page(lines: Lines) -> str:
+def first_page(lines: Lines) -> str:
+    """study-1.md: all of the first study."""
+    lines = of_first(lines)
     missing = results.missing(lines)
     hours = sum(line["wall_seconds"] for line in lines) / 3600
     settings = design.TRAINING
@@ -655,9 +559,8 @@ def page(lines: Lines) -> str:
         + "."
     )
     sections = [
-        "# Does it help? CAFT and MEAP on SmolLM2-135M, on two cores",
-        "Written by `make study-report` from `results.jsonl`; not edited by hand. "
-        "[How to run the study again](../README.md#run-the-study-again).",
+        "# Study 1: CAFT and MEAP on SmolLM2-135M, on two cores",
+        f"{WRITTEN} Its answers in short, the second study and what both mean: [README.md](README.md).",
         "## Answer",
         summary(lines),
         primary_table(lines),
@@ -666,7 +569,7 @@ def page(lines: Lines) -> str:
         f"been seen is the one that the same test finds in {POWER:.0%} of such studies.",
         secondary(lines),
         "This holds for a model of 135M parameters, short runs and the data below. What it lets a user of an 8B model "
-        "conclude stands under 'What an 8B user may conclude'.",
+        "conclude stands in [README.md](README.md#what-an-8b-user-may-conclude).",
         not_done,
         "## Protocol",
         words.PROTOCOL.format(
@@ -758,19 +661,71 @@ def page(lines: Lines) -> str:
         + ", ".join(f"{name} {version}" for name, version in versions.items())
         + f". Commits of the code: {listed(line['commit'][:10] + line['commit'][40:] for line in lines)}.",
         too_long(lines),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+WRITTEN = (
+    "Written by `make study-report` from `results.jsonl`; not edited by hand. "
+    "[How to run the studies again](../README.md#run-the-study-again)."
+)
+
+
+def page(lines: Lines) -> str:
+    """README.md: what to do, the second study, the first in short."""
+    sections = [
+        "# Does it help? CAFT and MEAP on SmolLM2-135M",
+        WRITTEN,
+        "## When to switch which on",
+        when(lines),
+        *report2.section(lines),
+        "## Study 1, in short",
+        "Short fine-tuning of the same model, half an epoch of molecules, retrieval with three seeds. "
+        "[All of it](study-1.md): every arm, metric and ablation.",
+        summary(lines),
+        primary_table(lines),
+        "Differences are the first arm's minus the second's (↓ lower is better, ↑ higher is better). 'Better' and "
+        "'worse' stand only where the 95 % interval of the paired difference excludes zero. The effect that could have "
+        f"been seen is the one that the same test finds in {POWER:.0%} of such studies.",
         words.PAPERS,
         words.CONCLUSIONS,
     ]
     return "\n\n".join(sections) + "\n"
 
 
+def when(lines: Lines) -> str:
+    """What a user takes away, with the figures that speak for it."""
+    times_ = paired_ratio(lines, "molecules", "caft-stage1", "ntp")
+    more, with_heads = (
+        paired(lines, "molecules", arm, "ntp", metric("heldout_loss")) for arm in ("ntp-time", "caft-stage1")
+    )
+    said = words.WHEN.format(
+        caft=report2.few_words(lines, "caft"),
+        meap=report2.few_words(lines, "meap"),
+        frozen=report2.few_words(lines, "caft-frozen"),
+        ruler=with_interval(report2.ruler(lines), "heldout_loss", sign=True),
+        trained=report2.tokens_per_pass(lines, "caft"),
+        kept=report2.tokens_per_pass(lines, "caft-frozen"),
+        times=times(times_),
+        documents=" and ".join(limits(lines, "MEAP")) or "any size",
+        more=with_interval(more, "heldout_loss", sign=True),
+        heads=with_interval(with_heads, "heldout_loss", sign=True),
+    )
+    items = re.split(r"\n(?=\d+\. )", said)
+    return "\n".join(
+        textwrap.fill(item, 120, subsequent_indent="   ", break_on_hyphens=False, break_long_words=False)
+        for item in items
+    )
+
+
 def readme_section(lines: Lines) -> str:
-    """The three sentences that README.md of the repository has between its marks."""
+    """The sentences that README.md of the repository has between its marks."""
     missing, planned = len(results.missing(lines)), len(design.plan())
     said = words.README.format(
         model=design.MODEL,
         answer=". ".join(helped(lines, method) for method in methods()),
-        runs=f"{planned} runs ({missing} are still to be done)" if missing else f"{planned} runs",
+        runs=f"{planned} runs, {missing} of them still to be done" if missing else f"{planned} runs",
+        second=report2.headline(lines),
         planned=len(design.COMPARISONS),
         outcomes=outcomes(lines),
     )
@@ -812,8 +767,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     for draw in DRAWINGS:
         draw(lines, options.out)
-    (options.out / "README.md").write_text(page(lines), encoding="utf-8")
-    print(f"wrote {options.out / 'README.md'} and {len(DRAWINGS)} figures")
+    for name, write in (("README.md", page), ("study-1.md", first_page)):
+        (options.out / name).write_text(write(lines), encoding="utf-8")
+    print(f"wrote README.md, study-1.md and {len(DRAWINGS)} figures into {options.out}")
     if options.out == HERE:
         README.write_text(with_section(README.read_text(encoding="utf-8"), lines), encoding="utf-8")
         print(f"and the study's sentences in {README}")

@@ -167,7 +167,8 @@ def second(workers: int, deadline: float, tasks: Sequence[str]) -> list[design.R
                 run = running.pop(future)
                 if (error := future.exception()) is not None:
                     failed.append(run)
-                    tqdm.write(f"error: {run.task} {run.arm} seed {run.seed}: {error}; its log is {log_of(run)}")
+                    said = f"error: {run.task} {run.arm} seed {run.seed}: {error}; its log is {log_of(run)}"
+                    tqdm.write(said, file=sys.stderr)
                 elif run not in map(results.run_of, results.read()):
                     results.add(future.result())
 

@@ -1,0 +1,475 @@
+"""What the report says of the second study, see design2.py."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import design2
+import numpy as np
+import results
+from design import Comparison
+from estimates import (
+    CONFIDENCE,
+    Estimate,
+    Lines,
+    by_seed,
+    detectable,
+    estimate,
+    line_pairs,
+    mean_difference,
+    metric,
+    number,
+    of,
+    rounded_up,
+    table,
+    title,
+    verdict,
+    with_interval,
+)
+from scipy import stats
+
+DRAWS = 2_000  # of seeds and items, for the intervals of what was measured item by item
+NAMES = {"few": "A", "graphs": "B", "documents": "C"}
+BY_ITEM = ("exact", "valid", "tanimoto", "found")
+
+
+# -- the four questions -------------------------------------------------------------------------------
+
+
+class Answer(NamedTuple):
+    """What a comparison came to. `corrected` is its p-value by Holm's rule over all four."""
+
+    comparison: Comparison
+    pairs: list[tuple[float, float]]
+    p: float
+    corrected: float
+    said: str
+
+    @property
+    def difference(self) -> Estimate | None:
+        return mean_difference(self.pairs) if self.pairs else None
+
+
+def answers(lines: Lines) -> list[Answer]:
+    """Of the four primary comparisons; those that were not run or have one seed count as p = 1."""
+    found = []
+    for one in design2.COMPARISONS:
+        pairs = by_seed(lines, one.task, one.arm, one.against, metric(one.metric))
+        found.append((one, pairs, p_value(one, pairs)))
+    corrected = holm([p for *_, p in found])
+    return [
+        Answer(one, pairs, p, least, said_of(lines, one, pairs, least))
+        for (one, pairs, p), least in zip(found, corrected, strict=True)
+    ]
+
+
+def p_value(comparison: Comparison, pairs: list[tuple[float, float]]) -> float:
+    """Two-sided: of a paired t-test, or for paths, of Fisher's exact test on how many seeds have learnt them."""
+    if len(pairs) < 2:
+        return 1.0
+    if comparison.metric == "paths":
+        learnt = [sum(values[side] > design2.LEARNT for values in pairs) for side in (0, 1)]
+        return float(stats.fisher_exact([[n, len(pairs) - n] for n in learnt]).pvalue)
+    differences = np.array([ours - theirs for ours, theirs in pairs])
+    if np.ptp(differences) == 0:
+        return 1.0 if differences[0] == 0 else 0.0
+    return float(stats.ttest_1samp(differences, 0.0).pvalue)
+
+
+def holm(values: list[float]) -> list[float]:
+    """P-values corrected for their number (Holm, 1979)."""
+    order = np.argsort(values, kind="stable")
+    corrected, least = [0.0] * len(values), 0.0
+    for rank, i in enumerate(order):
+        least = max(least, min(1.0, (len(values) - rank) * values[i]))
+        corrected[i] = least
+    return corrected
+
+
+def said_of(lines: Lines, comparison: Comparison, pairs: list[tuple[float, float]], corrected: float) -> str:
+    if dropped(lines, comparison.task):
+        return "dropped by its rule"
+    if not pairs:
+        return "not run"
+    if len(pairs) < 2:
+        return "one seed, no interval"
+    if corrected >= 1 - CONFIDENCE:
+        return "no difference shown"
+    better = np.mean([ours - theirs for ours, theirs in pairs]) < 0
+    return "better" if better == design2.METRICS[comparison.metric].lower_is_better else "worse"
+
+
+def dropped(lines: Lines, task: str) -> bool:
+    """Whether its pilot has ended the task."""
+    try:
+        if task == "graphs":
+            return not design2.control_works(lines)
+        return task == "documents" and design2.chosen_rows(lines) is None
+    except design2.NotYet:
+        return False
+
+
+def ruler(lines: Lines) -> Estimate | None:
+    """The gain by 30 % more molecules."""
+    pairs = by_seed(lines, "few", "ntp-more", "ntp", metric("heldout_loss"))
+    return mean_difference(pairs) if pairs else None
+
+
+def rows_worth(lines: Lines, difference: Estimate | None) -> str:
+    """A difference of held-out loss in labelled rows, by the ruler."""
+    measured = ruler(lines)
+    if difference is None or measured is None or measured.mean >= 0:
+        return "-"
+    return f"{100 * (design2.RULER - 1) * difference.mean / measured.mean:+.0f} % rows"
+
+
+def few_words(lines: Lines, arm: str) -> str:
+    """What an arm changed where data are few, in half a sentence."""
+    pairs = by_seed(lines, "few", arm, "ntp", metric("heldout_loss"))
+    if not pairs:
+        return "not run yet"
+    difference = mean_difference(pairs)
+    seeds = f"{len(pairs)} seed{'s' if len(pairs) > 1 else ''}"
+    return f"{with_interval(difference, 'heldout_loss', True)} nats over {seeds}: {verdict(difference, True)}"
+
+
+def tokens_per_pass(lines: Lines, arm: str) -> str:
+    found = [line["metrics"]["tokens_per_pass"] for line in of(lines, "few", arm)]
+    return f"{np.mean(found):.2f}" if found else "-"
+
+
+def answers_table(lines: Lines) -> str:
+    rows = []
+    for answer in answers(lines):
+        one, difference = answer.comparison, answer.difference
+        means = [number(float(np.mean(side)), one.metric) for side in zip(*answer.pairs, strict=True)]
+        rows.append(
+            [
+                f"{NAMES[one.task]}. {one.question}",
+                f"{title(one.metric)}: `{one.arm}` against `{one.against}`",
+                " against ".join(means) or "-",
+                with_interval(difference, one.metric, sign=True),
+                rows_worth(lines, difference) if one.task == "few" else "-",
+                str(len(answer.pairs)),
+                f"{answer.corrected:.2f}" if len(answer.pairs) > 1 else "-",
+                answer.said,
+            ]
+        )
+    head = ["question", "measured", "means", "paired difference (95 %)", "worth", "seeds", "p (Holm)", "verdict"]
+    return table(head, rows)
+
+
+# -- what was measured item by item -------------------------------------------------------------------
+
+
+def by_items(lines: Lines, task: str, arm: str, against: str, name: str) -> Estimate | None:
+    """The mean difference over seeds and items, both resampled, with half of the 95 % interval's width, which errs on
+    the wide side (Owen, 2007). None where the items are not there."""
+    pairs = [
+        np.array(ours["items"][name]) - np.array(theirs["items"][name])
+        for ours, theirs in line_pairs(lines, task, arm, against)
+        if name in ours.get("items", {}) and name in theirs.get("items", {})
+    ]
+    if not pairs:
+        return None
+    apart = np.stack(pairs)
+    draw = np.random.default_rng(0)
+    seeds, items = apart.shape
+    means = [apart[draw.integers(0, seeds, seeds)][:, draw.integers(0, items, items)].mean() for _ in range(DRAWS)]
+    low, high = np.quantile(means, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return Estimate(float(apart.mean()), float(max(high - apart.mean(), apart.mean() - low)), seeds)
+
+
+def differences_table(lines: Lines, task: str) -> str:
+    """Each arm against next-token training: by t-interval over seeds, or by resampling where there are items."""
+    names = design2.SHOWN[task]
+    rows = []
+    for arm in design2.TASKS[task].arms:
+        if arm.name in ("ntp", "control"):
+            continue
+        cells = []
+        for name in names:
+            pairs = by_seed(lines, task, arm.name, "ntp", metric(name))
+            difference = mean_difference(pairs) if pairs else None
+            said = verdict(difference, design2.METRICS[name].lower_is_better)
+            if name in BY_ITEM:
+                difference = by_items(lines, task, arm.name, "ntp", name) or difference
+                few = len(pairs) < design2.INTERIM  # seeds, of which resampling makes too much
+                said = "few seeds" if few else verdict(difference, design2.METRICS[name].lower_is_better)
+            strong = f" **{said}**" if said in ("better", "worse") else ""
+            cells.append(f"{with_interval(difference, name, sign=True)}{strong}" if difference else said)
+        rows.append([f"`{arm.name}` - `ntp`", *cells])
+    return table(["paired difference", *map(title, names)], rows)
+
+
+def means_table(lines: Lines, task: str) -> str:
+    names = design2.SHOWN[task]
+    rows = []
+    for arm in design2.TASKS[task].arms:
+        found = of(lines, task, arm.name)
+        cells = [with_interval(estimate(map(metric(name), found)), name) if found else "-" for name in names]
+        rows.append([f"`{arm.name}`", arm.says, ", ".join(str(line["seed"]) for line in found) or "-", *cells])
+    return table(["arm", "", "seeds", *map(title, names)], rows)
+
+
+def heads_table(lines: Lines) -> str:
+    """What heads did besides: the dose of their gradient, and what they bring as drafters."""
+    rows = []
+    for arm in design2.FEW_ARMS:
+        found = [line for line in of(lines, "few", arm.name) if line.get("dose")]
+        if found:
+            ratios, cosines = ([entry[key] for line in found for entry in line["dose"]] for key in ("ratio", "cosine"))
+            tokens = [line["metrics"]["tokens_per_pass"] for line in found]
+            rows.append(
+                [
+                    f"`{arm.name}`",
+                    str(len(found)),
+                    f"{np.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})",
+                    f"{np.median(cosines):+.2f} ({min(cosines):+.2f} to {max(cosines):+.2f})",
+                    f"{np.mean(tokens):.2f}",
+                ]
+            )
+    head = [
+        "arm",
+        "seeds",
+        "auxiliary gradient, of the next-token one's length",
+        "cosine of the two",
+        "tokens a pass as drafters, on its own greedy texts",
+    ]
+    return table(head, rows)
+
+
+# -- pilots and rules ---------------------------------------------------------------------------------
+
+
+def pilots(lines: Lines) -> str:
+    """What each pilot chose, and which rules took effect, one line each."""
+    said = []
+    try:
+        chosen = design2.chosen_few(lines)
+        found = design2.pilot("few-pilot", lines)
+        losses = ", ".join(f"{name}: {one['validation_loss']:.3f} ({one['epochs']:.0f})" for name, one in found.items())
+        said.append(
+            f"A: learning rate, weight decay, attention dropout: validation loss (epochs until it had not been better "
+            f"for {design2.PATIENCE}): {losses}. Chosen: {chosen['learning_rate']:g}, {chosen['weight_decay']:g}, "
+            f"{chosen['attention_dropout']:g}; {chosen['rows']} molecules, "
+            + (
+                "which overfit well before the last epoch."
+                if chosen["rows"] == design2.FEW
+                else "for 500 did not overfit."
+            )
+        )
+    except design2.NotYet as error:
+        said.append(f"A: {error}.")
+    for line in of(lines, "few-heads", "few-heads"):
+        accuracy = line["metrics"]["trained_accuracy_head_1"]
+        said.append(
+            f"A, stage 1 of the frozen heads: head 1 is right in {100 * accuracy:.0f} % on molecules held out from it "
+            f"(40 were aimed at), after {line['settings']['steps']} steps of {line['settings']['batch-size']}."
+        )
+    out = design2.stopped(lines)
+    if out:
+        names = ", ".join(f"`{name}`" for name in sorted(out))
+        said.append(f"A, after {design2.INTERIM} seeds: no gain of half a ruler is left to be found for {names}.")
+    for task, rule in (("graphs", "control"), ("documents", "headroom")):
+        try:
+            found = design2.pilot(f"{task}-pilot", lines)
+        except design2.NotYet:
+            said.append(f"{NAMES[task]}: the pilot ({rule}) is still to be done.")
+            continue
+        name = "paths" if task == "graphs" else "found"
+        shares = ", ".join(f"{arm}: {100 * one[name]:.1f} %" for arm, one in found.items())
+        said.append(f"{NAMES[task]}: {rule}: {shares}" + ("; dropped by its rule." if dropped(lines, task) else "."))
+    return "\n".join(f"- {one}" for one in said)
+
+
+def progress(lines: Lines) -> tuple[int, int]:
+    """Runs done, and those that are still to be done as far as the rules tell now."""
+    done = {results.run_of(line) for line in lines}
+    out = {task for task in ("graphs", "documents") if dropped(lines, task)}
+    ended = design2.stopped(lines)
+    wanted = [
+        run
+        for run in design2.declared()
+        if run.task not in out and not (run.task == "few" and run.seed >= design2.INTERIM and run.arm in ended)
+    ]
+    return sum(line["task"] in design2.TASKS for line in lines), sum(run not in done for run in wanted)
+
+
+# -- the section --------------------------------------------------------------------------------------
+
+
+PROTOCOL = """\
+Declared in `design2.py` and committed before the runs that count; pilots choose by rules that stand there. {model};
+`CAFTSFTTrainer` (B: `with_caft(Trainer)`) in every arm, without `caft` and `meap` in the next-token arms. Weights in
+float32. A seed says which rows are drawn and in which order, and differences are taken between runs of the same seed on
+the same kind of machine. What is measured is the saved model, loaded anew without heads. The four questions are
+corrected by Holm's rule; 'better' and 'worse' stand there only where the corrected p is below {alpha:.2f}. Elsewhere
+intervals are not corrected. What is counted item by item (exact match, valid, Tanimoto, found) is resampled over seeds
+and items, and judged from four seeds on.
+
+- **A. Few data, many epochs**: {few} molecules a seed, full fine-tuning, batch {batch}, up to {epochs} epochs at a
+  constant learning rate; the epoch of the best validation loss is tested, and a run ends {patience} epochs after it.
+  {heldout} held-out molecules for the loss, {generated} for what is written. 'Worth' is a difference beside the gain by
+  30 % more molecules (`ntp-more`, the ruler). After {interim} seeds an arm stops whose 80 % interval holds no gain of
+  half a ruler. The frozen heads have seen 2,500 other molecules in stage 1: that arm asks what strong heads do.
+- **B. Looking ahead**: paths in star graphs with three arms of six nodes, numbered anew in each; a Llama of {layers}
+  layers and width {width} from its random start, {steps} steps of {graphs} fresh graphs. The first step has to be
+  looked ahead for: without that a third are right. A seed has learnt it where more than {learnt:.0%} of the paths are
+  right.
+- **C. Retrieval with headroom**: questions on one of 6 to 8 documents, every place as often; {questions} held-out
+  questions whose document stands in the middle of seven, no document twice. LoRA. MEAP sees each question once with its
+  copy, next-token training twice."""
+
+
+def section(lines: Lines) -> list[str]:
+    """The second study, from its heading on."""
+    few, graph = design2.MOLECULES, design2.GRAPHS
+    done, left = progress(lines)
+    state = (
+        f"**Under way: {done} runs are done, {left} {'is' if left == 1 else 'are'} still to be done** (`make study`)."
+        if left
+        else f"All {done} runs are done that the rules let be done."
+    )
+    kinds: dict[str, list[results.Line]] = {}
+    for line in lines:
+        if line["task"] in design2.TASKS:
+            kinds.setdefault(f"{line['processor']}, {line['dtype']}", []).append(line)
+    cost = "; ".join(
+        f"{name}: {len(found)} runs, {sum(line['wall_seconds'] for line in found) / 3600:.1f} hours"
+        for name, found in sorted(kinds.items())
+    )
+    parts = [
+        "## Study 2: where the methods should help",
+        state,
+        answers_table(lines),
+        seen(lines),
+        "### Protocol",
+        PROTOCOL.format(
+            model=design2.design.MODEL,
+            alpha=1 - CONFIDENCE,
+            few=few["rows"],
+            batch=few["batch"],
+            epochs=few["epochs"],
+            patience=design2.PATIENCE,
+            heldout=f"{design2.SIZES.heldout:,}",
+            generated=design2.SIZES.generated,
+            interim=design2.INTERIM,
+            layers=graph["layers"],
+            width=graph["width"],
+            steps=f"{graph['steps']:,}",
+            graphs=graph["batch"],
+            learnt=design2.LEARNT,
+            questions=design2.SIZES.questions,
+        ),
+        "### Pilots and rules",
+        pilots(lines),
+        "### A. Few data, many epochs",
+        means_table(lines, "few"),
+        differences_table(lines, "few"),
+        "The ruler: 30 % more molecules change the held-out loss by "
+        f"{with_interval(ruler(lines), 'heldout_loss', sign=True)}.",
+        heads_table(lines),
+        "![validation loss by epoch, held-out loss by arm](few.png)",
+        "### B. Looking ahead",
+        means_table(lines, "graphs"),
+        "### C. Retrieval with headroom",
+        *(
+            [means_table(lines, "documents"), differences_table(lines, "documents"), copied(lines)]
+            if any(line["task"] == "documents" for line in lines)
+            else ["Not run yet."]
+        ),
+        "### Cost",
+        f"{cost}. On a GPU several runs went side by side, so their times are not compared.",
+    ]
+    return [part for part in parts if part]
+
+
+def seen(lines: Lines) -> str:
+    """How large an effect had to be to be seen, of the comparisons that show none."""
+    said = []
+    for answer in answers(lines):
+        least = detectable(answer.difference) if answer.difference and answer.comparison.metric != "paths" else None
+        if answer.said == "no difference shown" and least:
+            unit = "points" if design2.METRICS[answer.comparison.metric].percent else "nats"
+            size = rounded_up(100 * least if unit == "points" else least)
+            said.append(f"{answer.comparison.arm} in {NAMES[answer.comparison.task]}: {size:g} {unit}")
+    return (
+        f"With these seeds an effect could be seen (80 % power, uncorrected) from: {'; '.join(said)}." if said else ""
+    )
+
+
+def copied(lines: Lines) -> str:
+    """Whether a copy behind its original is copied from it."""
+    rows = []
+    for arm in design2.DOCUMENT_ARMS:
+        found = [line for line in of(lines, "documents", arm.name) if "masked_loss_alone" in line["metrics"]]
+        if found:
+            alone, beside = (
+                float(np.mean([line["metrics"][name] for line in found]))
+                for name in ("masked_loss_alone", "masked_loss_with_original")
+            )
+            rows.append([f"`{arm.name}`", str(len(found)), f"{alone:.3f}", f"{beside:.3f}"])
+    if not rows:
+        return ""
+    return "Loss on masked tokens of questions that were not trained on:\n\n" + table(
+        ["arm", "seeds", "the copy alone", "the original in view"], rows
+    )
+
+
+def headline(lines: Lines) -> str:
+    """One sentence for the README at the top."""
+    done, left = progress(lines)
+    if left:
+        return f"A second study, where the methods should help, is under way: {done} runs done, {left} to do."
+    found = "; ".join(f"{answer.comparison.question} {answer.said}" for answer in answers(lines))
+    return f"A second study, where the methods should help: {found}."
+
+
+def check(lines: Lines, everything: Lines) -> None:
+    """Raises SystemExit where a line of the second study is not what design2.py declares. `everything` holds the runs
+    that settings are chosen by."""
+    seen_: set[Any] = set()
+    for line in lines:
+        run = results.run_of(line)
+        if run not in design2.declared():
+            raise SystemExit(f"error: {run} is in results.jsonl and not declared in design.py or design2.py")
+        if run in seen_:
+            raise SystemExit(f"error: {run} is in results.jsonl twice; delete one of its lines")
+        seen_.add(run)
+        try:
+            declared = design2.settings(run, everything)
+        except ValueError as error:
+            raise SystemExit(f"error: {run}: {error}") from None
+        for key in sorted(declared.keys() | line["settings"].keys()):
+            made, meant = line["settings"].get(key), declared.get(key)
+            if made != meant:
+                raise SystemExit(
+                    f"error: {run} was made with {key} {made!r}, and design2.py declares {meant!r}. Delete its line "
+                    "and run make study."
+                )
+
+
+def draw_few(lines: Lines, folder: Path, figure: Callable[..., Any]) -> None:
+    """Validation loss by epoch, means over seeds as far as all have gone, and the held-out loss of each seed."""
+    _, (epochs, losses), save = figure(folder, "few", 2)
+    shown: Iterable[design2.Arm] = [arm for arm in design2.FEW_ARMS if of(lines, "few", arm.name)]
+    for place, arm in enumerate(shown):
+        found = of(lines, "few", arm.name)
+        curves = [line["validation"] for line in found]
+        means = np.mean([curve[: min(map(len, curves))] for curve in curves], axis=0)
+        epochs.plot(range(1, len(means) + 1), means, "o-", markersize=3, label=arm.name)
+        values = [line["metrics"]["heldout_loss"] for line in found]
+        losses.plot(values, [place] * len(values), "o", color="tab:gray", alpha=0.5, markersize=4)
+        losses.plot(math.fsum(values) / len(values), place, "D", color="tab:blue")
+    losses.set_yticks(range(len(list(shown))), [arm.name for arm in shown])
+    losses.invert_yaxis()
+    losses.set_xlabel("held-out loss, nats a token")
+    epochs.set_xlabel("epoch")
+    epochs.set_ylabel("validation loss, nats a token")
+    if epochs.lines:
+        epochs.legend(fontsize=8)
+    save()
