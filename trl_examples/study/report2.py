@@ -274,15 +274,24 @@ def pilots(lines: Lines) -> str:
     if out:
         names = ", ".join(f"`{name}`" for name in sorted(out))
         said.append(f"A, after {design2.INTERIM} seeds: no gain of half a ruler is left to be found for {names}.")
-    for task, rule in (("graphs", "control"), ("documents", "headroom")):
-        try:
-            found = design2.pilot(f"{task}-pilot", lines)
-        except design2.NotYet:
-            said.append(f"{NAMES[task]}: the pilot ({rule}) is still to be done.")
-            continue
-        name = "paths" if task == "graphs" else "found"
-        shares = ", ".join(f"{arm}: {100 * one[name]:.1f} %" for arm, one in found.items())
-        said.append(f"{NAMES[task]}: {rule}: {shares}" + ("; dropped by its rule." if dropped(lines, task) else "."))
+    try:
+        paths = design2.pilot("graphs-pilot", lines)["control"]["paths"]
+        said.append(
+            f"B: the control finds {100 * paths:.1f} % of the paths, {100 * design2.CONTROL:.0f} are asked for"
+            + ("; dropped by its rule." if dropped(lines, "graphs") else ".")
+        )
+    except design2.NotYet as error:
+        said.append(f"B: {error}.")
+    try:
+        shares = ", ".join(
+            f"{100 * one['found']:.1f} % after {design2.TASKS['documents-pilot'].arm(name).changes['rows']}"
+            for name, one in design2.pilot("documents-pilot", lines).items()
+        )
+        rows = design2.chosen_rows(lines)
+        chosen = f"{rows} were chosen." if rows else "none leaves headroom: dropped by its rule."
+        said.append(f"C: next-token training finds, of the validation questions, {shares} questions; {chosen}")
+    except design2.NotYet as error:
+        said.append(f"C: {error}.")
     return "\n".join(f"- {one}" for one in said)
 
 

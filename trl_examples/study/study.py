@@ -57,13 +57,10 @@ def ready(lines: Sequence[results.Line]) -> list[design.Run]:
     done = {results.run_of(line) for line in lines}
     missing = [run for run in design2.plan(lines) if run not in done]
     heads = design.Run("few-heads", "few-heads", 0)
-    if heads in missing or one_run.heads_are_there(heads.arm):
-        there = heads not in missing
-    elif any(run.arm == "caft-frozen" for run in missing):
-        missing, there = [heads, *missing], False
-    else:
-        there = True
-    return [run for run in missing if there or run.arm != "caft-frozen"]
+    frozen = [run for run in missing if run.arm == "caft-frozen"]
+    if heads not in missing and (not frozen or one_run.heads_are_there(heads.arm)):
+        return missing
+    return [heads, *(run for run in missing if run != heads and run not in frozen)]
 
 
 def expected_seconds(run: design.Run, lines: Sequence[results.Line]) -> float:
