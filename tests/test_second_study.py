@@ -24,6 +24,7 @@ import data
 import design
 import design2
 import graphs
+import report
 import report2
 import results
 import run as one_run
@@ -263,16 +264,18 @@ def test_items_are_resampled_with_their_seeds():
 
 
 def test_results_that_design2_does_not_declare_are_refused():
-    lines = [one for one in results.read() if one["task"] in design2.TASKS]
-    report2.check(lines, results.read())
-    assert lines, "there are some"
+    lines = results.read()
+    report.check(lines)
+    first = next(one for one in lines if one["task"] == "few")
+    others = [one for one in lines if one is not first]
     with pytest.raises(SystemExit, match="twice"):
-        report2.check([*lines, lines[0]], results.read())
-    with pytest.raises(SystemExit, match="not declared"):
-        report2.check([{**lines[0], "seed": 77}], results.read())
-    changed = {**lines[0], "settings": {**lines[0]["settings"], "batch": 3}}
-    with pytest.raises(SystemExit, match="batch 3, and design2.py declares 16"):
-        report2.check([*lines[1:], changed], results.read())
+        report.check([*lines, first])
+    with pytest.raises(SystemExit, match="not declared in design.py or design2.py"):
+        report.check([*others, {**first, "seed": 77}])
+    with pytest.raises(SystemExit, match="batch 3, and design2.py declares 16. Delete its line"):
+        report.check([*others, {**first, "settings": {**first["settings"], "batch": 3}}])
+    with pytest.raises(SystemExit, match="few-pilot .* is missing"):
+        report.check([one for one in lines if one["task"] != "few-pilot"])
 
 
 # -- the driver ---------------------------------------------------------------------------------------

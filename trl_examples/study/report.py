@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import design
+import design2
 import matplotlib
 
 matplotlib.use("Agg")
@@ -479,18 +480,19 @@ DRAWINGS = (draw_by_arm, draw_time, draw_heads, draw_places, draw_needle, draw_f
 
 
 def check(lines: Lines) -> None:
-    """Raises SystemExit where a line is not what design.py declares: results and protocol have parted."""
-    report2.check([line for line in lines if line["task"] not in design.TASKS], lines)
+    """Raises SystemExit where a line is not what its study declares: results and protocol have parted."""
+    planned = {*design.plan(), *design2.declared()}
     seen: set[design.Run] = set()
-    for line in of_first(lines):
+    for line in lines:
         run = results.run_of(line)
-        if run not in design.plan():
-            raise SystemExit(f"error: {run} is in results.jsonl and not declared in design.py")
+        if run not in planned:
+            raise SystemExit(f"error: {run} is in results.jsonl and not declared in design.py or design2.py")
         if run in seen:
             raise SystemExit(f"error: {run} is in results.jsonl twice; delete one of its lines")
         seen.add(run)
+        protocol = design if run.task in design.TASKS else design2
         try:
-            declared: Mapping[str, Any] = design.settings(run, lines)
+            declared: Mapping[str, Any] = protocol.settings(run, lines)
         except ValueError as error:
             raise SystemExit(f"error: {run}: {error}") from None
         if in_float32(line):
@@ -501,7 +503,7 @@ def check(lines: Lines) -> None:
         if changed:
             key = sorted(changed)[0]
             raise SystemExit(
-                f"error: {run} was made with {key} {line['settings'].get(key)!r}, and design.py declares "
+                f"error: {run} was made with {key} {line['settings'].get(key)!r}, and {protocol.__name__}.py declares "
                 f"{declared.get(key)!r}. Delete its line and run make study."
             )
     if len({line["data"] for line in lines}) > 1:

@@ -438,30 +438,6 @@ def headline(lines: Lines) -> str:
     return f"A second study, where the methods should help: {found}."
 
 
-def check(lines: Lines, everything: Lines) -> None:
-    """Raises SystemExit where a line of the second study is not what design2.py declares. `everything` holds the runs
-    that settings are chosen by."""
-    seen_: set[Any] = set()
-    for line in lines:
-        run = results.run_of(line)
-        if run not in design2.declared():
-            raise SystemExit(f"error: {run} is in results.jsonl and not declared in design.py or design2.py")
-        if run in seen_:
-            raise SystemExit(f"error: {run} is in results.jsonl twice; delete one of its lines")
-        seen_.add(run)
-        try:
-            declared = design2.settings(run, everything)
-        except ValueError as error:
-            raise SystemExit(f"error: {run}: {error}") from None
-        for key in sorted(declared.keys() | line["settings"].keys()):
-            made, meant = line["settings"].get(key), declared.get(key)
-            if made != meant:
-                raise SystemExit(
-                    f"error: {run} was made with {key} {made!r}, and design2.py declares {meant!r}. Delete its line "
-                    "and run make study."
-                )
-
-
 def draw_few(lines: Lines, folder: Path, figure: Callable[..., Any]) -> None:
     """Validation loss by epoch, means over seeds as far as all have gone, and the held-out loss of each seed."""
     _, (epochs, losses), save = figure(folder, "few", 2)
