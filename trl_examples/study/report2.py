@@ -289,7 +289,10 @@ def pilots(lines: Lines) -> str:
         )
         rows = design2.chosen_rows(lines)
         chosen = f"{rows} were chosen." if rows else "none leaves headroom: dropped by its rule."
-        said.append(f"C: next-token training finds, of the validation questions, {shares} questions; {chosen}")
+        said.append(
+            f"C: next-token training finds, of the validation questions, {shares} questions; {chosen} "
+            "Range and rule were changed while this pilot ran, before any run that counts (`ROWS` in `design2.py`)."
+        )
     except design2.NotYet as error:
         said.append(f"C: {error}.")
     return "\n".join(f"- {one}" for one in said)
