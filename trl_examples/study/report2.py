@@ -23,6 +23,7 @@ from estimates import (
     metric,
     number,
     of,
+    paired,
     rounded_up,
     table,
     title,
@@ -114,8 +115,7 @@ def dropped(lines: Lines, task: str) -> bool:
 
 def ruler(lines: Lines) -> Estimate | None:
     """The gain by 30 % more molecules."""
-    pairs = by_seed(lines, "few", "ntp-more", "ntp", metric("heldout_loss"))
-    return mean_difference(pairs) if pairs else None
+    return paired(lines, "few", "ntp-more", "ntp", metric("heldout_loss"))
 
 
 def rows_worth(lines: Lines, difference: Estimate | None) -> str:
@@ -128,11 +128,10 @@ def rows_worth(lines: Lines, difference: Estimate | None) -> str:
 
 def few_words(lines: Lines, arm: str) -> str:
     """What an arm changed where data are few, in half a sentence."""
-    pairs = by_seed(lines, "few", arm, "ntp", metric("heldout_loss"))
-    if not pairs:
+    difference = paired(lines, "few", arm, "ntp", metric("heldout_loss"))
+    if difference is None:
         return "not run yet"
-    difference = mean_difference(pairs)
-    seeds = f"{len(pairs)} seed{'s' if len(pairs) > 1 else ''}"
+    seeds = f"{difference.seeds} seed{'s' if difference.seeds > 1 else ''}"
     return f"{with_interval(difference, 'heldout_loss', True)} nats over {seeds}: {verdict(difference, True)}"
 
 
@@ -192,13 +191,12 @@ def differences_table(lines: Lines, task: str) -> str:
             continue
         cells = []
         for name in names:
-            pairs = by_seed(lines, task, arm.name, "ntp", metric(name))
-            difference = mean_difference(pairs) if pairs else None
-            said = verdict(difference, design2.METRICS[name].lower_is_better)
+            difference = paired(lines, task, arm.name, "ntp", metric(name))
             if name in BY_ITEM:
                 difference = by_items(lines, task, arm.name, "ntp", name) or difference
-                few = len(pairs) < design2.INTERIM  # seeds, of which resampling makes too much
-                said = "few seeds" if few else verdict(difference, design2.METRICS[name].lower_is_better)
+            said = verdict(difference, design2.METRICS[name].lower_is_better)
+            if name in BY_ITEM and difference and difference.seeds < design2.INTERIM:
+                said = "few seeds"  # of which resampling makes too much
             strong = f" **{said}**" if said in ("better", "worse") else ""
             cells.append(f"{with_interval(difference, name, sign=True)}{strong}" if difference else said)
         rows.append([f"`{arm.name}` - `ntp`", *cells])

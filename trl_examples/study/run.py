@@ -185,19 +185,22 @@ def train_and_measure(run: design.Run, settings: dict[str, Any], sizes: design.S
     return {"metrics": {key: round(value, 6) for key, value in metrics.items()}, **figures}
 
 
-def make_heads(kind: str, settings: dict[str, Any], sizes: design.Sizes, out: Path) -> dict[str, Any]:
+def make_heads(
+    settings: dict[str, Any], rows: Sequence[data.Row], out: Path, float32: bool, threads: int | None = None
+) -> dict[str, Any]:
     """Stage 1 by the shipped command, anew; the figures are those that it leaves beside the heads."""
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     file = out / "rows.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in data.read("stage1")[: sizes.stage1]), encoding="utf-8")
-    options = {key: value for key, value in settings.items() if key not in ("model", "threads", "dtype")}
-    command = [str(Path(sys.executable).parent / "caft"), "pretrain-heads", "--model", str(MODEL)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    options = {key: value for key, value in settings.items() if key not in ("model", "threads", "dtype", "rows")}
+    command = [sys.executable, "-m", "caft_plugin.tools.cli", "pretrain-heads", "--model", str(MODEL)]
     command += ["--data", str(file), "--output", str(out)]
     command += [word for key, value in options.items() for word in (f"--{key}", str(value))]
-    command += ["--float32"] if settings.get("dtype") == design.FLOAT32 else []
+    command += ["--float32"] if float32 else []
+    environment = {**os.environ, **({} if threads is None else {"OMP_NUM_THREADS": str(threads)})}
     start = time.perf_counter()
-    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": str(settings["threads"])})
+    subprocess.run(command, check=True, env=environment)
     seconds = time.perf_counter() - start
     found = json.loads((out / "caft_heads" / "metrics.json").read_text())
     metrics = {
@@ -258,7 +261,9 @@ def do(
     digest = data.prepare()
     start = time.perf_counter()
     if run.task == "stage1":
-        figures = make_heads(run.arm, settings, sizes, HEADS / run.arm)
+        rows = data.read("stage1")[: sizes.stage1]
+        float32 = settings.get("dtype") == design.FLOAT32
+        figures = make_heads(settings, rows, HEADS / run.arm, float32, settings["threads"])
     else:
         with tempfile.TemporaryDirectory(prefix="caft-study-") as folder:
             figures = train_and_measure(run, settings, sizes, Path(folder))
@@ -283,13 +288,16 @@ def measured(
     import torch
 
     settings = {**design2.settings(run, lines), **(changes or {})}
-    places = run2.Places(MODEL, HEADS)
     if settings.get("heads") is not None and not heads_are_there(settings["heads"]):
         raise ValueError(f"heads are not in {HEADS / settings['heads']}: run.py --task few-heads --arm few-heads")
     digest = data.prepare()
     start = time.perf_counter()
-    with tempfile.TemporaryDirectory(prefix="caft-study-") as folder:
-        figures = run2.do(run, settings, sizes, Path(folder), places)
+    if run.task == "few-heads":
+        rows = data.read("molecules-train")[: settings["rows"]]
+        figures = make_heads(settings, rows, HEADS / run.arm, run2.dtype() != "bfloat16")
+    else:
+        with tempfile.TemporaryDirectory(prefix="caft-study-") as folder:
+            figures = run2.do(run, settings, sizes, Path(folder), run2.Places(MODEL, HEADS))
     figures["dtype"] = run2.dtype()
     line = line_of(run, figures, settings, digest, time.perf_counter() - start)
     if torch.cuda.is_available():

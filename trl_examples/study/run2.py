@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -65,8 +63,6 @@ def do(run: design2.Run, settings: dict[str, Any], sizes: design2.Sizes, folder:
     torch.set_float32_matmul_precision("high")
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False
-    if run.task == "few-heads":
-        return stage1(settings, places)
     if run.task.startswith("graphs"):
         return look_ahead(run, settings, sizes, folder)
     return fine_tune(run, settings, sizes, folder, places)
@@ -437,34 +433,6 @@ def base_answers(base: Any, tokenizer: Any, number: int, places: Places) -> list
     unfinished.write_text(json.dumps(pairs))
     unfinished.replace(places.answers)
     return pairs
-
-
-# -- stage 1 ------------------------------------------------------------------------------------------
-
-
-def stage1(settings: dict[str, Any], places: Places) -> Figures:
-    """The frozen heads, by the shipped command; the figures are those that it leaves beside them."""
-    out = places.heads / "few-heads"
-    out.mkdir(parents=True, exist_ok=True)
-    file = out / "rows.jsonl"
-    rows = data.read("molecules-train")[: settings["rows"]]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    options = {key: value for key, value in settings.items() if key not in ("model", "rows")}
-    command = [sys.executable, "-m", "caft_plugin.tools.cli", "pretrain-heads", "--model", str(places.model)]
-    command += ["--data", str(file), "--output", str(out)]
-    command += [word for key, value in options.items() for word in (f"--{key}", str(value))]
-    command += [] if dtype() == "bfloat16" else ["--float32"]
-    began = time.perf_counter()
-    subprocess.run(command, check=True)
-    seconds = time.perf_counter() - began
-    found = json.loads((out / "caft_heads" / "metrics.json").read_text())
-    metrics = {
-        f"{when}_{what}_head_{k}": head[what]
-        for when, heads in (("untrained", found["untrained"]), ("trained", found["heads"]))
-        for k, head in enumerate(heads, 1)
-        for what in ("loss", "accuracy")
-    }
-    return {"metrics": metrics, "curve": [], "tokens": None, "train_seconds": round(seconds, 1)}
 
 
 # -- paths in star graphs -----------------------------------------------------------------------------

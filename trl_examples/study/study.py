@@ -27,6 +27,7 @@ import design
 import design2
 import results
 import run as one_run
+import torch
 from tqdm import tqdm
 
 from caft_plugin.precision import cpu_has_bf16
@@ -117,8 +118,7 @@ def work(run: design.Run, lines: Sequence[results.Line]) -> results.Line:
             return one_run.measured(run, lines)
         finally:
             gc.collect()
-            if "torch" in sys.modules and sys.modules["torch"].cuda.is_available():
-                sys.modules["torch"].cuda.empty_cache()
+            torch.cuda.empty_cache()  # does nothing where no GPU was used
 
 
 @contextlib.contextmanager
