@@ -65,6 +65,8 @@ def test_every_declared_run_can_be_set_up():
                 block(**settings[key])
         if run.task in ("few", "documents"):
             assert None not in [settings[key] for key in ("rows", "learning_rate", "weight_decay")]
+    for task in design2.TASKS.values():
+        assert {name for arm in task.arms for name in arm.against} <= {arm.name for arm in task.arms} | {"ntp"}
     for comparison in design2.COMPARISONS:
         arms = {arm.name: arm for arm in design2.TASKS[comparison.task].arms}
         assert set(arms[comparison.arm].seeds) == set(arms[comparison.against].seeds)
@@ -92,15 +94,16 @@ def test_runs_wait_for_what_they_depend_on():
     assert not {run.task for run in less} & {"graphs", "documents"}, "dropped by their rules"
 
 
-def seeds_of_few(apart, more=-0.08, seeds=4):
-    """Four seeds of every arm; those of `caft` are `apart` from next-token training's."""
+def seeds_of_few(apart, more=-0.08, seeds=4, kinds="same"):
+    """Four seeds of every arm; those of `caft` are `apart` from next-token training's. `kinds` of machine: a letter a
+    seed, at most."""
     draw = random.Random(1)
     found = []
     for arm in design2.FEW_ARMS:
         for seed in range(seeds):
             shift = {"ntp": 0.0, "ntp-more": more, "caft": apart}.get(arm.name, -0.05)
             loss = 1.0 + seed / 10 + shift + draw.gauss(0, 0.005)
-            found.append(line("few", arm.name, seed, heldout_loss=loss))
+            found.append(line("few", arm.name, seed, kinds[seed], heldout_loss=loss))
     return found
 
 
@@ -108,6 +111,9 @@ def test_an_arm_stops_after_four_seeds_without_half_a_ruler_to_be_found():
     assert design2.stopped(seeds_of_few(apart=0.0)) == {"caft"}
     assert design2.stopped(seeds_of_few(apart=-0.05)) == set()
     assert design2.stopped(seeds_of_few(apart=0.0, seeds=3)) == set()
+    assert design2.stopped(seeds_of_few(apart=0.0, kinds="abba")) == {"caft"}, "seeds on machines of two kinds"
+    elsewhere = [{**one, "processor": "b"} if one["arm"] != "ntp" else one for one in seeds_of_few(apart=0.0)]
+    assert design2.stopped(elsewhere) == set(), "runs on other kinds of machine are no pairs"
     wanted = design2.plan([*pilots(), *seeds_of_few(apart=0.0)])
     later = {run.arm for run in wanted if run.task == "few" and run.seed >= design2.INTERIM}
     assert later == {"ntp", "ntp-more", "meap", "caft-frozen", "noise"}
@@ -400,7 +406,10 @@ def test_a_small_run_of_each_kind(folder, places):
         assert {"found", "forgetting", "masked_loss_alone"} <= set(found["documents", arm]["metrics"])
         assert found["documents", arm]["steps"] == 2, "one epoch of two originals each"
     assert found["documents-pilot", "rows-80"]["steps"] == 4
-    assert set(found["graphs", "caft-1"]["metrics"]) == {"paths", "first"}
+    heads = found["graphs", "caft-1"]
+    assert set(heads["metrics"]) == {"paths", "first", "tokens_per_pass"}
+    assert [entry["step"] for entry in heads["dose"]] == [0, 2]
+    assert set(found["graphs-pilot", "control"]["metrics"]) == {"paths", "first"}
     assert {"trained_accuracy_head_1"} <= set(found["few-heads", "few-heads"]["metrics"])
 
 

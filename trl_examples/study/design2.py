@@ -35,12 +35,13 @@ CONFIDENCE_TO_STOP = 0.8
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to train: what it changes in its task's settings."""
+    """One way to train: what it changes in its task's settings, and the arms that it is compared with."""
 
     name: str
     says: str
     seeds: Sequence[int]
     changes: Mapping[str, Any] = field(default_factory=dict)
+    against: Sequence[str] = ("ntp",)
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ FROZEN = {**design.CAFT, "train_heads": "frozen"}
 MEAP = {**design.MEAP, "layout": "separate", "mask_ratio": 0.15, "min_answer_tokens": 12}
 
 FEW_ARMS = (
-    Arm("ntp", "next-token", EIGHT),
+    Arm("ntp", "next-token", EIGHT, against=()),
     Arm("ntp-more", "next-token, 30 % more molecules (the ruler)", FIVE, {"times_rows": RULER}),
     Arm("caft", "CAFT, beta 0.3, constant, heads trained (from copies of the last layer)", EIGHT, {"caft": CAFT}),
     Arm("meap", "MEAP separate, ratio 0.15, answers of 12 tokens and more", EIGHT, {"meap": MEAP}),
@@ -144,10 +145,10 @@ GRAPHS: dict[str, Any] = {
     "caft": None,
 }
 GRAPH_ARMS = (
-    Arm("ntp", "next-token", FIVE),
+    Arm("ntp", "next-token", FIVE, against=()),
     Arm("caft-1", "CAFT, beta 1, constant", FIVE, {"caft": {**design.CAFT, "beta": 1.0, "schedule": "constant"}}),
     Arm("caft-0.01", "CAFT as it comes (beta 0.01, rsine)", FIVE, {"caft": dict(design.CAFT)}),
-    Arm("control", "next-token on reversed paths", (0, 1), {"reversed": True}),
+    Arm("control", "next-token on reversed paths", (0, 1), {"reversed": True}, against=()),
 )
 
 # -- C. retrieval with headroom -----------------------------------------------------------------------
@@ -176,12 +177,13 @@ DOCUMENTS: dict[str, Any] = {
 # headroom.
 ROWS = (20, 40, 80)
 DOCUMENT_ARMS = (
-    Arm("ntp", "next-token, two epochs (MEAP's number of tokens)", EIGHT),
+    Arm("ntp", "next-token, two epochs (MEAP's number of tokens)", EIGHT, against=()),
     Arm(
         "meap-separate",
         "MEAP, the copy a row of its own, one epoch",
         EIGHT,
         {"meap": {**design.MEAP, "layout": "separate"}, "epochs": 1},
+        against=("ntp", "meap-concat"),  # the latter says which layout is the default
     ),
     Arm("meap-concat", "MEAP, the copy behind its original, one epoch", EIGHT, {"meap": design.MEAP, "epochs": 1}),
 )
@@ -282,26 +284,29 @@ def control_works(lines: Iterable[Line]) -> bool:
 
 def stopped(lines: Sequence[Line]) -> set[str]:
     """Arms of `few` that end after four seeds: the 80 % interval of their difference to next-token training holds no
-    gain of half a ruler."""
+    gain of half a ruler. Differences are taken between runs on the same kind of machine."""
     losses = {
         arm.name: {
-            line["seed"]: line["metrics"]["heldout_loss"]
+            (line["seed"], line["processor"]): line["metrics"]["heldout_loss"]
             for line in lines
             if (line["task"], line["arm"]) == ("few", arm.name) and line["seed"] < INTERIM
         }
         for arm in FEW_ARMS
     }
-    if len(losses["ntp"]) < INTERIM or len(losses["ntp-more"]) < INTERIM:
+    plain = losses.pop("ntp")
+    apart = {
+        name: [found[key] - plain[key] for key in sorted(found.keys() & plain.keys())] for name, found in losses.items()
+    }
+    more = apart.pop("ntp-more")
+    if len(more) < INTERIM:
         return set()
-    half_a_ruler = sum(losses["ntp-more"][seed] - losses["ntp"][seed] for seed in range(INTERIM)) / INTERIM / 2
-    found = set()
-    for name in ("caft", "meap", "caft-frozen", "noise"):
-        if len(losses[name]) == INTERIM:
-            apart = [losses[name][seed] - losses["ntp"][seed] for seed in range(INTERIM)]
-            quantile = stats.t.ppf((1 + CONFIDENCE_TO_STOP) / 2, INTERIM - 1)
-            if sum(apart) / INTERIM - quantile * stats.sem(apart) > half_a_ruler:
-                found.add(name)
-    return found
+    half_a_ruler = sum(more) / INTERIM / 2
+    quantile = stats.t.ppf((1 + CONFIDENCE_TO_STOP) / 2, INTERIM - 1)
+    return {
+        name
+        for name, found in apart.items()
+        if len(found) == INTERIM and sum(found) / INTERIM - quantile * stats.sem(found) > half_a_ruler
+    }
 
 
 # -- the plan -----------------------------------------------------------------------------------------

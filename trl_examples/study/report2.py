@@ -183,23 +183,22 @@ def by_items(lines: Lines, task: str, arm: str, against: str, name: str) -> Esti
 
 
 def differences_table(lines: Lines, task: str) -> str:
-    """Each arm against next-token training: by t-interval over seeds, or by resampling where there are items."""
+    """Each arm against those that it is compared with: by t-interval over seeds, or by resampling where there are
+    items."""
     names = design2.SHOWN[task]
     rows = []
-    for arm in design2.TASKS[task].arms:
-        if arm.name in ("ntp", "control"):
-            continue
+    for ours, theirs in ((arm.name, name) for arm in design2.TASKS[task].arms for name in arm.against):
         cells = []
         for name in names:
-            difference = paired(lines, task, arm.name, "ntp", metric(name))
+            difference = paired(lines, task, ours, theirs, metric(name))
             if name in BY_ITEM:
-                difference = by_items(lines, task, arm.name, "ntp", name) or difference
+                difference = by_items(lines, task, ours, theirs, name) or difference
             said = verdict(difference, design2.METRICS[name].lower_is_better)
             if name in BY_ITEM and difference and difference.seeds < design2.INTERIM:
                 said = "few seeds"  # of which resampling makes too much
             strong = f" **{said}**" if said in ("better", "worse") else ""
             cells.append(f"{with_interval(difference, name, sign=True)}{strong}" if difference else said)
-        rows.append([f"`{arm.name}` - `ntp`", *cells])
+        rows.append([f"`{ours}` - `{theirs}`", *cells])
     return table(["paired difference", *map(title, names)], rows)
 
 
@@ -213,11 +212,12 @@ def means_table(lines: Lines, task: str) -> str:
     return table(["arm", "", "seeds", *map(title, names)], rows)
 
 
-def heads_table(lines: Lines) -> str:
-    """What heads did besides: the dose of their gradient, and what they bring as drafters."""
+def heads_table(lines: Lines, task: str) -> str:
+    """What heads did besides: the dose of their gradient, and what they bring as drafters. Empty where no run has
+    it."""
     rows = []
-    for arm in design2.FEW_ARMS:
-        found = [line for line in of(lines, "few", arm.name) if line.get("dose")]
+    for arm in design2.TASKS[task].arms:
+        found = [line for line in of(lines, task, arm.name) if line.get("dose")]
         if found:
             ratios, cosines = ([entry[key] for line in found for entry in line["dose"]] for key in ("ratio", "cosine"))
             tokens = [line["metrics"]["tokens_per_pass"] for line in found]
@@ -237,7 +237,7 @@ def heads_table(lines: Lines) -> str:
         "cosine of the two",
         "tokens a pass as drafters, on its own greedy texts",
     ]
-    return table(head, rows)
+    return table(head, rows) if rows else ""
 
 
 # -- pilots and rules ---------------------------------------------------------------------------------
@@ -382,10 +382,11 @@ def section(lines: Lines) -> list[str]:
         differences_table(lines, "few"),
         "The ruler: 30 % more molecules change the held-out loss by "
         f"{with_interval(ruler(lines), 'heldout_loss', sign=True)}.",
-        heads_table(lines),
+        heads_table(lines, "few"),
         "![validation loss by epoch, held-out loss by arm](few.png)",
         "### B. Looking ahead",
         means_table(lines, "graphs"),
+        heads_table(lines, "graphs"),
         "### C. Retrieval with headroom",
         *(
             [means_table(lines, "documents"), differences_table(lines, "documents"), copied(lines)]

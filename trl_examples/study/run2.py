@@ -243,7 +243,7 @@ def as_dataset(rows: Sequence[measure.Asked]) -> Dataset:
     )
 
 
-class Watched(CAFTSFTTrainer):
+class Dosed(Trainer):
     """At every `dose_every`th step notes how long the heads' gradient is on the model's own weights, beside that of
     next-token training, and the cosine between them."""
 
@@ -282,6 +282,14 @@ class Watched(CAFTSFTTrainer):
             }
         )
         return loss
+
+
+class Watched(Dosed, CAFTSFTTrainer):
+    """That of molecules and documents."""
+
+
+class WatchedPlain(Dosed, with_caft(Trainer)):  # type: ignore[misc]
+    """That of star graphs."""
 
 
 def random_state() -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -438,6 +446,13 @@ def base_answers(base: Any, tokenizer: Any, number: int, places: Places) -> list
 # -- paths in star graphs -----------------------------------------------------------------------------
 
 
+def on_paths(ids: torch.Tensor, settings: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """A batch of graphs (batch, length) whose loss is that of their paths."""
+    labels = ids.clone()
+    labels[:, : -settings["length"]] = IGNORE
+    return {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)}
+
+
 class FreshGraphs(torch.utils.data.Dataset):
     """One item a step: a whole batch of graphs that no other step sees."""
 
@@ -449,9 +464,7 @@ class FreshGraphs(torch.utils.data.Dataset):
 
     def __getitem__(self, step: int) -> dict[str, torch.Tensor]:
         ids = torch.from_numpy(graphs.make(self.settings, self.settings["batch"], [1, self.seed, step]))
-        labels = ids.clone()
-        labels[:, : -self.settings["length"]] = IGNORE
-        return {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)}
+        return on_paths(ids, self.settings)
 
 
 def look_ahead(run: design2.Run, settings: dict[str, Any], sizes: design2.Sizes, folder: Path) -> Figures:
@@ -480,12 +493,13 @@ def look_ahead(run: design2.Run, settings: dict[str, Any], sizes: design2.Sizes,
         "optim",
         "warmup_steps",
     )
-    trainer: Any = with_caft(Trainer)(
+    trainer: Any = WatchedPlain(
         model=model,
         args=TrainingArguments(
             output_dir=str(folder),
             max_steps=settings["steps"],
             per_device_train_batch_size=1,
+            per_device_eval_batch_size=1,  # an item is a whole batch
             **{key: settings[key] for key in keys},
             use_cpu=device() == "cpu",
             logging_steps=max(1, settings["steps"] // 40),
@@ -496,13 +510,17 @@ def look_ahead(run: design2.Run, settings: dict[str, Any], sizes: design2.Sizes,
         ),
         train_dataset=FreshGraphs(settings, run.seed),
         data_collator=the_batch,
-        caft=None if settings["caft"] is None else CAFTConfig(**settings["caft"]),  # type: ignore[call-arg]
+        caft=None if settings["caft"] is None else CAFTConfig(**settings["caft"]),
+        dose_every=sizes.dose_every if settings["caft"] is not None else 0,
     )
     clock = Clock()
     trainer.add_callback(clock)
     trainer.train()
     right = paths_right(model.eval(), settings, sizes.graphs)
     metrics = {"paths": float(right.all(1).mean()), "first": float(right[:, 1].mean())}
+    if trainer.caft is not None:
+        own = [on_paths(ids, settings) for ids in written_paths(model, settings, sizes.graphs)]
+        metrics["tokens_per_pass"] = trainer.evaluate(own)["eval_caft/tokens_per_pass"]
     return {**figures_of(trainer, clock), "metrics": metrics}
 
 
@@ -516,8 +534,23 @@ def paths_right(model: Any, settings: dict[str, Any], number: int) -> np.ndarray
     """Of fresh graphs, whether each node of the path is the model's first choice, those before it given (number,
     length). A path whose every node is, is what the model would write."""
     length, found = settings["length"], []
-    for part in np.array_split(graphs.make(settings, number, [2]), max(1, number // 250)):
-        ids = torch.from_numpy(part).to(model.device)
-        logits = model(input_ids=ids[:, :-1], logits_to_keep=length).logits
-        found.append((logits.argmax(-1) == ids[:, -length:]).cpu().numpy())
+    for ids in tested_graphs(settings, number):
+        logits = model(input_ids=ids[:, :-1].to(model.device), logits_to_keep=length).logits.cpu()
+        found.append((logits.argmax(-1) == ids[:, -length:]).numpy())
     return np.concatenate(found)
+
+
+@torch.no_grad()
+def written_paths(model: Any, settings: dict[str, Any], number: int) -> Iterator[torch.Tensor]:
+    """The fresh graphs with the paths that the model writes greedily, in batches (batch, length)."""
+    length = settings["length"]
+    for ids in tested_graphs(settings, number):
+        asked = ids[:, :-length].to(model.device)
+        seen = torch.ones_like(asked)
+        yield model.generate(input_ids=asked, attention_mask=seen, do_sample=False, max_new_tokens=length).cpu()
+
+
+def tested_graphs(settings: dict[str, Any], number: int) -> list[torch.Tensor]:
+    """So many graphs that no run trains on, in batches (batch, length)."""
+    rows = graphs.make(settings, number, [2])
+    return [torch.from_numpy(part) for part in np.array_split(rows, max(1, number // 250))]
