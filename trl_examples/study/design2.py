@@ -229,7 +229,7 @@ class Sizes:
     validation_questions: int = 140  # of distinct documents, 7 each
     graphs: int = 1_000
     base_answers: int = 200
-    masked: int = 200
+    masked: int = 50
     dose_every: int = 10  # steps
     log_every: int = 5
 
