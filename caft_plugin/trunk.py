@@ -15,7 +15,15 @@ from peft import PeftConfig, PeftMixedModel, PeftModel, PeftType
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from caft_plugin.config import ConfigError, first_line, shown
@@ -279,10 +287,21 @@ def unmergeable(tuner: object, why: str) -> ConfigError:
     )
 
 
-def empty_trunk(base_model: str, key: str = "--base-model", revision: str | None = None, **loading: Any) -> Trunk:
+def auto_class(config: PretrainedConfig, whole: bool = False) -> Any:
+    """The class of transformers that builds and loads a model of this config. A vision-language model's text part
+    alone, where there is a class for it; with `whole`, or without such a class, all of it."""
+    kind = type(config)
+    seeing = kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and (whole or kind not in MODEL_FOR_CAUSAL_LM_MAPPING)
+    return AutoModelForImageTextToText if seeing else AutoModelForCausalLM
+
+
+def empty_trunk(
+    base_model: str, key: str = "--base-model", revision: str | None = None, whole: bool = False, **loading: Any
+) -> Trunk:
     """The trunk of a model built from its config alone, without memory for weights (on the meta device).
 
-    `key` is what the user said the model with; `loading` goes to `from_config` (dtype, attn_implementation).
+    `key` is what the user said the model with, `whole` as in `auto_class`; `loading` goes to `from_config` (dtype,
+    attn_implementation).
 
     Raises:
         ConfigError: the config cannot be had, or is not that of a decoder-only model transformers knows.
@@ -298,10 +317,10 @@ def empty_trunk(base_model: str, key: str = "--base-model", revision: str | None
     refuse_unfit(config, config.model_type)
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, **loading)
+            model = auto_class(config, whole).from_config(config, trust_remote_code=False, **loading)
     except Exception as error:  # a config with impossible values fails wherever it is first used
         raise ConfigError(
-            f"{key}: got {base_model!r}, of which transformers can build no causal language model "
+            f"{key}: got {base_model!r}, of which transformers can build no language model "
             f"({first_line(error)}). It takes a decoder-only model that transformers knows without remote code."
         ) from error
     return find_trunk(model)

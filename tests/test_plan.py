@@ -12,6 +12,7 @@ import yaml
 from click.testing import CliRunner
 from paths import ROOT
 from peft import LoraConfig, get_peft_model
+from test_vision import model_of
 from tiny import LLAMA
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -109,6 +110,21 @@ def test_parameters_gradients_and_states(tiny, tiny_config, keys, how):
             optimizer.step()
             states = [t for state in optimizer.state.values() for t in state.values() if t.dim()]
         assert share.states == bytes_of(states)
+
+
+@pytest.mark.parametrize("family", ["Qwen2VL", "Qwen3_5", "Gemma3"])
+def test_vision_language_models_are_counted_whole(family, tmp_path):
+    """As Axolotl loads them, also where transformers has a class for the text part alone (Qwen3_5)."""
+    model = model_of(family)
+    model.config.save_pretrained(tmp_path / "model")
+    plan = plan_of({**BASE, "base_model": str(tmp_path / "model")})
+    heads = build_heads(model, find_trunk(model), resolve_wiring(CAFTConfig(num_heads=2), None), seed=0)
+    assert plan.base_parameters == sum(p.numel() for p in model.parameters())
+    assert plan.base.weights == bytes_of(model.parameters()) and plan.added.weights == bytes_of(heads.parameters())
+    assert [note for note in plan.notes if "guess" in note] == []
+    assert "Rows are counted as text: weights of the vision part are in" in " ".join(plan.notes)
+    trained_on_text = plan_of({**BASE, **LORA, "base_model": str(tmp_path / "model")})
+    assert trained_on_text.how == "lora" and 1 < trained_on_text.ratio < 2
 
 
 def test_activations_are_those_that_autograd_saves(tiny, tiny_config):

@@ -313,6 +313,8 @@ def _notes(run: Run, gpus: int, trunk: Trunk) -> list[str]:
         notes.append("The YAML shards by FSDP: say over how many GPUs with --gpus.")
     if getattr(trunk.model.config, "quantization_config", None):
         notes.append("The base model's files are quantised; it is counted as if they were not.")
+    if hasattr(trunk.model.config, "vision_config"):
+        notes.append("Rows are counted as text: weights of the vision part are in, what it keeps for images is not.")
     heads = run.caft.heads
     if heads is not None and not Path(heads).exists():
         notes.append(f"caft.heads: {heads} was not looked at; its head_norm may differ from the default.")

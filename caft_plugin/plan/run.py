@@ -71,7 +71,8 @@ def build_model(run: Run) -> tuple[nn.Module, Trunk, dict[Tensor, float]]:
         ConfigError: the model cannot be built from its config, or takes no such adapter.
     """
     loading: dict[str, object] = {"dtype": run.dtype, **({"attn_implementation": "eager"} if run.eager else {})}
-    trunk = empty_trunk(run.config or run.model, "base_model", run.revision, **loading)
+    # whole, as Axolotl loads vision-language models
+    trunk = empty_trunk(run.config or run.model, "base_model", run.revision, whole=True, **loading)
     model: nn.Module = trunk.model
     quantised = {}
     if run.bits < 16:

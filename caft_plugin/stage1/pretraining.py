@@ -22,11 +22,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
     BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -57,7 +53,7 @@ from caft_plugin.stage1.answers import ANSWERS, check_vllm, write_answers
 from caft_plugin.stage1.data import Row, pad_rows, prompt_of, supervised, with_answer
 from caft_plugin.storage import read_text, write_json, write_text
 from caft_plugin.training import with_caft
-from caft_plugin.trunk import trunk_without_weights
+from caft_plugin.trunk import auto_class, trunk_without_weights
 from caft_plugin.window import LossShare, MicroBatch, Window
 
 
@@ -99,11 +95,8 @@ def load_base(
     model_config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
     if vllm:
         check_vllm(load_in_4bit or load_in_8bit or getattr(model_config, "quantization_config", None) is not None)
-    kind = type(model_config)
-    auto_class: Any = AutoModelForCausalLM
-    if kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and kind not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        auto_class = AutoModelForImageTextToText
-    build = functools.partial(auto_class.from_config, model_config, trust_remote_code=trust_remote_code)
+    model_class = auto_class(model_config)
+    build = functools.partial(model_class.from_config, model_config, trust_remote_code=trust_remote_code)
     trunk_without_weights(model_config, base, build)
     quantisation = None
     if load_in_4bit:
@@ -115,7 +108,7 @@ def load_base(
         )
     elif load_in_8bit:
         quantisation = BitsAndBytesConfig(load_in_8bit=True)
-    model = auto_class.from_pretrained(
+    model = model_class.from_pretrained(
         base,
         dtype=dtype,
         quantization_config=quantisation,
