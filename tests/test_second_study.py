@@ -358,6 +358,7 @@ RUNS = (
     ("documents-pilot", "rows-80", 100, DOCUMENTS),
     ("documents", "meap-separate", 0, DOCUMENTS),
     ("documents", "meap-concat", 0, DOCUMENTS),
+    ("documents", "ntp-once", 0, DOCUMENTS),
     ("graphs-pilot", "control", 100, {"steps": 3, "batch": 4}),
     ("graphs", "caft-1", 0, {"steps": 3, "batch": 4}),
 )
@@ -405,6 +406,10 @@ def test_a_small_run_of_each_kind(folder, places):
     for arm in ("meap-separate", "meap-concat"):
         assert {"found", "forgetting", "masked_loss_alone"} <= set(found["documents", arm]["metrics"])
         assert found["documents", arm]["steps"] == 2, "one epoch of two originals each"
+    assert (
+        found["documents", "ntp-once"]["steps"] == 2
+        and "masked_loss_alone" not in found["documents", "ntp-once"]["metrics"]
+    )
     assert found["documents-pilot", "rows-80"]["steps"] == 4
     heads = found["graphs", "caft-1"]
     assert set(heads["metrics"]) == {"paths", "first", "tokens_per_pass"}

@@ -332,7 +332,9 @@ and items, and judged from four seeds on.
   right.
 - **C. Retrieval with headroom**: questions on one of 6 to 8 documents, every place as often; {questions} held-out
   questions whose document stands in the middle of seven, no document twice. LoRA. MEAP sees each question once with its
-  copy, next-token training twice."""
+  copy, next-token training twice, as many tokens and, since a batch holds as many questions, twice as many optimizer
+  steps. `ntp-once`, which sees each question once, takes as many steps as MEAP; it was added when one seed of the
+  others had been done."""
 
 
 def section(lines: Lines) -> list[str]:
