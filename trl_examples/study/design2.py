@@ -389,7 +389,7 @@ METRICS: dict[str, Metric] = {
 SHOWN = {
     "few": ("heldout_loss", "exact", "valid", "tanimoto", "best_epoch", "forgetting"),
     "graphs": ("paths", "first"),
-    "documents": ("found", "answer_loss", "forgetting"),
+    "documents": ("found", "answer_loss"),
 }
 
 COMPARISONS = (

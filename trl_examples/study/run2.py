@@ -174,6 +174,7 @@ def fine_tune(
                 if text
             ]
             metrics["tokens_per_pass"] = trainer.evaluate(as_dataset(own))["eval_caft/tokens_per_pass"]
+        metrics["forgetting"] = forgetting(tuned, tokenizer, sizes.base_answers, places)
     else:
         records = data.read("records-validation" if is_pilot else "records-heldout")
         asked = middle_questions(records, sizes.validation_questions if is_pilot else sizes.questions)
@@ -182,8 +183,6 @@ def fine_tune(
         figures["items"] = {"found": [float(one.right) for one in found]}
         if trainer.meap is not None and not is_pilot:
             metrics |= masked_losses(trainer, tuned, tokenizer, settings, sizes.masked)
-    if not is_pilot:
-        metrics["forgetting"] = forgetting(tuned, tokenizer, sizes.base_answers, places)
     return figures
 
 
