@@ -406,10 +406,8 @@ def test_a_small_run_of_each_kind(folder, places):
     for arm in ("meap-separate", "meap-concat"):
         assert {"found", "answer_loss", "masked_loss_alone"} <= set(found["documents", arm]["metrics"])
         assert found["documents", arm]["steps"] == 2, "one epoch of two originals each"
-    assert (
-        found["documents", "ntp-once"]["steps"] == 2
-        and "masked_loss_alone" not in found["documents", "ntp-once"]["metrics"]
-    )
+    once = found["documents", "ntp-once"]
+    assert once["steps"] == 2 and set(once["metrics"]) == {"found", "answer_loss"}
     assert found["documents-pilot", "rows-80"]["steps"] == 4
     heads = found["graphs", "caft-1"]
     assert set(heads["metrics"]) == {"paths", "first", "tokens_per_pass"}

@@ -149,3 +149,13 @@ def times(ratio: float | None) -> str:
 def title(name: str) -> str:
     shown = METRICS[name]
     return f"{shown.title}{', %' if shown.percent else ''} {'↓' if shown.lower_is_better else '↑'}"
+
+
+def means_table(lines: Lines, task: str, arms: Iterable[design.Arm | design2.Arm], names: Sequence[str]) -> str:
+    """Of each arm the seeds that were run, and the means of these metrics over them."""
+    rows = []
+    for arm in arms:
+        found = of(lines, task, arm.name)
+        cells = [with_interval(estimate(map(metric(name), found)), name) if found else "-" for name in names]
+        rows.append([f"`{arm.name}`", arm.says, ", ".join(str(line["seed"]) for line in found) or "-", *cells])
+    return table(["arm", "", "seeds", *map(title, names)], rows)

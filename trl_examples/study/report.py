@@ -32,6 +32,7 @@ from estimates import (
     estimate,
     judged,
     mean_difference,
+    means_table,
     metric,
     number,
     of,
@@ -50,13 +51,7 @@ MARKS = ("<!-- the study -->", "<!-- end of the study -->")
 
 
 def metrics_table(lines: Lines, task: str) -> str:
-    names = design.SHOWN[task]
-    rows = []
-    for arm in design.TASKS[task].arms:
-        found = of(lines, task, arm.name)
-        cells = [with_interval(estimate(map(metric(name), found)), name) if found else "-" for name in names]
-        rows.append([f"`{arm.name}`", arm.says, str(len(found)), *cells])
-    return table(["arm", "", "seeds", *map(title, names)], rows)
+    return means_table(lines, task, design.TASKS[task].arms, design.SHOWN[task])
 
 
 def differences_table(lines: Lines, task: str) -> str:

@@ -17,9 +17,9 @@ from estimates import (
     Lines,
     by_seed,
     detectable,
-    estimate,
     line_pairs,
     mean_difference,
+    means_table,
     metric,
     number,
     of,
@@ -202,14 +202,8 @@ def differences_table(lines: Lines, task: str) -> str:
     return table(["paired difference", *map(title, names)], rows)
 
 
-def means_table(lines: Lines, task: str) -> str:
-    names = design2.SHOWN[task]
-    rows = []
-    for arm in design2.TASKS[task].arms:
-        found = of(lines, task, arm.name)
-        cells = [with_interval(estimate(map(metric(name), found)), name) if found else "-" for name in names]
-        rows.append([f"`{arm.name}`", arm.says, ", ".join(str(line["seed"]) for line in found) or "-", *cells])
-    return table(["arm", "", "seeds", *map(title, names)], rows)
+def arms_table(lines: Lines, task: str) -> str:
+    return means_table(lines, task, design2.TASKS[task].arms, design2.SHOWN[task])
 
 
 def heads_table(lines: Lines, task: str) -> str:
@@ -380,18 +374,18 @@ def section(lines: Lines) -> list[str]:
         "### Pilots and rules",
         pilots(lines),
         "### A. Few data, many epochs",
-        means_table(lines, "few"),
+        arms_table(lines, "few"),
         differences_table(lines, "few"),
         "The ruler: 30 % more molecules change the held-out loss by "
         f"{with_interval(ruler(lines), 'heldout_loss', sign=True)}.",
         heads_table(lines, "few"),
         "![validation loss by epoch, held-out loss by arm](few.png)",
         "### B. Looking ahead",
-        means_table(lines, "graphs"),
+        arms_table(lines, "graphs"),
         heads_table(lines, "graphs"),
         "### C. Retrieval with headroom",
         *(
-            [means_table(lines, "documents"), differences_table(lines, "documents"), copied(lines)]
+            [arms_table(lines, "documents"), differences_table(lines, "documents"), copied(lines)]
             if any(line["task"] == "documents" for line in lines)
             else ["Not run yet."]
         ),
