@@ -404,7 +404,8 @@ def test_a_small_run_of_each_kind(folder, places):
         assert ("tokens_per_pass" in made["metrics"]) == bool(made["dose"]) == arm.startswith("caft")
     assert set(found["few-pilot", "0.0002-1-0.1"]["metrics"]) == {"validation_loss", "best_epoch", "epochs"}
     for arm in ("meap-separate", "meap-concat"):
-        assert {"found", "answer_loss", "masked_loss_alone"} <= set(found["documents", arm]["metrics"])
+        masked = {f"masked_{kind}_{how}" for kind in ("loss", "molecule_loss") for how in ("alone", "with_original")}
+        assert {"found", "answer_loss", *masked} == set(found["documents", arm]["metrics"])
         assert found["documents", arm]["steps"] == 2, "one epoch of two originals each"
     once = found["documents", "ntp-once"]
     assert once["steps"] == 2 and set(once["metrics"]) == {"found", "answer_loss"}

@@ -697,9 +697,13 @@ def when(lines: Lines) -> str:
         paired(lines, "molecules", arm, "ntp", metric("heldout_loss")) for arm in ("ntp-time", "caft-stage1")
     )
     said = words.WHEN.format(
-        caft=report2.few_words(lines, "caft"),
-        meap=report2.few_words(lines, "meap"),
-        frozen=report2.few_words(lines, "caft-frozen"),
+        caft=report2.in_words(lines, "few", "caft"),
+        meap=report2.in_words(lines, "few", "meap"),
+        frozen=report2.in_words(lines, "few", "caft-frozen"),
+        separate=report2.in_words(lines, "documents", "meap-separate"),
+        concat=report2.in_words(lines, "documents", "meap-concat"),
+        separate_steps=report2.in_words(lines, "documents", "meap-separate", "ntp-once"),
+        concat_steps=report2.in_words(lines, "documents", "meap-concat", "ntp-once"),
         ruler=with_interval(report2.ruler(lines), "heldout_loss", sign=True),
         trained=report2.tokens_per_pass(lines, "caft"),
         kept=report2.tokens_per_pass(lines, "caft-frozen"),

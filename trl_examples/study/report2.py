@@ -126,13 +126,16 @@ def rows_worth(lines: Lines, difference: Estimate | None) -> str:
     return f"{100 * (design2.RULER - 1) * difference.mean / measured.mean:+.0f} % rows"
 
 
-def few_words(lines: Lines, arm: str) -> str:
-    """What an arm changed where data are few, in half a sentence."""
-    difference = paired(lines, "few", arm, "ntp", metric("heldout_loss"))
+def in_words(lines: Lines, task: str, arm: str, against: str = "ntp") -> str:
+    """What an arm changed of its task's first metric, in half a sentence, by seeds."""
+    name = design2.SHOWN[task][0]
+    difference = paired(lines, task, arm, against, metric(name))
     if difference is None:
         return "not run yet"
     seeds = f"{difference.seeds} seed{'s' if difference.seeds > 1 else ''}"
-    return f"{with_interval(difference, 'heldout_loss', True)} nats over {seeds}: {verdict(difference, True)}"
+    unit = "points" if design2.METRICS[name].percent else "nats"
+    said = verdict(difference, design2.METRICS[name].lower_is_better)
+    return f"{with_interval(difference, name, True)} {unit} over {seeds}: {said}"
 
 
 def tokens_per_pass(lines: Lines, arm: str) -> str:
@@ -413,17 +416,19 @@ def copied(lines: Lines) -> str:
     """Whether a copy behind its original is copied from it."""
     rows = []
     for arm in design2.DOCUMENT_ARMS:
-        found = [line for line in of(lines, "documents", arm.name) if "masked_loss_alone" in line["metrics"]]
-        if found:
-            alone, beside = (
-                float(np.mean([line["metrics"][name] for line in found]))
-                for name in ("masked_loss_alone", "masked_loss_with_original")
-            )
-            rows.append([f"`{arm.name}`", str(len(found)), f"{alone:.3f}", f"{beside:.3f}"])
+        for kind, says in (
+            ("masked_loss", "in the prompt (documents)"),
+            ("masked_molecule_loss", "not in the prompt (molecules)"),
+        ):
+            names = [f"{kind}_{how}" for how in ("alone", "with_original")]
+            found = [line["metrics"] for line in of(lines, "documents", arm.name) if names[0] in line["metrics"]]
+            if found:
+                losses = [f"{np.mean([metrics[name] for metrics in found]):.3f}" for name in names]
+                rows.append([f"`{arm.name}`", says, str(len(found)), *losses])
     if not rows:
         return ""
-    return "Loss on masked tokens of questions that were not trained on:\n\n" + table(
-        ["arm", "seeds", "the copy alone", "the original in view"], rows
+    return "Loss on masked tokens of rows that were not trained on, in nats:\n\n" + table(
+        ["arm", "the answer stands", "seeds", "the copy alone", "the original in view"], rows
     )
 
 

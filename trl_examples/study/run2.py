@@ -182,7 +182,17 @@ def fine_tune(
         metrics |= {"found": measure.mean(one.right for one in found), "answer_loss": measure.mean_loss(found)}
         figures["items"] = {"found": [float(one.right) for one in found]}
         if trainer.meap is not None and not is_pilot:
-            metrics |= masked_losses(trainer, tuned, tokenizer, settings, sizes.masked)
+            new_rows = document_rows({**settings, "rows": sizes.masked}, seed=1_000)
+            metrics |= masked_losses("masked_loss", trainer, tuned, tokenizer, new_rows, settings["meap"])
+            # Of these the answer does not stand in the prompt.
+            least = design2.MEAP["min_answer_tokens"]
+            molecules = [
+                row
+                for row in data.read("molecules-heldout")
+                if len(tokenizer(row["completion"]).input_ids) >= least + 2  # the first is never masked, nor the last
+            ][: sizes.masked]
+            shorter = {**settings["meap"], "min_answer_tokens": least}
+            metrics |= masked_losses("masked_molecule_loss", trainer, tuned, tokenizer, molecules, shorter)
     return figures
 
 
@@ -371,31 +381,29 @@ def figures_of(trainer: Any, clock: Clock) -> Figures:
 
 
 @torch.no_grad()
-def masked_losses(trainer: Watched, tuned: Any, tokenizer: Any, settings: dict[str, Any], number: int) -> dict:
-    """Loss on masked tokens of questions that were not trained on, the original in view before the copy and not in
-    view: how much a copy behind its original copies in place of understanding."""
-    rows = []
-    for row in document_rows({**settings, "rows": number}, seed=1_000):
-        prompt, answer = (tokenizer(row[key]).input_ids for key in ("prompt", "completion"))
-        ends = [*answer, tokenizer.eos_token_id]
-        rows.append({"input_ids": prompt + ends, "labels": [IGNORE] * len(prompt) + ends})
+def masked_losses(
+    metric: str, trainer: Watched, tuned: Any, tokenizer: Any, rows: Sequence[data.Row], block: dict[str, Any]
+) -> dict[str, float]:
+    """Loss on the masked tokens of rows that were not trained on, the original in view before the copy and not in view:
+    how much a copy behind its original can copy in place of understanding."""
     found = {}
-    for name, layout in (("masked_loss_with_original", "concat"), ("masked_loss_alone", "separate")):
-        config = MEAPConfig(**{**settings["meap"], "layout": layout})
+    for name, layout in (("with_original", "concat"), ("alone", "separate")):
+        config = MEAPConfig(**{**block, "layout": layout})
         make = Duplication.of(config, tokenizer, None)
         collate = MEAPCollator(DataCollatorForSeq2Seq(tokenizer), config, trainer.meap.collator.mask_id, seed=0)
         total, count = 0.0, 0
         for row in rows:
-            *_, copy = make(row)
+            prompt, answer = (tokenizer(row[key]).input_ids for key in ("prompt", "completion"))
+            ends = [*answer, tokenizer.eos_token_id]
+            *_, copy = make({"input_ids": prompt + ends, "labels": [IGNORE] * len(prompt) + ends})
             batch = measure.on(tuned.device, collate([copy]))
-            masked = (batch[PLAN] & MASKED).bool()[0]
-            places = masked.nonzero()[:, 0]
+            places = (batch[PLAN] & MASKED).bool()[0].nonzero()[:, 0]
             with measure.quickly(tuned.device):
                 logits = tuned(input_ids=batch["input_ids"], use_cache=False, logits_to_keep=places - 1).logits[0]
             wanted = batch["labels"][0, places]
             total += torch.nn.functional.cross_entropy(logits.float(), wanted, reduction="sum").item()
             count += len(places)
-        found[name] = total / count
+        found[f"{metric}_{name}"] = total / count
     return found
 
 

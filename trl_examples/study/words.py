@@ -87,8 +87,9 @@ by {ruler} nats.
 6. MEAP `separate`, ratio 0.15: {meap}.
 7. **You have time left, not rows**: take more steps first. In study 1 half as many steps more changed the loss by
 {more}, CAFT by {heads}.
-8. **Retrieval, long contexts**: study 1 could not have seen an effect of MEAP below {documents}. The paper's own
-evidence, at 8B, stands below.
+8. **Retrieval, long contexts**: against next-token training on as many tokens MEAP changed the share that is found by
+{separate} (`separate`); {concat} (`concat`). Against as many optimizer steps: {separate_steps}; {concat_steps}. Study 1
+could not have seen an effect below {documents}. The paper's own evidence, at 8B, stands below.
 9. A default of the product changes where a study says 'better'; so far none was changed.
 10. Whatever you switch on: run the next-token arm with the same seeds beside it, three at least."""
 
