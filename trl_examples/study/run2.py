@@ -387,15 +387,14 @@ def masked_losses(
     """Loss on the masked tokens of rows that were not trained on, the original in view before the copy and not in view:
     how much a copy behind its original can copy in place of understanding."""
     found = {}
+    asked = measure.asked(tokenizer, rows)
     for name, layout in (("with_original", "concat"), ("alone", "separate")):
         config = MEAPConfig(**{**block, "layout": layout})
         make = Duplication.of(config, tokenizer, None)
         collate = MEAPCollator(DataCollatorForSeq2Seq(tokenizer), config, trainer.meap.collator.mask_id, seed=0)
         total, count = 0.0, 0
-        for row in rows:
-            prompt, answer = (tokenizer(row[key]).input_ids for key in ("prompt", "completion"))
-            ends = [*answer, tokenizer.eos_token_id]
-            *_, copy = make({"input_ids": prompt + ends, "labels": [IGNORE] * len(prompt) + ends})
+        for prompt, answer in asked:
+            *_, copy = make({"input_ids": prompt + answer, "labels": [IGNORE] * len(prompt) + answer})
             batch = measure.on(tuned.device, collate([copy]))
             places = (batch[PLAN] & MASKED).bool()[0].nonzero()[:, 0]
             with measure.quickly(tuned.device):
