@@ -19,6 +19,7 @@ sys.path.insert(0, str(STUDY))
 
 import data
 import design
+import estimates
 import measure
 import report
 import results
@@ -306,7 +307,7 @@ def test_what_is_committed_is_what_the_committed_results_say():
     readme = report.README.read_text(encoding="utf-8")
     for name, page in (("README.md", report.page), ("study-1.md", report.first_page)):
         assert (report.HERE / name).read_text(encoding="utf-8") == page(lines), "run: make study-report"
-    assert readme == report.with_section(readme, lines), "run: make study-report"
+    assert readme == report.with_sections(readme, lines), "run: make study-report"
 
 
 # 97.5 % quantiles of Student's t by degrees of freedom, from a printed table
@@ -333,7 +334,7 @@ def test_the_effect_that_could_have_been_seen_is_seen_in_four_studies_of_five(se
     studies = report.detectable(found) + draw.standard_normal((20_000, seeds))
     halves = QUANTILES[seeds - 1] * studies.std(axis=1, ddof=1) / math.sqrt(seeds)
     assert np.mean(studies.mean(axis=1) > halves) == pytest.approx(report.POWER, abs=0.012)
-    assert [report.rounded_up(value) for value in (0.0105, 19.6, 29.88, 20.0, 0.0)] == [0.011, 20, 30, 20, 0]
+    assert [estimates.rounded_up(value) for value in (0.0105, 19.6, 29.88, 20.0, 0.0)] == [0.011, 20, 30, 20, 0]
 
 
 def test_differences_are_paired_by_seed():

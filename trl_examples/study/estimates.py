@@ -130,6 +130,12 @@ def number(value: float, name: str, sign: bool = False) -> str:
     return zero if text.lstrip("+-") == zero else text
 
 
+def in_unit(size: float, name: str) -> str:
+    """The size of a difference of a metric, rounded up."""
+    percent = METRICS[name].percent
+    return f"{rounded_up(100 * size if percent else size):g} {'points' if percent else 'nats'}"
+
+
 def with_interval(found: Estimate | None, name: str, sign: bool = False) -> str:
     if found is None:
         return "-"

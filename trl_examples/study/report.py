@@ -30,6 +30,7 @@ from estimates import (
     by_seed,
     detectable,
     estimate,
+    in_unit,
     judged,
     mean_difference,
     means_table,
@@ -37,7 +38,6 @@ from estimates import (
     number,
     of,
     paired,
-    rounded_up,
     table,
     times,
     title,
@@ -47,7 +47,6 @@ from estimates import (
 
 HERE = Path(__file__).parent
 README = HERE.parents[1] / "README.md"
-MARKS = ("<!-- the study -->", "<!-- end of the study -->")
 
 
 def metrics_table(lines: Lines, task: str) -> str:
@@ -162,12 +161,7 @@ def limits(lines: Lines, method: str) -> list[str]:
         least = detectable(difference) if difference else None
         if least is not None and outcome == "no difference shown":
             found[c.metric] = max(least, found.get(c.metric, 0.0))
-    said = []
-    for name, least in found.items():
-        shown = design.METRICS[name]
-        size = rounded_up(100 * least if shown.percent else least)
-        said.append(f"{size:g} {'points' if shown.percent else 'nats'} ({shown.title})")
-    return said
+    return [f"{in_unit(least, name)} ({design.METRICS[name].title})" for name, least in found.items()]
 
 
 def secondary(lines: Lines) -> str:
@@ -702,13 +696,10 @@ def when(lines: Lines) -> str:
         frozen=report2.in_words(lines, "few", "caft-frozen"),
         separate=report2.in_words(lines, "documents", "meap-separate"),
         concat=report2.in_words(lines, "documents", "meap-concat"),
-        separate_steps=report2.in_words(lines, "documents", "meap-separate", "ntp-once"),
-        concat_steps=report2.in_words(lines, "documents", "meap-concat", "ntp-once"),
         ruler=with_interval(report2.ruler(lines), "heldout_loss", sign=True),
         trained=report2.tokens_per_pass(lines, "caft"),
         kept=report2.tokens_per_pass(lines, "caft-frozen"),
         times=times(times_),
-        documents=" and ".join(limits(lines, "MEAP")) or "any size",
         more=with_interval(more, "heldout_loss", sign=True),
         heads=with_interval(with_heads, "heldout_loss", sign=True),
     )
@@ -719,18 +710,29 @@ def when(lines: Lines) -> str:
     )
 
 
-def readme_section(lines: Lines) -> str:
-    """The sentences that README.md of the repository has between its marks."""
+def for_whom(lines: Lines) -> str:
+    """The sentence at the top of the repository's README."""
+    won = [c.question for method in methods() for c, outcome in primary_verdicts(lines, method) if outcome == "better"]
+    won += [answer.comparison.question for answer in report2.answers(lines) if answer.said == "better"]
+    return filled(words.HELPED.format(questions=" ".join(won)) if won else words.FOR_WHOM)
+
+
+def does_it_help(lines: Lines) -> str:
+    """The section of the repository's README."""
     missing, planned = len(results.missing(lines)), len(design.plan())
-    said = words.README.format(
-        model=design.MODEL,
-        answer=". ".join(helped(lines, method) for method in methods()),
+    first = words.FIRST.format(
+        ruler=with_interval(report2.ruler(lines), "heldout_loss", sign=True),
+        answer="; ".join(helped(lines, method) for method in methods()),
         runs=f"{planned} runs, {missing} of them still to be done" if missing else f"{planned} runs",
-        second=report2.headline(lines),
         planned=len(design.COMPARISONS),
         outcomes=outcomes(lines),
     )
-    return textwrap.fill(said, 120, break_on_hyphens=False, break_long_words=False)
+    second = filled(words.SECOND.format(model=design.MODEL, state=report2.state(lines)))
+    return "\n\n".join([second, report2.short_table(lines), filled(first)])
+
+
+def filled(text: str) -> str:
+    return textwrap.fill(text, 120, break_on_hyphens=False, break_long_words=False)
 
 
 def outcomes(lines: Lines) -> str:
@@ -745,15 +747,21 @@ def outcomes(lines: Lines) -> str:
     return ", ".join(named)
 
 
-def with_section(text: str, lines: Lines) -> str:
-    """README.md's text with that section anew.
+def with_sections(text: str, lines: Lines) -> str:
+    """README.md's text, what stands between its marks written anew.
 
     Raises:
-        ValueError: the marks are not there once each.
+        ValueError: a pair of marks is not there once.
     """
-    (before, rest), end = text.split(MARKS[0]), MARKS[1]
-    _, after = rest.split(end)
-    return f"{before}{MARKS[0]}\n\n{readme_section(lines)}\n\n{end}{after}"
+    for name, write in SECTIONS.items():
+        start, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+        (before, rest) = text.split(start)
+        (_, after) = rest.split(end)
+        text = f"{before}{start}\n\n{write(lines)}\n\n{end}{after}"
+    return text
+
+
+SECTIONS = {"for whom": for_whom, "the study": does_it_help}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -772,7 +780,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         (options.out / name).write_text(write(lines), encoding="utf-8")
     print(f"wrote README.md, study-1.md and {len(DRAWINGS)} figures into {options.out}")
     if options.out == HERE:
-        README.write_text(with_section(README.read_text(encoding="utf-8"), lines), encoding="utf-8")
+        README.write_text(with_sections(README.read_text(encoding="utf-8"), lines), encoding="utf-8")
         print(f"and the study's sentences in {README}")
     return 0
 
