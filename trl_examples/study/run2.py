@@ -129,7 +129,7 @@ def fine_tune(
         peft_config=None if full else LoraConfig(task_type="CAUSAL_LM", **design2.design.LORA),
         caft=caft,
         meap=None if settings["meap"] is None else MEAPConfig(**settings["meap"]),
-        dose_every=sizes.dose_every if caft is not None and not is_pilot else 0,
+        dose_every=sizes.dose_every,
     )
     if settings.get("noise"):
         trainer.data_collator = Noise(trainer.data_collator, settings["noise"], len(tokenizer), run.seed)
@@ -253,8 +253,10 @@ def as_dataset(rows: Sequence[measure.Asked]) -> Dataset:
 
 
 class Dosed(Trainer):
-    """At every `dose_every`th step notes how long the heads' gradient is on the model's own weights, beside that of
-    next-token training, and the cosine between them."""
+    """At every `dose_every`th step of a run with heads notes how long their gradient is on the model's own weights,
+    beside that of next-token training, and the cosine between them."""
+
+    caft: Any  # the trainer's own
 
     def __init__(self, *args: Any, dose_every: int, **kwargs: Any) -> None:
         self.dose_every = dose_every
@@ -262,7 +264,7 @@ class Dosed(Trainer):
         super().__init__(*args, **kwargs)
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
-        if not self.dose_every or self.state.global_step % self.dose_every:
+        if self.caft is None or self.state.global_step % self.dose_every:
             return super().training_step(model, inputs, *args, **kwargs)
         batch = {key: inputs[key] for key in ("input_ids", "attention_mask", "labels")}
         drawn = random_state()
@@ -517,7 +519,7 @@ def look_ahead(run: design2.Run, settings: dict[str, Any], sizes: design2.Sizes,
         train_dataset=FreshGraphs(settings, run.seed),
         data_collator=the_batch,
         caft=None if settings["caft"] is None else CAFTConfig(**settings["caft"]),
-        dose_every=sizes.dose_every if settings["caft"] is not None else 0,
+        dose_every=sizes.dose_every,
     )
     clock = Clock()
     trainer.add_callback(clock)
