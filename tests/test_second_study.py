@@ -239,6 +239,24 @@ def test_better_only_where_the_corrected_p_says_so(differences, said):
         assert found.p == pytest.approx(by_hand) and found.corrected == pytest.approx(min(1, 4 * by_hand))
 
 
+def test_other_intervals_that_exclude_zero_are_bold_and_claim_nothing():
+    lines = with_losses("caft", [-0.1, -0.25, -0.08, -0.22])  # excludes zero, but not when corrected
+    lines += [one for one in with_losses("noise", [0.1, 0.11, 0.09, 0.1]) if one["arm"] == "noise"]
+    for one in lines:
+        one["metrics"] |= {name: 0.5 for name in design2.SHOWN["few"] if name not in one["metrics"]}
+    rows = report2.differences_table(lines, "few").splitlines()
+    # Their mean is -0.1625, their deviation 0.085, half the interval 3.182 x 0.085 / 2.
+    caft = "| `caft` - `ntp` | **-0.1625 (-0.2978 to -0.0272)** | 0.0 (0.0 to 0.0) |"
+    assert any(row.startswith(caft) for row in rows)
+    assert any(row.startswith("| `noise` - `ntp` | **+0.1000 (") for row in rows)
+    assert "over 4 seeds: no difference shown (0." in report2.in_words(lines, "few", "caft")
+    assert report2.in_words(lines, "few", "noise").endswith("over 4 seeds: not corrected, excludes zero")
+    assert report2.in_words(lines, "few", "meap") == "not run yet"
+    one_seed = [one for one in lines if one["seed"] == 0]
+    for arm in ("caft", "noise"):
+        assert report2.in_words(one_seed, "few", arm).endswith("(one seed) nats over 1 seed: one seed, no interval")
+
+
 def test_paths_are_compared_by_the_seeds_that_learnt_them():
     lines = [
         line("graphs", arm, seed, paths=share, first=share)

@@ -27,13 +27,14 @@ from estimates import (
     paired,
     table,
     title,
-    verdict,
     with_interval,
 )
 from scipy import stats
 
 DRAWS = 2_000  # of seeds and items, for the intervals of what was measured item by item
 NAMES = {"few": "A", "graphs": "B", "documents": "C"}
+ONE_SEED = "one seed, no interval"
+NOT_SHOWN = "no difference shown"
 BY_ITEM = ("exact", "valid", "tanimoto", "found")
 
 
@@ -105,9 +106,9 @@ def said_of(lines: Lines, comparison: Comparison, pairs: list[tuple[float, float
     if not pairs:
         return "not run"
     if len(pairs) < 2:
-        return "one seed, no interval"
+        return ONE_SEED
     if corrected >= 1 - CONFIDENCE:
-        return "no difference shown"
+        return NOT_SHOWN
     better = np.mean([ours - theirs for ours, theirs in pairs]) < 0
     return "better" if better == design2.METRICS[comparison.metric].lower_is_better else "worse"
 
@@ -136,16 +137,23 @@ def rows_worth(lines: Lines, difference: Estimate | None) -> str:
 
 
 def in_words(lines: Lines, task: str, arm: str) -> str:
-    """What an arm changed of its task's first metric beside next-token training, in half a sentence, by seeds."""
+    """What an arm changed of its task's first metric beside next-token training, in half a sentence, by seeds. 'Better'
+    and 'worse' are for the four questions."""
     name = design2.SHOWN[task][0]
     difference = paired(lines, task, arm, "ntp", metric(name))
     if difference is None:
         return "not run yet"
+    asked = {(one.comparison.task, one.comparison.arm): one.said for one in answers(lines)}
+    if (task, arm) in asked:
+        said = asked[task, arm]
+    elif difference.half is None:
+        said = ONE_SEED
+    else:
+        said = "not corrected, excludes zero" if difference.excludes_zero else NOT_SHOWN
+    if said == NOT_SHOWN and (least := detectable(difference)):
+        said += f" ({in_unit(least, name)} could have been seen)"
     seeds = f"{difference.seeds} seed{'s' if difference.seeds > 1 else ''}"
     unit = "points" if design2.METRICS[name].percent else "nats"
-    said = verdict(difference, design2.METRICS[name].lower_is_better)
-    if said == "no difference shown":
-        said += f" ({in_unit(detectable(difference) or 0.0, name)} could have been seen)"
     return f"{with_interval(difference, name, True)} {unit} over {seeds}: {said}"
 
 
@@ -248,13 +256,11 @@ def differences_table(lines: Lines, task: str) -> str:
         cells = []
         for name in names:
             difference = paired(lines, task, ours, theirs, metric(name))
-            if name in BY_ITEM:
-                difference = by_items(lines, task, ours, theirs, name) or difference
-            said = verdict(difference, design2.METRICS[name].lower_is_better)
-            if name in BY_ITEM and difference and difference.seeds < design2.INTERIM:
-                said = "few seeds"  # of which resampling makes too much
-            strong = f" **{said}**" if said in ("better", "worse") else ""
-            cells.append(f"{with_interval(difference, name, sign=True)}{strong}" if difference else said)
+            resampled = by_items(lines, task, ours, theirs, name) if name in BY_ITEM else None
+            found = resampled or difference
+            # Of few seeds resampling makes too much.
+            strong = found is not None and found.excludes_zero and (not resampled or found.seeds >= design2.INTERIM)
+            cells.append(f"{'**' if strong else ''}{with_interval(found, name, sign=True)}{'**' if strong else ''}")
         rows.append([f"`{ours}` - `{theirs}`", *cells])
     return table(["paired difference", *map(title, names)], rows)
 
@@ -380,8 +386,8 @@ Declared in `design2.py` and committed before the runs that count; pilots choose
 float32. A seed says which rows are drawn and in which order, and differences are taken between runs of the same seed on
 the same kind of machine. What is measured is the saved model, loaded anew without heads. The four questions are
 corrected by Holm's rule; 'better' and 'worse' stand there only where the corrected p is below {alpha:.2f}. Elsewhere
-intervals are not corrected. What is counted item by item (exact match, valid, Tanimoto, found) is resampled over seeds
-and items, and judged from four seeds on.
+intervals are not corrected, and no claim is made; those that exclude zero are bold. What is counted item by item (exact
+match, valid, Tanimoto, found) is resampled over seeds and items, and bold from four seeds on.
 
 - **A. Few data, many epochs**: {few} molecules a seed, full fine-tuning, batch {batch}, up to {epochs} epochs at a
   constant learning rate; the epoch of the best validation loss is tested, and a run ends {patience} epochs after it.
