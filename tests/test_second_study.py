@@ -293,6 +293,8 @@ def test_runs_of_other_kinds_of_machine_are_no_pair():
     lines = [*with_losses("caft", [-0.1, -0.1]), line("few", "caft", 2, "other", heldout_loss=0.0)]
     lines.append(line("few", "ntp", 2, "this", heldout_loss=9.0))
     assert [ours - theirs for ours, theirs in report2.answers(lines)[0].pairs] == pytest.approx([-0.1, -0.1])
+    assert report2.alone(lines).endswith("kinds of machine**: few `caft` beside `ntp`, seed 2.")
+    assert report2.alone(lines[:-1]) == "", "seed 2 of next-token training is still to be done"
 
 
 def test_items_are_resampled_with_their_seeds():

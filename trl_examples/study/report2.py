@@ -265,6 +265,21 @@ def differences_table(lines: Lines, task: str) -> str:
     return table(["paired difference", *map(title, names)], rows)
 
 
+def alone(lines: Lines) -> str:
+    """Names runs that are in no difference, because the arm beside them was run on another kind of machine. Empty where
+    there are none."""
+    found = set()
+    for task in design2.TASKS.values():
+        for ours, theirs in ((arm.name, name) for arm in task.arms for name in arm.against):
+            seeds, others = ({one["seed"] for one in of(lines, task.name, name)} for name in (ours, theirs))
+            compared = {one["seed"] for one, _ in line_pairs(lines, task.name, ours, theirs)}
+            left = (seeds & others) - compared
+            found |= {f"{task.name} `{ours}` beside `{theirs}`, seed {seed}" for seed in left}
+    if not found:
+        return ""
+    return f"**Not compared, for the two were run on different kinds of machine**: {'; '.join(sorted(found))}."
+
+
 def arms_table(lines: Lines, task: str) -> str:
     return means_table(lines, task, design2.TASKS[task].arms, design2.SHOWN[task])
 
@@ -419,6 +434,7 @@ def section(lines: Lines) -> list[str]:
     parts = [
         "## Study 2: where the methods should help",
         state(lines),
+        alone(lines),
         answers_table(lines),
         "'Could have been shown from': the effect that the same test, uncorrected, shows in 80 % of such studies; of "
         "seeds that have learnt the paths, how many it takes.",

@@ -58,8 +58,8 @@ CONCLUSIONS = """\
 
 - The comparison is clean: arms differ in nothing but the method, and what is measured is the plain model that comes
   out.
-- An effect that is shown here, on short fine-tuning of a small model, is a reason to expect the same sign at 8B, and
-  no more than that. It does not give the size: the papers' gains are on other models, tasks and lengths of training.
+- An effect that is shown here, on a small model, is a reason to expect the same sign at 8B, and no more than that. It
+  does not give the size: the papers' gains are on other models, tasks and lengths of training.
 - What the methods cost in time is measured at this size; for another one take
   [the formula](../../caft_plugin/README.md#what-the-heads-cost).
 - No difference shown here does not mean that there is none at 8B. The papers report gains on generated text, where a
