@@ -15,6 +15,8 @@ from scipy import optimize, stats
 METRICS = {**design.METRICS, **design2.METRICS}
 CONFIDENCE = 0.95
 POWER = 0.8  # with which an effect that could have been seen would have been
+ONE_SEED = "one seed, no interval"
+NOT_SHOWN = "no difference shown"
 
 Lines = Sequence[results.Line]
 Value = Callable[[results.Line], float]
@@ -101,9 +103,9 @@ def verdict(difference: Estimate | None, lower_is_better: bool) -> str:
     if difference is None:
         return "not run"
     if difference.half is None:
-        return "one seed, no interval"
+        return ONE_SEED
     if not difference.excludes_zero:
-        return "no difference shown"
+        return NOT_SHOWN
     return "better" if (difference.mean < 0) == lower_is_better else "worse"
 
 
@@ -130,10 +132,14 @@ def number(value: float, name: str, sign: bool = False) -> str:
     return zero if text.lstrip("+-") == zero else text
 
 
+def unit(name: str) -> str:
+    """Of differences of a metric."""
+    return "points" if METRICS[name].percent else "nats"
+
+
 def in_unit(size: float, name: str) -> str:
     """The size of a difference of a metric, rounded up."""
-    percent = METRICS[name].percent
-    return f"{rounded_up(100 * size if percent else size):g} {'points' if percent else 'nats'}"
+    return f"{rounded_up(100 * size if METRICS[name].percent else size):g} {unit(name)}"
 
 
 def with_interval(found: Estimate | None, name: str, sign: bool = False) -> str:

@@ -24,6 +24,7 @@ import results
 import words
 from estimates import (
     CONFIDENCE,
+    NOT_SHOWN,
     POWER,
     Estimate,
     Lines,
@@ -159,7 +160,7 @@ def limits(lines: Lines, method: str) -> list[str]:
     for c, outcome in primary_verdicts(lines, method):
         difference = paired(lines, c.task, c.arm, c.against, metric(c.metric))
         least = detectable(difference) if difference else None
-        if least is not None and outcome == "no difference shown":
+        if least is not None and outcome == NOT_SHOWN:
             found[c.metric] = max(least, found.get(c.metric, 0.0))
     return [f"{in_unit(least, name)} ({design.METRICS[name].title})" for name, least in found.items()]
 
@@ -704,10 +705,7 @@ def when(lines: Lines) -> str:
         heads=with_interval(with_heads, "heldout_loss", sign=True),
     )
     items = re.split(r"\n(?=\d+\. )", said)
-    return "\n".join(
-        textwrap.fill(item, 120, subsequent_indent="   ", break_on_hyphens=False, break_long_words=False)
-        for item in items
-    )
+    return "\n".join(filled(item, indent="   ") for item in items)
 
 
 def for_whom(lines: Lines) -> str:
@@ -731,8 +729,9 @@ def does_it_help(lines: Lines) -> str:
     return "\n\n".join([second, report2.short_table(lines), filled(first)])
 
 
-def filled(text: str) -> str:
-    return textwrap.fill(text, 120, break_on_hyphens=False, break_long_words=False)
+def filled(text: str, indent: str = "") -> str:
+    """The text in lines of at most 120 characters; `indent` stands before all but the first."""
+    return textwrap.fill(text, 120, subsequent_indent=indent, break_on_hyphens=False, break_long_words=False)
 
 
 def outcomes(lines: Lines) -> str:
@@ -747,6 +746,9 @@ def outcomes(lines: Lines) -> str:
     return ", ".join(named)
 
 
+SECTIONS = {"for whom": for_whom, "the study": does_it_help}  # by the name in their marks
+
+
 def with_sections(text: str, lines: Lines) -> str:
     """README.md's text, what stands between its marks written anew.
 
@@ -755,13 +757,10 @@ def with_sections(text: str, lines: Lines) -> str:
     """
     for name, write in SECTIONS.items():
         start, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
-        (before, rest) = text.split(start)
-        (_, after) = rest.split(end)
+        before, rest = text.split(start)
+        _, after = rest.split(end)
         text = f"{before}{start}\n\n{write(lines)}\n\n{end}{after}"
     return text
-
-
-SECTIONS = {"for whom": for_whom, "the study": does_it_help}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -13,6 +13,8 @@ import results
 from design import Comparison
 from estimates import (
     CONFIDENCE,
+    NOT_SHOWN,
+    ONE_SEED,
     Estimate,
     Lines,
     by_seed,
@@ -27,14 +29,14 @@ from estimates import (
     paired,
     table,
     title,
+    unit,
+    verdict,
     with_interval,
 )
 from scipy import stats
 
 DRAWS = 2_000  # of seeds and items, for the intervals of what was measured item by item
 NAMES = {"few": "A", "graphs": "B", "documents": "C"}
-ONE_SEED = "one seed, no interval"
-NOT_SHOWN = "no difference shown"
 BY_ITEM = ("exact", "valid", "tanimoto", "found")
 
 
@@ -146,15 +148,14 @@ def in_words(lines: Lines, task: str, arm: str) -> str:
     asked = {(one.comparison.task, one.comparison.arm): one.said for one in answers(lines)}
     if (task, arm) in asked:
         said = asked[task, arm]
-    elif difference.half is None:
-        said = ONE_SEED
+    elif difference.excludes_zero:
+        said = "not corrected, excludes zero"
     else:
-        said = "not corrected, excludes zero" if difference.excludes_zero else NOT_SHOWN
+        said = verdict(difference, design2.METRICS[name].lower_is_better)
     if said == NOT_SHOWN and (least := detectable(difference)):
         said += f" ({in_unit(least, name)} could have been seen)"
     seeds = f"{difference.seeds} seed{'s' if difference.seeds > 1 else ''}"
-    unit = "points" if design2.METRICS[name].percent else "nats"
-    return f"{with_interval(difference, name, True)} {unit} over {seeds}: {said}"
+    return f"{with_interval(difference, name, True)} {unit(name)} over {seeds}: {said}"
 
 
 def least_seen(answer: Answer) -> str:
@@ -175,23 +176,27 @@ def tokens_per_pass(lines: Lines, arm: str) -> str:
     return f"{np.mean(found):.2f}" if found else "-"
 
 
+def values(answer: Answer) -> list[str]:
+    """What each of the two arms came to: the mean, or how many seeds have learnt the paths."""
+    name = answer.comparison.metric
+    if name == "paths":
+        return [f"{count} of {len(answer.pairs)}" for count in learnt(answer.pairs)]
+    return [number(float(np.mean(side)), name) for side in zip(*answer.pairs, strict=True)]
+
+
 def answers_table(lines: Lines) -> str:
     rows = []
     for answer in answers(lines):
         one, difference = answer.comparison, answer.difference
-        measured, values = title(one.metric), ["-", "-"]
+        measured, apart = title(one.metric), with_interval(difference, one.metric, sign=True)
         if one.metric == "paths":
-            measured = f"seeds that find more than {design2.LEARNT:.0%} of the paths ↑"
-        if answer.pairs:
-            values = [number(float(np.mean(side)), one.metric) for side in zip(*answer.pairs, strict=True)]
-        if answer.pairs and one.metric == "paths":
-            values = [f"{seeds} of {len(answer.pairs)}" for seeds in learnt(answer.pairs)]
+            measured, apart = f"seeds that find more than {design2.LEARNT:.0%} of the paths ↑", "-"
         rows.append(
             [
                 f"{NAMES[one.task]}. {one.question}",
                 f"{measured}: `{one.arm}` against `{one.against}`",
-                " against ".join(values),
-                "-" if one.metric == "paths" else with_interval(difference, one.metric, sign=True),
+                " against ".join(values(answer)) if answer.pairs else "-",
+                apart,
                 rows_worth(lines, difference) if one.task == "few" else "-",
                 str(len(answer.pairs)),
                 least_seen(answer),
@@ -219,9 +224,8 @@ def short_table(lines: Lines) -> str:
     for answer in answers(lines):
         one = answer.comparison
         found = f"{title(one.metric)}: {with_interval(answer.difference, one.metric, sign=True)}"
-        if one.metric == "paths" and answer.pairs:
-            ours, theirs = learnt(answer.pairs)
-            found = f"seeds that learnt it: {ours} of {len(answer.pairs)}, without {theirs} of {len(answer.pairs)}"
+        if one.metric == "paths":
+            found = "seeds that learnt it: {}, without {}".format(*values(answer))
         rows.append([one.question, found if answer.pairs else "-", least_seen(answer), answer.said])
     return table(["question", "with the method minus without (95 %)", "could have been shown from", "verdict"], rows)
 
@@ -260,7 +264,8 @@ def differences_table(lines: Lines, task: str) -> str:
             found = resampled or difference
             # Of few seeds resampling makes too much.
             strong = found is not None and found.excludes_zero and (not resampled or found.seeds >= design2.INTERIM)
-            cells.append(f"{'**' if strong else ''}{with_interval(found, name, sign=True)}{'**' if strong else ''}")
+            text = with_interval(found, name, sign=True)
+            cells.append(f"**{text}**" if strong else text)
         rows.append([f"`{ours}` - `{theirs}`", *cells])
     return table(["paired difference", *map(title, names)], rows)
 
