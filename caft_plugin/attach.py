@@ -6,20 +6,20 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, TypeVar
+from typing import TypeVar
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
-from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from caft_plugin.config import CAFTConfig, ConfigError
-from caft_plugin.heads import MODULE_NAME, NOTING, AuxiliaryHeads, LayerCall, refuse_taken, run_head, taken
+from caft_plugin.heads import MODULE_NAME, NOTING, AuxiliaryHeads, LayerCall, refuse_taken, run_head
+from caft_plugin.hidden import HiddenSubmodule, copies_hold_again, copies_leave_out
 from caft_plugin.loss import IGNORE, RowLoss, cross_entropy_and_hit_of, cross_entropy_of, weighted_sum
-from caft_plugin.storage import give_memory, unsharded_twin
+from caft_plugin.storage import unsharded_twin
 from caft_plugin.trunk import Trunk
 
 # A forward's `logits_to_keep` for the least logits. A plain number lets Gemma 4 cut hidden states of whole layers.
@@ -70,16 +70,55 @@ class Result:
 
 @dataclasses.dataclass
 class _Reading:
-    """One request while it is open, what was noted of the model's call, and what came of it."""
+    """One request while it is open, what was noted of the model's call, and what came of it.
+
+    `input_ids` are the batch's, None where it has none. `calls` holds the shape of the input_ids of each call that
+    might be read (None where it had none), `of_batch` says whether the one that is being made is about the batch.
+    """
 
     request: Request
+    input_ids: Tensor | None = None
+    calls: list[torch.Size | None] = dataclasses.field(default_factory=list)
+    of_batch: bool = False
+    on_trust: bool = False
     call: LayerCall | None = None
     final: Tensor | None = None
     result: Result | None = None
 
     @property
+    def counts(self) -> bool:
+        """Whether a call made now is one that heads may learn from or are evaluated in."""
+        return not self.request.training or torch.is_grad_enabled()
+
+    @property
     def wants_notes(self) -> bool:
-        return self.result is None and (not self.request.training or torch.is_grad_enabled())
+        return self.of_batch and self.result is None and self.counts
+
+    def begin_call(self, input_ids: Tensor | None) -> None:
+        self.calls.append(None if input_ids is None else input_ids.shape)
+        if self.result is None:
+            self.on_trust = input_ids is None and self.input_ids is not None
+            self.of_batch = None in (input_ids, self.input_ids) or _same(input_ids, self.input_ids)
+
+    def check(self, name: str) -> None:
+        """Raise ConfigError where heads did not learn from the batch, or nobody can tell whether they did. `name` is
+        the model's."""
+        if self.input_ids is None or not self.calls or not self.request.training:
+            return
+        if self.result is None:
+            asked = ", ".join(str(tuple(shape or ())) for shape in self.calls)
+            raise ConfigError(
+                f"caft: the loss called {name} with other input_ids than the batch's (called with shapes {asked}; the "
+                f"batch has {tuple(self.input_ids.shape)}), so heads would learn the wrong tokens. Use a trainer "
+                "that passes the batch to the model unchanged (no reshaping, merging or replacing of rows), or remove "
+                "the `caft:` block."
+            )
+        if self.on_trust and len(self.calls) > 1:
+            raise ConfigError(
+                f"caft: the loss called {name} {len(self.calls)} times, the first time without input_ids "
+                "(inputs_embeds), so nothing tells which call is about the batch. Pass the batch's input_ids to the "
+                "call whose tokens the heads are to learn, or remove the `caft:` block."
+            )
 
 
 class AttachedHeads:
@@ -99,6 +138,7 @@ class AttachedHeads:
         self.apply_norm = bool(config.head_norm)
         self.hidden = HiddenSubmodule(model, MODULE_NAME, heads)
         self._handles: list[RemovableHandle] = []
+        self._wrapper = WatchedWrapper()
         self._own_class: type = type(trunk.last_layer)
         self._noting_class: type | None = None
         self._reading: _Reading | None = None
@@ -131,6 +171,7 @@ class AttachedHeads:
             self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             self.model.register_forward_hook(self._after_forward),
         ]
+        copies_leave_out(self, self.model, self.trunk.norm, layer)
         return self
 
     def detach(self) -> None:
@@ -140,7 +181,9 @@ class AttachedHeads:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        self._wrapper.watch(None)
         layer = self.trunk.last_layer
+        copies_hold_again(self, self.model, self.trunk.norm, layer)
         wrapper = type(layer)
         if wrapper is self._noting_class:
             layer.__class__ = self._own_class
@@ -157,15 +200,33 @@ class AttachedHeads:
     def __exit__(self, *_: object) -> None:
         self.detach()
 
-    def answer(self, request: Request, host_loss: Callable[[], T]) -> tuple[T, Result | None]:
-        """What `host_loss` returns, and the heads' part: the first call of the model in it (in training: the first with
-        gradients) runs them. None where there was no such call."""
+    def answer(
+        self,
+        request: Request,
+        host_loss: Callable[[], T],
+        *,
+        called: nn.Module | None = None,
+        input_ids: Tensor | None = None,
+    ) -> tuple[T, Result | None]:
+        """Return what `host_loss` returns, and the heads' part: the first call of the model in it that is about the
+        batch runs them (in training: the first with gradients). None where there was no call at all.
+
+        Args:
+            called: what `host_loss` calls, the model or what wraps it.
+            input_ids: of the batch (batch, length), by which its call is told from others; None: the first one counts.
+
+        Raises:
+            ConfigError: in training, no call was about the batch, or it cannot be told which one was.
+        """
         with contextlib.nullcontext() if self.attached else self:
-            reading = self._reading = _Reading(request)
+            reading = self._reading = _Reading(request, input_ids)
+            self._wrapper.watch(wrapper_of(self.model, called))
             try:
-                return host_loss(), reading.result
+                returned = host_loss()
             finally:
                 self._reading = None
+        reading.check(type(self.trunk.model).__name__)
+        return returned, reading.result
 
     def _note_call(self, layer: nn.Module, args: tuple, kwargs: dict[str, object]) -> None:
         reading = self._reading
@@ -183,12 +244,16 @@ class AttachedHeads:
         self, model: nn.Module, args: tuple, kwargs: dict[str, object]
     ) -> tuple[tuple, dict[str, object]] | None:
         reading = self._reading
-        if reading is None or reading.request.next_tokens is None or not reading.wants_notes:
+        if reading is None or not reading.counts:
+            return None
+        reading.begin_call(_input_ids(args, kwargs))
+        if reading.request.next_tokens is None or not reading.wants_notes:
             return None
         return args, {**kwargs, "labels": None, "logits_to_keep": LAST_POSITION.clone()}
 
     @torch.compiler.disable
     def _after_forward(self, model: nn.Module, args: tuple, output: object) -> ModelOutput | None:
+        self.hidden.ran = True
         reading = self._reading
         if reading is None or reading.call is None or not reading.wants_notes:
             return None
@@ -207,7 +272,7 @@ class AttachedHeads:
                 output["loss"] = self._next_token_loss(request, final, trunk)
             with without_dropout(trunk.norm, trunk.unembedding):
                 reading.result = self._run(request, call, final, trunk)
-        return _with_aux_loss(output, reading.result.loss) if request.training else None
+        return _with_aux_loss(output, reading.result.loss) if request.training and self._wrapper.runs else None
 
     def _next_token_loss(self, request: Request, final: Tensor | None, trunk: Trunk) -> Tensor:
         if final is None or request.next_tokens is None:
@@ -291,15 +356,67 @@ class AttachedHeads:
         return Result(loss, sums, right)
 
 
+def _input_ids(args: tuple, kwargs: dict[str, object]) -> Tensor | None:
+    """The token ids that a model is called with, None where it is called with embeddings."""
+    found = kwargs.get("input_ids", args[0] if args else None)
+    return found if isinstance(found, Tensor) and not found.is_floating_point() else None
+
+
+def _same(ids: Tensor | None, others: Tensor | None) -> bool:
+    if ids is others:
+        return True
+    if ids is None or others is None or ids.shape != others.shape:
+        return False
+    return torch.equal(ids, others.to(ids.device))
+
+
+def wrapper_of(model: nn.Module, called: nn.Module | None) -> nn.Module | None:
+    """What looks for the graph in the output of `model` where `called` is called: a distributed wrapper around it, or
+    the model itself where FSDP2 shards it. A compiled model is none."""
+    called = getattr(called, "_orig_mod", called)
+    return called if called is not model or isinstance(called, FSDPModule) else None
+
+
+class WatchedWrapper:
+    """Notes while a distributed wrapper runs, and gives its caller the model's output without our field."""
+
+    def __init__(self) -> None:
+        self.runs = False
+        self._wrapper: nn.Module | None = None
+        self._handles: list[RemovableHandle] = []
+
+    def watch(self, wrapper: nn.Module | None) -> None:
+        """Watch this wrapper from now on. Hooks stay where they are until another comes: compiled code knows them."""
+        if wrapper is self._wrapper:
+            return
+        for handle in self._handles:
+            handle.remove()
+        self._wrapper, self._handles = wrapper, []
+        if wrapper is not None:
+            self._handles = [
+                wrapper.register_forward_pre_hook(self._enter),
+                wrapper.register_forward_hook(self._leave),
+            ]
+
+    @torch.compiler.disable
+    def _enter(self, wrapper: nn.Module, args: tuple) -> None:
+        self.runs = True
+
+    @torch.compiler.disable
+    def _leave(self, wrapper: nn.Module, args: tuple, output: object) -> object:
+        self.runs = False
+        return _without_aux_loss(output)
+
+
 def _check_shape(model: nn.Module, hidden: Tensor, targets: Tensor) -> None:
     """Each position that is read must have its target: `hidden` (batch, length, hidden size), `targets` (batch,
     length)."""
     if hidden.shape[:-1] != targets.shape:
         raise ConfigError(
-            f"caft: {type(model).__name__} was called with another shape than its labels have: hidden "
-            f"states {tuple(hidden.shape[:-1])}, targets {tuple(targets.shape)} (batch, length), so heads would "
-            "learn the wrong tokens. CAFT needs a trainer that calls the model with its batch as it is (no virtual "
-            "tokens, no reshaping, no rows put together). Use one, or take the `caft:` block out."
+            f"caft: {type(model).__name__} received inputs whose shape differs from the labels (hidden states "
+            f"{tuple(hidden.shape[:-1])}, targets {tuple(targets.shape)}, as (batch, length)), so heads would learn "
+            "the wrong tokens. Use a trainer that passes the batch to the model unchanged (no prompt tuning, "
+            "reshaping or merging of rows), or remove the `caft:` block."
         )
 
 
@@ -374,91 +491,9 @@ def _with_aux_loss(output: ModelOutput, loss: Tensor) -> ModelOutput:
     return _output_class(type(output))(**dict(output.items()), caft_loss=loss)
 
 
-class HiddenSubmodule:
-    """A handle that makes a module a submodule of a model, for optimizers and distributed wrappers to find, without the
-    model's state dict or `num_parameters` showing it, and takes it off again."""
-
-    def __init__(self, model: nn.Module, name: str, module: nn.Module) -> None:
-        self.model = model
-        self.name = name
-        self.module = module
-        self._shown: Literal["all", "frozen"] | None = None
-        self._handles: list[RemovableHandle] = []
-
-    def attach(self) -> None:
-        """Raises ConfigError where the model has a submodule of this name."""
-        if hasattr(self.model, self.name):
-            raise taken(self.model)
-        give_memory(self.module)
-        self.model.add_module(self.name, self.module)
-        self._handles = [
-            # functools.partial, because torch sets a mark on what it is given
-            self.model.register_state_dict_post_hook(functools.partial(self._hide)),
-            self.model.register_load_state_dict_post_hook(self._forgive),
-        ]
-        if isinstance(self.model, PreTrainedModel):  # it writes its count into the index of a sharded save
-            self._count = self.model.num_parameters
-            self.model.num_parameters = self._num_parameters  # type: ignore[method-assign]
-
-    def detach(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-        if getattr(self.model, self.name, None) is self.module:
-            delattr(self.model, self.name)
-            if isinstance(self.model, PreTrainedModel):
-                vars(self.model).pop("num_parameters", None)
-
-    def _num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        """As `PreTrainedModel.num_parameters`."""
-        ours = sum(p.numel() for p in self.module.parameters() if p.requires_grad or not only_trainable)
-        return self._count(only_trainable, exclude_embeddings) - ours
-
-    @contextlib.contextmanager
-    def in_state_dict(self, which: Literal["all", "frozen"] = "all") -> Iterator[None]:
-        """While this is open, the model's state dict has the submodule, or those of its parameters that do not train.
-
-        For whoever moves a whole model by its state dict, as accelerate does where one process has read the weights
-        (FSDP2's `cpu_ram_efficient_loading`): what is not in there is never given to the other processes. And for
-        torch's `ignore_frozen_params`, which takes every frozen parameter out and stops at one that is not in there.
-        """
-        self._shown = which
-        try:
-            yield
-        finally:
-            self._shown = None
-
-    def _hide(self, owner: nn.Module, state: dict[str, Tensor], prefix: str, metadata: object) -> None:
-        start, shown = f"{prefix}{self.name}.", set()
-        if self._shown == "all":
-            return
-        if self._shown == "frozen":
-            shown = {f"{start}{name}" for name, p in self.module.named_parameters() if not p.requires_grad}
-        for key in [key for key in state if key.startswith(start) and key not in shown]:
-            del state[key]
-
-    def _forgive(self, owner: nn.Module, incompatible: Any) -> None:
-        missing = incompatible.missing_keys
-        missing[:] = [key for key in missing if not key.startswith(f"{self.name}.")]
-
-
-@contextlib.contextmanager
-def shown_to(accelerator: Accelerator, parts: list[HiddenSubmodule]) -> Iterator[None]:
-    """While this is open, `accelerator.prepare` finds `parts` in the model's state dict: where one process alone has
-    read the weights, accelerate gives the others what the state dict holds."""
-    prepare, own = accelerator.prepare, "prepare" in vars(accelerator)
-
-    def prepare_with_ours(*args: object, **kwargs: object) -> object:
-        with contextlib.ExitStack() as stack:
-            for part in parts:
-                stack.enter_context(part.in_state_dict())
-            return prepare(*args, **kwargs)
-
-    accelerator.prepare = prepare_with_ours
-    try:
-        yield
-    finally:
-        if own:
-            accelerator.prepare = prepare
-        else:
-            del accelerator.prepare
+def _without_aux_loss(output: object) -> object:
+    """The output that the model returned, as its own class."""
+    if not isinstance(output, ModelOutput) or "caft_loss" not in output:
+        return output
+    own_class = type(output).__bases__[0]
+    return own_class(**{key: value for key, value in output.items() if key != "caft_loss"})

@@ -27,6 +27,7 @@ from transformers.pytorch_utils import Conv1D
 
 from caft_plugin.config import CAFTConfig, ConfigError
 from caft_plugin.copies import plain_copy
+from caft_plugin.hidden import taken
 from caft_plugin.trunk import Trunk, active_peft_configs, is_model_with_adapter, refuse_offloaded
 
 logger = logging.getLogger(__name__)
@@ -150,13 +151,6 @@ def refuse_taken(trunk: Trunk) -> None:
     """Raises ConfigError if heads are on the last layer."""
     if hasattr(type(trunk.last_layer), NOTING):
         raise taken(trunk.model)
-
-
-def taken(model: nn.Module) -> ConfigError:
-    return ConfigError(
-        f"caft: this {type(model).__name__} has another trainer's heads or mask token on it. Two trainers can take "
-        "turns on one model, but not use it within each other's train() or evaluate(): end the other's first."
-    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,6 +9,17 @@ CAFT, MEAP = "caft/", "meap/"
 HEAD_LOSS, HEAD_ACCURACY = f"{CAFT}loss_head_", f"{CAFT}accuracy_head_"
 
 
+def greater_is_better(metric: str) -> bool | None:
+    """Whether the larger value of a metric of ours is the better one; None where the metric is not ours.
+
+    `metric` may have the prefix of an evaluation, as in `eval_caft/loss_head_1`.
+    """
+    before, caft, name = metric.rpartition(CAFT)
+    if not caft or (before and not before.endswith("_")):
+        return None
+    return "loss" not in name
+
+
 def by_head(start: str, values: Mapping[str, float]) -> dict[int, float]:
     """The values whose keys are `start` and a head's number k, by k."""
     found = {key.removeprefix(start): value for key, value in values.items() if key.startswith(start)}

@@ -124,16 +124,19 @@ class AuxiliaryObjective:
             if not ran:
                 layer.zero_grad(set_to_none=True)
 
-    def loss(self, inputs: Batch, host_loss: Callable[[], HostLoss], items: Tensor | int | None) -> HostLoss:
-        """The host's loss with the heads' added, as `compute_loss` returns it; in evaluation the host's alone.
+    def loss(
+        self, model: nn.Module, inputs: Batch, host_loss: Callable[[], HostLoss], items: Tensor | int | None
+    ) -> HostLoss:
+        """Return the host's loss with the heads' added, as `compute_loss` does; in evaluation the host's alone.
 
         Args:
+            model: what `host_loss` calls, the trainer's model or what wraps it.
             inputs: the batch, with what marks documents in it.
             host_loss: computes the host's loss, alone or with outputs.
             items: `num_items_in_batch`, as `compute_loss` got it.
 
         Raises:
-            ConfigError: the batch has no `labels`, or the model was called with another shape than they have.
+            ConfigError: the batch has no `labels`, or the model was called with another text or shape than it has.
             RuntimeError: `host_loss` did not call the model with gradients.
         """
         training = torch.is_grad_enabled()
@@ -142,7 +145,7 @@ class AuxiliaryObjective:
                 raise no_labels(self.trainer, inputs)
             return host_loss()
         if not training:
-            return host_loss() if self._totals is None else self._evaluated(inputs, host_loss, self._totals)
+            return host_loss() if self._totals is None else self._evaluated(model, inputs, host_loss, self._totals)
         if self._step is None:  # asked for by hand
             window = self._open_window([inputs])
             micro_batch = window.micro_batches[0]
@@ -150,7 +153,8 @@ class AuxiliaryObjective:
             window, micro_batch = self._step
         share, tokens = self._share(items), next_tokens_in(inputs)
         request = self.request(window, micro_batch, inputs, share)
-        returned, result = self.handle.answer(request, host_loss)
+        ids = inputs.get("input_ids")
+        returned, result = self.handle.answer(request, host_loss, called=model, input_ids=ids)
         if result is None:
             raise RuntimeError(
                 "caft: the trainer computed its loss without calling the model with gradients, so the auxiliary "
@@ -177,12 +181,15 @@ class AuxiliaryObjective:
 
     # -- evaluation --------------------------------------------------------------------------------
 
-    def _evaluated(self, inputs: Batch, host_loss: Callable[[], HostLoss], totals: Totals) -> HostLoss:
+    def _evaluated(
+        self, model: nn.Module, inputs: Batch, host_loss: Callable[[], HostLoss], totals: Totals
+    ) -> HostLoss:
         """The host's loss alone; the heads' own losses are summed beside it."""
         num_heads = len(self.heads)
         targets = head_targets(inputs, num_heads)
         request = Request(targets, torch.zeros(num_heads), [True] * num_heads, training=False)
-        returned, result = self.handle.answer(request, host_loss)
+        ids = inputs.get("input_ids")
+        returned, result = self.handle.answer(request, host_loss, called=model, input_ids=ids)
         if result is not None:
             totals.add(result, count_targets(targets))
         return returned

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -17,9 +18,11 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput
 
 from caft_plugin import checkpoints
-from caft_plugin.attach import AttachedHeads, shown_to
+from caft_plugin.attach import AttachedHeads
 from caft_plugin.config import CAFTConfig, ConfigError, MEAPConfig
 from caft_plugin.heads_folder import FOLDER, load_checkpoint, save_heads
+from caft_plugin.hidden import all_out_of_sight, hidden_from, shown_to
+from caft_plugin.logs import greater_is_better
 from caft_plugin.loss import Batch
 from caft_plugin.meap.mask_token import AddedMaskToken
 from caft_plugin.meap.training import MaskedTraining
@@ -111,6 +114,7 @@ class CAFTTrainerMixin(_Base):
             return
         self.caft = self.caft_objective(self, config)
         self.caft_config = self.caft.config
+        set_direction_of_best(self.args)
         self._start_afresh_with_each_loop()
 
     def attach_meap(self, config: MEAPConfig) -> None:
@@ -155,8 +159,14 @@ class CAFTTrainerMixin(_Base):
             for handle in handles:
                 stack.enter_context(handle)
             if handles:
-                stack.enter_context(shown_to(self.accelerator, [handle.hidden for handle in handles]))
+                parts = [handle.hidden for handle in handles]
+                stack.enter_context(shown_to(self.accelerator, parts))
+                stack.enter_context(hidden_from(self.callback_handler, parts))
             yield
+
+    def _ours_out_of_sight(self) -> contextlib.AbstractContextManager[None]:
+        """While this is open, the host's own code finds the model's modules and parameters without ours."""
+        return all_out_of_sight([handle.hidden for handle in self._handles().values()])
 
     def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
         with self._ours_on_model():
@@ -219,23 +229,32 @@ class CAFTTrainerMixin(_Base):
             )
 
         if self.caft is None:
-            return host_loss()
-        with self._ours_on_model() if torch.is_grad_enabled() else contextlib.nullcontext():
-            return self.caft.loss(inputs, host_loss, num_items_in_batch)
+            with self._ours_out_of_sight():
+                return host_loss()
+        with (
+            self._ours_on_model() if torch.is_grad_enabled() else contextlib.nullcontext(),
+            self._ours_out_of_sight(),
+        ):
+            return self.caft.loss(model, inputs, host_loss, num_items_in_batch)
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Tensor], *args, **kwargs) -> Tensor:
-        with contextlib.nullcontext() if self.caft is None else self.caft.training_step(inputs):
+        with (
+            self._ours_out_of_sight(),
+            contextlib.nullcontext() if self.caft is None else self.caft.training_step(inputs),
+        ):
             return super().training_step(model, inputs, *args, **kwargs)
 
     def prediction_step(self, model: torch.nn.Module, inputs: dict[str, Tensor], *args, **kwargs) -> tuple:
         if self.meap is not None:
             self.meap.put_plain_labels(inputs)
-        return super().prediction_step(model, inputs, *args, **kwargs)
+        with self._ours_out_of_sight():
+            return super().prediction_step(model, inputs, *args, **kwargs)
 
     def evaluation_loop(self, *args, **kwargs) -> EvalLoopOutput:
         if self.caft is None:
             return super().evaluation_loop(*args, **kwargs)
-        with self._ours_on_model(), self.caft.evaluation(kwargs.get("metric_key_prefix", "eval")) as metrics:
+        prefix = argument("metric_key_prefix", super().evaluation_loop, Trainer.evaluation_loop, args, kwargs)
+        with self._ours_on_model(), self.caft.evaluation(prefix) as metrics:
             output = super().evaluation_loop(*args, **kwargs)
         cast(dict, output.metrics).update(metrics)
         return output
@@ -328,6 +347,32 @@ class CAFTTrainerMixin(_Base):
                 f"caft.beta: this run has 0 and so no heads, but the checkpoint {folder} was made with heads. Resume "
                 "with the beta it was made with, or start anew."
             )
+
+
+def argument(name: str, method: Callable, as_in: Callable, args: tuple, kwargs: dict) -> str:
+    """The argument `name` of a call of a host's `method`, by position, by name or left out; where the method itself
+    takes anything (*args), by the signature of `as_in`, the function that it overrides."""
+    signature, given = inspect.signature(method), args
+    if name not in signature.parameters:
+        signature, given = inspect.signature(as_in), (None, *args)
+    bound = signature.bind(*given, **kwargs)
+    bound.apply_defaults()
+    return bound.arguments[name]
+
+
+def set_direction_of_best(args: TrainingArguments) -> None:
+    """Correct `greater_is_better` for a metric of ours: TrainingArguments takes every metric whose name does not end in
+    `loss` for one of which more is better, and would keep the checkpoint with the worst heads."""
+    metric = args.metric_for_best_model
+    right = None if metric is None else greater_is_better(metric)
+    if right is not None and args.greater_is_better is not None and args.greater_is_better != right:
+        args.greater_is_better = right
+        logger.warning(
+            "metric_for_best_model: of %s the %s value is the better one, so greater_is_better is set to %s",
+            metric,
+            "larger" if right else "smaller",
+            right,
+        )
 
 
 class FreshSums(TrainerCallback):

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from test_training import DATA, CAFTTrainer, arguments, lora, losses, pad, trainer_of
 from transformers import LlamaForCausalLM, Trainer, TrainerCallback
 
-from caft_plugin import ConfigError
+from caft_plugin import ConfigError, with_caft
 from caft_plugin.heads import MODULE_NAME
 
 HOOKS = [name for name in vars(torch.nn.Linear(1, 1)) if name.endswith("_hooks")]
@@ -90,19 +90,130 @@ def test_outside_of_training_and_evaluation_it_is_as_a_plain_trainer_leaves_it(t
     assert found[0] == found[1]
 
 
-def test_the_heads_are_on_it_while_it_trains_and_is_evaluated(tiny_model, tmp_path):
-    seen = []
+def names_in(model):
+    """What a host's code finds when it looks through a model."""
+    return [
+        [name for name, _ in model.named_modules()],
+        [name for name, _ in model.named_parameters()],
+        [name for name, _ in model.named_children()],
+        model.num_parameters(),
+        list(model.state_dict()),
+    ]
+
+
+PLACES = {"compute_loss", "training_step", "prediction_step", "on_train_begin", "on_step_end", "on_prediction_step"}
+
+
+@pytest.mark.parametrize("ours", [{"caft": {}}, {"meap": {"mode": "pretrain", "mask_token": "add"}}])
+def test_the_hosts_own_code_finds_the_model_as_without_us(tiny_model, tmp_path, ours):
+    """In its loss, its steps and its callbacks. What its loop needs (the optimizer, clipping) has what is ours."""
+    seen = {}
+
+    class Looks(Trainer):
+        def compute_loss(self, model, *args, **kwargs):
+            seen.setdefault("compute_loss", names_in(model))
+            return super().compute_loss(model, *args, **kwargs)
+
+        def training_step(self, model, *args, **kwargs):
+            loss = super().training_step(model, *args, **kwargs)
+            seen.setdefault("training_step", names_in(model))
+            return loss
+
+        def prediction_step(self, model, *args, **kwargs):
+            seen.setdefault("prediction_step", names_in(model))
+            return super().prediction_step(model, *args, **kwargs)
+
+        def create_optimizer(self, *args, **kwargs):
+            seen.setdefault("create_optimizer", names_in(self.model))
+            return super().create_optimizer(*args, **kwargs)
 
     class Look(TrainerCallback):
+        def on_train_begin(self, args, state, control, model=None, **kwargs):
+            seen.setdefault("on_train_begin", names_in(model))
+
         def on_step_end(self, args, state, control, model=None, **kwargs):
-            seen.append(hasattr(model, MODULE_NAME))
+            seen.setdefault("on_step_end", names_in(model))
 
-        on_prediction_step = on_step_end
+        def on_prediction_step(self, args, state, control, model=None, **kwargs):
+            seen.setdefault("on_prediction_step", names_in(model))
 
-    trainer = trainer_of(tiny_model, tmp_path, caft={}, callbacks=[Look()], evaluate=DATA[:4], max_steps=1)
+    plain = names_in(tiny_model)
+    settings = {"callbacks": [Look()], "evaluate": DATA[:4], "max_steps": 1}
+    trainer = trainer_of(tiny_model, tmp_path, trainer_class=with_caft(Looks), **ours, **settings)
     trainer.train()
     trainer.evaluate()
-    assert seen == [True, True] and not hasattr(trainer.model, MODULE_NAME)
+    assert {place for place, found in seen.items() if found == plain} == PLACES
+    loop = [set(names) for names in seen["create_optimizer"][:3]]
+    assert all(any("caft" in name for name in names) for names in loop)
+    assert not hasattr(trainer.model, MODULE_NAME)
+
+
+class KeepsCopies(Trainer):
+    """Copies the model, or a part of it, wherever a user may: for an average of weights or as a teacher."""
+
+    def compute_loss(self, model, *args, **kwargs):
+        self.copies.setdefault("compute_loss", copy.deepcopy(model))
+        return super().compute_loss(model, *args, **kwargs)
+
+    def training_step(self, model, *args, **kwargs):
+        loss = super().training_step(model, *args, **kwargs)
+        self.copies.setdefault("training_step", copy.deepcopy(model))
+        return loss
+
+
+class CopyIn(TrainerCallback):
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        self.copies.setdefault("on_step_begin", copy.deepcopy(model))
+        self.copies.setdefault("average", torch.optim.swa_utils.AveragedModel(model).module)
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.copies.setdefault("on_step_end", copy.deepcopy(model))
+        for average, own in zip(self.copies["average"].parameters(), model.parameters(), strict=True):
+            average.data.lerp_(own.data, 0.5)
+
+
+BOTH = {"caft": {"num_heads": 2}, "meap": {"mode": "pretrain", "mask_token": "add"}}
+
+
+@pytest.mark.parametrize("ours", [{"caft": {}}, BOTH], ids=["caft", "both"])
+@pytest.mark.parametrize("base", ["full", "lora"])
+def test_copies_made_in_mid_training_are_those_of_a_plain_run(tiny_model, tmp_path, base, ours):
+    """They have its parts and nothing of ours, can be pickled and saved, and a second trainer takes them."""
+    found = []
+    for trainer_class, more in ((KeepsCopies, {}), (with_caft(KeepsCopies), ours)):
+        model = copy.deepcopy(tiny_model)
+        keep = CopyIn()
+        trainer = trainer_of(
+            lora(model) if base == "lora" else model,
+            tmp_path,
+            trainer_class=trainer_class,
+            callbacks=[keep],
+            max_steps=2,
+            **more,
+        )
+        trainer.copies = keep.copies = {}
+        trainer.train()
+        assert len(losses(trainer)) == 2
+        found.append({place: (anatomy(made), saved_how(made)) for place, made in keep.copies.items()})
+    assert found[0] == found[1] and len(found[0]) == 5
+    made = keep.copies["on_step_end"]
+    trainer_of(made, tmp_path / "second", caft={"num_heads": 2}, max_steps=1).train()
+
+
+def test_a_copy_of_a_part_has_nothing_of_ours(tiny_model, tmp_path):
+    parts = {}
+
+    class Copies(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            parts["trunk"] = copy.deepcopy(model.model)
+            parts["layers"] = copy.deepcopy(model.model.layers)
+            parts["norm"] = copy.deepcopy(model.model.norm)
+
+    wanted = copy.deepcopy(tiny_model.model)
+    trainer_of(tiny_model, tmp_path, caft={}, callbacks=[Copies()], max_steps=1).train()
+    for part, whole in zip(parts.values(), (wanted, wanted.layers, wanted.norm), strict=True):
+        for made, plain in zip(part.modules(), whole.modules(), strict=True):
+            assert type(made) is type(plain) and not made._forward_hooks and "__deepcopy__" not in vars(made)
 
 
 def test_a_sharded_save_in_mid_training_is_the_plain_one(tiny_model, tmp_path):
@@ -206,7 +317,7 @@ def test_a_second_attach_is_refused_by_name(tiny_model, tmp_path, how):
 
     class Meddle(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
-            with pytest.raises(ConfigError, match="LlamaForCausalLM has another trainer's heads or mask token on it"):
+            with pytest.raises(ConfigError, match="LlamaForCausalLM is in use by another trainer"):
                 trainer_of(tiny_model, tmp_path, {}) if how == "construct" else getattr(other, how)()
 
     trainer = trainer_of(tiny_model, tmp_path, {}, callbacks=[Meddle()])

@@ -208,6 +208,122 @@ def test_a_host_that_heads_cannot_follow_is_named_at_the_first_step(tiny_model, 
     assert trainer.state.global_step == 0
 
 
+# -- which call is read -------------------------------------------------------------------------------------
+
+
+def other_text(inputs):
+    return {**inputs, "input_ids": (inputs["input_ids"] + 1) % 97}
+
+
+def as_embeddings(model, inputs):
+    embedded = model.get_input_embeddings()(inputs["input_ids"])
+    return {**{key: value for key, value in inputs.items() if key != "input_ids"}, "inputs_embeds": embedded}
+
+
+def calling(*calls):
+    """A host whose loss is that of the batch and that calls the model with what `calls` make of it, in this order."""
+
+    class Calls(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            outputs = [model(**call(model, inputs)) for call in calls]
+            loss = outputs[-1].loss
+            return (loss, outputs[-1]) if return_outputs else loss
+
+    return Calls
+
+
+CALLS = {
+    "batch": lambda model, inputs: inputs,
+    "equal": lambda model, inputs: {key: value.clone() for key, value in inputs.items()},
+    "other": lambda model, inputs: other_text(inputs),
+    "embeddings": as_embeddings,
+    "embeddings of other": lambda model, inputs: as_embeddings(model, other_text(inputs)),
+    "part": lambda model, inputs: {key: value[:1] for key, value in inputs.items()},
+}
+READ = {
+    ("batch",): None,
+    ("equal",): None,
+    ("embeddings",): None,
+    ("other", "batch"): None,
+    ("part", "equal"): None,
+    ("other", "part", "batch"): None,
+    ("batch", "other"): None,
+    ("other",): r"with other input_ids than the batch's \(called with shapes \(4, 30\); the batch has \(4, 30\)\)",
+    ("part", "other"): "with other input_ids than the batch's",
+    ("embeddings of other", "batch"): "2 times, the first time without input_ids",
+    ("embeddings of other", "embeddings"): "2 times, the first time without input_ids",
+}
+
+
+@pytest.mark.parametrize("calls", READ, ids=" then ".join)
+def test_heads_learn_from_the_call_about_the_batch(tiny_model, tmp_path, calls):
+    """Whatever else a host's loss calls the model with, before or after. It is the first step's loss and gradients of
+    the heads that are compared with those of a host that calls it once, to 1e-5 relative (float32)."""
+    settings = {"data": DATA[:4], "max_steps": 1, "max_grad_norm": 0.0}
+    found = []
+    for kinds in (("batch",), calls):
+        seen = Gradients()
+        host = with_caft(calling(*(CALLS[kind] for kind in kinds)))
+        trainer = trainer_of(copy.deepcopy(tiny_model), tmp_path, {"beta": 0.5}, host, callbacks=[seen], **settings)
+        if READ[kinds] is not None:
+            with pytest.raises(ConfigError, match=READ[kinds]):
+                trainer.train()
+            return
+        trainer.train()
+        heads = {name: gradient for name, gradient in seen.steps[0].items() if "caft" in name}
+        found.append((losses(trainer)[0]["caft/loss_head_1"], heads))
+    assert found[1][0] == pytest.approx(found[0][0], rel=1e-5)
+    for name, gradient in found[0][1].items():
+        torch.testing.assert_close(found[1][1][name], gradient, rtol=1e-5, atol=1e-7)
+
+
+# -- the model's output -------------------------------------------------------------------------------------
+
+
+class UnpacksTuple(Trainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(**inputs, use_cache=False)
+        loss, _ = outputs.to_tuple()
+        return (loss, outputs) if return_outputs else loss
+
+
+class SumsKeys(Trainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(**inputs, use_cache=False)
+        loss = sum(value for key, value in outputs.items() if "loss" in key)
+        return (loss, outputs) if return_outputs else loss
+
+
+class TakesLast(Trainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(**inputs, use_cache=False)
+        loss = F.cross_entropy(outputs[-1][:, :-1].flatten(0, 1), inputs["labels"][:, 1:].flatten())
+        return (loss, outputs) if return_outputs else loss
+
+
+class PenalisesAll(Trainer):
+    """Towards the weights at the start (L2-SP), over every parameter that it finds."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.start = {name: parameter.detach().clone() for name, parameter in self.model.named_parameters()}
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+        penalties = [(p - self.start[name] + 0.01).pow(2).sum() for name, p in model.named_parameters()]
+        return loss + 0.1 * sum(penalties)
+
+
+@pytest.mark.parametrize("host", [UnpacksTuple, SumsKeys, TakesLast, PenalisesAll])
+def test_a_hosts_own_loss_is_what_it_is_without_heads(tiny_model, tmp_path, host):
+    """To the digit, at the first step."""
+    plain = trainer_of(copy.deepcopy(tiny_model), tmp_path, trainer_class=host, max_steps=1)
+    ours = trainer_of(tiny_model, tmp_path, {"beta": 0.5}, with_caft(host), max_steps=1)
+    plain.train()
+    ours.train()
+    assert losses(ours)[0]["caft/next_token_loss"] == pytest.approx(losses(plain)[0]["loss"], rel=1e-6)
+
+
 # -- shapes ------------------------------------------------------------------------------------------------
 
 
@@ -240,7 +356,7 @@ def test_a_host_that_reshapes_the_batch_is_an_error_with_both_shapes(tiny_model,
         caft={"fused_loss": fused},
     )
     found = tuple(reshape(pad(DATA[:4]))["labels"].shape)
-    words = rf"hidden states \({found[0]}, {found[1]}\), targets \(4, 30\)"
+    words = rf"called with shapes \({found[0]}, {found[1]}\); the batch has \(4, 30\)"
     with pytest.raises(ConfigError, match=words):
         trainer.train()
 

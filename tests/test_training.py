@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
+from tiny import parameters_with_ours, word_tokenizer
 from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from caft_plugin import CAFTConfig, ConfigError, window, with_caft
@@ -65,9 +66,11 @@ def arguments(folder, **settings):
 
 
 def trainer_of(
-    model, folder, caft=None, trainer_class=CAFTTrainer, data=DATA, callbacks=None, evaluate=None, **settings
+    model, folder, caft=None, trainer_class=CAFTTrainer, data=DATA, callbacks=None, evaluate=None, meap=None, **settings
 ):
     more = {"caft": caft} if trainer_class is with_caft(trainer_class) else {}
+    if meap is not None:
+        more |= {"meap": meap, "processing_class": word_tokenizer("")}
     return trainer_class(
         model=model,
         args=arguments(folder, **settings),
@@ -95,7 +98,7 @@ class Gradients(TrainerCallback):
         self.steps = []
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        self.steps.append({n: None if p.grad is None else p.grad.clone() for n, p in model.named_parameters()})
+        self.steps.append({n: None if p.grad is None else p.grad.clone() for n, p in parameters_with_ours(model)})
 
 
 def test_one_class_for_one_class():
@@ -503,6 +506,57 @@ def test_best_model_brings_its_heads(tiny_model, tmp_path):
     saved = load_file(f"{best}/caft_heads/heads.safetensors")
     for name, tensor in trainer.caft.heads.layers.state_dict().items():
         assert torch.equal(tensor, saved[name])
+
+
+@pytest.mark.parametrize(
+    ("metric", "best"),
+    [
+        ("caft/loss_head_1", min),
+        ("eval_caft/loss_head_2", min),
+        ("eval_few_caft/loss_head_1", min),
+        ("caft/tokens_per_pass", max),
+        ("loss", min),
+    ],
+)
+def test_the_best_checkpoint_is_that_of_the_best_heads(tiny_model, tmp_path, metric, best):
+    """Trainer takes metrics whose names do not end in `loss` for greater-is-better."""
+    trainer = trainer_of(
+        tiny_model,
+        tmp_path,
+        caft={"beta": 1.0, "schedule": "constant"},
+        evaluate={"few": DATA[:4]} if "few" in metric else DATA[:4],
+        max_steps=4,
+        save_strategy="steps",
+        save_steps=1,
+        eval_strategy="steps",
+        eval_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model=metric,
+    )
+    trainer.train()
+    key = metric if metric.startswith("eval_") else f"eval_{metric}"
+    values = {entry["step"]: entry[key] for entry in trainer.state.log_history if key in entry}
+    assert len(set(values.values())) > 1
+    kept = int(trainer.state.best_model_checkpoint.rsplit("-", 1)[1])
+    assert values[kept] == best(values.values())
+
+
+class NamesByPosition(Trainer):
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        output = self.evaluation_loop(self.get_eval_dataloader(eval_dataset), "Evaluation", None, ignore_keys, "valid")
+        return output.metrics
+
+
+class TakesAnything(NamesByPosition):
+    def evaluation_loop(self, *args, **kwargs):
+        return super().evaluation_loop(*args, **kwargs)
+
+
+@pytest.mark.parametrize("host", [NamesByPosition, TakesAnything])
+def test_a_prefix_given_by_position(tiny_model, tmp_path, host):
+    metrics = trainer_of(tiny_model, tmp_path, {}, with_caft(host), evaluate=DATA[:4]).evaluate()
+    assert {"valid_loss", "valid_caft/loss_head_1", "valid_caft/tokens_per_pass"} <= metrics.keys()
+    assert not any(key.startswith("eval_") for key in metrics)
 
 
 def test_refusals(tiny_model, tmp_path):

@@ -48,6 +48,15 @@ def add_adapter(model, config):
     return model
 
 
+def parameters_with_ours(model):
+    """Names and parameters of a model in mid-training, and of the heads and mask token on it, which callbacks and a
+    host's own code do not find there."""
+    yield from model.named_parameters()
+    for handle in getattr(vars(model).get("__deepcopy__"), "handles", ()):
+        for name, parameter in handle.hidden.module.named_parameters():
+            yield f"{handle.hidden.name}.{name}", parameter
+
+
 @contextlib.contextmanager
 def head_outputs():
     """While this is open, each call of a head adds to the list its positions and its output at them."""

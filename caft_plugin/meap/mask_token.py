@@ -15,8 +15,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from caft_plugin.attach import HiddenSubmodule
 from caft_plugin.config import ConfigError
+from caft_plugin.hidden import HiddenSubmodule, copies_hold_again, copies_leave_out
 from caft_plugin.storage import gather, shard_like, write_atomically
 from caft_plugin.trunk import input_embedding
 
@@ -215,6 +215,7 @@ class AddedMaskToken(nn.Module):
         if not self.attached:
             (embedding,) = self._embedding
             self.hidden.attach()
+            copies_leave_out(self, self.hidden.model, embedding)
             if not embedding.weight.is_meta:
                 self.vector.data = self.vector.data.to(embedding.weight.device)
             self._handles = [
@@ -237,6 +238,7 @@ class AddedMaskToken(nn.Module):
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        copies_hold_again(self, self.hidden.model, *self._embedding)
         self.hidden.detach()
 
     def __enter__(self) -> AddedMaskToken:

@@ -28,7 +28,7 @@ from accelerate import DistributedType, ParallelismConfig, PartialState
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from test_training import arguments, pad, rows
-from tiny import LLAMA, word_tokenizer
+from tiny import LLAMA, parameters_with_ours, word_tokenizer
 from torch.distributed.tensor import DTensor
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
 
@@ -52,10 +52,20 @@ class Gradients(TrainerCallback):
         self.sharded: set[bool] = set()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        for name, parameter in model.named_parameters():
+        for name, parameter in parameters_with_ours(model):
             self.sharded.add(isinstance(parameter, DTensor))
             if parameter.grad is not None:
                 self.whole[f"{state.global_step}.{name}"] = gather(parameter.grad)
+
+
+class Host(Trainer):
+    """Notes what its own loss finds: the fields of the model's output, and parameters of ours."""
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        self.fields = list(outputs.keys())
+        self.found = [name for name, _ in model.named_parameters() if "caft" in name]
+        return (loss, outputs) if return_outputs else loss
 
 
 def shard_on_cpu() -> None:
@@ -125,7 +135,7 @@ def trained(folder: Path, settings: dict[str, Any], resume: bool = False) -> tup
     if args.fsdp or args.parallelism_config:
         shard_on_cpu()
     seen = Gradients()
-    trainer = with_caft(Trainer)(
+    trainer = with_caft(Host)(
         model=model,
         args=args,
         train_dataset=DATA,
@@ -154,6 +164,7 @@ def main() -> None:
             continue
         wrapped = type(trainer.model_wrapped).__name__
         result = {"wrapped": wrapped, "sharded": sorted(seen.sharded), "logs": logged(trainer)}
+        result |= {"fields": trainer.fields, "found": trainer.found}
         if "save_steps" in settings:
             trainer.save_model(str(folder / case / "final"))
         if resume:

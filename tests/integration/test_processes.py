@@ -180,6 +180,7 @@ def test_two_processes_equal_one(one_process, two_processes, way, case):
     assert two["sharded"] == [way != "ddp"]
     assert (two["wrapped"] == "DistributedDataParallel") == (way == "ddp")
     assert two["left_behind"] == []
+    assert two["fields"] == one["fields"] and "caft_loss" not in two["fields"] and two["found"] == []
     assert len(one["logs"]) == 3
     for ours, theirs in zip(one["logs"], two["logs"], strict=True):
         assert ours.keys() == theirs.keys()

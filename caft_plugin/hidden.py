@@ -1,0 +1,220 @@
+"""Keep what is ours on a model out of the host's sight: out of state dict, count, copies and the host's own code."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+from collections.abc import Iterator
+from typing import Any, Literal, Protocol
+
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+from transformers.trainer_callback import CallbackHandler
+
+from caft_plugin.config import ConfigError
+from caft_plugin.storage import give_memory
+
+
+class Handle(Protocol):
+    """Puts something on a model and takes it off."""
+
+    def attach(self) -> object: ...
+    def detach(self) -> None: ...
+
+
+def taken(model: nn.Module) -> ConfigError:
+    return ConfigError(
+        f"caft: this {type(model).__name__} is in use by another trainer with `caft` or `meap`. Trainers can share a "
+        "model one after the other, not at the same time: let the other train() or evaluate() finish first."
+    )
+
+
+class HiddenSubmodule:
+    """A handle that makes a module a submodule of a model, for optimizers and distributed wrappers to find, without the
+    model's state dict or `num_parameters` showing it, and takes it off again."""
+
+    def __init__(self, model: nn.Module, name: str, module: nn.Module) -> None:
+        self.model = model
+        self.name = name
+        self.module = module
+        self.attached = False
+        self.ran = False  # whether the model was called since
+        self._out_of_sight = False
+        self._shown: Literal["all", "frozen"] | None = None
+        self._handles: list[RemovableHandle] = []
+
+    def attach(self) -> None:
+        """Put the module on the model.
+
+        Raises:
+            ConfigError: the model has a submodule of this name.
+        """
+        if hasattr(self.model, self.name):
+            raise taken(self.model)
+        give_memory(self.module)
+        self.model.add_module(self.name, None if self._out_of_sight else self.module)
+        self._handles = [
+            # functools.partial, because torch sets a mark on what it is given
+            self.model.register_state_dict_post_hook(functools.partial(self._hide)),
+            self.model.register_load_state_dict_post_hook(self._forgive),
+        ]
+        if isinstance(self.model, PreTrainedModel):  # it writes its count into the index of a sharded save
+            self._count = self.model.num_parameters
+            self.model.num_parameters = self._num_parameters  # type: ignore[method-assign]
+        self.attached = True
+
+    def detach(self) -> None:
+        """Take the module off the model. Doing it twice does no harm."""
+        if not self.attached:
+            return
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        delattr(self.model, self.name)
+        if isinstance(self.model, PreTrainedModel):
+            vars(self.model).pop("num_parameters", None)
+        self.attached = False
+
+    @contextlib.contextmanager
+    def out_of_sight(self) -> Iterator[None]:
+        """Take the submodule out of the model's modules and parameters while this is open: the host's own code (a
+        penalty over all parameters, an average of them) is to find what it would find without us.
+
+        A no-op where nothing is attached, within itself, and in a model sharded by FSDP2 that was not called yet: its
+        first call has to find every module that it shards.
+        """
+        waits = isinstance(self.model, FSDPModule) and not self.ran
+        if not self.attached or self._out_of_sight or waits:
+            yield
+            return
+        self._out_of_sight = True
+        setattr(self.model, self.name, None)  # keeps its place among the submodules
+        try:
+            yield
+        finally:
+            self._out_of_sight = False
+            if self.attached:
+                setattr(self.model, self.name, self.module)
+
+    def _num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """As `PreTrainedModel.num_parameters`."""
+        with self.out_of_sight():
+            return self._count(only_trainable, exclude_embeddings)
+
+    @contextlib.contextmanager
+    def in_state_dict(self, which: Literal["all", "frozen"] = "all") -> Iterator[None]:
+        """While this is open, the model's state dict has the submodule, or those of its parameters that do not train.
+
+        For whoever moves a whole model by its state dict, as accelerate does where one process has read the weights
+        (FSDP2's `cpu_ram_efficient_loading`): what is not in there is never given to the other processes. And for
+        torch's `ignore_frozen_params`, which takes every frozen parameter out and stops at one that is not in there.
+        """
+        self._shown = which
+        try:
+            yield
+        finally:
+            self._shown = None
+
+    def _hide(self, owner: nn.Module, state: dict[str, Tensor], prefix: str, metadata: object) -> None:
+        start, shown = f"{prefix}{self.name}.", set()
+        if self._shown == "all":
+            return
+        if self._shown == "frozen":
+            shown = {f"{start}{name}" for name, p in self.module.named_parameters() if not p.requires_grad}
+        for key in [key for key in state if key.startswith(start) and key not in shown]:
+            del state[key]
+
+    def _forgive(self, owner: nn.Module, incompatible: Any) -> None:
+        missing = incompatible.missing_keys
+        missing[:] = [key for key in missing if not key.startswith(f"{self.name}.")]
+
+
+class CopyWithoutUs:
+    """`__deepcopy__` of a module that handles have put something on: the copy is what it would be without them.
+
+    Copies are made for an average of weights, a teacher, the best model so far. They outlive the training.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.handles: list[Handle] = []
+
+    def __call__(self, memo: dict[int, object]) -> nn.Module:
+        handles = list(self.handles)
+        for handle in reversed(handles):
+            handle.detach()
+        try:
+            return copy.deepcopy(self.module, memo)
+        finally:
+            for handle in handles:
+                handle.attach()
+
+
+def copies_leave_out(handle: Handle, *modules: nn.Module) -> None:
+    """From now on deep copies of `modules`, and of what they are in, are made without what `handle` has put on."""
+    for module in modules:
+        copier = vars(module).setdefault("__deepcopy__", CopyWithoutUs(module))
+        copier.handles.append(handle)
+
+
+def copies_hold_again(handle: Handle, *modules: nn.Module) -> None:
+    """Undo `copies_leave_out`."""
+    for module in modules:
+        copier = vars(module).get("__deepcopy__")
+        if isinstance(copier, CopyWithoutUs) and handle in copier.handles:
+            copier.handles.remove(handle)
+            if not copier.handles:
+                del vars(module)["__deepcopy__"]
+
+
+@contextlib.contextmanager
+def all_out_of_sight(parts: list[HiddenSubmodule]) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        for part in parts:
+            stack.enter_context(part.out_of_sight())
+        yield
+
+
+@contextlib.contextmanager
+def shown_to(accelerator: Accelerator, parts: list[HiddenSubmodule]) -> Iterator[None]:
+    """While this is open, `accelerator.prepare` finds `parts` in the model's state dict: where one process alone has
+    read the weights, accelerate gives the others what the state dict holds."""
+    prepare, own = accelerator.prepare, "prepare" in vars(accelerator)
+
+    def prepare_with_ours(*args: object, **kwargs: object) -> object:
+        with contextlib.ExitStack() as stack:
+            for part in parts:
+                stack.enter_context(part.in_state_dict())
+            return prepare(*args, **kwargs)
+
+    accelerator.prepare = prepare_with_ours
+    try:
+        yield
+    finally:
+        if own:
+            accelerator.prepare = prepare
+        else:
+            del accelerator.prepare
+
+
+@contextlib.contextmanager
+def hidden_from(callbacks: CallbackHandler, parts: list[HiddenSubmodule]) -> Iterator[None]:
+    """While this is open, callbacks find the model without `parts`."""
+    call_event, own = callbacks.call_event, "call_event" in vars(callbacks)
+
+    def call_without_ours(*args, **kwargs):
+        with all_out_of_sight(parts):
+            return call_event(*args, **kwargs)
+
+    callbacks.call_event = call_without_ours  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        if own:
+            callbacks.call_event = call_event  # type: ignore[method-assign]
+        else:
+            del callbacks.call_event
