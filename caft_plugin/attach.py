@@ -269,10 +269,11 @@ class AttachedHeads:
         with torch.autocast(device, dtype=dtype, enabled=enabled):
             self._check_logits(output, final, trunk)
             if request.next_tokens is not None:
-                output["loss"] = self._next_token_loss(request, final, trunk)
+                loss = self._next_token_loss(request, final, trunk)
+                output = type(output)(**{**dict(output.items()), "loss": loss})  # fields keep their order
             with without_dropout(trunk.norm, trunk.unembedding):
                 reading.result = self._run(request, call, final, trunk)
-        return _with_aux_loss(output, reading.result.loss) if request.training and self._wrapper.runs else None
+        return _with_aux_loss(output, reading.result.loss) if request.training and self._wrapper.runs else output
 
     def _next_token_loss(self, request: Request, final: Tensor | None, trunk: Trunk) -> Tensor:
         if final is None or request.next_tokens is None:

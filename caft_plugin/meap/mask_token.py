@@ -231,6 +231,7 @@ class AddedMaskToken(nn.Module):
     def _after(self, embedding: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         where, self._where = self._where, None
         assert where is not None
+        self.hidden.ran = True
         return torch.where(where[..., None], self.vector.to(output.dtype), output)
 
     def detach(self) -> None:

@@ -135,7 +135,8 @@ def trained(folder: Path, settings: dict[str, Any], resume: bool = False) -> tup
     if args.fsdp or args.parallelism_config:
         shard_on_cpu()
     seen = Gradients()
-    trainer = with_caft(Host)(
+    ours = type("Ours", (with_caft(Host),), {"caft_reads_loss_alone": (Host,)})
+    trainer = ours(
         model=model,
         args=args,
         train_dataset=DATA,
