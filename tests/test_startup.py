@@ -14,6 +14,7 @@ from axolotl.integrations.base import PluginManager, load_plugin
 plugin = load_plugin("caft_plugin")
 assert type(plugin).__name__ == "CAFTPlugin", plugin
 assert type(load_plugin("caft_plugin.CAFTPlugin")) is type(plugin)
+import axolotl.cli.config, axolotl.cli.main
 assert not any(getattr(f, "__module__", "") == "caft_plugin_startup" for f in sys.meta_path)
 try:
     load_plugin("no_such_plugin")

@@ -18,6 +18,7 @@ from axolotl.utils.trainer import calculate_total_num_steps
 from datasets import Dataset
 from transformers import Trainer
 
+from caft_plugin.axolotl.slips import refuse_slips
 from caft_plugin.config import CAFTConfig, ConfigError, MEAPConfig, PretrainConfig, named
 from caft_plugin.heads_folder import HeadsFolder
 from caft_plugin.meap.mask_token import placeholder_ids
@@ -51,6 +52,7 @@ class CAFTPlugin(BasePlugin):
 
     def register(self, cfg: DictDefault) -> None:
         """Checks the blocks as the user wrote them, before Axolotl loads anything."""
+        refuse_slips(cfg)
         if cfg.get("pretrain_heads"):
             PretrainConfig.read(_as_dict(cfg["pretrain_heads"]))
         if "caft" not in cfg and "meap" not in cfg:

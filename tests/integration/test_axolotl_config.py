@@ -21,6 +21,8 @@ from axolotl.integrations.base import PluginManager
 from axolotl.utils.config import prepare_plugins, validate_config
 from axolotl.utils.dict import DictDefault
 
+from caft_plugin.axolotl import slips
+
 READY = sorted((ROOT / "axolotl_configs").glob("*.yml"))
 USERS = sorted((ROOT / "tests" / "integration" / "users").glob("*.yml"))
 H100 = {"bf16": True, "fp8": True, "n_gpu": 8, "n_node": 1, "compute_capability": "sm_90", "tf32": True}
@@ -86,6 +88,99 @@ def test_bad_blocks(config, name, block, message):
     with pytest.raises(ConfigError) as caught:
         load_cfg(str(config(**{name: block})))
     assert message in str(caught.value)
+
+
+@pytest.fixture
+def told(monkeypatch):
+    """The warnings of slips.py; Axolotl's loggers do not propagate."""
+    messages = []
+    monkeypatch.setattr(slips.LOG, "warning", lambda words, *values: messages.append(words % values))
+    return messages
+
+
+INDENT = "found at the left margin, where Axolotl passes over"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"CAFT": {"beta": 0.3}, "meap": {}}, "CAFT: unknown key, which Axolotl passes over. Did you mean `caft:`?"),
+        ({"cafft": {"beta": 0.3}, "meap": {}}, "cafft: unknown key"),
+        ({"cfat": None, "caft": {}}, "cfat: unknown key"),
+        ({"caft_config": {"beta": 0.3}}, "caft_config: unknown key"),
+        ({"caft.beta": 0.3, "caft": {}}, "caft.beta: unknown key"),
+        ({"meep": {}, "caft": {}}, "meep: unknown key, which Axolotl passes over. Did you mean `meap:`?"),
+        ({"MEAP": None, "caft": {}}, "MEAP: unknown key"),
+        ({"pretrain-heads": {"targets": "model"}, "caft": {}}, "Did you mean `pretrain_heads:`?"),
+        ({"caft": None, "num_heads": 2, "beta": 0.3}, f"num_heads, beta: {INDENT} them. Indent them below `caft:`."),
+        ({"meap": None, "layout": "separate"}, f"layout: {INDENT} it. Indent it below `meap:`."),
+        ({"caft": {}, "targets": "model"}, f"targets: {INDENT} it. Indent it below `pretrain_heads:`."),
+        (
+            {"plugins": ["caft-plugin"], "caft": {}},
+            "plugins: got 'caft-plugin', which is no plugin. Did you mean `caft_plu",
+        ),
+        ({"plugins": ["CAFT_Plugin"], "caft": {}}, "Did you mean `caft_plugin`?"),
+        ({"plugins": ["caft"], "caft": {}}, "plugins: got 'caft', which is no plugin"),
+        ({"plugins": "caft_plugin", "caft": {}}, "plugins: got 'caft_plugin', but it takes a list of names"),
+        (
+            {"plugins": [{"caft_plugin": None}], "caft": {}},
+            "plugins: got {'caft_plugin': None}, but it takes a list of",
+        ),
+        ({"plugins": ["caftplugin.CAFTPlugin"], "caft": {}}, "plugins: caftplugin.CAFTPlugin could not be loaded"),
+        (
+            {"plugins": ["caft_plugin.CaftPlugin"], "caft": {}},
+            "plugins: got 'caft_plugin.CaftPlugin', which is no plug",
+        ),
+    ],
+)
+def test_slips_that_would_train_plainly(config, changes, message):
+    with pytest.raises(ConfigError) as caught:
+        load_cfg(str(config(**changes)))
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["caft", "meap", "CAFT", "caft.beta", "pretrain_heads"])
+@pytest.mark.parametrize("plugins", [None, ["axolotl.integrations.liger.LigerPlugin"]])
+def test_a_block_without_the_plugin_is_told_with_the_line_to_write(config, told, key, plugins):
+    load_cfg(str(config(plugins=plugins, **{key: None})))
+    assert len(told) == 1 and told[0].startswith(f"{key}: the config has this block, but `plugins:` does not list caft")
+    assert "plugins:\n      - caft_plugin" in told[0]
+
+
+def test_a_plain_config_is_told_nothing(config, told):
+    load_cfg(str(config(plugins=None)))
+    assert not told
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["caft_plugin", "caft_plugin.CAFTPlugin"],
+        ["caft_plugin.CAFTPlugin", "caft_plugin"],
+        ["caft_plugin.axolotl.plugin.CAFTPlugin", "axolotl.integrations.liger.LigerPlugin", "caft_plugin"],
+    ],
+)
+def test_the_plugin_under_several_names_is_loaded_once(config, names):
+    cfg = load_cfg(str(config(plugins=names, caft={"num_heads": 2})))
+    kinds = [type(plugin).__name__ for plugin in PluginManager.get_instance().plugins.values()]
+    assert kinds.count("CAFTPlugin") == 1 and len(kinds) == len(names) - 1
+    assert cfg.caft.num_heads == 2
+
+
+def test_no_key_of_axolotl_is_taken_for_a_slip():
+    slips.refuse_slips(dict.fromkeys(slips.known_keys()))
+
+
+@pytest.mark.parametrize("command", ["train", "preprocess", "evaluate", "inference"])
+@pytest.mark.parametrize("option", ["--caft.beta=0.6", "--caft__beta=0.6", "--meap.mode", "--caft"])
+def test_options_for_a_block_are_refused(config, command, option):
+    """Axolotl would hand them to the launcher."""
+    from axolotl.cli.main import cli
+    from click.testing import CliRunner
+
+    rest = [option] if "=" in option else [option, "sft"]
+    result = CliRunner().invoke(cli, [command, str(config(caft=None, meap=None)), *rest])
+    assert result.exit_code == 2 and f"Error: {option}: Axolotl takes no options for plugins" in result.output
 
 
 @pytest.mark.parametrize("block", [{"mode": "pretrain"}, None, {"layout": "separate"}])

@@ -1,0 +1,111 @@
+"""Slips in a YAML that Axolotl passes over in silence: misspelt blocks, keys outside of their block, plugin names."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping, MutableMapping
+
+from axolotl.integrations.base import PluginManager
+from axolotl.integrations.config import merge_input_args
+from axolotl.utils.logging import get_logger
+
+from caft_plugin.config import CAFTConfig, ConfigError, MEAPConfig, PretrainConfig, shown
+
+LOG = get_logger(__name__)
+
+BLOCKS = {block.block: block for block in (CAFTConfig, MEAPConfig, PretrainConfig)}
+NAME = "caft_plugin"
+FIX = f"Write:\n\n    plugins:\n      - {NAME}\n"
+
+
+def meant(key: object) -> str | None:
+    """The block of ours that a key of a YAML spells in another way (`CAFT`, `cafft`, `caft.beta`), None if none."""
+    if not isinstance(key, str) or key in BLOCKS:
+        return None
+    plain = re.sub(r"[^a-z]+", "_", key.lower()).strip("_")
+    if plain in BLOCKS or plain.split("_")[0] in BLOCKS:
+        return plain if plain in BLOCKS else plain.split("_")[0]
+    near = difflib.get_close_matches(plain, ("caft", "meap"), n=1, cutoff=0.75)
+    near += difflib.get_close_matches(plain, ("pretrain_heads",), n=1, cutoff=0.9)
+    return near[0] if near else None
+
+
+def refuse_slips(cfg: Mapping) -> None:
+    """Raise ConfigError for keys at the top of a YAML that were meant for a block of ours.
+
+    Keys that Axolotl or a plugin knows are theirs.
+    """
+    known = known_keys()
+    for key in cfg:
+        block = meant(key)
+        if block is not None and key not in known:
+            raise ConfigError(
+                f"{key}: unknown key, which Axolotl passes over. Did you mean `{block}:`? It takes the keys "
+                f"{', '.join(BLOCKS[block].model_fields)}, one on each line below it."
+            )
+    for name, block_class in BLOCKS.items():
+        stray = [key for key in block_class.model_fields if key in cfg and key not in known]
+        if stray:
+            raise ConfigError(
+                f"{', '.join(stray)}: found at the left margin, where Axolotl passes over "
+                f"{'it' if len(stray) == 1 else 'them'}. Indent {'it' if len(stray) == 1 else 'them'} below `{name}:`."
+            )
+
+
+def known_keys() -> set[str]:
+    """Every key that the schema of Axolotl and its plugins takes at the top of a YAML."""
+    fields = merge_input_args()[1].model_fields
+    return {*fields, *(field.alias for field in fields.values() if field.alias)}
+
+
+def ours(name: object) -> bool:
+    """Whether an entry of `plugins:` names caft_plugin, however it is spelt."""
+    package = re.sub(r"[^a-z.]", "", str(name).lower()).split(".")[0]
+    return bool(difflib.get_close_matches(package, ("caftplugin",), cutoff=0.85))
+
+
+def settle_names(cfg: MutableMapping) -> None:
+    """Leave one of several names of ours in `plugins:`: each would bring the blocks' schema again.
+
+    Raises:
+        ConfigError: `plugins:` is no list of names, and names caft_plugin.
+    """
+    names = cfg.get("plugins")
+    wrong = names if not isinstance(names, list) else next((n for n in names if not isinstance(n, str)), None)
+    if wrong is not None and "caft" in str(wrong).lower():
+        raise ConfigError(f"plugins: got {shown(wrong)}, but it takes a list of names. {FIX}")
+    if wrong is None and names and sum(map(ours, names)) > 1:
+        first = next(name for name in names if ours(name))
+        cfg["plugins"] = [name for name in names if name is first or not ours(name)]
+
+
+def check_loaded(cfg: Mapping) -> None:
+    """Stop or warn where a YAML asks for CAFT or MEAP and the plugin was not loaded.
+
+    Raises:
+        ConfigError: the plugin is listed, and failed to load (Axolotl only logs why).
+    """
+    if any(type(plugin).__module__.split(".")[0] == NAME for plugin in PluginManager.get_instance().plugins.values()):
+        return
+    listed = [name for name in cfg.get("plugins") or [] if ours(name)]
+    if listed:
+        raise ConfigError(f"plugins: {listed[0]} could not be loaded; the reason is in the lines above. {FIX}")
+    blocks = [key for key in cfg if key in BLOCKS or (meant(key) and key not in known_keys())]
+    if blocks:
+        LOG.warning(
+            "%s: the config has this block, but `plugins:` does not list %s, so this is a plain run without CAFT and "
+            "MEAP. %s",
+            ", ".join(blocks),
+            NAME,
+            FIX,
+        )
+
+
+def unknown_name(name: str, known: Iterable[str]) -> ConfigError | None:
+    """The error for a name in `plugins:` that is no plugin; None where it does not resemble a `known` one."""
+    spelt = {re.sub(r"[^a-z]", "", entry.lower()): entry for entry in known}
+    near = difflib.get_close_matches(re.sub(r"[^a-z]", "", name.split(".")[0].lower()), spelt, n=1, cutoff=0.55)
+    if not near:
+        return None
+    return ConfigError(f"plugins: got {name!r}, which is no plugin. Did you mean `{spelt[near[0]]}`? {FIX}")
