@@ -22,6 +22,7 @@ from caft_plugin.config import CAFTConfig, ConfigError, MEAPConfig
 from caft_plugin.heads_folder import FOLDER, load_checkpoint, save_heads
 from caft_plugin.loss import Batch
 from caft_plugin.meap.mask_token import AddedMaskToken
+from caft_plugin.meap.roles import NOTHING_SAID, Said
 from caft_plugin.meap.training import MaskedTraining
 from caft_plugin.meap.training_set import TrainingSet
 from caft_plugin.objective import AuxiliaryObjective, HostLoss
@@ -113,9 +114,9 @@ class CAFTTrainerMixin(_Base):
         self.caft_config = self.caft.config
         self._start_afresh_with_each_loop()
 
-    def attach_meap(self, config: MEAPConfig) -> None:
+    def attach_meap(self, config: MEAPConfig, said: Said = NOTHING_SAID) -> None:
         """Chooses the mask token; from now on training batches are masked. In mode `sft` the training set has to be
-        duplicated already.
+        duplicated already. `said` is what the user's settings say of tokens.
 
         Raises:
             ConfigError: there is no tokenizer, or no mask token to be had, or masks are drawn already.
@@ -124,10 +125,10 @@ class CAFTTrainerMixin(_Base):
             raise ConfigError("meap: this trainer draws masks already. Give `meap` once, to a trainer of its own.")
         self.meap_config = config
         self.meap = MaskedTraining(self, config)
-        self._begin(self.meap)
+        self._begin(self.meap, said)
 
-    def _begin(self, meap: MaskedTraining) -> None:
-        meap.attach()
+    def _begin(self, meap: MaskedTraining, said: Said = NOTHING_SAID) -> None:
+        meap.attach(said)
         self._start_afresh_with_each_loop()
 
     def _start_afresh_with_each_loop(self) -> None:
@@ -211,9 +212,9 @@ class CAFTTrainerMixin(_Base):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> HostLoss:
-        def host_loss() -> HostLoss:
             if self.meap is not None:
                 self.meap.take_plan(inputs)
+        def host_loss() -> HostLoss:
             return super(CAFTTrainerMixin, self).compute_loss(
                 model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
             )

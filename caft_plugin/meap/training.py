@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -15,14 +15,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 from caft_plugin.config import ConfigError, MEAPConfig, shown
 from caft_plugin.logs import MEAPLog
 from caft_plugin.loss import EXAMPLE, MASKED, MAY_MASK, OVERLONG, PLAN, Batch
+from caft_plugin.meap.base_model import BaseModel
 from caft_plugin.meap.mask_token import (
     FILE,
     AddedMaskToken,
     choose_mask_token,
-    placeholder_ids,
     row_norms,
 )
 from caft_plugin.meap.masking import Duplication, EpochOfMasks, MEAPCollator, nothing_to_mask, plain_labels
+from caft_plugin.meap.roles import NOTHING_SAID, Roles, Said
 from caft_plugin.meap.training_set import TrainingSet, used_ids
 from caft_plugin.refusals import check_trainer
 from caft_plugin.trunk import input_embedding
@@ -66,9 +67,9 @@ class MaskedTraining:
         self.plain: Callable[[], TrainingSet] | None = None
         self._tally: MaskTally | None = None
 
-    def attach(self) -> None:
+    def attach(self, said: Said = NOTHING_SAID) -> None:
         """Chooses the mask token; from now on training batches are masked. In mode `sft` the training set is doubled
-        already.
+        already. `said` is what the user's settings say of tokens.
 
         Raises:
             ConfigError: there is no tokenizer, or no mask token to be had.
@@ -81,8 +82,10 @@ class MaskedTraining:
         used: frozenset[int] | None = frozenset()
         if trainer.train_dataset is not None and config.mask_token != "add":
             used = used_ids(trainer.train_dataset)
-        placeholders = placeholder_ids(model.config)
-        token = choose_mask_token(config.mask_token, tokenizer, rows, used, row_norms(embedding), placeholders)
+        base = BaseModel.of_model(model)
+        roles = Roles.of(tokenizer, base.roles, said)
+        norms = row_norms(embedding)
+        token = choose_mask_token(config.mask_token, tokenizer, rows, used, norms, base.placeholders, roles)
         if trainer.args.process_index == 0:
             logger.warning("meap.mask_token: %s", token.words)  # a warning, because nothing less is shown by default
         if token.added:
@@ -94,18 +97,16 @@ class MaskedTraining:
                     "cannot hold the new vector. Pass optimizer_cls_and_kwargs instead, or name a token."
                 )
             self.handle = added
-        self.collator = MEAPCollator(trainer.data_collator, config, token.id, trainer.args.seed, placeholders)
+        seed, kept = trainer.args.seed, roles.never_masked
+        self.collator = MEAPCollator(trainer.data_collator, config, token.id, seed, base.placeholders, kept)
         trainer.add_callback(EpochOfMasks(self.collator))
         self._mask_from_now_on(trainer.train_dataset)
 
     def double(self) -> None:
         """Puts the doubled training set in the place of the one that the class was given."""
         trainer = self.trainer
-        model = cast(PreTrainedModel, trainer.model)
-        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        dataset = trainer.train_dataset
-        placeholders = placeholder_ids(model.config)
-        trainer.train_dataset = self.doubled(dataset, trainer.processing_class, trainer.args, limit, placeholders)
+        dataset, base = trainer.train_dataset, BaseModel.of_model(cast(PreTrainedModel, trainer.model))
+        trainer.train_dataset = self.doubled(dataset, trainer.processing_class, trainer.args, base)
         self.plain = lambda: dataset
 
     def doubled(
@@ -113,11 +114,13 @@ class MaskedTraining:
         dataset: TrainingSet,
         processing_class: object,
         args: TrainingArguments,
-        max_length: int | None,
-        placeholders: Iterable[int] = (),
+        base: BaseModel,
+        max_length: int | None = None,
     ) -> TrainingSet:
-        """A training set with copies to be masked."""
-        duplication = Duplication.of(self.config, tokenizer_of(processing_class), max_length, placeholders)
+        """A training set with copies to be masked; pairs are no longer than `max_length` and the base model allow."""
+        tokenizer = tokenizer_of(processing_class)
+        roles = Roles.of(tokenizer, base.roles)
+        duplication = Duplication.of(self.config, tokenizer, base.limit(max_length), base.placeholders, roles)
         with args.main_process_first():
             return duplication.doubled(dataset)
 
