@@ -198,10 +198,17 @@ class CAFTTrainerMixin(_Base):
     ) -> tuple[list[Batch], Tensor | int | None]:
         samples, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self.meap is not None:
-            self.meap.check_masked(samples)
+            self.meap.begin_step(samples)
         if self.caft is not None and samples:
-            self.caft.begin_window(samples)
+            self.caft.begin_window([self._with_plan(batch) for batch in samples])
         return samples, num_items
+
+    def _with_plan(self, inputs: Batch) -> Batch:
+        """A training batch as the heads need it; the host's own holds the host's keys only."""
+        if self.meap is None or not torch.is_grad_enabled():
+            return inputs
+        self.meap.take_plan(inputs)
+        return self.meap.with_plan(inputs)
 
     # -- the loss ----------------------------------------------------------------------------------
 
@@ -212,8 +219,9 @@ class CAFTTrainerMixin(_Base):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> HostLoss:
-            if self.meap is not None:
-                self.meap.take_plan(inputs)
+        if self.meap is not None:
+            self.meap.take_plan(inputs)
+
         def host_loss() -> HostLoss:
             return super(CAFTTrainerMixin, self).compute_loss(
                 model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
@@ -222,10 +230,10 @@ class CAFTTrainerMixin(_Base):
         if self.caft is None:
             return host_loss()
         with self._ours_on_model() if torch.is_grad_enabled() else contextlib.nullcontext():
-            return self.caft.loss(inputs, host_loss, num_items_in_batch)
+            return self.caft.loss(self._with_plan(inputs), host_loss, num_items_in_batch)
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Tensor], *args, **kwargs) -> Tensor:
-        with contextlib.nullcontext() if self.caft is None else self.caft.training_step(inputs):
+        with contextlib.nullcontext() if self.caft is None else self.caft.training_step(self._with_plan(inputs)):
             return super().training_step(model, inputs, *args, **kwargs)
 
     def prediction_step(self, model: torch.nn.Module, inputs: dict[str, Tensor], *args, **kwargs) -> tuple:

@@ -23,6 +23,7 @@ from caft_plugin.meap.mask_token import (
     row_norms,
 )
 from caft_plugin.meap.masking import Duplication, EpochOfMasks, MEAPCollator, nothing_to_mask, plain_labels
+from caft_plugin.meap.plans import StepPlans
 from caft_plugin.meap.roles import NOTHING_SAID, Roles, Said
 from caft_plugin.meap.training_set import TrainingSet, used_ids
 from caft_plugin.refusals import check_trainer
@@ -66,6 +67,7 @@ class MaskedTraining:
         self.data: TrainingSet = None
         self.plain: Callable[[], TrainingSet] | None = None
         self._tally: MaskTally | None = None
+        self._plans = StepPlans()
 
     def attach(self, said: Said = NOTHING_SAID) -> None:
         """Chooses the mask token; from now on training batches are masked. In mode `sft` the training set is doubled
@@ -174,14 +176,16 @@ class MaskedTraining:
         if self.config.mode == "sft" and ids is not None and labels is not None and ids.shape == labels.shape:
             inputs["labels"] = plain_labels(ids, labels, self.config.layout)
 
-    def check_masked(self, batches: Sequence[Batch]) -> None:
-        """Stops a run whose data loader leaves the collator of masks out.
+    def begin_step(self, batches: Sequence[MutableMapping[str, Tensor]]) -> None:
+        """Takes the plans out of the micro-batches of the next optimisation step. Stops a run whose data loader leaves
+        the collator of masks out.
 
         Raises:
             ConfigError: a batch did not come from it.
         """
         if self.collator is None:
             return
+        self._plans.forget()
         for batch in batches:
             if PLAN not in batch:
                 raise ConfigError(
@@ -192,17 +196,27 @@ class MaskedTraining:
                 )
             if not self.collator.masked:
                 self.collator.masked = bool((batch[PLAN] & MASKED).any())
+            self.take_plan(batch, of_step=True)
 
-    def take_plan(self, inputs: MutableMapping[str, Tensor]) -> None:
-        """Takes out of a batch what only our collator and this class know, and counts it."""
-        plan = inputs.pop(PLAN, None)
+    def take_plan(self, inputs: object, of_step: bool = False) -> None:
+        """Takes out of a batch what only our collator and this class know, and counts it, once."""
+        plan = self._plans.take(inputs, of_step) if isinstance(inputs, MutableMapping) else None
         if plan is not None:
             if self._tally is None:
                 self._tally = MaskTally(self.trainer.state.global_step, self.trainer.args.device)
             self._tally.add(plan)
 
+    def with_plan(self, inputs: Batch) -> Batch:
+        """A batch, or what the host has made of one, with the boundaries of its pairs, as the heads' targets need them:
+        a copy of it with one key more, or itself."""
+        if self.config.mode != "sft" or self.config.layout != "concat":
+            return inputs
+        plan = self._plans.of(inputs)
+        return inputs if plan is None else {**inputs, PLAN: plan}
+
     def start_afresh(self) -> None:
         self._tally = None
+        self._plans.forget()
 
     def log_entries(self, over_processes: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """What the log says since the last one. Every process has to call it."""
