@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 import os
+import threading
 import time
 from typing import Any
 
@@ -22,14 +24,19 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from caft_plugin.config import CAFTConfig, ConfigError
-from caft_plugin.heads import AuxiliaryHeads, LayerCall, build_heads, replay
+from caft_plugin.generate_arguments import TakesModeArguments
+from caft_plugin.heads import AuxiliaryHeads, LayerCall, build_heads, replay, turn_with
 from caft_plugin.heads_folder import HeadsFolder, resolve_wiring
 from caft_plugin.pace import Pace
+from caft_plugin.pass_notes import PassNotes, compiled_around, noted_pass
+from caft_plugin.rotary import borders
 from caft_plugin.storage import unsharded_twin
 from caft_plugin.trunk import Trunk, find_trunk
 
 ASKED = 2  # heads at a time: the next ones only where their guesses may be worth sending
 LONGEST_LAG = 32  # passes that a head has not read
+
+Kwargs = dict[str, Any]  # of the model, as `generate` hands them on from pass to pass
 
 
 @dataclasses.dataclass
@@ -51,6 +58,13 @@ class Drafted:
             setattr(self, name, [a + b for a, b in zip(ours, theirs, strict=True)])
         return self
 
+    def note(self, sent: list[int], came: list[int]) -> None:
+        """A pass that checked the draft tokens `sent` and brought the tokens `came`."""
+        self.lengths[len(came) - 1] += 1
+        for head, guess in enumerate(sent):
+            self.drafted[head] += 1
+            self.accepted[head] += came[head : head + 1] == [guess]
+
     @property
     def tokens(self) -> int:
         return sum(length * passes for length, passes in enumerate(self.lengths, 1))
@@ -67,24 +81,27 @@ class Drafted:
 class Drafter:
     """Makes `generate` faster by the heads that a model was fine-tuned with: pass it as `custom_generate`.
 
-    Head k guesses the token k+1 ahead. The model checks all guesses in one pass, and what it would not have written is
-    dropped, so the text is that of plain `generate`: greedy or sampled, the latter with the same random numbers.
-    (Passes of several tokens round otherwise than passes of one: where two tokens are as good as equally likely, the
-    other one may come out. In float32 that hardly ever happens.)
+    Head k predicts the token k+1 ahead. The model checks all draft tokens in one forward pass, and what it would not
+    have written is dropped, so the text is that of plain `generate`: greedy or sampled, the latter with the same random
+    numbers. (Passes of several tokens round otherwise than passes of one: where two tokens are almost equally likely,
+    the other one may be written. In float32 that hardly ever happens.)
 
     Args:
         model: a decoder-only model, or one with an adapter of PEFT.
         heads: heads over it.
         config: how the heads are wired, `head_input` and `head_norm` filled in.
-        num_draft: guesses a pass, at most as many as there are heads. None: chosen in every round, from what passes of
-            each width cost on this machine and from which guesses were right so far. Where guesses do not pay, the
-            text goes on without them.
-        confidence: only guesses of at least this probability, and those before them, are checked; between 0 and 1.
+        num_draft: draft tokens a pass, at most as many as there are heads. None: chosen in every round, from what
+            passes of each width cost on this machine and from which draft tokens were accepted so far. Where drafts do
+            not pay, the text is written without them.
+        confidence: only draft tokens of at least this probability, and those before them, are checked; between 0 and 1.
             None: no such limit.
 
-    `last` tells what came of the last text. One text at a time: batches, beams and caches that cannot be cropped are
-    refused with a ConfigError.
+    A drafter may write in several threads at once, and several drafters may share a model or heads. Each text has one
+    prompt: batches, beams and caches that cannot be cropped are refused with a ConfigError. The model may be changed
+    between texts (adapters set, merged or unloaded, modules replaced, `compile`): each text finds its parts anew.
     """
+
+    __signature__ = TakesModeArguments()
 
     def __init__(
         self,
@@ -101,13 +118,14 @@ class Drafter:
             )
         if confidence is not None and not 0 <= confidence <= 1:
             raise ConfigError(f"confidence: got {confidence}, but it takes a probability, 0 to 1, or None.")
-        self.trunk = find_trunk(model)
+        self.model = find_trunk(model).model
         self.heads = heads
         self.config = config
         self.num_draft = num_draft
         self.confidence = confidence
         self.pace = Pace(len(heads))
-        self.last = Drafted.nothing(len(heads))
+        self._newest = Drafted.nothing(len(heads))
+        self._own = threading.local()
 
     @classmethod
     def from_pretrained(
@@ -118,7 +136,7 @@ class Drafter:
         num_draft: int | None = None,
         confidence: float | None = None,
     ) -> Drafter:
-        """Heads from a folder, a run's folder with `caft_heads/` in it, or a Hub id.
+        """Load heads from a folder, a run's folder with `caft_heads/` in it, or a Hub id.
 
         Raises:
             ConfigError: no such folder, or heads that do not fit this model.
@@ -133,6 +151,24 @@ class Drafter:
         folder.load_into(built, trunk.layer_class)
         return cls(model, built, config, num_draft=num_draft, confidence=confidence)
 
+    @property
+    def trunk(self) -> Trunk:
+        """The parts of the model as it is now."""
+        return find_trunk(self.model)
+
+    @property
+    def last(self) -> Drafted:
+        """What came of this thread's last text; in a thread that has written none, of the last text of any thread."""
+        return getattr(self._own, "last", self._newest)
+
+    def generate(self, model: Any, *inputs: Tensor, **settings: object) -> Tensor | GenerateDecoderOnlyOutput:
+        """Write a text: `model.generate(*inputs, **settings)` with this drafter as its `custom_generate`.
+
+        Raises:
+            ConfigError: a batch, beams, or another setting that drafts do not go with.
+        """
+        return model.generate(*inputs, custom_generate=self, **settings)
+
     @torch.no_grad()
     def __call__(
         self,
@@ -142,133 +178,160 @@ class Drafter:
         stopping_criteria: StoppingCriteriaList,
         generation_config: GenerationConfig,
         text_streamer: BaseStreamer | None = None,
-        **model_kwargs: Any,
+        begun_streamer: BaseStreamer | None = None,
+        tokenizer: object = None,
+        **model_kwargs: object,
     ) -> Tensor | GenerateDecoderOnlyOutput:
-        """What `generate` calls: the prompt (1, length) in, the whole text out.
+        """Write a text for `generate`, which calls this: the prompt (1, length) in, the whole text out.
 
-        `text_streamer` is what `streamer` is elsewhere: `generate` takes that one away before it comes here.
+        `begun_streamer` is what `generate` was given as `streamer` and has put the prompt into; a `text_streamer` lacks
+        the prompt still. `tokenizer` is for `generate` alone, which needs it for `stop_strings`.
 
         Raises:
             ConfigError: a batch, beams, or another setting that drafts do not go with.
         """
-        cache = self._cache(model, input_ids, generation_config, model_kwargs)
-        cache.activate_past_recording()
-        text = _Text(input_ids, logits_processor, stopping_criteria, generation_config, text_streamer)
-        self.last = Drafted.nothing(len(self.heads))
-        with _LastCall(self.trunk) as last_call:
-            side = _Side(self, last_call) if self.num_draft != 0 and self.pace.awake() else None
-            guesses: list[int] = []
-            first = True
-            while True:
-                began = time.perf_counter()
-                sent = guesses
-                outputs = _one_pass(model, text.ids, sent, first, model_kwargs)
-                came = text.check(outputs.logits[:, -len(sent) - 1 :], sent)
-                model_kwargs = model._update_model_kwargs_for_generation(
-                    outputs, model_kwargs, num_new_tokens=len(came)
-                )
-                if first:
-                    _refuse_recurrent(model, cache)
-                wrong = len(sent) + 1 - len(came)
-                cache.crop(-wrong)
-                self._note(sent, came)
-                if not first:
-                    self.pace.pass_took(len(sent), time.perf_counter() - began)
-                if text.done:
-                    break
-                guesses = []
-                if side is None:
-                    self.pace.rested(len(came))
-                else:
-                    guesses = side.guess(wrong, came, generation_config.max_length - text.length - 1)
-                    if not first:
-                        self.pace.round_took(len(came), time.perf_counter() - began)
-                        if self.num_draft is None and not self.pace.worth_it():
-                            side, guesses = None, []
-                first = False
-        for layer in cache.layers:  # a cache that is used on without a drafter is not cropped
-            if getattr(layer, "record_past", False):
-                layer.record_past = False  # type: ignore[union-attr]
-        return text.result(cache)
+        trunk = self._trunk_of(model)
+        _refuse_settings(model, input_ids, generation_config)
+        passes = _Passes(model, trunk, model_kwargs)
+        if text_streamer is not None:
+            text_streamer.put(input_ids.cpu())
+        streamer = begun_streamer or text_streamer
+        text = _Text(input_ids, logits_processor, stopping_criteria, generation_config, streamer)
+        drafted = Drafted.nothing(len(self.heads))
+        try:
+            self._write(text, passes, drafted, generation_config.max_length)
+        finally:
+            self._own.last = self._newest = drafted
+        return text.result(passes.end())
 
-    def _note(self, sent: list[int], came: list[int]) -> None:
-        self.last.lengths[len(came) - 1] += 1
-        for head, guess in enumerate(sent):
-            self.last.drafted[head] += 1
-            self.last.accepted[head] += came[head : head + 1] == [guess]
+    def _write(self, text: _Text, passes: _Passes, drafted: Drafted, max_length: int) -> None:
+        """Write in rounds: a pass checks the draft tokens, then heads propose the next ones."""
+        side = _Side(self, passes.trunk) if self.num_draft != 0 and self.pace.awake() else None
+        sent: list[int] = []
+        while True:
+            first, began = passes.first, time.perf_counter()
+            logits, notes, sent = passes.run(text.ids, sent)
+            came = text.check(logits, sent)
+            wrong = len(sent) + 1 - len(came)
+            passes.keep(len(came), wrong)
+            drafted.note(sent, came)
+            if not first:
+                self.pace.pass_took(len(sent), time.perf_counter() - began)
+            if text.done:
+                return
+            if side is None:
+                sent = []
+                self.pace.rested(len(came))
+                continue
+            room = passes.room(text.length)
+            sent = side.guess(notes, wrong, came, int(min(room, max_length - text.length - 1)))
+            if not first and room:
+                self.pace.round_took(len(came), time.perf_counter() - began)
+                if self.num_draft is None and not self.pace.worth_it():
+                    side, sent = None, []
 
-    def _cache(
-        self, model: nn.Module, input_ids: Tensor, config: GenerationConfig, model_kwargs: dict[str, Any]
-    ) -> DynamicCache:
-        """The cache that `generate` has made. Raises ConfigError where the drafter cannot follow."""
-        if find_trunk(model).model is not self.trunk.model:
+    def _trunk_of(self, model: nn.Module) -> Trunk:
+        """The parts of the model as it is now. Raises ConfigError where it is another model, or in training mode."""
+        trunk = find_trunk(model)
+        if trunk.model is not self.model:
             raise ConfigError(
                 f"Drafter: called by {type(model).__name__}, but made for another model "
-                f"({type(self.trunk.model).__name__}). Make a drafter for each: Drafter.from_pretrained(model, heads)."
+                f"({type(self.model).__name__}). Make a drafter for each: Drafter.from_pretrained(model, heads)."
             )
         if model.training:
             raise ConfigError(
                 "Drafter: the model is in training mode, where dropout changes each pass. Call model.eval()."
             )
-        if len(input_ids) > 1:
-            raise ConfigError(
-                f"Drafter: got {len(input_ids)} texts at a time, but it takes 1: as soon as one text takes fewer "
-                "guesses than another, their rows no longer line up. Generate one after the other, with "
-                "num_return_sequences=1."
-            )
-        mode = config.get_generation_mode()
-        if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
-            raise ConfigError(f"Drafter: got {mode.value}, but it takes greedy search and sampling (num_beams: 1).")
-        for key in ("output_attentions", "output_hidden_states", "prefill_chunk_size"):
-            if getattr(config, key, None):
-                raise ConfigError(
-                    f"Drafter: {key} does not go with drafts. Leave it out, or leave custom_generate out."
-                )
-        cache = next((value for value in model_kwargs.values() if isinstance(value, Cache)), None)
-        if type(cache) is not DynamicCache or getattr(cache, "offloading", False):
-            found = "none (use_cache: false)" if cache is None else type(cache).__name__
-            raise ConfigError(
-                f"Drafter: needs a DynamicCache, which can be cropped, but the cache is {found}. Leave "
-                "cache_implementation and use_cache out."
-            )
-        if any(layer.get_seq_length() for layer in cache.layers if hasattr(layer, "get_seq_length")):
-            raise ConfigError(
-                "Drafter: the prompt is in the cache already, and what the heads would have kept of it is not. Pass "
-                "the whole prompt without a cache."
-            )
-        return cache
+        device = next(trunk.last_layer.parameters()).device
+        if next(self.heads.parameters()).device != device:  # the model was moved
+            self.heads.to(device)
+        return trunk
 
 
-class _LastCall:
-    """While it is open: what the last layer was called with, and what the final norm returned, in the newest pass."""
+class _Passes:
+    """The model's forward passes over one text, with the cache and what `generate` hands on from one to the next."""
 
-    def __init__(self, trunk: Trunk) -> None:
+    def __init__(self, model: Any, trunk: Trunk, kwargs: Kwargs) -> None:
+        self.model = model
         self.trunk = trunk
-        self.call: LayerCall | None = None
-        self.final: Tensor | None = None
+        self.kwargs = kwargs
+        self.cache = _croppable_cache(kwargs)
+        self.cache.activate_past_recording()
+        self.borders = borders(trunk.model)
+        self.eager = compiled_around(trunk)
+        self.first = True
 
-    def __enter__(self) -> _LastCall:
-        self.handles = [
-            self.trunk.last_layer.register_forward_pre_hook(self._note_call, with_kwargs=True),
-            self.trunk.norm.register_forward_hook(self._note_norm),
-        ]
-        return self
+    def run(self, ids: Tensor, sent: list[int]) -> tuple[Tensor, PassNotes, list[int]]:
+        """The model over the tokens that its cache lacks and the draft tokens behind them.
 
-    def __exit__(self, *_: object) -> None:
-        for handle in self.handles:
-            handle.remove()
+        Returns the logits (1, draft tokens + 1, vocabulary) at the last of these tokens, what the pass called, and the
+        draft tokens that were in it: none where the model throws its cache away, which may be because of them.
+        """
+        inputs = self._inputs(ids, sent)
+        if sent and self._thrown_away(inputs):
+            inputs, sent = self._inputs(ids, []), []
+        restart = self._thrown_away(inputs)
+        if restart:
+            self._restart(inputs)
+        if "logits_to_keep" in inputs:
+            inputs["logits_to_keep"] = len(sent) + 1
+        with noted_pass(self.trunk, self.eager) as notes:
+            outputs = self.model(**inputs, return_dict=True)
+        notes.restart = restart
+        self.kwargs = self._lengthened(self.kwargs, 1, outputs)
+        return outputs.logits[:, -len(sent) - 1 :], notes, sent
 
-    def _note_call(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        self.call = LayerCall.of(args, kwargs)
+    def _inputs(self, ids: Tensor, sent: list[int]) -> Kwargs:
+        kwargs = self.kwargs
+        if sent:
+            ids = torch.cat([ids, ids.new_tensor([sent])], dim=1)
+            kwargs = self._lengthened(dict(kwargs), len(sent))
+        width = None if self.first else len(sent) + 1
+        return self.model.prepare_inputs_for_generation(
+            ids, next_sequence_length=width, is_first_iteration=self.first, **kwargs
+        )
 
-    def _note_norm(self, norm: nn.Module, args: tuple, output: Tensor) -> None:
-        self.final = output
+    def _thrown_away(self, inputs: Kwargs) -> bool:
+        return not any(value is self.cache for value in inputs.values())
+
+    def _restart(self, inputs: Kwargs) -> None:
+        """Phi-3 throws its cache away where its rotary embeddings change: it gets one that can be cropped."""
+        name = next(name for name, value in self.kwargs.items() if value is self.cache)
+        self.cache = DynamicCache(config=self.model.config.get_text_config())
+        self.cache.activate_past_recording()
+        inputs[name] = self.cache
+
+    def keep(self, came: int, wrong: int) -> None:
+        """Go on behind the `came` tokens of this pass, without what is cached of its `wrong` draft tokens."""
+        self.kwargs = self._lengthened(self.kwargs, came - 1)
+        if self.first:
+            _refuse_recurrent(self.model, self.cache)
+        self.cache.crop(-wrong)
+        self.first = False
+
+    def _lengthened(self, kwargs: Kwargs, tokens: int, outputs: object = None) -> Kwargs:
+        for _ in range(tokens):  # one by one: several at a time repeat several token types instead of the last one
+            kwargs = self.model._update_model_kwargs_for_generation(outputs or {}, kwargs, is_encoder_decoder=False)
+        return kwargs
+
+    def room(self, length: int) -> float:
+        """How many draft tokens the next pass may have, with `length` tokens written, for the text to be the same."""
+        positions = self.kwargs.get("position_ids") if self.borders else None
+        reach = length if positions is None else int(positions.max()) + 1
+        return min((border.room(reach) for border in self.borders), default=math.inf)
+
+    def end(self) -> DynamicCache:
+        """The cache as plain `generate` leaves it: one that is used on without a drafter is not cropped."""
+        for layer in self.cache.layers:
+            if getattr(layer, "record_past", False):
+                layer.record_past = False  # type: ignore[union-attr]
+        return self.cache
 
 
 @dataclasses.dataclass(frozen=True)
 class _Pass:
-    """What a head needs of a pass of the model: the call of the last layer, what heads read (1, length, hidden size),
-    the last position that counts, (1,), and how many behind it were wrong guesses."""
+    """What a head needs of a pass of the model: the call of the last layer, the heads' input (1, length, hidden size),
+    the last position that counts, (1,), and how many behind it were wrong draft tokens."""
 
     call: LayerCall
     source: Tensor
@@ -277,28 +340,31 @@ class _Pass:
 
 
 class _Side:
-    """The heads beside one text: a cache for each, and the guesses that no token has answered yet.
+    """The drafting state of one text: a cache for each head, and the draft tokens that are not verified yet.
 
-    A head is asked only where its guess may be worth sending. It then reads the passes since it was last asked, one
-    after the other; a head that is not asked for long is out for the rest of the text, and those behind it.
+    A head is asked only where its draft token may be worth sending. It then reads the passes since it was last asked,
+    one after the other; a head that is not asked for long is out for the rest of the text, and those behind it.
     """
 
-    def __init__(self, drafter: Drafter, last_call: _LastCall) -> None:
+    def __init__(self, drafter: Drafter, trunk: Trunk) -> None:
         self.drafter = drafter
-        self.last_call = last_call
-        trunk = drafter.trunk
-        self.caches = [DynamicCache(config=trunk.model.config) for _ in drafter.heads.layers]
+        dtype = trunk.model.dtype  # no hooks in what the heads use: it is no pass of the model
+        norm, unembedding = (unsharded_twin(module, dtype) for module in (trunk.norm, trunk.unembedding))
+        self.trunk = dataclasses.replace(trunk, norm=norm, unembedding=unembedding)
+        self.open: list[tuple[list[float], list[int], list[int]]] = []
+        self._start()
+
+    def _start(self) -> None:
+        self.caches = [DynamicCache(config=self.trunk.model.config) for _ in self.drafter.heads.layers]
         for cache in self.caches:
             cache.activate_past_recording()
-        self.norm = unsharded_twin(trunk.norm, trunk.model.dtype)  # without hooks: its use here is no pass of the model
         self.unread: list[list[_Pass]] = [[] for _ in self.caches]  # by head
-        self.open: list[tuple[list[float], list[int], list[int]]] = []
 
-    def guess(self, wrong: int, came: list[int], most: int) -> list[int]:
-        """The guesses to check next, `most` at most. `came` are the tokens of this round, after `wrong` guesses less
-        than were sent."""
+    def guess(self, notes: PassNotes, wrong: int, came: list[int], most: int) -> list[int]:
+        """The draft tokens to check next, `most` at most. `came` are the tokens of this round, which had `wrong` draft
+        tokens more than were accepted; `notes` are of its pass."""
         self._learn(came)
-        self._note_pass(wrong)
+        self._note_pass(notes, wrong)
         probabilities: list[float] = []
         guesses: list[int] = []
         most = min(max(most, 0), len(self.unread))
@@ -306,20 +372,18 @@ class _Side:
             asked = range(len(guesses), min(len(guesses) + ASKED, most))
             hidden = torch.cat([self._read(head) for head in asked])
             if self.drafter.config.head_norm:
-                hidden = self.norm(hidden)
-            best = self.drafter.trunk.logits(hidden).float().softmax(-1).max(-1)
+                hidden = self.trunk.norm(hidden)
+            best = self.trunk.logits(hidden).float().softmax(-1).max(-1)
             probabilities += best.values.tolist()
             guesses += best.indices.tolist()
         self.open.append((probabilities, guesses, []))
         return guesses[: self._how_many(probabilities, most)]
 
-    def _note_pass(self, wrong: int) -> None:
-        call = self.last_call.call
-        assert call is not None
-        final = self.drafter.config.head_input == "final"
-        source = self.last_call.final if final else call.hidden_states
-        assert source is not None
+    def _note_pass(self, notes: PassNotes, wrong: int) -> None:
+        call, source = notes.read_by(self.drafter.config.head_input)
         at = torch.tensor([source.shape[1] - 1 - wrong], device=source.device)
+        if notes.restart:
+            self._start()
         for unread in self.unread:
             unread.append(_Pass(call, source, at, wrong))
         asleep = (head for head, unread in enumerate(self.unread) if len(unread) > LONGEST_LAG)
@@ -328,11 +392,12 @@ class _Side:
     def _read(self, head: int) -> Tensor:
         """A head's output (1, hidden size) at the newest position that counts."""
         layer, cache = self.drafter.heads.layers[head], self.caches[head]
-        last = len(self.drafter.trunk.layers) - 1
-        for a_pass in self.unread[head]:
-            output = replay(layer, a_pass.source, a_pass.call, a_pass.at, cache)
-            for own in cache.layers[last : last + 1]:  # none where the last layer reads another one's keys and values
-                own.crop(-a_pass.wrong)  # type: ignore[union-attr]
+        last = len(self.trunk.layers) - 1
+        with turn_with(self.drafter.heads):
+            for a_pass in self.unread[head]:
+                output = replay(layer, a_pass.source, a_pass.call, a_pass.at, cache)
+                for own in cache.layers[last : last + 1]:  # none where the last layer reads another one's
+                    own.crop(-a_pass.wrong)  # type: ignore[union-attr]
         self.unread[head].clear()
         return output
 
@@ -374,8 +439,6 @@ class _Text:
         wants = config.return_dict_in_generate
         self.scores: tuple[Tensor, ...] | None = () if wants and config.output_scores else None
         self.logits: tuple[Tensor, ...] | None = () if wants and config.output_logits else None
-        if streamer is not None:
-            streamer.put(ids.cpu())
 
     @property
     def length(self) -> int:
@@ -415,17 +478,37 @@ class _Text:
         return GenerateDecoderOnlyOutput(**fields)  # type: ignore[arg-type]
 
 
-def _one_pass(model: Any, ids: Tensor, sent: list[int], first: bool, model_kwargs: dict[str, Any]) -> Any:
-    """The model over the tokens that its cache lacks and the guesses behind them."""
-    if sent:
-        ids = torch.cat([ids, ids.new_tensor([sent])], dim=1)
-        model_kwargs = model._update_model_kwargs_for_generation({}, dict(model_kwargs), num_new_tokens=len(sent))
-    inputs = model.prepare_inputs_for_generation(
-        ids, next_sequence_length=None if first else len(sent) + 1, is_first_iteration=first, **model_kwargs
-    )
-    if "logits_to_keep" in inputs:
-        inputs["logits_to_keep"] = len(sent) + 1
-    return model(**inputs, return_dict=True)
+def _refuse_settings(model: nn.Module, input_ids: Tensor, config: GenerationConfig) -> None:
+    """Raises ConfigError for settings of `generate` that drafts do not go with."""
+    if len(input_ids) > 1:
+        raise ConfigError(
+            f"Drafter: got {len(input_ids)} texts at a time, but it takes 1: as soon as one text takes fewer "
+            "guesses than another, their rows no longer line up. Generate one after the other, with "
+            "num_return_sequences=1."
+        )
+    mode = config.get_generation_mode()
+    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        raise ConfigError(f"Drafter: got {mode.value}, but it takes greedy search and sampling (num_beams: 1).")
+    for key in ("output_attentions", "output_hidden_states", "prefill_chunk_size"):
+        if getattr(config, key, None):
+            raise ConfigError(f"Drafter: {key} does not go with drafts. Leave it out, or leave custom_generate out.")
+
+
+def _croppable_cache(model_kwargs: Kwargs) -> DynamicCache:
+    """The cache that `generate` has made. Raises ConfigError where the drafter cannot crop it."""
+    cache = next((value for value in model_kwargs.values() if isinstance(value, Cache)), None)
+    if type(cache) is not DynamicCache or getattr(cache, "offloading", False):
+        found = "none (use_cache: false)" if cache is None else type(cache).__name__
+        raise ConfigError(
+            f"Drafter: needs a DynamicCache, which can be cropped, but the cache is {found}. Leave "
+            "cache_implementation and use_cache out."
+        )
+    if any(layer.get_seq_length() for layer in cache.layers if hasattr(layer, "get_seq_length")):
+        raise ConfigError(
+            "Drafter: the prompt is in the cache already, and what the heads would have kept of it is not. Pass "
+            "the whole prompt without a cache."
+        )
+    return cache
 
 
 def _refuse_recurrent(model: nn.Module, cache: DynamicCache) -> None:

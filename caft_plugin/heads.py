@@ -12,8 +12,10 @@ import dataclasses
 import functools
 import inspect
 import logging
+import threading
 from collections.abc import Iterator
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -208,6 +210,19 @@ def replay(layer: nn.Module, source: Tensor, call: LayerCall, positions: Tensor,
         output = layer(*bound.args, **bound.kwargs)
     output = output if isinstance(output, Tensor) else output[0]
     return output.flatten(0, 1)[positions].to(source.dtype)
+
+
+_turns: WeakKeyDictionary[AuxiliaryHeads, threading.Lock] = WeakKeyDictionary()
+_turns_lock = threading.Lock()
+
+
+@contextlib.contextmanager
+def turn_with(heads: AuxiliaryHeads) -> Iterator[None]:
+    """While this is open, no other thread that takes turns runs these heads: `replay` puts hooks on them."""
+    with _turns_lock:
+        turn = _turns.setdefault(heads, threading.Lock())
+    with turn:
+        yield
 
 
 def is_cache(name: str, value: object) -> bool:

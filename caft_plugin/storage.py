@@ -107,6 +107,7 @@ def unsharded_twin(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     twin.__dict__.update(module.__dict__)
     for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
         twin.__dict__[name] = OrderedDict()
+    twin.__dict__.pop("_compiled_call_impl", None)  # it calls `module` itself, hooks included
     parameters = {n: p if p is None else _unsharded(p, dtype) for n, p in module._parameters.items()}
     twin.__dict__["_parameters"] = parameters
     twin._modules = {n: m if m is None else unsharded_twin(m, dtype) for n, m in module._modules.items()}

@@ -25,6 +25,7 @@ from caft_plugin.hidden import all_out_of_sight, hidden_from, shown_to
 from caft_plugin.logs import greater_is_better
 from caft_plugin.loss import Batch
 from caft_plugin.meap.mask_token import AddedMaskToken
+from caft_plugin.meap.roles import NOTHING_SAID, Said
 from caft_plugin.meap.training import MaskedTraining
 from caft_plugin.meap.training_set import TrainingSet
 from caft_plugin.objective import AuxiliaryObjective, HostLoss
@@ -117,9 +118,9 @@ class CAFTTrainerMixin(_Base):
         set_direction_of_best(self.args)
         self._start_afresh_with_each_loop()
 
-    def attach_meap(self, config: MEAPConfig) -> None:
+    def attach_meap(self, config: MEAPConfig, said: Said = NOTHING_SAID) -> None:
         """Chooses the mask token; from now on training batches are masked. In mode `sft` the training set has to be
-        duplicated already.
+        duplicated already. `said` is what the user's settings say of tokens.
 
         Raises:
             ConfigError: there is no tokenizer, or no mask token to be had, or masks are drawn already.
@@ -128,10 +129,10 @@ class CAFTTrainerMixin(_Base):
             raise ConfigError("meap: this trainer draws masks already. Give `meap` once, to a trainer of its own.")
         self.meap_config = config
         self.meap = MaskedTraining(self, config)
-        self._begin(self.meap)
+        self._begin(self.meap, said)
 
-    def _begin(self, meap: MaskedTraining) -> None:
-        meap.attach()
+    def _begin(self, meap: MaskedTraining, said: Said = NOTHING_SAID) -> None:
+        meap.attach(said)
         self._start_afresh_with_each_loop()
 
     def _start_afresh_with_each_loop(self) -> None:
@@ -207,10 +208,17 @@ class CAFTTrainerMixin(_Base):
     ) -> tuple[list[Batch], Tensor | int | None]:
         samples, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self.meap is not None:
-            self.meap.check_masked(samples)
+            self.meap.begin_step(samples)
         if self.caft is not None and samples:
-            self.caft.begin_window(samples)
+            self.caft.begin_window([self._with_plan(batch) for batch in samples])
         return samples, num_items
+
+    def _with_plan(self, inputs: Batch) -> Batch:
+        """A training batch as the heads need it; the host's own holds the host's keys only."""
+        if self.meap is None or not torch.is_grad_enabled():
+            return inputs
+        self.meap.take_plan(inputs)
+        return self.meap.with_plan(inputs)
 
     # -- the loss ----------------------------------------------------------------------------------
 
@@ -221,9 +229,10 @@ class CAFTTrainerMixin(_Base):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> HostLoss:
+        if self.meap is not None:
+            self.meap.take_plan(inputs)
+
         def host_loss() -> HostLoss:
-            if self.meap is not None:
-                self.meap.take_plan(inputs)
             return super(CAFTTrainerMixin, self).compute_loss(
                 model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
             )
@@ -235,12 +244,12 @@ class CAFTTrainerMixin(_Base):
             self._ours_on_model() if torch.is_grad_enabled() else contextlib.nullcontext(),
             self._ours_out_of_sight(),
         ):
-            return self.caft.loss(model, inputs, host_loss, num_items_in_batch)
+            return self.caft.loss(model, self._with_plan(inputs), host_loss, num_items_in_batch)
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Tensor], *args, **kwargs) -> Tensor:
         with (
             self._ours_out_of_sight(),
-            contextlib.nullcontext() if self.caft is None else self.caft.training_step(inputs),
+            contextlib.nullcontext() if self.caft is None else self.caft.training_step(self._with_plan(inputs)),
         ):
             return super().training_step(model, inputs, *args, **kwargs)
 

@@ -7,14 +7,16 @@ import functools
 import inspect
 
 try:
-    from trl import SFTTrainer
+    from trl import SFTConfig, SFTTrainer
 except ImportError as error:
     raise ImportError(
         f"caft_plugin.trl needs TRL, which could not be imported ({error}). Install it: pip install 'caft_plugin[trl]'"
     ) from error
 
+from torch import nn
 from transformers import Trainer
 
+from caft_plugin.meap.base_model import BaseModel
 from caft_plugin.meap.masking import has_target
 from caft_plugin.meap.training_set import TrainingSet
 from caft_plugin.training import CAFTTrainerMixin, with_caft
@@ -24,6 +26,13 @@ ARGUMENTS = inspect.signature(SFTTrainer._prepare_dataset)
 
 class SFTMixin(CAFTTrainerMixin):
     """What is SFTTrainer's own: it tokenises, cuts and packs its data inside its constructor."""
+
+    def __init__(self, *args, **kwargs) -> None:
+        host = inspect.signature(super(CAFTTrainerMixin, self).__init__)
+        given = host.bind_partial(*args, **{key: kwargs[key] for key in kwargs.keys() - {"caft", "meap"}}).arguments
+        self._model_given = given.get("model", given.get("kwargs", {}).get("model"))
+        super().__init__(*args, **kwargs)
+        self._model_given = None
 
     def _prepare_dataset(self, dataset: TrainingSet, *args, **kwargs) -> TrainingSet:
         """Copies come after tokens and before all else. The training set is the first that is prepared, whatever
@@ -41,11 +50,20 @@ class SFTMixin(CAFTTrainerMixin):
         dataset = prepare(dataset, tokenizer, uncut, False, given["formatting_func"], name)
         rest = tokenizer, settings, given["packing"], None, name
         meap.plain = functools.partial(prepare, dataset, *rest)
-        doubled = prepare(meap.doubled(dataset, tokenizer, settings, settings.max_length), *rest)
+        base = base_model(self._model_given, settings)
+        doubled = prepare(meap.doubled(dataset, tokenizer, settings, base, settings.max_length), *rest)
         if meap.config.layout == "separate" and settings.max_length is not None and not given["packing"]:
             doubled = doubled.filter(has_target)  # as SFTTrainer drops rows that were cut before their first target
         meap.data = doubled
         return doubled
+
+
+def base_model(model: object, settings: SFTConfig) -> BaseModel:
+    """What MEAP has to know of the model that SFTTrainer was given, or will load: it prepares its data before it puts
+    the model where a Trainer has it. Nothing where the class makes its model itself."""
+    if isinstance(model, str):
+        return BaseModel.named(model, **dict(settings.model_init_kwargs or {}))  # type: ignore[arg-type]
+    return BaseModel.of_model(model) if isinstance(model, nn.Module) else BaseModel()
 
 
 def mixin_of(trainer_class: type[Trainer]) -> type[CAFTTrainerMixin]:

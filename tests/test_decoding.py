@@ -4,7 +4,12 @@ settings; or it refuses by name."""
 from __future__ import annotations
 
 import contextlib
+import copy
+import inspect
 import random
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import hypothesis
 import pytest
@@ -13,19 +18,34 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from test_families import FAMILIES, model_of
 from tiny import LLAMA
+from tokenizers import Tokenizer, decoders
+from tokenizers.models import BPE
 from transformers import (
     BitsAndBytesConfig,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     LogitsProcessor,
     LogitsProcessorList,
+    Phi3Config,
+    Phi3ForCausalLM,
+    PhimoeConfig,
+    PhimoeForCausalLM,
+    PreTrainedTokenizerFast,
     StaticCache,
+    WatermarkingConfig,
 )
 
 from caft_plugin import CAFTConfig, ConfigError, Drafter, decoding
 from caft_plugin.heads import build_heads, replay
 from caft_plugin.heads_folder import save_heads
 from caft_plugin.pace import Pace
+from caft_plugin.pass_notes import noted_pass
+from caft_plugin.rotary import Border, borders
 from caft_plugin.trunk import find_trunk
 
 RECURRENT = ("RecurrentGemma", "Mamba", "Mamba2", "Jamba", "Bamba", "FalconH1", "GraniteMoeHybrid", "Qwen3Next")
@@ -74,8 +94,8 @@ def all_guesses():
     """While this is open: of each round, how long the text was and what each head guessed, sent or not."""
     rounds, guess = [], decoding._Side.guess
 
-    def noting(side, wrong, came, most):
-        sent = guess(side, wrong, came, most)
+    def noting(side, notes, wrong, came, most):
+        sent = guess(side, notes, wrong, came, most)
         rounds.append((len(came), list(side.open[-1][1])))
         return sent
 
@@ -89,11 +109,11 @@ def all_guesses():
 def guesses_without_a_cache(drafter, ids):
     """What the heads guess behind the last but one token of `ids`, everything computed anew."""
     trunk = drafter.trunk
-    with torch.no_grad(), decoding._LastCall(trunk) as last:
+    with torch.no_grad(), noted_pass(trunk, eager=False) as last:
         trunk.model(input_ids=ids[:, :-1], use_cache=False)
-        source = last.call.hidden_states if drafter.config.head_input == "penultimate" else last.final
+        call, source = last.read_by(drafter.config.head_input)
         at = torch.tensor([source.shape[1] - 1])
-        hidden = torch.cat([replay(layer, source, last.call, at) for layer in drafter.heads.layers])
+        hidden = torch.cat([replay(layer, source, call, at) for layer in drafter.heads.layers])
         if drafter.config.head_norm:
             hidden = trunk.norm(hidden)
         return trunk.logits(hidden).argmax(-1).tolist()
@@ -238,6 +258,12 @@ SETTINGS = {
     "own processor": {"logits_processor": LogitsProcessorList([NoTokenTwice()])},
     "own criteria": {"stopping_criteria": [lambda ids, scores: torch.tensor([ids.shape[1] >= 17])]},
     "top_p": {"do_sample": True, "top_p": 0.7, "temperature": 0.3},
+    "guidance": {"guidance_scale": 1.5},
+    "guidance, sampled": {"guidance_scale": 2.0, **SAMPLED},
+    "negative prompt": {"guidance_scale": 1.5, "negative_prompt_ids": torch.full((1, 5), 7)},
+    "allowed tokens": {"prefix_allowed_tokens_fn": lambda batch, ids: [3 + len(ids) % 7, 11, 12]},
+    "watermark": {"watermarking_config": WatermarkingConfig(greenlist_ratio=0.3, bias=4.0)},
+    "positions": {"position_ids": torch.arange(20, 29)[None]},
     "sampled, end token": {**SAMPLED, "eos_token_id": [5, 10, 15]},
 }
 
@@ -291,12 +317,295 @@ class Streamer:
         self.ended += 1
 
 
-def test_a_streamer(tiny_model):
+@pytest.mark.parametrize("argument", ["streamer", "text_streamer"])
+def test_a_streamer(tiny_model, argument):
     plain, ours = Streamer(), Streamer()
     written(tiny_model, prompt(), streamer=plain, **GREEDY)
-    written(tiny_model, prompt(), text_streamer=ours, custom_generate=drafter_of(tiny_model, num_draft=4), **GREEDY)
+    drafter = drafter_of(tiny_model, num_draft=4)
+    written(tiny_model, prompt(), custom_generate=drafter, **{argument: ours}, **GREEDY)
     assert ours.seen == plain.seen and len(ours.seen) == NEW + 1
     assert ours.ended == plain.ended == 1
+    seen_by_ours = ours.seen
+    ours.seen = []
+    drafter.generate(tiny_model, **prompt(), max_new_tokens=NEW, eos_token_id=None, streamer=ours, **GREEDY)
+    assert ours.seen == seen_by_ours
+
+
+def test_stop_strings(tiny_model):
+    """`generate` needs the tokenizer for them, and drops it before a callable."""
+    letters = {"<pad>": 0, "</s>": 1, **{chr(ord("a") + i): i + 2 for i in range(22)}}
+    model = Tokenizer(BPE(letters, []))
+    model.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=model, pad_token="<pad>", eos_token="</s>")
+    drafter = drafter_of(tiny_model, num_draft=4)
+    whole = written(tiny_model, prompt(), **GREEDY)
+    stop = {"stop_strings": [tokenizer.decode(whole[0, 14:15])]}
+    in_a_config = {"generation_config": GenerationConfig(**stop, max_new_tokens=NEW, pad_token_id=0)}
+    for settings in ({**stop, **GREEDY}, in_a_config):
+        plain = written(tiny_model, prompt(), tokenizer=tokenizer, **settings)
+        assert torch.equal(
+            written(tiny_model, prompt(), tokenizer=tokenizer, custom_generate=drafter, **settings), plain
+        )
+        assert plain.shape[1] < whole.shape[1] and drafter.last.tokens == plain.shape[1] - 9
+
+
+def test_who_asks_for_the_signature_outside_of_generate(tiny_model):
+    assert "num_draft" in inspect.signature(Drafter).parameters
+    assert "input_ids" in inspect.signature(drafter_of(tiny_model)).parameters
+
+
+def test_a_pass_sees_its_own_calls_alone(tiny_model):
+    """A logits processor that calls the model, as guidance does, changes no draft token."""
+
+    class CallsTheModel(LogitsProcessor):
+        def __call__(self, ids, scores):
+            tiny_model(input_ids=ids.flip(1))
+            return scores
+
+    runs = []
+    for processors in ([], [CallsTheModel()]):
+        drafter = drafter_of(tiny_model, num_draft=4)
+        with all_guesses() as rounds:
+            text = written(
+                tiny_model,
+                prompt(),
+                custom_generate=drafter,
+                logits_processor=LogitsProcessorList(processors),
+                **GREEDY,
+            )
+        runs.append((text.tolist(), rounds, drafter.last))
+    assert runs[0] == runs[1] and runs[0][2].passes < NEW
+
+
+@pytest.mark.parametrize("num_draft", [4, None])
+@pytest.mark.parametrize("who", ["own drafters", "own drafters, the same heads", "one drafter", "one drafts"])
+def test_texts_in_threads(tiny_model, who, num_draft):
+    first = drafter_of(tiny_model, num_draft=num_draft)
+    drafters = {
+        "own drafters": [first, *(drafter_of(tiny_model, num_draft=num_draft) for _ in range(3))],
+        "own drafters, the same heads": [
+            Drafter(tiny_model, first.heads, first.config, num_draft=num_draft) for _ in range(4)
+        ],
+        "one drafter": [first] * 4,
+        "one drafts": [first, None, None, None],
+    }[who]
+    before = {name: type(module) for name, module in tiny_model.named_modules()}
+    alone = [written(tiny_model, prompt(seed=seed), custom_generate=None, **GREEDY) for seed in range(4)]
+    settings = {"max_new_tokens": NEW, "eos_token_id": None, "pad_token_id": 0, **GREEDY}
+
+    def write(seed):
+        text = tiny_model.generate(**prompt(seed=seed), custom_generate=drafters[seed], **settings)
+        return text, drafters[seed] and drafters[seed].last.tokens
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            for _ in range(4):
+                for plain, (text, tokens) in zip(alone, pool.map(write, range(4)), strict=True):
+                    assert torch.equal(text, plain) and tokens in (None, NEW)
+    finally:
+        sys.setswitchinterval(interval)
+    assert {name: type(module) for name, module in tiny_model.named_modules()} == before
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in tiny_model.modules())
+
+
+def test_last_is_of_the_thread_that_asks(tiny_model):
+    drafter = drafter_of(tiny_model, num_draft=2)
+    assert drafter.last.tokens == 0
+    other = threading.Thread(target=lambda: written(tiny_model, prompt(), max_new_tokens=7, custom_generate=drafter))
+    other.start(), other.join()
+    assert drafter.last.tokens == 7
+    written(tiny_model, prompt(), max_new_tokens=5, custom_generate=drafter)
+    assert drafter.last.tokens == 5
+
+
+COMPILED = {
+    "forward": lambda model: setattr(model, "forward", torch.compile(model.forward, backend="eager", dynamic=True)),
+    "decoder's forward": lambda model: setattr(
+        model.model, "forward", torch.compile(model.model.forward, backend="eager", dynamic=True)
+    ),
+    "compile()": lambda model: model.compile(backend="eager", dynamic=True),
+    "last layer": lambda model: model.model.layers[-1].compile(backend="eager", dynamic=True),
+    "norm and unembedding": lambda model: [
+        part.compile(backend="eager", dynamic=True) for part in (model.model.norm, model.lm_head)
+    ],
+}
+
+
+@pytest.mark.parametrize("head_input", ["penultimate", "final"])
+@pytest.mark.parametrize("compiled", COMPILED)
+def test_a_compiled_model(tiny_model, compiled, head_input):
+    torch._dynamo.reset()
+    plain = written(tiny_model, prompt(), **GREEDY)
+    drafter = drafter_of(tiny_model, head_input=head_input, num_draft=4)
+    COMPILED[compiled](tiny_model)
+    for more in ({}, {"custom_generate": drafter}, {}, {"custom_generate": drafter}):
+        assert torch.equal(written(tiny_model, prompt(), **GREEDY, **more), plain)
+        assert torch._dynamo.eval_frame._stance.stance == "default"
+    assert drafter.last.passes < NEW
+
+
+def test_a_forward_that_goes_round_the_layers_is_refused(tiny_model):
+    drafter = drafter_of(tiny_model, num_draft=4)
+    tiny_model.forward = copy.deepcopy(tiny_model).forward
+    with pytest.raises(
+        ConfigError, match=r"without calling its last decoder layer \(LlamaDecoderLayer\).*torch.compile"
+    ):
+        written(tiny_model, prompt(), custom_generate=drafter)
+
+
+def two_adapters(**saved):
+    config = LoraConfig(r=4, target_modules="all-linear", **saved)
+    model = get_peft_model(LlamaForCausalLM(LlamaConfig(**{**LLAMA, "vocab_size": 24})), config, adapter_name="a")
+    model.add_adapter("b", config)
+    model.set_adapter("a")
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+        elif "modules_to_save" in name:
+            parameter.data += 0.3 * torch.randn(parameter.shape)
+    return model
+
+
+CHANGES = {
+    "merged": lambda model: model.merge_and_unload(),
+    "unloaded": lambda model: model.unload(),
+    "other adapter": lambda model: model.set_adapter("b") or model,
+    "deleted": lambda model: model.delete_adapter("a") or model.set_adapter("b") or model,
+    "another norm": lambda model: (
+        setattr(model.base_model.model.model, "norm", copy.deepcopy(model.base_model.model.model.norm)) or model
+    ),
+    "doubled": lambda model: model.double(),
+}
+
+
+@pytest.mark.parametrize("head_input", ["penultimate", "final"])
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("saved", ["norm", "lm_head"])
+def test_a_model_that_is_changed_after_the_drafter_was_made(saved, change, head_input):
+    model = two_adapters(modules_to_save=[saved]).eval()
+    drafter = drafter_of(model, head_input=head_input, num_draft=4)
+    model = CHANGES[change](model)
+    plain = written(model, prompt(), **GREEDY)
+    assert torch.equal(written(model, prompt(), custom_generate=drafter, **GREEDY), plain)
+    assert sum(drafter.last.drafted) > 0
+
+
+def test_a_copy_made_in_the_middle_of_a_pass_is_plain(tiny_model):
+    copies = []
+    handle = tiny_model.model.layers[-1].register_forward_hook(lambda layer, *_: copies.append(copy.deepcopy(layer)))
+    written(tiny_model, prompt(), custom_generate=drafter_of(tiny_model, num_draft=4), max_new_tokens=4)
+    handle.remove()
+    assert copies and {type(layer) for layer in copies} == {type(tiny_model.model.layers[-1])}
+
+
+@pytest.mark.parametrize("adapter", [None, {"target_modules": ["lm_head"]}, {"modules_to_save": ["lm_head", "norm"]}])
+def test_hooks_of_the_user_see_the_models_own_passes_alone(tiny_model, adapter):
+    model = tiny_model
+    if adapter:
+        model = get_peft_model(tiny_model, LoraConfig(r=4, **{"target_modules": ["q_proj"], **adapter}))
+    drafter = drafter_of(model, num_draft=4)
+    base = drafter.model
+    watched = [*base.lm_head.modules(), *base.model.norm.modules(), base.model.layers[-1], base]
+    seen = {}
+    for module in watched:
+        module.register_forward_pre_hook(
+            lambda module, args, kwargs: seen.setdefault(module, []).append(args[0].shape if args else None),
+            with_kwargs=True,
+        )
+    written(model, prompt(), custom_generate=drafter, **GREEDY)
+    assert drafter.last.passes < NEW
+    called = {module: shapes for module, shapes in seen.items() if shapes}
+    assert {base, base.model.layers[-1]} < set(called)
+    for shapes in called.values():
+        assert len(shapes) == drafter.last.passes
+        assert all(shape is None or (len(shape) == 3 and shape[0] == 1) for shape in shapes)
+
+
+def test_token_types():
+    """Plain `generate` gives each new token the last one's type."""
+    config = GPT2Config(vocab_size=24, n_embd=32, n_layer=3, n_head=4, n_positions=64, initializer_range=0.2)
+    model = GPT2LMHeadModel(config)
+    drafter = drafter_of(model, num_draft=4)
+    inputs = {**prompt(), "token_type_ids": torch.arange(1, 10)[None]}
+    plain = written(model, inputs, **GREEDY)
+    assert torch.equal(written(model, inputs, custom_generate=drafter, **GREEDY), plain)
+    assert max(length for length, passes in enumerate(drafter.last.lengths, 1) if passes) > 2
+
+
+def test_a_prompt_of_embeddings(tiny_model):
+    drafter = drafter_of(tiny_model, num_draft=4)
+    embeds = tiny_model.get_input_embeddings()(prompt()["input_ids"])
+    for inputs in ({"inputs_embeds": embeds}, {"inputs_embeds": embeds, "input_ids": prompt()["input_ids"]}):
+        plain = written(tiny_model, inputs, **GREEDY)
+        assert torch.equal(written(tiny_model, inputs, custom_generate=drafter, **GREEDY), plain)
+        assert drafter.last.passes < drafter.last.tokens == NEW
+
+
+LONG = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0] * 4,
+    "long_factor": [4.0, 8.0, 16.0, 32.0],
+    "original_max_position_embeddings": 20,
+}
+PHI = {"max_position_embeddings": 128, "original_max_position_embeddings": 20, "rope_parameters": LONG}
+PHI |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attention_dropout": 0.0}
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+LAYER_TYPES = ["sliding_attention", "full_attention", "sliding_attention"]
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+ROTARY = {
+    "dynamic": lambda sizes: LlamaForCausalLM(
+        LlamaConfig(**{**sizes, "max_position_embeddings": 20, "rope_parameters": DYNAMIC})
+    ),
+    "longrope": lambda sizes: LlamaForCausalLM(LlamaConfig(**sizes, rope_parameters=LONG)),
+    "of one kind of layers": lambda sizes: Gemma3ForCausalLM(
+        Gemma3TextConfig(
+            **{**sizes, "max_position_embeddings": 20},
+            head_dim=8,
+            sliding_window=6,
+            layer_types=LAYER_TYPES,
+            rope_parameters={
+                "full_attention": DYNAMIC,
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            },
+        )
+    ),
+    "Phi-3": lambda sizes: Phi3ForCausalLM(Phi3Config(**{**sizes, **PHI})),
+    "Phi-3, sliding": lambda sizes: Phi3ForCausalLM(Phi3Config(**{**sizes, **PHI}, sliding_window=7)),
+    "Phi-3.5-MoE": lambda sizes: PhimoeForCausalLM(
+        PhimoeConfig(
+            **{**sizes, **PHI, "rope_parameters": {**LONG, "short_mscale": 1.0, "long_mscale": 1.6}},
+            num_local_experts=4,
+        )
+    ),
+}
+
+
+@pytest.mark.parametrize("rope", ROTARY)
+def test_a_text_over_the_border_of_a_rotary_embedding(rope):
+    """Draft tokens are sent only where they change no frequency: the border is at 20 tokens."""
+    model = ROTARY[rope]({**LLAMA, "vocab_size": 24, "initializer_range": 0.2})
+    beyond = rope not in ("dynamic", "of one kind of layers")
+    assert borders(model) == [Border(20, beyond)]
+    for inputs in (prompt(), prompt(padding=5), prompt(18), prompt(24) if beyond else prompt(19)):
+        drafter = drafter_of(model, num_draft=4)
+        settings = {"max_new_tokens": 30, **GREEDY}
+        plain = written(model, inputs, **settings)
+        assert torch.equal(written(model, inputs, custom_generate=drafter, **settings), plain)
+
+
+def test_where_drafts_stay_on():
+    assert Border(20, beyond=False).room(17) == 3 and Border(20, beyond=False).room(20) == 0
+    assert Border(20, beyond=False).room(21) == 0 and Border(20, beyond=True).room(21) == float("inf")
+    for static in ({"rope_type": "default"}, {"rope_type": "llama3", **LLAMA3}, {"rope_type": "linear", "factor": 2.0}):
+        config = LlamaConfig(**LLAMA, rope_parameters={"rope_theta": 10000.0, **static})
+        assert borders(LlamaForCausalLM(config)) == []
+    model = ROTARY["longrope"]({**LLAMA, "vocab_size": 24})
+    drafter = drafter_of(model, num_draft=4)
+    written(model, prompt(24), custom_generate=drafter, **GREEDY)
+    assert sum(drafter.last.drafted) > 0
 
 
 def with_a_cache(model):
@@ -314,6 +623,11 @@ REFUSED = {
     "batch": ({"input_ids": torch.full((2, 5), 7)}, "got 2 texts at a time, but it takes 1"),
     "several": ({"num_return_sequences": 2, "do_sample": True}, "got 2 texts at a time"),
     "beams": ({"num_beams": 2}, "got 2 texts at a time|got beam_search, but it takes greedy search and sampling"),
+    "assistant": (
+        lambda model: {"assistant_model": LlamaForCausalLM(model.config)},
+        r"got assistant_model \(LlamaForCausalLM\), but the heads draft in its place",
+    ),
+    "synced": ({"synced_gpus": True}, "got synced_gpus .* forward passes in every process"),
     "lookup": ({"prompt_lookup_num_tokens": 2}, "got assisted_generation, but it takes"),
     "no cache": ({"use_cache": False}, r"needs a DynamicCache, .* the cache is none \(use_cache: false\)"),
     "static": (

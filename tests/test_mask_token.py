@@ -22,7 +22,8 @@ from transformers import (
 )
 
 from caft_plugin import ConfigError
-from caft_plugin.meap.mask_token import FILE, AddedMaskToken, choose_mask_token, placeholder_ids, row_norms
+from caft_plugin.meap.mask_token import FILE, AddedMaskToken, choose_mask_token, row_norms
+from caft_plugin.meap.roles import placeholder_ids
 from caft_plugin.meap.training_set import used_ids
 
 TEMPLATE = "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m.role }}{{ m.content }}<|im_end|>{% endfor %}"

@@ -61,6 +61,13 @@ NAMES = [
         "decoding.py",
         ("self", "outputs", "model_kwargs", "is_encoder_decoder", "num_new_tokens"),
     ),
+    PrivateName(
+        "transformers:GenerationMixin",
+        "_extract_generation_mode_kwargs",
+        "get `streamer` and `tokenizer` from `generate`",
+        "generate_arguments.py",
+        ("self", "custom_generate", "kwargs", "synced_gpus", "assistant_model", "streamer"),
+    ),
     PrivateName("transformers:PreTrainedModel", "_no_split_modules", "find the list of decoder layers", "trunk.py"),
     PrivateName(
         "transformers.integrations.peft:PeftAdapterMixin",
@@ -91,6 +98,14 @@ NAMES = [
     PrivateName(MODULE, "_parameters", "use a norm with its unsharded parameters", "storage.py", instance=True),
     PrivateName(MODULE, "_modules", "the same", "storage.py", instance=True),
     PrivateName(MODULE, "_forward_hooks", "leave a user's hooks out of the heads", "storage.py", instance=True),
+    PrivateName(MODULE, "_compiled_call_impl", "tell a compiled module", "pass_notes.py", instance=True),
+    PrivateName(
+        "torch._dynamo.eval_frame",
+        "_torchdynamo_orig_callable",
+        "tell a compiled forward",
+        "pass_notes.py",
+        instance=True,
+    ),
     PrivateName("torch.utils._pytree", "tree_map", "cast what a layer was called with", "heads.py", ("func", "tree")),
     PrivateName(
         "torch._subclasses.fake_tensor",

@@ -21,8 +21,9 @@ from transformers import Trainer
 from caft_plugin.axolotl.slips import refuse_slips
 from caft_plugin.config import CAFTConfig, ConfigError, MEAPConfig, PretrainConfig, named
 from caft_plugin.heads_folder import HeadsFolder
-from caft_plugin.meap.mask_token import placeholder_ids
+from caft_plugin.meap.base_model import BaseModel, generation_config_of
 from caft_plugin.meap.masking import Duplication
+from caft_plugin.meap.roles import Roles, Said
 from caft_plugin.refusals import cut_up, fsdp1, not_fused, why_not_fused, zero3
 from caft_plugin.training import CAFTTrainerMixin, with_caft
 from caft_plugin.trunk import refuse_encoder_decoder, trunk_without_weights
@@ -104,14 +105,16 @@ class CAFTPlugin(BasePlugin):
             _check_model(loader, caft, trainer_class)
         if meap is None or meap.mode != "sft":
             return None
-        return self._duplicated_datasets(cfg, meap, placeholder_ids(loader.model_config))
+        generation = generation_config_of(cfg.base_model, cfg.revision_of_model)
+        return self._duplicated_datasets(cfg, meap, BaseModel.of(loader.model_config, generation))
 
-    def _duplicated_datasets(
-        self, cfg: DictDefault, meap: MEAPConfig, placeholders: frozenset[int]
-    ) -> TrainDatasetMeta:
+    def _duplicated_datasets(self, cfg: DictDefault, meap: MEAPConfig, base: BaseModel) -> TrainDatasetMeta:
         said = {key: cfg[key] for key in COUNTED}
         data = load_datasets(cfg=cfg)
-        duplication = Duplication.of(meap, load_tokenizer(cfg), cfg.sequence_len, placeholders)
+        tokenizer = load_tokenizer(cfg)
+        roles = Roles.of(tokenizer, base.roles, said_of_tokens(cfg))
+        limit = base.limit(cfg.sequence_len)
+        duplication = Duplication.of(meap, tokenizer, limit, base.placeholders, roles)
         data.train_dataset = duplication.doubled(data.train_dataset)
         self._duplicated = True
         if isinstance(data.train_dataset, Dataset):
@@ -150,7 +153,7 @@ class CAFTPlugin(BasePlugin):
                     "meap: another plugin brings the training data, so examples were not duplicated. Take it out of "
                     "`plugins:`, or take the `meap:` block out."
                 )
-            trainer.attach_meap(meap)
+            trainer.attach_meap(meap, said_of_tokens(cfg))
         self._trainer = trainer
         if cfg.auto_resume_from_checkpoints and cfg.resume_from_checkpoint is None:
             # Axolotl would take the highest number, whole or not; without a whole one the run starts anew.
@@ -172,6 +175,14 @@ def caft_config(cfg: DictDefault) -> CAFTConfig | None:
 
 def meap_config(cfg: DictDefault) -> MEAPConfig | None:
     return None if cfg.meap is None else MEAPConfig.read(_as_dict(cfg.meap))
+
+
+def said_of_tokens(cfg: DictDefault) -> Said:
+    """What an Axolotl config says of tokens. Those of `special_tokens:` with a name are in the tokenizer."""
+    listed = (cfg.special_tokens or {}).get("additional_special_tokens") or []
+    added = [*(cfg.tokens or []), *listed, *(cfg.added_tokens_overrides or {}).values()]
+    templates = [dataset.get("chat_template_jinja") for dataset in cfg.datasets or []]
+    return Said(cfg.eot_tokens or (), added, [template for template in templates if template])
 
 
 def _refuse_packed_stream(cfg: DictDefault) -> None:

@@ -13,7 +13,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from caft_plugin.config import DEFAULT_MASK_RATIO, ConfigError
-from caft_plugin.meap.mask_token import FILE, AddedMaskToken, MaskToken, choose_mask_token, placeholder_ids, row_norms
+from caft_plugin.meap.base_model import BaseModel
+from caft_plugin.meap.mask_token import FILE, AddedMaskToken, MaskToken, choose_mask_token, row_norms
+from caft_plugin.meap.roles import Roles
 from caft_plugin.storage import read_text, write_png
 from caft_plugin.trunk import input_embedding
 
@@ -157,8 +159,10 @@ def _mask_token(
         wanted = "add"
     # As the training run chose it, that is by the rows that the base has.
     norms = row_norms(input_embedding(models["base"]))
-    placeholders = placeholder_ids(models["base"].config)
-    token = choose_mask_token(int(wanted) if wanted.isdigit() else wanted, tokenizer, rows, used, norms, placeholders)
+    base = BaseModel.of_model(models["base"])
+    roles = Roles.of(tokenizer, base.roles)
+    asked = int(wanted) if wanted.isdigit() else wanted
+    token = choose_mask_token(asked, tokenizer, rows, used, norms, base.placeholders, roles)
     if token.added:
         for name, model in models.items():
             added = AddedMaskToken(model, token).attach()

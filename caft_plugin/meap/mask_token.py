@@ -13,20 +13,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from caft_plugin.config import ConfigError
 from caft_plugin.hidden import HiddenSubmodule, copies_hold_again, copies_leave_out
+from caft_plugin.meap.roles import Roles
 from caft_plugin.storage import gather, shard_like, write_atomically
 from caft_plugin.trunk import input_embedding
 
 # Names that makers of models give to tokens kept for later use: <|reserved_special_token_0|>, <unused0>, [control_8],
 # <|placeholder1|>, <|dummy_0|>.
 SPARE_NAME = re.compile(r"[<\[].*(reserved|unused|place.?holder|dummy|control_\d).*[>\]]", re.IGNORECASE)
-# Keys of a model's config that name the tokens in whose place images, video or sound go, or that stand around them.
-PLACEHOLDER_KEY = re.compile(
-    r".*(image|img|video|vision|visual|media|audio|speech|[be]o[iav])\w*_(token_ids?|token_index)"
-)
 # A row of the embedding this far below the table's median norm was never trained: rows that were lie within a factor of
 # a few of each other, those of reserved tokens are often zeros. The model's first norm divides by the row's size, so
 # the first gradients there are as many times too large.
@@ -42,25 +39,6 @@ class MaskToken:
     id: int
     words: str
     added: bool = False
-
-
-def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Ids of every token that the tokenizer marks as special, with or without a role."""
-    marked = {id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return marked.union(tokenizer.all_special_ids)
-
-
-def placeholder_ids(config: PretrainedConfig) -> frozenset[int]:
-    """Ids that a model's config gives to images, video and sound, those of its parts included."""
-    found: set[int] = set()
-    parts: list[Mapping] = [config.to_dict()]
-    while parts:
-        for key, value in parts.pop().items():
-            if isinstance(value, Mapping):
-                parts.append(value)
-            elif isinstance(key, str) and PLACEHOLDER_KEY.fullmatch(key):
-                found.update(id_ for id_ in (value if isinstance(value, list) else [value]) if isinstance(id_, int))
-    return frozenset(found)
 
 
 def row_norms(embedding: nn.Module) -> Tensor | None:
@@ -85,23 +63,26 @@ def choose_mask_token(
     used: frozenset[int] | None,
     norms: Tensor | None = None,
     placeholders: Collection[int] = (),
+    roles: Roles | None = None,
 ) -> MaskToken:
     """The mask token for a model whose input embedding has `rows` rows.
 
     `auto` takes the first there is of: the tokenizer's mask token; a token with a name of reserve; a row beyond the
     tokenizer's last id; a special token that the chat template does not contain and the data does not use. It passes
-    over those whose row of the embedding is untrained, as long as there is another.
+    over tokens with a role, and over those whose row of the embedding is untrained as long as there is another.
 
     Args:
         used: ids in the training data, None where they cannot be known (streamed data).
         norms: of the embedding's rows (`row_norms`), None where they cannot be known.
         placeholders: ids that stand for images or sound (`placeholder_ids`).
+        roles: of the tokenizer, the base model and the user's settings; None: of the tokenizer only.
 
     Raises:
-        ConfigError: no such token, or the one that was asked for is missing or in use.
+        ConfigError: no such token, or the one that was asked for is missing, in use or has a role.
     """
     if wanted == "add":
         return MaskToken(rows, f"added: id {rows}, one more input vector beside the {rows} of the model", added=True)
+    roles = Roles.of(tokenizer) if roles is None else roles
     vocabulary = tokenizer.get_vocab()
     text_of = {id_: text for text, id_ in vocabulary.items()}
     template = str(tokenizer.chat_template or "")
@@ -116,7 +97,7 @@ def choose_mask_token(
         return MaskToken(id_, words)
 
     if wanted != "auto":
-        return found(_as_asked(wanted, vocabulary, rows, used, placeholders), "as asked")
+        return found(_as_asked(wanted, vocabulary, rows, used, placeholders, roles), "as asked")
 
     def candidates() -> Iterator[tuple[int, str]]:
         if tokenizer.mask_token_id is not None:
@@ -127,11 +108,10 @@ def choose_mask_token(
         for id_ in range(spare, rows):
             yield id_, f"one of {rows - spare} embedding rows that the tokenizer does not use"
         if used is not None:
-            taken = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id}
-            for id_ in sorted(special_ids(tokenizer) - taken):
+            for id_ in sorted(roles.special):
                 yield id_, "a special token that neither the chat template nor the data uses"
 
-    barred = {*(used or ()), *placeholders}
+    barred = {*(used or ()), *placeholders, *roles.never_chosen}
     free = [
         (id_, why)
         for id_, why in candidates()
@@ -155,6 +135,7 @@ def _as_asked(
     rows: int,
     used: Collection[int] | None,
     placeholders: Collection[int],
+    roles: Roles,
 ) -> int:
     id_ = vocabulary.get(wanted) if isinstance(wanted, str) else wanted
     if id_ is None:
@@ -176,6 +157,12 @@ def _as_asked(
         raise ConfigError(
             f"meap.mask_token: got {wanted!r} (id {id_}), but the model's config gives it to images, video or sound. "
             "Name another token, or set auto or add."
+        )
+    if id_ in roles.given:
+        raise ConfigError(
+            f"meap.mask_token: got {wanted!r} (id {id_}), but the chat template, the tokenizer, the model's config or "
+            "eot_tokens gives it a role (it begins, ends or pads a text or a turn). Name another token, or set auto or "
+            "add."
         )
     return id_
 

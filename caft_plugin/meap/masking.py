@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerContro
 
 from caft_plugin.config import ConfigError, MEAPConfig
 from caft_plugin.loss import BOUNDARY, EXAMPLE, IGNORE, MASKED, MAY_MASK, OVERLONG, PLAN, Batch, document_ids
-from caft_plugin.meap.mask_token import special_ids
+from caft_plugin.meap.roles import Roles
 from caft_plugin.meap.training_set import Row, TrainingSet, column_chunks, is_of_datasets, rows_of
 
 logger = logging.getLogger(__name__)
@@ -50,8 +50,8 @@ class Duplication:
     released code's: more than 50 tokens, end tokens not counted).
 
     An answer is a run of supervised tokens, so a conversation may have several: the rule goes by answer, and one copy
-    serves all of them. `special` are ids that are never masked, `blank` those of white space, which after an answer's
-    end token belongs to the template. `placeholders` are ids that stand for images or sound.
+    serves all of them. `special` are ids that are never masked (`Roles`), `blank` those of white space, which after an
+    answer's end token belongs to the template. `placeholders` are ids that stand for images or sound.
     """
 
     layout: str
@@ -68,13 +68,16 @@ class Duplication:
         tokenizer: PreTrainedTokenizerBase,
         max_length: int | None,
         placeholders: Iterable[int] = (),
+        roles: Roles | None = None,
     ) -> Duplication:
+        """`roles` are those of the tokenizer, the base model and the user's settings; None: of the tokenizer only."""
+        roles = Roles.of(tokenizer) if roles is None else roles
         white = [tokenizer.encode(text, add_special_tokens=False) for text in ("\n", "\n\n", " ", "\r\n")]
         return cls(
             config.layout,
             config.min_answer_tokens,
             max_length,
-            special=tuple(sorted(special_ids(tokenizer).union(placeholders))),
+            special=tuple(sorted(roles.never_masked.union(placeholders))),
             blank=tuple(sorted({id_ for ids in white for id_ in ids})),
             placeholders=tuple(sorted(placeholders)),
         )
@@ -233,8 +236,8 @@ class MEAPCollator:
     A batch has one more key, `meap_plan` (batch, length): bits BOUNDARY, MAY_MASK, MASKED, EXAMPLE (one token of each
     masked example), OVERLONG (one token of each example too long for a pair).
 
-    `placeholders` are ids that stand for images or sound; they are never masked. `masked` says, in the main process
-    alone, that some batch of the run was seen to have masks.
+    Mode pretrain masks neither `placeholders`, ids that stand for images or sound, nor tokens with `roles` (in mode sft
+    the labels say what may be masked). `masked` says, in the main process alone, that a batch of the run had masks.
     """
 
     def __init__(
@@ -244,12 +247,14 @@ class MEAPCollator:
         mask_id: int,
         seed: int,
         placeholders: Iterable[int] = (),
+        roles: Iterable[int] = (),
     ) -> None:
         self.host = host
         self.config = config
         self.mask_id = mask_id
         self.seed = seed
         self.placeholders = sorted(placeholders)
+        self.roles = sorted(roles)
         self.masked = False
         self.epoch = torch.zeros((), dtype=torch.long).share_memory_()
 
@@ -310,7 +315,8 @@ class MEAPCollator:
                     continue
                 length = int(supervised[-1]) + 1  # without padding
                 text = ~np.isin(row_ids[start : start + length], self.placeholders)
-                eligible = (start + np.flatnonzero(text[:-1])).tolist()
+                words = text & ~np.isin(row_ids[start : start + length], self.roles)
+                eligible = (start + np.flatnonzero(words[:-1])).tolist()
                 if not eligible:
                     continue
                 generator = self._generator(row_ids[start : start + length])
@@ -325,7 +331,7 @@ class MEAPCollator:
         return random.Random(hashlib.blake2b(key, digest_size=16).digest())
 
     def _draw(self, generator: random.Random, eligible: list[int], tokens: int) -> list[int]:
-        return generator.sample(eligible, max(1, int(tokens * self.config.ratio)))
+        return generator.sample(eligible, min(max(1, int(tokens * self.config.ratio)), len(eligible)))
 
 
 def carries_codes(row: Row | list[Row]) -> bool:

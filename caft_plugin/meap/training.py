@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -15,14 +15,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 from caft_plugin.config import ConfigError, MEAPConfig, shown
 from caft_plugin.logs import MEAPLog
 from caft_plugin.loss import EXAMPLE, MASKED, MAY_MASK, OVERLONG, PLAN, Batch
+from caft_plugin.meap.base_model import BaseModel
 from caft_plugin.meap.mask_token import (
     FILE,
     AddedMaskToken,
     choose_mask_token,
-    placeholder_ids,
     row_norms,
 )
 from caft_plugin.meap.masking import Duplication, EpochOfMasks, MEAPCollator, nothing_to_mask, plain_labels
+from caft_plugin.meap.plans import StepPlans
+from caft_plugin.meap.roles import NOTHING_SAID, Roles, Said
 from caft_plugin.meap.training_set import TrainingSet, used_ids
 from caft_plugin.refusals import check_trainer
 from caft_plugin.trunk import input_embedding
@@ -65,10 +67,11 @@ class MaskedTraining:
         self.data: TrainingSet = None
         self.plain: Callable[[], TrainingSet] | None = None
         self._tally: MaskTally | None = None
+        self._plans = StepPlans()
 
-    def attach(self) -> None:
+    def attach(self, said: Said = NOTHING_SAID) -> None:
         """Chooses the mask token; from now on training batches are masked. In mode `sft` the training set is doubled
-        already.
+        already. `said` is what the user's settings say of tokens.
 
         Raises:
             ConfigError: there is no tokenizer, or no mask token to be had.
@@ -81,8 +84,10 @@ class MaskedTraining:
         used: frozenset[int] | None = frozenset()
         if trainer.train_dataset is not None and config.mask_token != "add":
             used = used_ids(trainer.train_dataset)
-        placeholders = placeholder_ids(model.config)
-        token = choose_mask_token(config.mask_token, tokenizer, rows, used, row_norms(embedding), placeholders)
+        base = BaseModel.of_model(model)
+        roles = Roles.of(tokenizer, base.roles, said)
+        norms = row_norms(embedding)
+        token = choose_mask_token(config.mask_token, tokenizer, rows, used, norms, base.placeholders, roles)
         if trainer.args.process_index == 0:
             logger.warning("meap.mask_token: %s", token.words)  # a warning, because nothing less is shown by default
         if token.added:
@@ -94,18 +99,16 @@ class MaskedTraining:
                     "cannot hold the new vector. Pass optimizer_cls_and_kwargs instead, or name a token."
                 )
             self.handle = added
-        self.collator = MEAPCollator(trainer.data_collator, config, token.id, trainer.args.seed, placeholders)
+        seed, kept = trainer.args.seed, roles.never_masked
+        self.collator = MEAPCollator(trainer.data_collator, config, token.id, seed, base.placeholders, kept)
         trainer.add_callback(EpochOfMasks(self.collator))
         self._mask_from_now_on(trainer.train_dataset)
 
     def double(self) -> None:
         """Puts the doubled training set in the place of the one that the class was given."""
         trainer = self.trainer
-        model = cast(PreTrainedModel, trainer.model)
-        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        dataset = trainer.train_dataset
-        placeholders = placeholder_ids(model.config)
-        trainer.train_dataset = self.doubled(dataset, trainer.processing_class, trainer.args, limit, placeholders)
+        dataset, base = trainer.train_dataset, BaseModel.of_model(cast(PreTrainedModel, trainer.model))
+        trainer.train_dataset = self.doubled(dataset, trainer.processing_class, trainer.args, base)
         self.plain = lambda: dataset
 
     def doubled(
@@ -113,11 +116,13 @@ class MaskedTraining:
         dataset: TrainingSet,
         processing_class: object,
         args: TrainingArguments,
-        max_length: int | None,
-        placeholders: Iterable[int] = (),
+        base: BaseModel,
+        max_length: int | None = None,
     ) -> TrainingSet:
-        """A training set with copies to be masked."""
-        duplication = Duplication.of(self.config, tokenizer_of(processing_class), max_length, placeholders)
+        """A training set with copies to be masked; pairs are no longer than `max_length` and the base model allow."""
+        tokenizer = tokenizer_of(processing_class)
+        roles = Roles.of(tokenizer, base.roles)
+        duplication = Duplication.of(self.config, tokenizer, base.limit(max_length), base.placeholders, roles)
         with args.main_process_first():
             return duplication.doubled(dataset)
 
@@ -171,14 +176,16 @@ class MaskedTraining:
         if self.config.mode == "sft" and ids is not None and labels is not None and ids.shape == labels.shape:
             inputs["labels"] = plain_labels(ids, labels, self.config.layout)
 
-    def check_masked(self, batches: Sequence[Batch]) -> None:
-        """Stops a run whose data loader leaves the collator of masks out.
+    def begin_step(self, batches: Sequence[MutableMapping[str, Tensor]]) -> None:
+        """Takes the plans out of the micro-batches of the next optimisation step. Stops a run whose data loader leaves
+        the collator of masks out.
 
         Raises:
             ConfigError: a batch did not come from it.
         """
         if self.collator is None:
             return
+        self._plans.forget()
         for batch in batches:
             if PLAN not in batch:
                 raise ConfigError(
@@ -189,17 +196,27 @@ class MaskedTraining:
                 )
             if not self.collator.masked:
                 self.collator.masked = bool((batch[PLAN] & MASKED).any())
+            self.take_plan(batch, of_step=True)
 
-    def take_plan(self, inputs: MutableMapping[str, Tensor]) -> None:
-        """Takes out of a batch what only our collator and this class know, and counts it."""
-        plan = inputs.pop(PLAN, None)
+    def take_plan(self, inputs: object, of_step: bool = False) -> None:
+        """Takes out of a batch what only our collator and this class know, and counts it, once."""
+        plan = self._plans.take(inputs, of_step) if isinstance(inputs, MutableMapping) else None
         if plan is not None:
             if self._tally is None:
                 self._tally = MaskTally(self.trainer.state.global_step, self.trainer.args.device)
             self._tally.add(plan)
 
+    def with_plan(self, inputs: Batch) -> Batch:
+        """A batch, or what the host has made of one, with the boundaries of its pairs, as the heads' targets need them:
+        a copy of it with one key more, or itself."""
+        if self.config.mode != "sft" or self.config.layout != "concat":
+            return inputs
+        plan = self._plans.of(inputs)
+        return inputs if plan is None else {**inputs, PLAN: plan}
+
     def start_afresh(self) -> None:
         self._tally = None
+        self._plans.forget()
 
     def log_entries(self, over_processes: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """What the log says since the last one. Every process has to call it."""

@@ -27,9 +27,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from caft_plugin import CAFTConfig, Drafter
-from caft_plugin.decoding import _LastCall
 from caft_plugin.heads import build_heads, replay
 from caft_plugin.heads_folder import resolve_wiring
+from caft_plugin.pass_notes import noted_pass
 from caft_plugin.precision import choice, quick_dtype
 from caft_plugin.stage1.data import read_prompts
 from caft_plugin.tools.speculate import PLAIN, Comparison, as_table, speculate
@@ -162,7 +162,7 @@ def costs(drafter: Drafter, model: Any) -> str:
     caches = [DynamicCache(config=model.config) for _ in range(1 + len(heads))]
     lines = ["| positions | pass, ms | against one | drafts | their heads, ms | their logits, ms |", "| --- " * 6 + "|"]
     first = 0.0
-    with _LastCall(trunk) as noted:
+    with noted_pass(trunk, eager=False) as noted:
         for cache in caches:
             cache.activate_past_recording()
         ids = torch.randint(5, model.config.vocab_size, (1, 60), device=model.device)

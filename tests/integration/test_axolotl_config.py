@@ -457,3 +457,22 @@ def test_there_are_ready_configs():
     assert {"quickstart-cpu.yml", "llama-3.1-8b-qlora-24gb.yml", "llama-3.1-8b-full-fsdp2.yml"} <= names
     assert {"meap-sft.yml", "meap-pretrain.yml", "caft-meap.yml"} <= names
     assert "llama-3.1-70b-qlora-fsdp2-2nodes.yml" in names
+
+
+def test_what_a_config_says_of_tokens():
+    from caft_plugin.axolotl.plugin import said_of_tokens
+    from caft_plugin.meap.roles import Said
+
+    assert said_of_tokens(DictDefault({})) == Said((), [], [])
+    said = said_of_tokens(
+        DictDefault(
+            {
+                "eot_tokens": ["<E>"],
+                "tokens": ["<A>"],
+                "special_tokens": {"pad_token": "<P>", "additional_special_tokens": ["<S>"]},
+                "added_tokens_overrides": {7: "<O>"},
+                "datasets": [{"path": "x"}, {"path": "y", "chat_template_jinja": "{{ x }}<T>"}],
+            }
+        )
+    )
+    assert said == Said(["<E>"], ["<A>", "<S>", "<O>"], ["{{ x }}<T>"])

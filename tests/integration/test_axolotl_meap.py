@@ -141,3 +141,36 @@ def test_a_mask_token_that_is_in_the_data(project):
     project.config("bad_token", **{**MEAP, "meap": {"mask_token": "<|im_end|>"}})
     result = project.axolotl("train", "bad_token.yml", check=False)
     assert result.returncode != 0 and "but the training data contains it" in result.stdout + result.stderr
+
+
+def test_pairs_fit_the_models_positions(project):
+    """`sequence_len` is 256, the model has 90 positions."""
+    short = {"overrides_of_model_config": {"max_position_embeddings": 90}}
+    project.train("meap_positions", **{**MEAP, **ONE_STEP, **short})
+    (entry,) = project.logs("meap_positions")
+    assert entry["meap/examples_masked"] + entry["meap/examples_too_long"] == 40
+    assert entry["meap/examples_too_long"] > 0 < entry["meap/examples_masked"]
+
+
+TURNS = (
+    "{% for m in messages %}<BEGIN>{{ m['role'] }}\n{{ m['content'] }}@end@\n{% endfor %}"
+    "{% if add_generation_prompt %}<BEGIN>assistant\n{% endif %}"
+)
+
+
+def test_end_tokens_of_turns_are_not_masked(project):
+    """An added token that ends a turn by `eot_tokens:`, and one that only stands in the data and under `tokens:`."""
+    turns = {
+        "chat_template": "jinja",
+        "chat_template_jinja": TURNS,
+        "tokens": ["<BEGIN>", "@end@", "<note>"],
+        "eot_tokens": ["@end@"],
+        "lora_modules_to_save": ["embed_tokens", "lm_head"],
+        "dataset_prepared_path": "./prepared_turns",
+    }
+    project.train("meap_turns", **{**MEAP, **ONE_STEP, **turns, "meap": {"min_answer_tokens": 4, "mask_ratio": 0.99}})
+    (turned,) = project.logs("meap_turns")
+    project.train("meap_no_turns", **{**MEAP, **ONE_STEP, "meap": {"min_answer_tokens": 4, "mask_ratio": 0.99}})
+    (plain,) = project.logs("meap_no_turns")
+    assert turned["meap/examples_masked"] == plain["meap/examples_masked"] == 40
+    assert turned["meap/masked_fraction"] == pytest.approx(plain["meap/masked_fraction"])

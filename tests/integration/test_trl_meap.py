@@ -10,9 +10,10 @@ import torch
 pytest.importorskip("trl")
 
 from datasets import Dataset, IterableDataset
+from peft import LoraConfig, get_peft_model
 from test_trl import CHATS, COMPLETIONS, FEATURES, TEMPLATE, make, model_of, run
 from tiny import word_tokenizer
-from trl import SFTTrainer
+from trl import SFTConfig, SFTTrainer
 
 from caft_plugin import ConfigError
 from caft_plugin.loss import IGNORE, PLAN
@@ -215,3 +216,26 @@ def test_rows_that_are_made_when_they_are_read(tokenizer, tmp_path):
         made = trainer()
         made.train()
         assert sum(entry.get("meap/examples_masked", 0) for entry in made.state.log_history) == 4 * 3
+
+
+@pytest.mark.parametrize("how", ["model", "adapter", "name", "by position"])
+@pytest.mark.parametrize("settings", [{}, {"max_length": None}, {"packing": True, "max_length": 96}], ids=str)
+def test_pairs_fit_the_models_positions(tokenizer, tmp_path, how, settings):
+    """A pair that would be longer is trained plainly and counted, whatever SFTTrainer's own limit is."""
+    model = model_of(max_position_embeddings=30)
+    if how == "adapter":
+        model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
+    elif how == "name":
+        model.save_pretrained(tmp_path / "base")
+        model = str(tmp_path / "base")
+    args = SFTConfig(tmp_path / "run", use_cpu=True, bf16=False, report_to=[], logging_steps=1, **ONE_BATCH, **settings)
+    given = {"args": args, "train_dataset": Dataset.from_list(CHATS), "processing_class": tokenizer}
+    given["meap"] = {**MEAP, "min_answer_tokens": 1}
+    trainer = CAFTSFTTrainer(model, **given) if how == "by position" else CAFTSFTTrainer(model=model, **given)
+    trainer.train()
+    entry = trainer.state.log_history[0]
+    assert entry["meap/examples_too_long"] > 0
+    if "packing" not in settings:
+        lengths = [len(row["input_ids"]) for row in trainer.meap.plain()]
+        assert entry["meap/examples_too_long"] == sum(2 * length > 30 for length in lengths) < len(CHATS)
+        assert max(map(len, trainer.train_dataset["input_ids"])) <= max(30, *lengths)

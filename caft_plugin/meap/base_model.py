@@ -1,0 +1,68 @@
+"""What MEAP has to know of a base model: how many positions it has, and which tokens its configs give a role."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import cast
+
+from torch import nn
+from transformers import AutoConfig, GenerationConfig, PretrainedConfig
+
+from caft_plugin.meap.roles import placeholder_ids, role_ids
+
+POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length")
+STRETCHED = ("linear", "dynamic", "yarn")  # rope types whose factor may stand beside the length before it
+
+
+@dataclasses.dataclass(frozen=True)
+class BaseModel:
+    """`positions` a sequence may have, None where there is no limit; ids of `placeholders` for images or sound, and of
+    tokens with `roles`."""
+
+    positions: int | None = None
+    placeholders: frozenset[int] = frozenset()
+    roles: frozenset[int] = frozenset()
+
+    @classmethod
+    def of(cls, config: PretrainedConfig, generation: GenerationConfig | None = None) -> BaseModel:
+        return cls(positions_of(config), placeholder_ids(config), role_ids(config, generation))
+
+    @classmethod
+    def of_model(cls, model: nn.Module) -> BaseModel:
+        return cls.of(cast(PretrainedConfig, model.config), getattr(model, "generation_config", None))
+
+    @classmethod
+    def named(cls, model: str, **loading: object) -> BaseModel:
+        """Of a folder or Hub id, with what it is loaded with (revision, changes to its config)."""
+        config, _ = AutoConfig.from_pretrained(model, return_unused_kwargs=True, **loading)
+        return cls.of(config, generation_config_of(model, cast(str | None, loading.get("revision"))))
+
+    def limit(self, host: int | None) -> int | None:
+        """The longest pair: the smaller one of the host's limit and the model's."""
+        return min((limit for limit in (host, self.positions) if limit is not None), default=None)
+
+
+def generation_config_of(model: str, revision: str | None = None) -> GenerationConfig | None:
+    """The generation config beside a base model, None where there is none."""
+    try:
+        return GenerationConfig.from_pretrained(model, revision=revision or "main")
+    except (OSError, ValueError):
+        return None
+
+
+def positions_of(config: PretrainedConfig) -> int | None:
+    """How many positions a model has, stretched by its rotary embeddings where they are; None without a limit."""
+    text = config.get_text_config()
+    length = next((value for name in POSITIONS if isinstance(value := getattr(text, name, None), int)), None)
+    if not length or length < 0:
+        return None
+    parameters = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    kinds = [kind for kind in parameters.values() if isinstance(kind, Mapping)] or [parameters]
+    return max(length, *(_stretched(kind, length) for kind in kinds))
+
+
+def _stretched(parameters: Mapping, length: int) -> int:
+    if parameters.get("rope_type", parameters.get("type")) not in STRETCHED:
+        return 0
+    return int((parameters.get("original_max_position_embeddings") or length) * (parameters.get("factor") or 1))
