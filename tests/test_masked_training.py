@@ -236,6 +236,17 @@ def test_pairs_too_long_for_the_model(model, tmp_path):
     assert sum(entry["meap/examples_masked"] for entry in losses(trainer)) == LONG - too_long > 0
 
 
+@pytest.mark.parametrize("column", ["length", "tokens"])
+def test_the_column_of_lengths_counts_the_pair(model, tmp_path, column):
+    """Whatever the host calls it: rows are grouped by it."""
+    data = Dataset.from_list([{**row, column: len(row["input_ids"])} for row in ROWS])
+    settings = {"length_column_name": column, "train_sampling_strategy": "group_by_length", "max_steps": 2}
+    trainer = trainer_of(model, tmp_path, meap={}, data=data, **settings)
+    lengths = [len(ids) for ids in trainer.train_dataset["input_ids"]]
+    assert list(trainer.train_dataset[column]) == lengths != list(data[column])
+    trainer.train()
+
+
 def test_caft_and_meap_together(model, tmp_path, monkeypatch):
     """Heads' losses are means over what a plain computation says their targets are."""
     trainer = trainer_of(model, tmp_path, meap={}, caft={"beta": 0.5, "num_heads": 2}, max_steps=1, data=ROWS[:4])

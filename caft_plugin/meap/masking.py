@@ -51,7 +51,8 @@ class Duplication:
 
     An answer is a run of supervised tokens, so a conversation may have several: the rule goes by answer, and one copy
     serves all of them. `special` are ids that are never masked (`Roles`), `blank` those of white space, which after an
-    answer's end token belongs to the template. `placeholders` are ids that stand for images or sound.
+    answer's end token belongs to the template. `placeholders` are ids that stand for images or sound. `length_column`
+    is the column with each row's number of tokens, where the rows have one.
     """
 
     layout: str
@@ -60,6 +61,7 @@ class Duplication:
     special: tuple[int, ...]
     blank: tuple[int, ...]
     placeholders: tuple[int, ...] = ()
+    length_column: str = "length"
 
     @classmethod
     def of(
@@ -69,6 +71,7 @@ class Duplication:
         max_length: int | None,
         placeholders: Iterable[int] = (),
         roles: Roles | None = None,
+        length_column: str = "length",
     ) -> Duplication:
         """`roles` are those of the tokenizer, the base model and the user's settings; None: of the tokenizer only."""
         roles = Roles.of(tokenizer) if roles is None else roles
@@ -80,6 +83,7 @@ class Duplication:
             special=tuple(sorted(roles.never_masked.union(placeholders))),
             blank=tuple(sorted({id_ for ids in white for id_ in ids})),
             placeholders=tuple(sorted(placeholders)),
+            length_column=length_column,
         )
 
     def copy_labels(self, ids: np.ndarray, labels: np.ndarray) -> np.ndarray | None:
@@ -144,8 +148,8 @@ class Duplication:
         pair["labels"] = like(example["labels"], np.concatenate([labels, copy]))
         if "position_ids" in pair:
             pair["position_ids"] = like(pair["position_ids"], np.arange(2 * len(ids)))
-        if "length" in pair:
-            pair["length"] = 2 * len(ids)
+        if self.length_column in pair:
+            pair[self.length_column] = 2 * len(ids)
         return [pair]
 
     def doubled_rows(self, batch: Mapping[str, list]) -> dict[str, list]:

@@ -122,7 +122,8 @@ class MaskedTraining:
         """A training set with copies to be masked; pairs are no longer than `max_length` and the base model allow."""
         tokenizer = tokenizer_of(processing_class)
         roles = Roles.of(tokenizer, base.roles)
-        duplication = Duplication.of(self.config, tokenizer, base.limit(max_length), base.placeholders, roles)
+        limit, column = base.limit(max_length), args.length_column_name
+        duplication = Duplication.of(self.config, tokenizer, limit, base.placeholders, roles, column)
         with args.main_process_first():
             return duplication.doubled(dataset)
 
