@@ -195,7 +195,7 @@ class Drafter:
         passes = _Passes(model, trunk, model_kwargs)
         if text_streamer is not None:
             text_streamer.put(input_ids.cpu())
-        streamer = begun_streamer or text_streamer
+        streamer = text_streamer if begun_streamer is None else begun_streamer
         text = _Text(input_ids, logits_processor, stopping_criteria, generation_config, streamer)
         drafted = Drafted.nothing(len(self.heads))
         try:
