@@ -112,7 +112,8 @@ class HeadsFolder:
         """Holds the folder against the model it is to serve, before any weight is loaded.
 
         Raises:
-            ConfigError: too few heads, or heads made for another hidden size or vocabulary.
+            ConfigError: too few heads, or heads made for another hidden size. (Heads hold no vocabulary: they write
+                through the model's own unembedding, so one that grew is no reason.)
         """
         path, record, text_config = self.path, self.record, model_config.get_text_config()
         if record.num_heads < config.num_heads:
@@ -120,13 +121,12 @@ class HeadsFolder:
                 f"caft.num_heads: got {config.num_heads}, but the folder {path} holds {record.num_heads} heads. "
                 f"Set num_heads to at most {record.num_heads}, or train more heads."
             )
-        for name in ("hidden_size", "vocab_size"):
-            theirs, ours = getattr(record, name), getattr(text_config, name)
-            if theirs != ours:
-                raise ConfigError(
-                    f"caft.heads: {path} was made for {name} {theirs} (base model {named(record.base_model)}), but "
-                    f"this model has {name} {ours}. Heads fit only the model they were trained on."
-                )
+        if record.hidden_size != text_config.hidden_size:
+            raise ConfigError(
+                f"caft.heads: {path} was made for hidden_size {record.hidden_size} (base model "
+                f"{named(record.base_model)}), but this model has hidden_size {text_config.hidden_size}. Heads fit "
+                "only the model they were trained on."
+            )
 
     def check_layers(self, layer_class: str) -> None:
         """Holds the folder against the model's layers, before the heads' weights are read.

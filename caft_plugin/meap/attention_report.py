@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from caft_plugin.config import DEFAULT_MASK_RATIO, ConfigError
 from caft_plugin.meap.mask_token import FILE, AddedMaskToken, MaskToken, choose_mask_token, placeholder_ids, row_norms
-from caft_plugin.storage import read_text, write_png
+from caft_plugin.storage import numbered_lines, read_text, write_png
 from caft_plugin.trunk import input_embedding
 
 SEGMENTS = ("context", "answer", "query")
@@ -67,7 +67,7 @@ def read_texts(file: Path) -> list[Text]:
     if file.suffix not in (".jsonl", ".json"):
         texts = [Text(part.strip(), [""] * len(part.strip())) for part in content.split("\n\n") if part.strip()]
     else:
-        texts = [_of_line(file, i, line) for i, line in enumerate(content.splitlines(), 1) if line.strip()]
+        texts = [_of_line(file, number, line) for number, line in numbered_lines(content)]
     if not texts:
         raise ConfigError(f"--text: {file} holds no text.")
     return texts
