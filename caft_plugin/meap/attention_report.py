@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from caft_plugin.config import DEFAULT_MASK_RATIO, ConfigError
 from caft_plugin.meap.mask_token import FILE, AddedMaskToken, MaskToken, choose_mask_token, placeholder_ids, row_norms
+from caft_plugin.model_loading import load_model, load_tokenizer, merged
 from caft_plugin.storage import numbered_lines, read_text, write_png
 from caft_plugin.trunk import input_embedding
 
@@ -95,16 +96,15 @@ def _of_line(file: Path, number: int, line: str) -> Text:
 def attention_report(
     base: str, tuned: str, texts: list[Text], *, mask_ratio: float | None, mask_token: str, max_length: int, seed: int
 ) -> Figures:
-    """The figures of two models with one tokenizer, over the same masked positions.
+    """The figures of two models with one tokenizer, over the same masked positions. An adapter's are those of the model
+    that it is merged into.
 
     Raises:
         ConfigError: no mask token to be had, or texts too short to mask.
     """
-    tokenizer = AutoTokenizer.from_pretrained(tuned, trust_remote_code=False)
+    tokenizer = load_tokenizer(tuned)
     models = {
-        name: AutoModelForCausalLM.from_pretrained(
-            of, attn_implementation="eager", dtype="auto", trust_remote_code=False
-        ).eval()
+        name: merged(load_model(of, dtype="auto", attn_implementation="eager")).eval()
         for name, of in zip(MODELS, (base, tuned), strict=True)
     }
     encoded = [

@@ -158,14 +158,15 @@ def plain_stage1(given: dict[str, Any], caft: dict[str, Any], config: PretrainCo
         raise ConfigError(f"--data: {given['data']} is not a file. It takes a JSONL file.")
 
     import torch
-    from transformers import AutoTokenizer, TrainingArguments
+    from transformers import TrainingArguments
 
+    from caft_plugin.model_loading import load_tokenizer
     from caft_plugin.stage1.data import read_rows
     from caft_plugin.stage1.pretraining import Stage1, heads_block, load_base
 
     caft_config = heads_block(caft)
     half = not given["float32"]
-    tokenizer = AutoTokenizer.from_pretrained(given["model"], trust_remote_code=False)
+    tokenizer = load_tokenizer(given["model"])
     rows = read_rows(given["data"], tokenizer, given["max_length"])
     arguments = TrainingArguments(
         output_dir=str(given["output"]),
@@ -244,15 +245,15 @@ def speculate_command(
     model, heads = cast(str, model), cast(str, heads)
 
     import torch
-    from transformers import AutoTokenizer
 
     from caft_plugin.decoding import Drafter
+    from caft_plugin.model_loading import load_tokenizer
     from caft_plugin.precision import quick_dtype
     from caft_plugin.stage1.data import read_prompts
     from caft_plugin.stage1.pretraining import load_base
     from caft_plugin.tools.speculate import HEADS, as_table, draw, speculate
 
-    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+    tokenizer = load_tokenizer(model)
     if config is not None and prompts is None:
         from caft_plugin.axolotl.stage1 import read_prompts_of_tests
 
