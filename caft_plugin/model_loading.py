@@ -24,7 +24,7 @@ from transformers import (
 )
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, CONFIG_NAME, cached_file, find_adapter_config_file
 
-from caft_plugin.config import ConfigError, first_line
+from caft_plugin.config import ConfigError, first_line, shown
 from caft_plugin.storage import read_text
 from caft_plugin.trunk import auto_class, input_embedding, trunk_without_weights
 
@@ -58,6 +58,23 @@ def _base_and_revision(name: str) -> tuple[str, str | None]:
     return base, revision if isinstance(revision, str) else None
 
 
+MERGED = "merged"  # Axolotl's folder for the merged model, in the run's
+# Keys of a config in which a run's and its merged model's may differ, both being right.
+NOT_OF_RUN = {
+    "_name_or_path",
+    "architectures",
+    "bos_token_id",
+    "dtype",
+    "eos_token_id",
+    "pad_token_id",
+    "quantization_config",
+    "text_config",
+    "transformers_version",
+    "use_cache",
+    "vocab_size",
+}
+
+
 class Loading(TypedDict, total=False):
     """How weights are loaded: quantised by bitsandbytes or not, and with which attention."""
 
@@ -88,18 +105,11 @@ class Source:
         base, revision = _base_and_revision(name)
         read = functools.partial(AutoConfig.from_pretrained, trust_remote_code=trust_remote_code)
         config = read(base, **({} if revision is None else {"revision": revision}))
-        own = None if base == name else _own_config(name, read)
-        if own is None:
+        if base == name:
+            with_overrides_of_run(config, name, read)
             return cls(name, base, revision, config, None, trust_remote_code)
-        if own.model_type != config.model_type:
-            logger.warning(
-                "--model: %s beside the adapter in %s is of a %s, the adapter's base %s is a %s: the base's is used",
-                CONFIG_NAME,
-                name,
-                own.model_type,
-                base,
-                config.model_type,
-            )
+        own = _own_config(name, config, read)
+        if own is None:
             return cls(name, base, revision, config, None, trust_remote_code)
         # What the run changed is followed (overrides_of_model_config). Vocabulary and quantisation are as the base's
         # files have them: these are what is read first.
@@ -138,14 +148,54 @@ class Source:
         return cast(PreTrainedModel, PeftModel.from_pretrained(model, self.name))
 
 
-def _own_config(name: str, read: functools.partial[PretrainedConfig]) -> PretrainedConfig | None:
-    """The config that lies beside an adapter, as Axolotl leaves it with what the run changed in it; None without."""
+def _own_config(
+    name: str, base: PretrainedConfig, read: functools.partial[PretrainedConfig]
+) -> PretrainedConfig | None:
+    """The config that lies beside an adapter, as Axolotl leaves it with what the run changed in it; None without one,
+    or with one of another kind of model than the adapter's base."""
     try:
         file = cached_file(name, CONFIG_NAME, _raise_exceptions_for_missing_entries=False)
-        return None if file is None else read(name)
+        own = None if file is None else read(name)
     except (OSError, ValueError) as error:
         logger.warning("--model: %s of the adapter in %s is not read (%s)", CONFIG_NAME, name, first_line(error))
         return None
+    if own is not None and own.model_type != base.model_type:
+        logger.warning(
+            "--model: %s in %s is not read: it is of a %s, but the adapter's base is a %s",
+            CONFIG_NAME,
+            name,
+            own.model_type,
+            base.model_type,
+        )
+        return None
+    return own
+
+
+def with_overrides_of_run(config: PretrainedConfig, name: str, read: functools.partial[PretrainedConfig]) -> None:
+    """Put into `config`, of the model in the folder `name`, what the run whose adapter it has merged had changed of its
+    base's config. `axolotl merge-lora` writes the base's config beside the merged weights, without the YAML's
+    `overrides_of_model_config`: with that it would be another model than the one that was trained."""
+    run = Path(name).absolute().parent
+    if Path(name).name != MERGED or find_adapter_config_file(str(run)) is None:
+        return
+    own = _own_config(str(run), config, read)
+    trained, written = ({} if own is None else own.to_dict()), config.to_dict()
+    changed = {
+        key: value
+        for key, value in trained.items()
+        if key in written and key not in NOT_OF_RUN and value != written[key]
+    }
+    for key in changed:
+        setattr(config, key, getattr(own, key))
+    if changed:
+        logger.warning(
+            "--model: %s/%s lacks what the run in %s was trained with (overrides_of_model_config): %s. The model is "
+            "loaded with it; write it into that file before you use the model elsewhere",
+            name,
+            CONFIG_NAME,
+            run,
+            ", ".join(f"{key}: {shown(value)}" for key, value in changed.items()),
+        )
 
 
 def quantisation(dtype: torch.dtype | str, loading: Loading) -> BitsAndBytesConfig | None:

@@ -250,8 +250,17 @@ def test_rows_without_a_prompt(base, tokenizer, tmp_path):
 def test_no_answer_ends(base, tokenizer, tmp_path):
     with torch.no_grad():
         base.lm_head.weight[1] = 0  # the end token is never the likeliest
-    with pytest.raises(ConfigError, match="none of the 13 answers came to an end within 8 tokens"):
-        pretrain_heads(job(base, tokenizer, tmp_path, "model"))
+    data, length = rows(2), PretrainConfig().max_new_tokens
+    base.config.max_position_embeddings = 2 * length
+    with pytest.raises(ConfigError, match=f"none of the 2 answers came to an end within {length} tokens"):
+        pretrain_heads(job(base, tokenizer, tmp_path, "model", data=data, heldout=[], max_new_tokens=length))
+
+
+def test_no_answer_ends_where_short_ones_were_asked_for(base, tokenizer, tmp_path, caplog):
+    with torch.no_grad():
+        base.lm_head.weight[1] = 0
+    pretrain_heads(job(base, tokenizer, tmp_path, "model"))
+    assert "13 of 13 answers did not end within 8 tokens" in caplog.text
 
 
 def test_no_end_token(base, tokenizer, tmp_path):

@@ -12,7 +12,6 @@ learning what it writes.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Unpack
@@ -165,7 +164,7 @@ class HeadsTrainer(with_caft(TrunkTrainer)):  # type: ignore[misc]
 @dataclasses.dataclass
 class Stage1:
     """What stage 1 works on. `rows` and `heldout` are token rows; without `heldout` a part of the rows is held out.
-    `name` is the base model's name for the card."""
+    `name` is the base model's name for the card, `trainer` what makes the trainer: HeadsTrainer, or as it."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -176,6 +175,7 @@ class Stage1:
     config: PretrainConfig
     name: str
     callbacks: Sequence[TrainerCallback] = ()
+    trainer: Callable[..., HeadsTrainer] = HeadsTrainer
 
 
 def pretrain_heads(stage1: Stage1) -> Path:
@@ -223,7 +223,7 @@ def pretrain_heads(stage1: Stage1) -> Path:
 
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     caft = stage1.caft.model_copy(update={"beta": 1.0, "schedule": "constant", "train_heads": "full"})
-    trainer = HeadsTrainer(
+    trainer = stage1.trainer(
         model=model,
         args=arguments,
         train_dataset=list(rows),
