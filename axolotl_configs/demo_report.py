@@ -85,7 +85,8 @@ def read_questions(path: Path, count: int) -> list[tuple[str, str]]:
     if not path.is_file():
         raise ReportError(f"--heldout {path}: no such file; `make_molecules.py` beside it makes one")
     questions = []
-    for line in path.read_text(encoding="utf-8").splitlines()[:count]:
+    # not str.splitlines, which also cuts a row at U+2028 and its like inside of a text
+    for line in path.read_text(encoding="utf-8-sig").rstrip("\n").split("\n")[:count]:
         question, answer = json.loads(line)["messages"]
         questions.append((question["content"], answer["content"]))
     return questions

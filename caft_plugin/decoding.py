@@ -149,6 +149,7 @@ class Drafter:
         folder.check_layers(trunk.layer_class)
         built = build_heads(model, trunk, config, seed=0)
         folder.load_into(built, trunk.layer_class)
+        folder.warn_of_model(built.origin, trunk.model.config)
         return cls(model, built, config, num_draft=num_draft, confidence=confidence)
 
     @property

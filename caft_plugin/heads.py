@@ -29,6 +29,7 @@ from transformers.pytorch_utils import Conv1D
 
 from caft_plugin.config import CAFTConfig, ConfigError
 from caft_plugin.copies import plain_copy
+from caft_plugin.fingerprint import Sample, take_sample
 from caft_plugin.hidden import taken
 from caft_plugin.trunk import Trunk, active_peft_configs, is_model_with_adapter, refuse_offloaded
 
@@ -44,13 +45,15 @@ class AuxiliaryHeads(nn.Module):
     """`layers[k - 1]` is head k, a decoder layer that predicts the token k+1 ahead.
 
     Heads stay in evaluation mode: they have no dropout, so they never draw from the global random generator
-    and leave the base model's own dropout as it would be without them.
+    and leave the base model's own dropout as it would be without them. `origin` is a sample of the layer that they were
+    made over, None where it cannot be had.
     """
 
-    def __init__(self, layers: list[nn.Module], lora: LoraConfig | None = None) -> None:
+    def __init__(self, layers: list[nn.Module], lora: LoraConfig | None = None, origin: Sample | None = None) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
         self.lora = lora
+        self.origin = origin
         if lora is not None:
             inject_adapter_in_model(lora, self.layers, adapter_name=MODULE_NAME)
             for name, parameter in self.named_parameters():
@@ -90,7 +93,7 @@ def build_heads(model: nn.Module, trunk: Trunk, config: CAFTConfig, seed: int) -
         how = "lora" if is_model_with_adapter(model) else "full"
     lora = head_lora_config(model, first) if how == "lora" else None
     with own_random_numbers(next(first.parameters()).device, seed):
-        heads = AuxiliaryHeads(layers, lora)
+        heads = AuxiliaryHeads(layers, lora, take_sample(trunk))
     if how != "lora":
         for parameter in heads.parameters():
             parameter.requires_grad_(how == "full" and parameter.is_floating_point())

@@ -1,4 +1,4 @@
-"""The heads' folder: `heads.safetensors` and `config.json`. Write, open, check, load.
+"""The heads' folder: `heads.safetensors`, `config.json` and `fingerprint.safetensors`. Write, open, check, load.
 
 A finished folder holds plain weights, LoRA merged. A checkpoint's folder keeps them apart
 (`lora.safetensors` beside the others), because exact resuming needs both.
@@ -24,6 +24,7 @@ from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from caft_plugin.config import DEFAULT_HEAD_INPUT, DEFAULT_HEAD_NORM, CAFTConfig, ConfigError, HeadInput, named, shown
+from caft_plugin.fingerprint import Fingerprint, Sample, is_sharded, take_sample
 from caft_plugin.heads import MODULE_NAME, AuxiliaryHeads
 from caft_plugin.storage import gather, shard_like, write_atomically, write_json
 from caft_plugin.trunk import Trunk
@@ -32,6 +33,8 @@ logger = logging.getLogger(__name__)
 
 FOLDER = MODULE_NAME
 WEIGHTS, LORA, RECORD = "heads.safetensors", "lora.safetensors", "config.json"
+FINGERPRINT = "fingerprint.safetensors"  # of the layer and the final norm that the heads were trained over
+LARGEST_FINGERPRINT = 4_000_000  # bytes
 LONGEST_JSON = 100_000  # bytes
 FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors' names of the types that weights can be read from
 METRICS, CARD = "metrics.json", "README.md"  # of pretrained heads
@@ -112,7 +115,8 @@ class HeadsFolder:
         """Holds the folder against the model it is to serve, before any weight is loaded.
 
         Raises:
-            ConfigError: too few heads, or heads made for another hidden size or vocabulary.
+            ConfigError: too few heads, or heads made for another hidden size. (Heads hold no vocabulary: they write
+                through the model's own unembedding, so one that grew is no reason.)
         """
         path, record, text_config = self.path, self.record, model_config.get_text_config()
         if record.num_heads < config.num_heads:
@@ -120,13 +124,12 @@ class HeadsFolder:
                 f"caft.num_heads: got {config.num_heads}, but the folder {path} holds {record.num_heads} heads. "
                 f"Set num_heads to at most {record.num_heads}, or train more heads."
             )
-        for name in ("hidden_size", "vocab_size"):
-            theirs, ours = getattr(record, name), getattr(text_config, name)
-            if theirs != ours:
-                raise ConfigError(
-                    f"caft.heads: {path} was made for {name} {theirs} (base model {named(record.base_model)}), but "
-                    f"this model has {name} {ours}. Heads fit only the model they were trained on."
-                )
+        if record.hidden_size != text_config.hidden_size:
+            raise ConfigError(
+                f"caft.heads: {path} was made for hidden_size {record.hidden_size} (base model "
+                f"{named(record.base_model)}), but this model has hidden_size {text_config.hidden_size}. Heads fit "
+                "only the model they were trained on."
+            )
 
     def check_layers(self, layer_class: str) -> None:
         """Holds the folder against the model's layers, before the heads' weights are read.
@@ -147,13 +150,38 @@ class HeadsFolder:
                 "finished run, or resume from that checkpoint."
             )
 
-    def warn_of_differences(self, config: CAFTConfig, model_config: PretrainedConfig) -> None:
-        """Warns where heads meet another base model or wiring than they were made with."""
-        base, record = model_config.name_or_path, self.record
-        if base and record.base_model != base:
+    def warn_of_model(self, now: Sample | None, model_config: PretrainedConfig) -> None:
+        """Warns where heads meet another model than they were trained over: by the fingerprint, where there is one,
+        else by the base model's name. `now` is a sample of the model."""
+        name, theirs = model_config.name_or_path or model_config.model_type, named(self.record.base_model)
+        fingerprint = None if now is None else read_fingerprint(self.path)
+        if now is None or fingerprint is None:
+            if model_config.name_or_path and self.record.base_model != model_config.name_or_path:
+                logger.warning("caft.heads: these heads were made with base model %s, this run uses %s", theirs, name)
+            return
+        verdict = fingerprint.verdict(now)
+        if verdict == "base":
             logger.warning(
-                "caft.heads: these heads were made with base model %s, this run uses %s", named(record.base_model), base
+                "caft.heads: the heads in %s were trained together with a fine-tuned %s, but the last layer of this "
+                "model, %s, is as it was before that fine-tuning. They fit the fine-tuned model: load its adapter or "
+                "the merged model",
+                self.path,
+                theirs,
+                name,
             )
+        elif verdict == "other":
+            logger.warning(
+                "caft.heads: the heads in %s (base model %s) were trained over another last layer or final norm than "
+                "this model, %s, has: another base, or an earlier or later state of the same. They fit the model that "
+                "they were trained with",
+                self.path,
+                theirs,
+                name,
+            )
+
+    def warn_of_wiring(self, config: CAFTConfig) -> None:
+        """Warns where heads are to be wired otherwise than they were made."""
+        record = self.record
         for key in ("head_input", "head_norm"):
             written, recorded = getattr(config, key), getattr(record, key)
             if written is not None and written != recorded:
@@ -201,7 +229,8 @@ def locate_heads(heads: str) -> Path:
         )
     from huggingface_hub import snapshot_download
 
-    patterns = [f"{folder}{name}" for folder in ("", f"{FOLDER}/") for name in (WEIGHTS, LORA, RECORD, METRICS, CARD)]
+    files = (WEIGHTS, LORA, FINGERPRINT, RECORD, METRICS, CARD)
+    patterns = [f"{folder}{name}" for folder in ("", f"{FOLDER}/") for name in files]
     try:
         return locate_heads(snapshot_download(heads, allow_patterns=patterns))
     except Exception as error:  # the Hub's client has a dozen kinds: offline, no such name, no permission
@@ -327,16 +356,24 @@ def save_heads(
     Every process has to call it; the one with `write` writes.
     """
     weights, lora = heads_state(heads)
+    after = take_sample(trunk, heads.origin) if write or is_sharded(trunk) else None
     folder = Path(parent) / FOLDER
     if write:
         if lora and not resumable:
             weights, lora = merged(heads, weights, lora), {}
         record = HeadsRecord.of(trunk, config, train_heads=heads.how if resumable else None)
-        write_heads(folder, record, weights, lora)
+        fingerprint = None if heads.origin is None or after is None else Fingerprint(heads.origin, after)
+        write_heads(folder, record, weights, lora, fingerprint)
     return folder
 
 
-def write_heads(folder: Path, record: HeadsRecord, weights: Mapping[str, Tensor], lora: Mapping[str, Tensor]) -> None:
+def write_heads(
+    folder: Path,
+    record: HeadsRecord,
+    weights: Mapping[str, Tensor],
+    lora: Mapping[str, Tensor],
+    fingerprint: Fingerprint | None = None,
+) -> None:
     """Writes the files of a heads folder. Each file appears complete or not at all, and the record appears last: where
     there is one, all files are of one save."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -348,11 +385,56 @@ def write_heads(folder: Path, record: HeadsRecord, weights: Mapping[str, Tensor]
             _write_tensors(folder / name, tensors)
         else:
             (folder / name).unlink(missing_ok=True)
+    write_fingerprint(folder, fingerprint)
     write_json(folder / RECORD, record.model_dump(exclude_none=True))
 
 
-def _write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
-    write_atomically(file, lambda temporary: save_file(dict(tensors), temporary, {"format": "pt"}))
+def _write_tensors(file: Path, tensors: Mapping[str, Tensor], **metadata: str) -> None:
+    write_atomically(file, lambda temporary: save_file(dict(tensors), temporary, {"format": "pt", **metadata}))
+
+
+def write_fingerprint(folder: Path, fingerprint: Fingerprint | None) -> None:
+    """Writes a fingerprint's file into a heads folder; without a fingerprint the file of earlier heads is removed."""
+    if fingerprint is None:
+        (folder / FINGERPRINT).unlink(missing_ok=True)
+        return
+    samples = {"before": fingerprint.before, "after": fingerprint.after}
+    tensors = {f"{end}.{name}": t for end, sample in samples.items() for name, t in sample.values.items()}
+    _write_tensors(folder / FINGERPRINT, tensors, quantised=json.dumps(sorted(fingerprint.before.quantised)))
+
+
+def read_fingerprint(folder: Path) -> Fingerprint | None:
+    """The fingerprint in a heads folder; None, and a warning, for a file that is none.
+
+    Raises:
+        ConfigError: the file is a link out of the folder.
+    """
+    if not (folder / FINGERPRINT).exists():
+        return None
+    file = own_file(folder, FINGERPRINT)
+    samples: dict[str, dict[str, Tensor]] = {"before": {}, "after": {}}
+    try:
+        if file.stat().st_size > LARGEST_FINGERPRINT:
+            raise ValueError(f"longer than {LARGEST_FINGERPRINT} bytes")
+        with safe_open(file, framework="pt") as opened:
+            quantised = json.loads((opened.metadata() or {}).get("quantised", "[]"))
+            for key in opened.keys():
+                end, _, name = key.partition(".")
+                tensor = opened.get_tensor(key)
+                if tensor.dtype != torch.float32 or tensor.dim() != 1 or not tensor.isfinite().all():
+                    raise ValueError(f"{key} holds other things than a row of finite float32 numbers")
+                samples[end][name] = tensor
+        if samples["before"].keys() != samples["after"].keys() or not samples["before"]:
+            raise ValueError("it is not whole")
+        before, after = (Sample(values, frozenset(map(str, quantised))) for values in samples.values())
+    except (OSError, RuntimeError, ValueError, TypeError, KeyError, RecursionError, SafetensorError) as error:
+        logger.warning(
+            "caft.heads: %s is not read, so nobody can tell whether these heads fit this model (%s)",
+            file,
+            shown(str(error)),
+        )
+        return None
+    return Fingerprint(before, after)
 
 
 def load_checkpoint(checkpoint: str | os.PathLike[str], heads: AuxiliaryHeads, config: CAFTConfig) -> None:

@@ -47,11 +47,12 @@ class AuxiliaryObjective:
         if config.heads is not None:
             folder = heads_folder.HeadsFolder.open(config.heads)
             folder.check_model(config, trunk.model.config)
-            folder.warn_of_differences(config, trunk.model.config)
+            folder.warn_of_wiring(config)
         config = heads_folder.resolve_wiring(config, None if folder is None else folder.record)
         heads = build_heads(model, trunk, config, seed=trainer.args.seed)
         if folder is not None:
             folder.load_into(heads, trunk.layer_class)
+            folder.warn_of_model(heads.origin, trunk.model.config)
         if trainer.optimizer is not None and any(p.requires_grad for p in heads.parameters()):
             raise ConfigError(
                 "caft.train_heads: the trainer was given a finished optimizer (optimizers=...), which cannot hold "

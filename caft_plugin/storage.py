@@ -58,14 +58,25 @@ def write_png(file: Path, size: tuple[float, float], columns: int, fill: Callabl
 def read_text(file: Path, asked_by: str, takes: str) -> str:
     """The content of a text file that the user named by `asked_by` (an option or a key), which `takes` such a file.
 
+    A byte order mark at its start is left out.
+
     Raises:
         ConfigError: there is no such file, or it is not UTF-8.
     """
     try:
-        return file.read_text(encoding="utf-8")
+        return file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else f"it is not UTF-8: {error.reason}"
         raise ConfigError(f"{asked_by}: {file} cannot be read ({why}). It takes {takes}.") from None
+
+
+def numbered_lines(text: str) -> list[tuple[int, str]]:
+    """The lines of a text that are not blank, numbered from 1.
+
+    A line ends at a newline and nowhere else: `str.splitlines` would also cut JSON lines at U+2028, U+0085 and form
+    feeds, which JSON allows inside of texts and which `datasets` reads as part of them.
+    """
+    return [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
 
 
 def gather(tensor: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -296,12 +296,17 @@ def auto_class(config: PretrainedConfig, whole: bool = False) -> Any:
 
 
 def empty_trunk(
-    base_model: str, key: str = "--base-model", revision: str | None = None, whole: bool = False, **loading: Any
+    base_model: str,
+    key: str = "--base-model",
+    revision: str | None = None,
+    overrides: Mapping[str, object] | None = None,
+    whole: bool = False,
+    **loading: Any,
 ) -> Trunk:
     """The trunk of a model built from its config alone, without memory for weights (on the meta device).
 
-    `key` is what the user said the model with, `whole` as in `auto_class`; `loading` goes to `from_config` (dtype,
-    attn_implementation).
+    `key` is what the user said the model with, `overrides` are values in the place of its config's, `whole` is as in
+    `auto_class`; `loading` goes to `from_config` (dtype, attn_implementation).
 
     Raises:
         ConfigError: the config cannot be had, or is not that of a decoder-only model transformers knows.
@@ -314,6 +319,8 @@ def empty_trunk(
             f"{key}: got {base_model!r}, of which no config can be read ({first_line(error)}). It takes a "
             "model folder or a Hub id: check the name, your connection and your Hub token."
         ) from error
+    for name, value in (overrides or {}).items():
+        setattr(config, name, value)
     refuse_unfit(config, config.model_type)
     try:
         with torch.device("meta"):

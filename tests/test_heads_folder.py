@@ -94,15 +94,22 @@ def test_misfits_are_named(tiny_model, folder):
     opened = HeadsFolder.open(folder)
     with pytest.raises(ConfigError, match=r"caft.num_heads: got 5, but the folder .* holds 4 heads"):
         opened.check_model(CAFTConfig(num_heads=5), tiny_model.config)
-    for key, value in (("hidden_size", 64), ("vocab_size", 11)):
-        config = LlamaConfig(**{**tiny_model.config.to_dict(), key: value})
-        with pytest.raises(ConfigError, match=f"made for {key} .* but this model has {key} {value}"):
-            opened.check_model(CAFTConfig(), config)
+    config = LlamaConfig(**{**tiny_model.config.to_dict(), "hidden_size": 64})
+    with pytest.raises(ConfigError, match="made for hidden_size 32 .* but this model has hidden_size 64"):
+        opened.check_model(CAFTConfig(), config)
     with pytest.raises(ConfigError, match="are of class LlamaDecoderLayer .* of class MistralDecoderLayer"):
         HeadsFolder.open(folder).load_into(make(tiny_model)[0], "MistralDecoderLayer")
     wide = LlamaForCausalLM(LlamaConfig(**{**tiny_model.config.to_dict(), "intermediate_size": 128}))
     with pytest.raises(ConfigError, match=r"holds 0.mlp.down_proj.weight with shape \(32, 64\)"):
         load(wide, folder)
+
+
+@pytest.mark.parametrize("tokens", [11, 128])
+def test_heads_hold_no_vocabulary(tiny_model, folder, tokens):
+    tiny_model.resize_token_embeddings(tokens)
+    assert tiny_model.config.vocab_size == tokens != HeadsFolder.open(folder).record.vocab_size
+    HeadsFolder.open(folder).check_model(CAFTConfig(), tiny_model.config)
+    load(tiny_model, folder)
 
 
 def damaged(folder, how):

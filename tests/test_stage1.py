@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from datasets import load_dataset
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from tiny import word_tokenizer
@@ -14,9 +15,10 @@ from transformers import LlamaForCausalLM, RwkvConfig, TrainingArguments
 from caft_plugin import CAFTConfig, ConfigError, with_caft
 from caft_plugin.config import PretrainConfig
 from caft_plugin.loss import IGNORE, cross_entropy_and_hit_of, divergence_of, weighted_sum
+from caft_plugin.meap.attention_report import read_texts
 from caft_plugin.stage1 import answers as answers_room
 from caft_plugin.stage1.answers import ANSWERS, AnswerFile, write_answers
-from caft_plugin.stage1.data import pad_rows, prompt_of, read_rows, with_answer
+from caft_plugin.stage1.data import pad_rows, prompt_of, read_prompts, read_rows, with_answer
 from caft_plugin.stage1.pretraining import HeadsTrainer, Stage1, heads_block, load_base, pretrain_heads
 
 TEMPLATE = (
@@ -248,8 +250,17 @@ def test_rows_without_a_prompt(base, tokenizer, tmp_path):
 def test_no_answer_ends(base, tokenizer, tmp_path):
     with torch.no_grad():
         base.lm_head.weight[1] = 0  # the end token is never the likeliest
-    with pytest.raises(ConfigError, match="none of the 13 answers came to an end within 8 tokens"):
-        pretrain_heads(job(base, tokenizer, tmp_path, "model"))
+    data, length = rows(2), PretrainConfig().max_new_tokens
+    base.config.max_position_embeddings = 2 * length
+    with pytest.raises(ConfigError, match=f"none of the 2 answers came to an end within {length} tokens"):
+        pretrain_heads(job(base, tokenizer, tmp_path, "model", data=data, heldout=[], max_new_tokens=length))
+
+
+def test_no_answer_ends_where_short_ones_were_asked_for(base, tokenizer, tmp_path, caplog):
+    with torch.no_grad():
+        base.lm_head.weight[1] = 0
+    pretrain_heads(job(base, tokenizer, tmp_path, "model"))
+    assert "13 of 13 answers did not end within 8 tokens" in caplog.text
 
 
 def test_no_end_token(base, tokenizer, tmp_path):
@@ -303,6 +314,26 @@ def test_rows_from_a_file(tokenizer, tmp_path):
         read_rows(file, tokenizer, 100)
     with pytest.raises(ConfigError, match=r"--data: .* cannot be read"):
         read_rows(tmp_path / "nowhere.jsonl", tokenizer, 100)
+
+
+@pytest.mark.parametrize("inside", ["\u2028", "\u2029", "\x85", "\x0b", "\f", "\x1c"])
+@pytest.mark.parametrize("start, end", [("", "\n"), ("\ufeff", "\n"), ("", "\r\n"), ("\ufeff", "\r\n")])
+def test_a_line_of_json_ends_at_a_newline_as_for_datasets(tokenizer, tmp_path, inside, start, end):
+    rows = [{"text": f"w{i} w2{inside}w3"} for i in range(3)]
+    file = tmp_path / "rows.jsonl"
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    file.write_bytes((start + "".join(line + end for line in lines) + end).encode())
+    theirs = [row["text"] for row in load_dataset("json", data_files=str(file), cache_dir=str(tmp_path))["train"]]
+    assert theirs == [row["text"] for row in rows]
+    assert [text.text for text in read_texts(file)] == theirs
+    wanted = [tokenizer(text).input_ids for text in theirs]
+    assert read_prompts(file, tokenizer) == wanted
+    assert [
+        row["input_ids"][: len(ids)] for row, ids in zip(read_rows(file, tokenizer, 9), wanted, strict=True)
+    ] == wanted
+    file.write_bytes((start + lines[0] + end + end + "{" + end).encode())
+    with pytest.raises(ConfigError, match="--data: line 3 of"):
+        read_rows(file, tokenizer, 9)
 
 
 def test_pretrained_heads_serve_fine_tuning(base, tokenizer, tmp_path):

@@ -6,7 +6,6 @@ import functools
 from typing import Any
 
 import torch
-import transformers
 from accelerate.utils.deepspeed import HfDeepSpeedConfig
 from axolotl.common.datasets import TrainDatasetMeta, load_datasets
 from axolotl.integrations.base import BasePlugin, PluginManager
@@ -18,6 +17,7 @@ from axolotl.utils.trainer import calculate_total_num_steps
 from datasets import Dataset
 from transformers import Trainer
 
+from caft_plugin.axolotl.loading import build_empty
 from caft_plugin.axolotl.slips import refuse_slips
 from caft_plugin.config import CAFTConfig, ConfigError, MEAPConfig, PretrainConfig, named
 from caft_plugin.heads_folder import HeadsFolder
@@ -231,7 +231,7 @@ def _check_model(loader: ModelLoader, caft: CAFTConfig, trainer_class: type[CAFT
     """Raises ConfigError if heads cannot be built for the model that Axolotl will load, or a heads folder or
     `fused_loss: on` does not fit it. Of the model only the config is read."""
     cfg, model_config = loader.cfg, loader.model_config
-    trunk = trunk_without_weights(model_config, cfg.base_model, functools.partial(_build, loader))
+    trunk = trunk_without_weights(model_config, cfg.base_model, functools.partial(build_empty, loader))
     if caft.heads is not None:
         folder = HeadsFolder.open(caft.heads)
         folder.check_model(caft, model_config)
@@ -241,19 +241,6 @@ def _check_model(loader: ModelLoader, caft: CAFTConfig, trainer_class: type[CAFT
         why = why_not_fused(trainer_class, trunk.model, takes_logits=bool(cfg.use_eaft))
         if why is not None:
             raise ConfigError(not_fused(why))
-
-
-def _build(loader: ModelLoader) -> torch.nn.Module:
-    """The model, of the class that `ModelLoader` will take, from its config."""
-    cfg = loader.cfg
-    loader._set_auto_model_loader()
-    model_class = loader.auto_model_loader
-    if cfg.type_of_model not in (None, "AutoModelForCausalLM") and not cfg.trust_remote_code and not cfg.gptq:
-        model_class = getattr(transformers, cfg.type_of_model)
-    if issubclass(model_class, transformers.PreTrainedModel):
-        return model_class(loader.model_config)
-    trust_remote_code = bool(cfg.trust_remote_code)
-    return model_class.from_config(loader.model_config, trust_remote_code=trust_remote_code)
 
 
 def _as_dict(block: object) -> object:

@@ -1,58 +1,53 @@
-"""A run of Axolotl, read out of its YAML without Axolotl: keys, and what left-out keys are taken to be."""
+"""What of a YAML bears on memory and time, for `caft plan`."""
 
 from __future__ import annotations
 
-import dataclasses
-from pathlib import Path
-from typing import Any
-
 import torch
-import yaml
 
+from caft_plugin.axolotl.config_reading import Keys
 from caft_plugin.config import CAFTConfig, ConfigError, shown
 from caft_plugin.plan.run import Run
-from caft_plugin.storage import read_text
 
 # Keys of a YAML with which Axolotl does not build the logits of the whole batch.
 WITHOUT_LOGITS = ("cut_cross_entropy", "liger_fused_linear_cross_entropy", "chunked_cross_entropy")
-Keys = dict[str, Any]  # of a YAML file
 
-
-def read_keys(file: Path, command: str) -> Keys:
-    """The keys of a YAML file, for a command that errors name.
-
-    Raises:
-        ConfigError: it is not a file, or not YAML, or holds no keys.
-    """
-    try:
-        keys = yaml.safe_load(read_text(file, command, "an Axolotl YAML"))
-    except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"{command}: {file} is not YAML ({reason}). CONFIG takes an Axolotl YAML.") from error
-    if not isinstance(keys, dict):
-        raise ConfigError(f"{command}: {file} holds {shown(keys)}, but CONFIG takes an Axolotl YAML, keys and values.")
-    return keys
-
-
-@dataclasses.dataclass(frozen=True)
-class Outcome:
-    """What a finished run has left: a model (the merged one where there is one, else the adapter or the model in the
-    output folder), whether that is to be loaded in 4 bits, and the folder in which its heads are."""
-
-    model: str
-    heads: str
-    in_4_bits: bool
-
-
-def come_out(keys: Keys) -> Outcome:
-    """Raises ConfigError where the YAML names no output_dir."""
-    folder = keys.get("output_dir")
-    if not isinstance(folder, str):
-        raise ConfigError(f"output_dir: got {shown(folder)}, but it takes the folder that the run has written to.")
-    merged = Path(folder) / "merged"
-    if (merged / "config.json").is_file():
-        return Outcome(str(merged), folder, in_4_bits=False)
-    return Outcome(folder, folder, in_4_bits=bool(keys.get("load_in_4bit")))
+# Axolotl's keys that are arguments of PEFT's LoraConfig as they are.
+PEFT_NAMES = {
+    "lora_rank_pattern": "rank_pattern",
+    "lora_target_parameters": "target_parameters",
+    "peft_layers_pattern": "layers_pattern",
+    "peft_layer_replication": "layer_replication",
+    "peft_trainable_token_indices": "trainable_token_indices",
+}
+# Keys that bear on memory or time and are not counted, and what is counted in their place.
+_OFFLOADED, _ALL = "counted as if nothing left the GPU", "counted as if all of it was trained"
+UNCOUNTED = {
+    "activation_offloading": _OFFLOADED,
+    "auto_find_batch_size": "counted with micro_batch_size as it is written",
+    "cls_model_config": "the config is read as transformers reads it by itself",
+    "fp8": "counted as the dtype that bf16 and fp16 say",
+    "freeze_mm_modules": _ALL,
+    "gpu_memory_limit": _OFFLOADED,
+    "gptq": "counted as if the base was not quantised",
+    "layer_offloading": _OFFLOADED,
+    "lisa_n_layers": _ALL,
+    "llama4_linearized_experts": "counted as transformers has the experts",
+    "lora_on_cpu": _OFFLOADED,
+    "max_memory": _OFFLOADED,
+    "model_quantization_config": "counted as if the base was not quantised",
+    "optim_target_modules": "the optimizer's states are counted for all that is trained, in full rank",
+    "overrides_of_model_kwargs": "not followed",
+    "ple_cpu_offload": _OFFLOADED,
+    "qat": "counted without fake quantisation",
+    "quantize_moe_experts": "experts are counted in the base's dtype",
+    "resize_token_embeddings_to_32x": "rows that the embeddings gain are not counted",
+    "selective_checkpointing": "counted as gradient_checkpointing says",
+    "tiled_mlp": "MLPs are counted whole",
+    "tokens": "rows that the embeddings gain are not counted",
+    "torch_compile": "counted without",
+    "type_of_model": "counted as the class that transformers takes by itself",
+    "use_onebitllms": "counted as if the base was not quantised",
+}
 
 
 def read_run(keys: Keys) -> Run:
@@ -84,11 +79,12 @@ def read_run(keys: Keys) -> Run:
         model=keys["base_model"],
         config=keys.get("base_model_config"),
         revision=keys.get("revision_of_model"),
+        overrides=keys.get("overrides_of_model_config") or {},
         caft=CAFTConfig.read(keys["caft"]),
         dtype=dtype,
         rows=_count(keys, "micro_batch_size", 1),
         length=_count(keys, "sequence_len", 512),
-        accumulation=_count(keys, "gradient_accumulation_steps", 1),
+        accumulation=_accumulation(keys),
         lora=None if adapter is None else _lora(keys),
         bits=4 if keys.get("load_in_4bit") else 8 if keys.get("load_in_8bit") else 16,
         checkpointing=bool(keys.get("gradient_checkpointing")),
@@ -116,6 +112,7 @@ def _lora(keys: Keys) -> dict[str, object]:
         "modules_to_save": keys.get("lora_modules_to_save") or None,
         "layers_to_transform": keys.get("peft_layers_to_transform"),
         "use_dora": bool(keys.get("peft_use_dora")),
+        **{ours: keys[theirs] for theirs, ours in PEFT_NAMES.items() if keys.get(theirs)},
     }
 
 
@@ -123,14 +120,21 @@ def _notes(keys: Keys, sharded: bool) -> list[str]:
     notes = []
     if keys.get("bf16", "auto") == "auto":
         notes.append("bf16 is auto: counted as true.")
-    if not sharded and keys.get("deepspeed"):
-        notes.append("deepspeed: counted without sharding.")
-    return notes
+    notes += [f"{key}: {counted}." for key, counted in UNCOUNTED.items() if keys.get(key)]
+    return notes if sharded or not keys.get("deepspeed") else [*notes, "deepspeed: counted without sharding."]
+
+
+def _accumulation(keys: Keys) -> int:
+    if keys.get("gradient_accumulation_steps") is None and keys.get("batch_size") is not None:
+        return max(_count(keys, "batch_size", 1) // _count(keys, "micro_batch_size", 1), 1)
+    return _count(keys, "gradient_accumulation_steps", 1)
 
 
 def _count(keys: Keys, key: str, default: int) -> int:
     value = keys.get(key)
     value = default if value is None else value
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ConfigError(f"{key}: got {shown(value)}, but it takes a whole number at least 1.")
     return value

@@ -4,105 +4,54 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from axolotl.cli.args import TrainerCliArgs
-from axolotl.cli.config import load_cfg
 from axolotl.common.datasets import load_datasets
 from axolotl.loaders import load_tokenizer
-from transformers import TrainingArguments
+from axolotl.utils.logging import get_logger
 
-from caft_plugin.config import ConfigError, PretrainConfig
-from caft_plugin.stage1.data import prompt_of
-from caft_plugin.stage1.pretraining import Stage1, heads_block, load_base
+from caft_plugin.axolotl.config_reading import read_config
+from caft_plugin.axolotl.loading import load_frozen
+from caft_plugin.axolotl.trainer_settings import refuse_keys, trainer_settings
+from caft_plugin.config import PretrainConfig
+from caft_plugin.stage1.answers import check_vllm
+from caft_plugin.stage1.pretraining import Stage1, heads_block
 
-# Axolotl's key, and the Trainer's name for it. What Axolotl's user left out keeps stage 1's own default.
-TRAINER_KEYS = {
-    "micro_batch_size": "per_device_train_batch_size",
-    "eval_batch_size": "per_device_eval_batch_size",
-    "gradient_accumulation_steps": "gradient_accumulation_steps",
-    "learning_rate": "learning_rate",
-    "lr_scheduler": "lr_scheduler_type",
-    "warmup_steps": "warmup_steps",
-    "warmup_ratio": "warmup_ratio",
-    "weight_decay": "weight_decay",
-    "max_grad_norm": "max_grad_norm",
-    "optimizer": "optim",
-    "num_epochs": "num_train_epochs",
-    "max_steps": "max_steps",
-    "logging_steps": "logging_steps",
-    "save_steps": "save_steps",
-    "save_total_limit": "save_total_limit",
-    "seed": "seed",
-    "dataloader_num_workers": "dataloader_num_workers",
-}
+LOG = get_logger(__name__)
 
 
-def read_stage1(config_file: Path, options: dict[str, object], caft: dict[str, object], **keys: object) -> Stage1:
+def read_stage1(
+    config_file: Path, options: dict[str, object], caft: dict[str, object], model: str | None = None, **keys: object
+) -> Stage1:
     """Everything stage 1 needs, from a YAML. What the command line gave goes before it: `options` are keys of
-    `pretrain_heads:`, `caft` of `caft:`, `keys` of the YAML itself.
+    `pretrain_heads:`, `caft` of `caft:`, `keys` of the YAML itself; `model` stands in the place of the base.
 
     The YAML's adapter is left out (the base stays as it is), its quantisation is kept.
 
     Raises:
         ConfigError: a key that stage 1 cannot follow.
     """
-    cfg = load_cfg(str(config_file), **keys)
-    if cfg.pretraining_dataset or cfg.streaming:
-        raise ConfigError(
-            "pretrain_heads: streamed data (`pretraining_dataset`, `streaming`) is not supported; give `datasets:`."
-        )
-    if cfg.processor_type:
-        raise ConfigError(
-            f"pretrain_heads: got processor_type: {cfg.processor_type}, but it takes rows of text alone, also for a "
-            "vision-language model. Leave out `processor_type` and `skip_prepare_dataset`; give text in `datasets:`."
-        )
+    cfg = read_config(config_file, "pretrain-heads", **keys)
+    refuse_keys(cfg)
     config = PretrainConfig(**{**dict(cfg.pretrain_heads or {}), **options})
+    heads = heads_block({**dict(cfg.caft or {}), **caft})
+    if config.vllm:
+        check_vllm(bool(cfg.load_in_4bit or cfg.load_in_8bit))
+    if cfg.sample_packing:
+        LOG.warning(
+            "pretrain_heads: sample_packing is not followed: stage 1 pads rows, micro_batch_size of them in a batch."
+        )
+    tokenizer = load_tokenizer(cfg)
     meta = load_datasets(cfg=cfg, cli_args=TrainerCliArgs())
-    settings = {ours: cfg[theirs] for theirs, ours in TRAINER_KEYS.items() if cfg[theirs] is not None}
-    on_cpu = not torch.accelerator.is_available()
-    arguments = TrainingArguments(
-        output_dir=cfg.output_dir,
-        bf16=bool(cfg.bf16),
-        fp16=bool(cfg.fp16),
-        use_cpu=on_cpu,
-        report_to=[name for name in ("wandb", "mlflow") if cfg[f"use_{name}"]],
-        eval_strategy="steps" if cfg.eval_steps else "no",
-        eval_steps=cfg.eval_steps,
-        **{"learning_rate": 1e-4, "logging_steps": 10, "save_total_limit": 2, **settings},
-    )
-    model = load_base(
-        cfg.base_model,
-        dtype=cfg.torch_dtype,
-        load_in_4bit=bool(cfg.load_in_4bit),
-        load_in_8bit=bool(cfg.load_in_8bit),
-        attn_implementation=cfg.attn_implementation,
-        trust_remote_code=bool(cfg.trust_remote_code),
-        vllm=config.vllm,
-    )
+    settings = trainer_settings(cfg, tokenizer, meta.eval_dataset)
     return Stage1(
-        model=model,
-        tokenizer=load_tokenizer(cfg),
+        model=load_frozen(cfg, tokenizer, model),
+        tokenizer=tokenizer,
         rows=list(meta.train_dataset),
         heldout=list(meta.eval_dataset) if meta.eval_dataset is not None else None,
-        arguments=arguments,
-        caft=heads_block({**dict(cfg.caft or {}), **caft}),
+        arguments=settings.args,
+        caft=heads,
         config=config,
-        name=cfg.base_model,
+        name=model or cfg.base_model,
+        callbacks=settings.callbacks,
+        trainer=settings.trainer,
     )
-
-
-def read_prompts_of_tests(config_file: Path) -> list[list[int]]:
-    """Token ids of the prompts in a YAML's `test_datasets`.
-
-    Raises:
-        ConfigError: there are none.
-    """
-    cfg = load_cfg(str(config_file))
-    data = load_datasets(cfg=cfg, cli_args=TrainerCliArgs()).eval_dataset if cfg.test_datasets else []
-    prompts = [prompt for prompt in map(prompt_of, data or []) if prompt]
-    if not prompts:
-        raise ConfigError(
-            f"--prompts: {config_file} has no test_datasets with prompts in them. Give a JSONL file of prompts that "
-            "the model was not trained on."
-        )
-    return prompts

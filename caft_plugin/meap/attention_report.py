@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from caft_plugin.config import DEFAULT_MASK_RATIO, ConfigError
 from caft_plugin.meap.base_model import BaseModel
 from caft_plugin.meap.mask_token import FILE, AddedMaskToken, MaskToken, choose_mask_token, row_norms
 from caft_plugin.meap.roles import Roles
-from caft_plugin.storage import read_text, write_png
+from caft_plugin.model_loading import load_model, load_tokenizer, merged
+from caft_plugin.storage import numbered_lines, read_text, write_png
 from caft_plugin.trunk import input_embedding
 
 SEGMENTS = ("context", "answer", "query")
@@ -69,7 +70,7 @@ def read_texts(file: Path) -> list[Text]:
     if file.suffix not in (".jsonl", ".json"):
         texts = [Text(part.strip(), [""] * len(part.strip())) for part in content.split("\n\n") if part.strip()]
     else:
-        texts = [_of_line(file, i, line) for i, line in enumerate(content.splitlines(), 1) if line.strip()]
+        texts = [_of_line(file, number, line) for number, line in numbered_lines(content)]
     if not texts:
         raise ConfigError(f"--text: {file} holds no text.")
     return texts
@@ -97,16 +98,15 @@ def _of_line(file: Path, number: int, line: str) -> Text:
 def attention_report(
     base: str, tuned: str, texts: list[Text], *, mask_ratio: float | None, mask_token: str, max_length: int, seed: int
 ) -> Figures:
-    """The figures of two models with one tokenizer, over the same masked positions.
+    """The figures of two models with one tokenizer, over the same masked positions. An adapter's are those of the model
+    that it is merged into.
 
     Raises:
         ConfigError: no mask token to be had, or texts too short to mask.
     """
-    tokenizer = AutoTokenizer.from_pretrained(tuned, trust_remote_code=False)
+    tokenizer = load_tokenizer(tuned)
     models = {
-        name: AutoModelForCausalLM.from_pretrained(
-            of, attn_implementation="eager", dtype="auto", trust_remote_code=False
-        ).eval()
+        name: merged(load_model(of, dtype="auto", attn_implementation="eager")).eval()
         for name, of in zip(MODELS, (base, tuned), strict=True)
     }
     encoded = [

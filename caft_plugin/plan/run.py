@@ -22,7 +22,8 @@ QUANTISED = {4: 0.5 + 1 / 64 + 4 / (64 * 256), 8: 1.0}
 class Run:
     """What of a run's settings bears on memory and time. `rows` of `length` tokens are in one pass of one GPU.
 
-    `config` is the model whose config is read, where that is another than `model`. `lora` holds arguments of PEFT's
+    `config` is the model whose config is read, where that is another than `model`, `overrides` are values in the place
+    of that config's. `lora` holds arguments of PEFT's
     LoraConfig, None without an adapter; `unfrozen` patterns of names of parameters, where not all train.
     `builds_logits` says whether the framework's own loss has the logits of the whole batch, `float32_parts` whether
     norms, embedding and unembedding are kept in float32 while the base trains fully. `notes` say how something was
@@ -44,6 +45,7 @@ class Run:
     lora: Mapping[str, Any] | None = None
     config: str | None = None
     revision: str | None = None
+    overrides: Mapping[str, object] = dataclasses.field(default_factory=dict)
     eager: bool = False
     unfrozen: Sequence[str] = ()
     notes: Sequence[str] = ()
@@ -72,7 +74,7 @@ def build_model(run: Run) -> tuple[nn.Module, Trunk, dict[Tensor, float]]:
     """
     loading: dict[str, object] = {"dtype": run.dtype, **({"attn_implementation": "eager"} if run.eager else {})}
     # whole, as Axolotl loads vision-language models
-    trunk = empty_trunk(run.config or run.model, "base_model", run.revision, whole=True, **loading)
+    trunk = empty_trunk(run.config or run.model, "base_model", run.revision, run.overrides, whole=True, **loading)
     model: nn.Module = trunk.model
     quantised = {}
     if run.bits < 16:

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from caft_plugin.config import ConfigError
 from caft_plugin.loss import IGNORE
-from caft_plugin.storage import read_text
+from caft_plugin.storage import numbered_lines, read_text
 
 T = TypeVar("T")
 Row = dict[str, list[int]]  # input_ids, and labels with -100 where there is no loss
@@ -62,9 +62,7 @@ def read_prompts(file: Path, tokenizer: PreTrainedTokenizerBase, option: str = "
 
 
 def _read_lines(file: Path, option: str, read: Callable[[dict[str, Any]], T]) -> Iterator[T]:
-    for number, line in enumerate(read_text(file, option, "a JSONL file").splitlines(), 1):
-        if not line.strip():
-            continue
+    for number, line in numbered_lines(read_text(file, option, "a JSONL file")):
         try:
             yield read(json.loads(line))
         except (ValueError, KeyError, TypeError, StopIteration) as error:

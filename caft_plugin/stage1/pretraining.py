@@ -12,25 +12,19 @@ learning what it writes.
 from __future__ import annotations
 
 import dataclasses
-import functools
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Unpack
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
-    BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
     TrainingArguments,
 )
-from transformers.utils import find_adapter_config_file
 
 from caft_plugin.attach import LAST_POSITION, Request
 from caft_plugin.checkpoints import Parts
@@ -47,78 +41,31 @@ from caft_plugin.heads_folder import (
 )
 from caft_plugin.logs import HeadsEvaluation
 from caft_plugin.loss import Batch, RowLoss, divergence_of
+from caft_plugin.model_loading import Loading, Source, load_for_heads
 from caft_plugin.objective import AuxiliaryObjective, HostLoss
 from caft_plugin.precision import warn_of_slow_bf16
 from caft_plugin.stage1.answers import ANSWERS, check_vllm, write_answers
 from caft_plugin.stage1.data import Row, pad_rows, prompt_of, supervised, with_answer
-from caft_plugin.storage import read_text, write_json, write_text
+from caft_plugin.storage import write_json, write_text
 from caft_plugin.training import with_caft
-from caft_plugin.trunk import auto_class, trunk_without_weights
 from caft_plugin.window import LossShare, MicroBatch, Window
 
 
-def base_of(name: str) -> str:
-    """The base model that an adapter's folder or Hub id names; of any other model the name itself.
-
-    Raises:
-        ConfigError: an adapter that names none.
-    """
-    file = find_adapter_config_file(name)
-    if file is None:
-        return name
-    try:
-        base = json.loads(read_text(Path(file), "--model", "the folder of an adapter"))["base_model_name_or_path"]
-    except (ValueError, KeyError, TypeError):
-        base = None
-    if not isinstance(base, str):
-        raise ConfigError(f"--model: {name} is an adapter, but its {Path(file).name} names no base_model_name_or_path.")
-    return base
-
-
 def load_base(
-    name: str,
-    dtype: torch.dtype,
-    load_in_4bit: bool = False,
-    load_in_8bit: bool = False,
-    attn_implementation: str | None = None,
-    trust_remote_code: bool = False,
-    vllm: bool = False,
+    name: str, dtype: torch.dtype, trust_remote_code: bool = False, vllm: bool = False, **loading: Unpack[Loading]
 ) -> PreTrainedModel:
-    """The base model, quantised by bitsandbytes as QLoRA does (NF4, double quantisation) if asked; with `vllm` one
-    that vLLM can load too. A vision-language model comes whole where transformers has no class for its text part. The
-    folder or Hub id of an adapter brings its base with it.
+    """The frozen model, as `model_loading.Source.load` loads it; with `vllm` one that vLLM can load too.
 
     Raises:
         ConfigError: before weights are loaded, where heads cannot be built for the model or vLLM cannot run it.
     """
-    base = base_of(name)
-    model_config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
+    source = Source.of(name, trust_remote_code)
     if vllm:
-        check_vllm(load_in_4bit or load_in_8bit or getattr(model_config, "quantization_config", None) is not None)
-    model_class = auto_class(model_config)
-    build = functools.partial(model_class.from_config, model_config, trust_remote_code=trust_remote_code)
-    trunk_without_weights(model_config, base, build)
-    quantisation = None
-    if load_in_4bit:
-        quantisation = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
+        check_vllm(
+            bool(loading.get("load_in_4bit") or loading.get("load_in_8bit"))
+            or getattr(source.config, "quantization_config", None) is not None
         )
-    elif load_in_8bit:
-        quantisation = BitsAndBytesConfig(load_in_8bit=True)
-    model = model_class.from_pretrained(
-        base,
-        dtype=dtype,
-        quantization_config=quantisation,
-        attn_implementation=attn_implementation,
-        trust_remote_code=trust_remote_code,
-        device_map={"": 0} if torch.cuda.is_available() else None,
-    )
-    model.config.use_cache = False
-    # Not left to transformers: of a folder with a config.json beside the adapter it takes all weights to be there.
-    return model if base == name else cast(PreTrainedModel, PeftModel.from_pretrained(model, name))
+    return load_for_heads(source, dtype, **loading)
 
 
 def heads_block(keys: dict[str, Any]) -> CAFTConfig:
@@ -217,7 +164,7 @@ class HeadsTrainer(with_caft(TrunkTrainer)):  # type: ignore[misc]
 @dataclasses.dataclass
 class Stage1:
     """What stage 1 works on. `rows` and `heldout` are token rows; without `heldout` a part of the rows is held out.
-    `name` is the base model's name for the card."""
+    `name` is the base model's name for the card, `trainer` what makes the trainer: HeadsTrainer, or as it."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -228,6 +175,7 @@ class Stage1:
     config: PretrainConfig
     name: str
     callbacks: Sequence[TrainerCallback] = ()
+    trainer: Callable[..., HeadsTrainer] = HeadsTrainer
 
 
 def pretrain_heads(stage1: Stage1) -> Path:
@@ -275,7 +223,7 @@ def pretrain_heads(stage1: Stage1) -> Path:
 
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     caft = stage1.caft.model_copy(update={"beta": 1.0, "schedule": "constant", "train_heads": "full"})
-    trainer = HeadsTrainer(
+    trainer = stage1.trainer(
         model=model,
         args=arguments,
         train_dataset=list(rows),

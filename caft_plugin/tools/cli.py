@@ -113,12 +113,11 @@ def pretrain_heads_command(
         stage1 = plain_stage1(given, caft, PretrainConfig(**settings))
     else:
         refuse_no_file(config, "pretrain-heads")
-        names = {"model": "base_model", "output": "output_dir"}
-        refuse_beside_config(context, {*settings, *caft, *names, "config", "push_to_hub"})
+        refuse_beside_config(context, {*settings, *caft, "model", "output", "config", "push_to_hub"})
         from caft_plugin.axolotl.stage1 import read_stage1
 
-        keys = {key: str(given[option]) for option, key in names.items() if option in given}
-        stage1 = read_stage1(config, settings, caft, **keys)
+        keys = {"output_dir": str(given["output"])} if "output" in given else {}
+        stage1 = read_stage1(config, settings, caft, given.get("model"), **keys)
 
     from caft_plugin.stage1.pretraining import pretrain_heads
     from caft_plugin.tools.inspect_heads import describe
@@ -158,14 +157,15 @@ def plain_stage1(given: dict[str, Any], caft: dict[str, Any], config: PretrainCo
         raise ConfigError(f"--data: {given['data']} is not a file. It takes a JSONL file.")
 
     import torch
-    from transformers import AutoTokenizer, TrainingArguments
+    from transformers import TrainingArguments
 
+    from caft_plugin.model_loading import load_tokenizer
     from caft_plugin.stage1.data import read_rows
     from caft_plugin.stage1.pretraining import Stage1, heads_block, load_base
 
     caft_config = heads_block(caft)
     half = not given["float32"]
-    tokenizer = AutoTokenizer.from_pretrained(given["model"], trust_remote_code=False)
+    tokenizer = load_tokenizer(given["model"])
     rows = read_rows(given["data"], tokenizer, given["max_length"])
     arguments = TrainingArguments(
         output_dir=str(given["output"]),
@@ -228,39 +228,38 @@ def speculate_command(
     """How much faster its heads make a fine-tuned model write: tokens a second and tokens a pass, beside plain
     generation and transformers' prompt lookup, the three in turn on the same prompts.
 
-    With an Axolotl YAML as CONFIG, model and heads are those in its output_dir (the merged model, if there is one), and
-    the prompts its test_datasets'; --model, --heads and --prompts go before them. Without one, all three are needed.
+    With an Axolotl YAML as CONFIG, model and heads are those in its output_dir (the merged model, if there is one that
+    is newer than the adapter), loaded as the YAML says, and the prompts its test_datasets'; --model, --heads and
+    --prompts go before them. Without one, all three are needed.
     """
+    run = None
     if config is not None:
         refuse_no_file(config, "speculate")
-        from caft_plugin.axolotl.run import come_out, read_keys
+        from caft_plugin.axolotl.finished_run import FinishedRun
 
-        found = come_out(read_keys(config, "speculate"))
-        load_in_4bit = load_in_4bit or (found.in_4_bits and model is None)
-        model, heads = model or found.model, heads or found.heads
+        run = FinishedRun.of(config, "speculate")
+        model, heads = model or run.model, heads or run.heads
     for name, value in (("model", model), ("heads", heads), ("prompts", prompts or config)):
         if value is None:
             raise click.UsageError(f"--{name} is needed where no CONFIG is given")
     model, heads = cast(str, model), cast(str, heads)
 
     import torch
-    from transformers import AutoTokenizer
 
     from caft_plugin.decoding import Drafter
+    from caft_plugin.model_loading import load_tokenizer
     from caft_plugin.precision import quick_dtype
     from caft_plugin.stage1.data import read_prompts
     from caft_plugin.stage1.pretraining import load_base
     from caft_plugin.tools.speculate import HEADS, as_table, draw, speculate
 
-    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
-    if config is not None and prompts is None:
-        from caft_plugin.axolotl.stage1 import read_prompts_of_tests
-
-        asked = read_prompts_of_tests(config)
-    else:
-        asked = read_prompts(cast(Path, prompts), tokenizer)
     dtype = torch.float32 if float32 else quick_dtype()
-    loaded = load_base(model, dtype, load_in_4bit=load_in_4bit)
+    tokenizer = load_tokenizer(model)
+    asked = run.prompts() if run is not None and prompts is None else read_prompts(cast(Path, prompts), tokenizer)
+    if run is None or load_in_4bit:
+        loaded = load_base(model, dtype, load_in_4bit=load_in_4bit)
+    else:
+        loaded = run.load(tokenizer, model, dtype)
     drafter = Drafter.from_pretrained(loaded, heads, num_draft=num_draft, confidence=confidence)
     comparison = speculate(loaded, tokenizer, {HEADS: drafter}, asked[:limit], **settings)
     click.echo(as_table(comparison))
@@ -321,12 +320,16 @@ def plan_command(config: Path, gpu_memory: str | None, gpus: int, supervised: fl
 
     Of the base model only the config is read; no weights, no data and no GPU are needed.
     """
-    from caft_plugin.axolotl.run import read_keys, read_run
-    from caft_plugin.plan.estimate import make_plan
-    from caft_plugin.plan.words import as_text, parse_memory, run_as_text, verdict
+    from caft_plugin.quiet import quiet
+
+    with quiet():
+        from caft_plugin.axolotl.config_reading import read_for_plan
+        from caft_plugin.axolotl.run import read_run
+        from caft_plugin.plan.estimate import make_plan
+        from caft_plugin.plan.words import as_text, parse_memory, run_as_text, verdict
 
     memory = None if gpu_memory is None else parse_memory(gpu_memory)
-    plan = make_plan(read_run(read_keys(config, "plan")), gpus, supervised)
+    plan = make_plan(read_run(read_for_plan(config, "plan")), gpus, supervised)
     click.echo(as_text(plan))
     if memory is not None:
         click.echo(f"\n{run_as_text(plan)}\n\n{verdict(plan, memory, gpus, supervised)}")

@@ -211,7 +211,7 @@ def prepare() -> str:
 
 
 def read(name: str) -> list[Row]:
-    return [json.loads(line) for line in (FOLDER / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in (FOLDER / f"{name}.jsonl").open(encoding="utf-8")]
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ def read(file: Path = FILE) -> list[Line]:
     if not file.exists():
         return []
     lines = []
-    for number, text in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+    for number, text in enumerate(file.open(encoding="utf-8"), 1):
         try:
             line = json.loads(text)
             design.Run(line["task"], line["arm"], line["seed"])

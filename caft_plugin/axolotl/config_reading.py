@@ -1,0 +1,143 @@
+"""An Axolotl YAML, read as Axolotl's own schema does: old names of keys, numbers as text, defaults. Each command that
+takes a YAML reads it here."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from pydantic import ValidationError
+
+from caft_plugin.config import ConfigError, first_line, shown
+from caft_plugin.quiet import quiet
+from caft_plugin.storage import read_text
+
+if TYPE_CHECKING:
+    from axolotl.utils.dict import DictDefault
+
+Keys = dict[str, Any]  # of a YAML file
+BLOCKS = ("caft", "meap", "pretrain_heads")
+# What Axolotl's schema asks for and `caft plan` does not need.
+NOT_NEEDED: Keys = {"learning_rate": 1e-4, "micro_batch_size": 1, "gradient_accumulation_steps": 1}
+# Axolotl's names of attention before `attn_implementation`, by what they say there.
+OLD_ATTENTION = {
+    "flash_attention": "flash_attention_2",
+    "sdp_attention": "sdpa",
+    "eager_attention": "eager",
+    "flex_attention": "flex_attention",
+    "xformers_attention": "xformers",
+    "sage_attention": "sage",
+}
+WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+
+
+def read_keys(file: Path, command: str) -> Keys:
+    """Read the keys of a YAML file as they are written, for a command that errors name.
+
+    Raises:
+        ConfigError: it is not a file, or not YAML, or holds no keys.
+    """
+    try:
+        keys = yaml.safe_load(read_text(file, command, "an Axolotl YAML"))
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{command}: {file} is not YAML ({reason}). CONFIG takes an Axolotl YAML.") from error
+    if not isinstance(keys, dict):
+        raise ConfigError(f"{command}: {file} holds {shown(keys)}, but CONFIG takes an Axolotl YAML, keys and values.")
+    return keys
+
+
+def has_axolotl() -> bool:
+    return importlib.util.find_spec("axolotl") is not None
+
+
+def read_config(file: Path, command: str, **keys: object) -> DictDefault:
+    """Read a YAML file as `axolotl train` does, with `keys` in the place of the file's.
+
+    Raises:
+        ConfigError: the file cannot be read, or Axolotl refuses a key.
+    """
+    from axolotl.cli.config import load_cfg
+
+    read_keys(file, command)
+    try:
+        return load_cfg(str(file), **keys)
+    except ConfigError:
+        raise
+    except Exception as error:  # Axolotl's validators, and what reads the base's config, raise many kinds
+        raise _refused(command, error) from error
+
+
+def read_for_plan(file: Path, command: str) -> Keys:
+    """Read a YAML file for a command that needs neither data, weights nor a GPU: by Axolotl's schema where Axolotl is
+    installed, without its checks of this machine. Elsewhere by hand: old names of attention, and numbers and truth
+    values that are texts.
+
+    Raises:
+        ConfigError: the file cannot be read, or Axolotl refuses a key.
+    """
+    keys = read_keys(file, command)
+    whole = isinstance(keys.get("base_model"), str)  # else the command says what it lacks
+    return _by_schema(keys, command) if whole and has_axolotl() else _by_hand(keys)
+
+
+def _by_schema(keys: Keys, command: str) -> Keys:
+    with quiet():  # what packages say of this machine as they are imported
+        from axolotl.utils.config import prepare_plugins, validate_config
+        from axolotl.utils.dict import DictDefault
+
+    filled = {**NOT_NEEDED, **copy.deepcopy(keys)}
+    if keys.get("batch_size") is not None:  # two of the three say the third
+        for key in ("gradient_accumulation_steps", "micro_batch_size"):
+            if keys.get(key) is None:
+                del filled[key]
+                break
+    if not (keys.get("datasets") or keys.get("pretraining_dataset")):
+        filled["datasets"] = [{"path": "none", "type": "completion"}]
+    cfg = DictDefault(filled)
+    try:
+        with quiet(logging.INFO):
+            prepare_plugins(cfg)
+        with quiet():  # old names, which Axolotl itself tells of when it trains
+            read = validate_config(cfg).to_dict()
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise _refused(command, error) from error
+    # Only with the plugin listed are the blocks in the schema; a bare one is written without a value.
+    return {**read, **{block: keys[block] for block in BLOCKS if block in keys}}
+
+
+def _by_hand(keys: Keys) -> Keys:
+    read = {key: _value(value) for key, value in keys.items()}
+    for old, new in OLD_ATTENTION.items():
+        if read.pop(old, None) and read.get("attn_implementation") is None:
+            read["attn_implementation"] = new
+    return read
+
+
+def _value(value: object) -> object:
+    """A number or a truth value that was written as a text, as Axolotl takes it."""
+    if not isinstance(value, str):
+        return value
+    if value.strip().lower() in WORDS:
+        return WORDS[value.strip().lower()]
+    try:
+        return int(value)
+    except ValueError:
+        return value
+
+
+def _refused(command: str, error: Exception) -> ConfigError:
+    said = first_line(error)
+    if isinstance(error, ValidationError):
+        lines = []
+        for found in error.errors():
+            key = ".".join(map(str, found["loc"]))
+            lines.append(f"{key}: got {shown(found['input'])}: {found['msg']}" if key else found["msg"])
+        said = "; ".join(lines)
+    return ConfigError(f"{command}: Axolotl refuses this YAML: {said}")

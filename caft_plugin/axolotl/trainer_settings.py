@@ -1,0 +1,225 @@
+"""Stage 1's training settings from a YAML: made by Axolotl's own builder, tried out before weights are loaded."""
+
+from __future__ import annotations
+
+import copy
+import functools
+
+import torch
+import yaml
+from axolotl.core.builders.causal import HFCausalTrainerBuilder
+from axolotl.core.trainers.mixins import OptimizerMixin, SchedulerMixin
+from axolotl.utils.dict import DictDefault
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
+
+from caft_plugin.axolotl.config_reading import Keys
+from caft_plugin.axolotl.loading import frozen
+from caft_plugin.config import ConfigError, first_line, shown
+from caft_plugin.stage1.pretraining import HeadsTrainer
+
+# Keys of a YAML that say how the fine-tuned model is trained or measured, which stage 1 cannot do to heads, and what it
+# can take in their place.
+REFUSED = {
+    "rl": "it takes supervised fine-tuning",
+    "reward_model": "it takes supervised fine-tuning",
+    "process_reward_model": "it takes supervised fine-tuning",
+    "curriculum_sampling": "it draws rows at random",
+    "early_stopping_patience": "it trains to its end; set max_steps or num_epochs",
+    "lr_groups": "heads have one learning rate",
+    "loraplus_lr_ratio": "heads train fully, without LoRA",
+}
+# Keys that the builder must not see: they are of the fine-tuned model (its repository, its checkpoint, its callbacks).
+OF_THE_TUNED_MODEL = (
+    "hub_model_id",
+    "resume_from_checkpoint",
+    "relora",
+    "lisa_n_layers",
+    "qat",
+    "do_bench_eval",
+    "do_causal_lm_eval",
+    "generate_samples",
+    "include_tkps",
+    "embedding_lr",
+    "embedding_lr_scale",
+)
+# What an error names where the optimizer or the scheduler does not work.
+CHOICES = ("optimizer", "optim_args", "lr_scheduler", "lr_scheduler_kwargs", "warmup_steps", "warmup_ratio")
+# Numbers that some optimizers and schedulers follow, and others pass over without a word.
+TUNING = (
+    "adam_beta1",
+    "adam_beta2",
+    "adam_beta3",
+    "adam_epsilon",
+    "adam_epsilon2",
+    "cosine_min_lr_ratio",
+    "cosine_constant_lr_ratio",
+)
+STEPS, RATE = 20, 0.01  # of a rehearsal
+
+
+class AxolotlHeadsTrainer(HeadsTrainer, OptimizerMixin, SchedulerMixin):  # type: ignore[misc, valid-type]
+    """Stage 1's trainer with Axolotl's own optimizers and schedulers."""
+
+
+class Settings:
+    """What Axolotl's builder has made of a YAML. It stands in the place of a trainer's class there, takes what a
+    trainer would be given, and builds nothing."""
+
+    def __init__(
+        self,
+        args: TrainingArguments,
+        callbacks: list[TrainerCallback],
+        optimizer_cls_and_kwargs: tuple[type, Keys] | None = None,
+        **for_a_trainer: object,
+    ) -> None:
+        self.args, self.callbacks, self.optimizer_cls_and_kwargs = args, callbacks, optimizer_cls_and_kwargs
+
+    @property
+    def trainer(self) -> functools.partial[HeadsTrainer]:
+        return functools.partial(AxolotlHeadsTrainer, optimizer_cls_and_kwargs=self.optimizer_cls_and_kwargs)
+
+
+class SettingsBuilder(HFCausalTrainerBuilder):
+    """Axolotl's builder, up to where it would build the trainer."""
+
+    def _get_trainer_cls(self) -> type[Settings]:
+        return Settings
+
+    def get_post_trainer_create_callbacks(self, trainer: Settings) -> list[TrainerCallback]:
+        return []
+
+    def hook_pre_create_training_args(self, training_arguments_kwargs: Keys) -> Keys:
+        # stage 1 evaluates before it trains, by itself
+        on_cpu = {} if torch.accelerator.is_available() else {"use_cpu": True}
+        return {**training_arguments_kwargs, "eval_on_start": False, **on_cpu}
+
+
+def refuse_keys(cfg: DictDefault) -> None:
+    """Raises ConfigError where the YAML has a key that stage 1 cannot follow."""
+    if cfg.pretraining_dataset or cfg.streaming:
+        raise ConfigError(
+            "pretrain_heads: streamed data (`pretraining_dataset`, `streaming`) is not supported; give `datasets:`."
+        )
+    if cfg.processor_type:
+        raise ConfigError(
+            f"pretrain_heads: got processor_type: {cfg.processor_type}, but it takes rows of text alone, also for a "
+            "vision-language model. Leave out `processor_type` and `skip_prepare_dataset`; give text in `datasets:`."
+        )
+    for key, instead in REFUSED.items():
+        if cfg[key]:
+            raise ConfigError(
+                f"pretrain_heads: cannot follow {key}: {shown(cfg[key])}: {instead}. Take the key out of the YAML of "
+                "stage 1."
+            )
+
+
+def trainer_settings(cfg: DictDefault, tokenizer: PreTrainedTokenizerBase, heldout: Dataset | None) -> Settings:
+    """The settings that Axolotl's builder makes of a YAML, whose optimizer and scheduler were tried out.
+
+    Raises:
+        ConfigError: an optimizer, a scheduler or another setting that does not work here, or one that changes nothing.
+    """
+    cfg = frozen(cfg)
+    for key in OF_THE_TUNED_MODEL:
+        cfg[key] = None
+    cfg.logging_steps = cfg.logging_steps or 10
+    cfg.save_total_limit = cfg.save_total_limit or 2
+
+    def tried(cfg: DictDefault) -> tuple[Settings, Tensor]:
+        builder = SettingsBuilder(cfg, None, tokenizer)
+        builder.eval_dataset = heldout
+        settings = with_optim_args(builder.build(None), cfg.optim_args)
+        return settings, rehearse(settings)
+
+    try:
+        settings, outcome = tried(cfg)
+    except Exception as error:  # a package that is missing, a GPU, an adapter that it wants: each has its own kind
+        said = ", ".join(f"{key}: {shown(cfg[key])}" for key in CHOICES if cfg[key])
+        raise ConfigError(
+            f"pretrain_heads: heads cannot be trained with {said} ({first_line(error)}). Use another optimizer or "
+            "scheduler, such as optimizer: adamw_torch with lr_scheduler: constant."
+        ) from error
+    for key in (key for key in TUNING if cfg[key] is not None):
+        other = DictDefault(dict(cfg))
+        other[key] = 0.5 if cfg[key] != 0.5 else 0.25
+        if torch.equal(tried(other)[1], outcome):
+            raise ConfigError(
+                f"pretrain_heads: {key}: {shown(cfg[key])} changes nothing with optimizer: {cfg.optimizer} and "
+                f"lr_scheduler: {cfg.lr_scheduler}. Take the key out, or use an optimizer or scheduler that follows it."
+            )
+    return settings
+
+
+def with_optim_args(settings: Settings, optim_args: str | dict | None) -> Settings:
+    """`settings` whose optimizer gets all of `optim_args`: transformers passes on those alone that it knows of."""
+    if not optim_args or settings.optimizer_cls_and_kwargs is not None:
+        return settings
+    if isinstance(optim_args, str):
+        optim_args = dict(pair.split("=", 1) for pair in optim_args.replace(" ", "").split(","))
+    layer = _Layer()
+
+    def made(optim_args: str | None) -> tuple[type, Keys]:
+        arguments = copy.copy(settings.args)
+        arguments.optim_args = optim_args
+        return Trainer.get_optimizer_cls_and_kwargs(arguments, layer)  # type: ignore[arg-type]
+
+    optimizer, kwargs = made(settings.args.optim_args)
+    passed_over = {
+        key: yaml.safe_load(value) if isinstance(value, str) else value
+        for key, value in optim_args.items()
+        if (key not in kwargs and str(made(f"{key}={value}")) == str(made(None)))
+        or (key in kwargs and str(kwargs[key]) != str(value))
+    }
+    if passed_over:
+        settings.optimizer_cls_and_kwargs = (optimizer, {**kwargs, **passed_over})
+    return settings
+
+
+class _Layer(nn.Module):
+    """As small as a head can be: names and shapes of weights as decoder layers have them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.self_attn = nn.ModuleDict({"q_proj": nn.Linear(64, 64)})
+        self.mlp = nn.ModuleDict({"up_proj": nn.Linear(64, 64)})
+        self.norm = nn.LayerNorm(64)
+
+
+class _Rehearsal(OptimizerMixin, SchedulerMixin, Trainer):
+    """Makes an optimizer and a scheduler as stage 1's trainer will."""
+
+
+def rehearse(settings: Settings) -> Tensor:
+    """Some steps of the optimizer and the scheduler on a layer of 64 dimensions: whatever they lack shows here, before
+    weights are loaded.
+
+    Returns:
+        The layer's weights after them.
+    """
+    arguments = copy.copy(settings.args)
+    arguments.report_to, arguments.learning_rate = [], RATE
+    optimizer = settings.optimizer_cls_and_kwargs
+    if optimizer is not None:
+        optimizer = (optimizer[0], {**optimizer[1], "lr": RATE})
+    steps = arguments.max_steps if arguments.max_steps > 0 else STEPS
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        layer = _Layer().to(arguments.device)
+        trainer = _Rehearsal(model=layer, args=arguments, optimizer_cls_and_kwargs=optimizer)
+        trainer.create_optimizer_and_scheduler(num_training_steps=steps)
+        assert trainer.optimizer is not None and trainer.lr_scheduler is not None
+        held = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
+        left_out = [name for name, parameter in layer.named_parameters() if id(parameter) not in held]
+        if left_out and not isinstance(trainer.optimizer, LayerWiseDummyOptimizer):
+            raise ValueError(f"it leaves out {', '.join(left_out)}")
+        if hasattr(trainer.optimizer, "train"):  # schedule-free ones want to be told
+            trainer.optimizer.train()
+        for _ in range(min(steps, STEPS)):
+            sum(parameter.square().sum() for parameter in layer.parameters()).backward()  # type: ignore[union-attr]
+            trainer.optimizer.step()
+            trainer.lr_scheduler.step()
+            trainer.optimizer.zero_grad()
+        return torch.cat([parameter.detach().flatten().float().cpu() for parameter in layer.parameters()])

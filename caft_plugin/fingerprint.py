@@ -1,0 +1,273 @@
+"""Tell over which layer and final norm heads were trained: a sample of these weights, kept with the heads.
+
+A sample holds the weights as they take effect: adapters in them, dequantised. It is taken twice, as a run begins and as
+its heads are saved, and once more of the model that the heads are later used with. That model is the run's own where it
+lies where the run's end does, seen from its beginning; it is the base where it lies at the beginning. So even small
+updates tell, under rounding (a merged model in bfloat16) and under quantisation (QLoRA's adapter over a base in 16
+bits).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from collections.abc import Iterator
+from typing import Literal, cast
+
+import torch
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import parametrize
+from transformers.pytorch_utils import Conv1D
+
+from caft_plugin.config import first_line
+from caft_plugin.copies import is_quantised, plain_copy
+from caft_plugin.trunk import Trunk, in_use
+
+logger = logging.getLogger(__name__)
+
+MOST, EACH = 16_384, 2_048  # values in a sample, and at most of one tensor
+FEW = 32  # values that have moved: with fewer, where a model lies between two others says nothing
+# Relative distance of two neighbouring numbers, at most half of which rounding adds; from coarse to fine.
+GRIDS = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}
+QUANTISATION = 0.25  # relative error (root mean square) of weights in 4 bits is about 0.1
+
+Verdict = Literal["own", "base", "other"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """Values (n,) of each tensor of the last layer and the final norm, float32, by its plain name.
+
+    `quantised` names those whose values were quantised; `under` holds such values without adapters, which no training
+    changes.
+    """
+
+    values: dict[str, Tensor]
+    quantised: frozenset[str] = frozenset()
+    under: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Weight:
+    """A tensor to take values of: a parameter, the module that computes with it, and the adapter's layer around it."""
+
+    name: str
+    tensor: Tensor
+    module: nn.Module
+    tuner: BaseTunerLayer | None = None
+
+    @property
+    def quantised(self) -> bool:
+        return self.name.endswith(".weight") and _is_quantised(self.module)
+
+    @property
+    def sharded(self) -> bool:
+        return isinstance(self.tensor, DTensor)
+
+
+def take_sample(trunk: Trunk, first: Sample | None = None) -> Sample | None:
+    """Sample a model's last layer and final norm. Every process has to call it where weights are sharded.
+
+    Args:
+        first: the sample of the same model as training began, without which quantised weights that are sharded since
+            cannot be had.
+
+    Returns:
+        None where the weights are not at hand (offloaded, on the meta device), or cannot be had as plain numbers.
+    """
+    try:
+        weights = [*_weights(trunk.last_layer, "layer"), *_weights(trunk.norm, "norm")]
+        if any(weight.tensor.is_meta for weight in weights):
+            return None
+        with torch.no_grad():
+            return _sample(weights, first)
+    except Exception as error:  # an adapter or a quantisation that nobody has tried: heads are saved all the same
+        say = logger.warning if first is None else logger.debug  # once a run
+        say("caft: no fingerprint of the last layer is taken (%s)", first_line(error))
+        return None
+
+
+def is_sharded(trunk: Trunk) -> bool:
+    return any(isinstance(p, DTensor) for module in (trunk.last_layer, trunk.norm) for p in module.parameters())
+
+
+def _weights(module: nn.Module, prefix: str) -> Iterator[_Weight]:
+    if isinstance(module, AuxiliaryTrainingWrapper):
+        yield from _weights(in_use(module), prefix)
+    elif isinstance(module, BaseTunerLayer):
+        if not isinstance(getattr(module.get_base_layer(), "weight", None), Tensor):
+            raise ValueError(f"{prefix} has an adapter on {type(module.get_base_layer()).__name__}")
+        for weight in _weights(module.get_base_layer(), prefix):
+            changed = weight.name == f"{prefix}.weight"
+            yield dataclasses.replace(weight, tuner=module) if changed else weight
+    elif parametrize.is_parametrized(module):
+        for name in cast(nn.ModuleDict, module.parametrizations):
+            yield _Weight(f"{prefix}.{name}", getattr(module, name), module)
+        yield from _inside(module, prefix)
+    else:
+        for name, parameter in module.named_parameters(recurse=False):
+            yield _Weight(f"{prefix}.{name}", parameter, module)
+        yield from _inside(module, prefix)
+
+
+def _inside(module: nn.Module, prefix: str) -> Iterator[_Weight]:
+    for name, child in module.named_children():
+        if name != "parametrizations":
+            yield from _weights(child, f"{prefix}.{name}")
+
+
+def _is_quantised(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    return not weight.is_floating_point() if isinstance(weight, DTensor) else is_quantised(module)
+
+
+def _sample(weights: list[_Weight], first: Sample | None) -> Sample | None:
+    each = max(1, min(EACH, MOST // max(len(weights), 1)))
+    values: dict[str, Tensor] = {}
+    under: dict[str, Tensor] = {}
+    for weight in weights:  # to the end in every process, whatever is missing in this one: gathering waits for all
+        factors = [] if weight.tuner is None else _factors(weight.tuner)
+        if factors is None:
+            base = None if weight.sharded else _pick(plain_weight(cast(nn.Module, weight.tuner)), each)
+        elif not weight.quantised:
+            base = _pick(weight.tensor, each)
+        else:
+            base = None if first is None else first.under.get(weight.name)
+            if base is None and not weight.sharded:
+                base = _pick(plain_weight(weight.module), each)
+            if base is not None:
+                under[weight.name] = base
+        if base is not None:
+            effects = [_effect(weight.module, factor, each) for factor in factors or []]
+            values[weight.name] = torch.stack([base, *effects]).sum(0)
+    return Sample(values, frozenset(under), under) if len(values) == len(weights) else None
+
+
+def plain_weight(linear: nn.Module) -> Tensor:
+    """The weight that a linear layer computes with: adapters in it, dequantised."""
+    return plain_copy(linear, torch.float32).get_parameter("weight")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Factors:
+    """One LoRA in effect: scaling * b a, with a (rank, in) and b (out, rank)."""
+
+    scaling: float
+    a: Tensor
+    b: Tensor
+
+
+def _factors(tuner: BaseTunerLayer) -> list[_Factors] | None:
+    """Each LoRA in effect; None where another kind of adapter is, or a LoRA with more to it."""
+    if not isinstance(tuner, LoraLayer) or isinstance(tuner.base_layer, BaseTunerLayer):
+        return None
+    if tuner.disable_adapters or tuner.merged:
+        return []
+    active = [name for name in tuner.active_adapters if name in tuner.lora_A]
+    pairs = {name: [factor[name].get_parameter("weight") for factor in (tuner.lora_A, tuner.lora_B)] for name in active}
+    plain = all(type(tuner.lora_A[name]) is nn.Linear and tuner.lora_B[name].bias is None for name in active)
+    if not plain or any(name in tuner.lora_variant for name in active):  # convolutions, DoRA and its kin
+        return None
+    return [_Factors(tuner.scaling[name], *map(_all_of, pair)) for name, pair in pairs.items()]
+
+
+def _effect(linear: nn.Module, lora: _Factors, each: int) -> Tensor:
+    """What a LoRA adds to the sampled values of a linear layer's weight."""
+    outputs, inputs = lora.b.shape[0], lora.a.shape[1]
+    at = positions(outputs * inputs, each)
+    if isinstance(linear, Conv1D):  # weights (in, out)
+        into, out = at // outputs, at % outputs
+    else:
+        out, into = at // inputs, at % inputs
+    return lora.scaling * (lora.b[out] * lora.a.T[into]).sum(-1)
+
+
+def positions(size: int, each: int) -> Tensor:
+    """Which of `size` values are sampled, the same ones each time: all, or `each` of them, spread."""
+    return torch.arange(size) if size <= each else torch.arange(each) * 2_654_435_761 % size
+
+
+def _all_of(tensor: Tensor) -> Tensor:
+    full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return full.detach().float().cpu()
+
+
+def _pick(tensor: Tensor, each: int) -> Tensor:
+    full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    flat = full.detach().flatten()
+    return flat[positions(flat.numel(), each).to(flat.device)].float().cpu()
+
+
+@dataclasses.dataclass(frozen=True)
+class Fingerprint:
+    """Samples of the model as a run began (`before`) and as its heads were saved (`after`)."""
+
+    before: Sample
+    after: Sample
+
+    def verdict(self, now: Sample) -> Verdict:
+        """Tell which model `now` was taken of: the one that the heads were trained over, that one's base, or another.
+
+        Where two cannot be told apart, it is the run's own.
+        """
+        before, after = self.before.values, self.after.values
+        shapes = [{name: len(values) for name, values in sample.items()} for sample in (before, after, now.values)]
+        if shapes[0] != shapes[1] or shapes[0] != shapes[2]:
+            return "other"
+        quantised = self.before.quantised | self.after.quantised | now.quantised
+        tensors = [
+            _Compared.of(before[name], after[name], now.values[name], name in quantised) for name in sorted(before)
+        ]
+        is_own, is_base = (all(getattr(tensor, f"as_{end}") for tensor in tensors) for end in ("after", "before"))
+        way = torch.cat([tensor.way for tensor in tensors])
+        gone = torch.cat([tensor.gone for tensor in tensors])
+        if len(way) < FEW:
+            return "own" if is_own or is_base else "other"
+        share = float(gone @ way / (way @ way))
+        error = float((gone - share * way).norm() / (way.norm() * math.sqrt(len(way) - 1)))
+        # 0 at the beginning and 1 at the end; rounding lengthens short steps
+        if is_own and 0.7 - 3 * error < share < 1.6 + 3 * error:
+            return "own"
+        return "base" if is_base and abs(share) < 0.3 + 3 * error else "other"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Compared:
+    """One tensor: whether it is as at the end and as at the beginning, up to rounding and quantisation.
+
+    Of the values that training moved by more than rounding could undo, `way` is how far it moved them, and `gone` how
+    far the model's are from the beginning, in units of the weights' size.
+    """
+
+    as_before: bool
+    as_after: bool
+    way: Tensor
+    gone: Tensor
+
+    @classmethod
+    def of(cls, before: Tensor, after: Tensor, now: Tensor, quantised: bool) -> _Compared:
+        size = max(_rms(before), _rms(after)) or 1.0
+
+        def alike(then: Tensor) -> bool:
+            grid = max(grid_of(then), grid_of(now), key=GRIDS.__getitem__)
+            off = _rms(then.to(grid).float() - now.to(grid).float()) / size
+            # a merge rounds in its own way; what was on the grid before comes back to the bit
+            rounding = 0.0 if grid_of(then) == grid else 0.3 * GRIDS[grid]
+            return off <= (QUANTISATION if quantised else rounding + 0.05 * _rms(after - before) / size + 1e-5)
+
+        moved = (after - before).abs() > GRIDS[grid_of(now)] * now.abs()
+        return cls(alike(before), alike(after), ((after - before) / size)[moved], ((now - before) / size)[moved])
+
+
+def grid_of(values: Tensor) -> torch.dtype:
+    """The coarsest type that holds these float32 values as they are."""
+    return next(dtype for dtype in GRIDS if torch.equal(values.to(dtype).float(), values))
+
+
+def _rms(values: Tensor) -> float:
+    return float(values.square().mean().sqrt()) if len(values) else 0.0
