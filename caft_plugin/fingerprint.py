@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Literal, cast
 
 import torch
@@ -90,6 +90,12 @@ def take_sample(trunk: Trunk, first: Sample | None = None) -> Sample | None:
         say = logger.warning if first is None else logger.debug  # once a run
         say("caft: no fingerprint of the last layer is taken (%s)", first_line(error))
         return None
+
+
+def sample_of(tensors: Mapping[str, Tensor]) -> Sample:
+    """Sample plain tensors, by the names that a sample of the model has."""
+    each = max(1, min(EACH, MOST // max(len(tensors), 1)))
+    return Sample({name: _pick(tensor, each) for name, tensor in tensors.items()})
 
 
 def is_sharded(trunk: Trunk) -> bool:

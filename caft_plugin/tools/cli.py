@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import click
 from pydantic import BaseModel
@@ -265,6 +265,50 @@ def speculate_command(
     click.echo(as_table(comparison))
     if png is not None:
         draw(comparison, png)
+
+
+@commands.command("export-drafter", short_help="Write the heads as a drafter for vLLM or SGLang.")
+@click.argument("config", required=False, type=click.Path(path_type=Path))
+@click.option("--model", help="Folder or Hub id of the model that is served, or of its adapter.")
+@click.option("--heads", help="Its heads: a heads folder, a run's folder or a Hub id.")
+@click.option(
+    "--output", required=True, type=click.Path(path_type=Path), help="Folder to write; not there yet, or empty."
+)
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["vllm", "eagle3"]),
+    default="vllm",
+    show_default=True,
+    help="All heads, for vLLM with caft_plugin; or head 1, for any engine that knows EAGLE-3.",
+)
+@click.option("--num-heads", type=int, help="Write the first heads only. Left out: all of them.")
+def export_drafter_command(
+    config: Path | None,
+    model: str | None,
+    heads: str | None,
+    output: Path,
+    form: Literal["vllm", "eagle3"],
+    num_heads: int | None,
+) -> None:
+    """Write a model's heads as a drafter's folder, and print the command that serves it.
+
+    With an Axolotl YAML as CONFIG, model and heads are those in its output_dir; --model and --heads go before them.
+    Without one, both are needed. Only files are read, no model is loaded.
+    """
+    if config is not None:
+        refuse_no_file(config, "export-drafter")
+        from caft_plugin.axolotl.finished_run import FinishedRun
+
+        run = FinishedRun.of(config, "export-drafter")
+        model, heads = model or run.model, heads or run.heads
+    for name, value in (("model", model), ("heads", heads)):
+        if value is None:
+            raise click.UsageError(f"--{name} is needed where no CONFIG is given")
+
+    from caft_plugin.serving.export import export_drafter
+
+    click.echo(export_drafter(cast(str, model), cast(str, heads), output, form, num_heads), nl=False)
 
 
 @commands.command("attention-report", short_help="What masked training (MEAP) did to a model's attention.")

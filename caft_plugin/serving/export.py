@@ -1,0 +1,308 @@
+"""Write a drafter's folder for vLLM or SGLang from a model's files and its heads'. No model is loaded.
+
+`vllm`: all heads, run by our draft class in one forward pass of vLLM's parallel drafter. `eagle3`: head 1 as the one
+layer of an EAGLE-3 drafter, which reads `[norm(embedding) | norm(hidden state)]`: the embedding's half of q, k and v is
+0, and the projection of the hidden state is the identity.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers.utils import (
+    ADAPTER_SAFE_WEIGHTS_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    cached_file,
+)
+
+from caft_plugin.config import ConfigError, first_line, named
+from caft_plugin.fingerprint import sample_of
+from caft_plugin.heads_folder import LORA, WEIGHTS, HeadsFolder, own_file, read_fingerprint
+from caft_plugin.model_loading import IN_ADAPTER, Source
+from caft_plugin.serving.families import ARCHITECTURE, Family, family_of
+from caft_plugin.storage import write_json, write_text
+
+Format = Literal["vllm", "eagle3"]
+
+# Of the model's config: what the shape of a layer, its rotary embedding and its norms depend on.
+KEPT = (
+    "hidden_size intermediate_size num_attention_heads num_key_value_heads head_dim hidden_act rms_norm_eps "
+    "max_position_embeddings vocab_size rope_theta rope_scaling rope_parameters attention_bias mlp_bias bos_token_id "
+    "eos_token_id pad_token_id dtype"
+).split()
+NORM = "model.norm.weight"
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """The model that is served, as its files say: its source, and where its tensors are, by name."""
+
+    source: Source
+    files: dict[str, str]
+
+    @classmethod
+    def of(cls, name: str) -> Target:
+        """Read what `name` is: a model, or an adapter with its base.
+
+        Raises:
+            ConfigError: there is no such model, or it has no safetensors files.
+        """
+        try:
+            source = Source.of(name)
+            return cls(source, _where_tensors_are(source))
+        except (OSError, ValueError, SafetensorError) as error:
+            if isinstance(error, ConfigError):
+                raise
+            raise ConfigError(
+                f"--model: got {name!r}, whose files cannot be read ({first_line(error)}). It takes the folder or Hub "
+                "id of a model with safetensors files, or of its adapter."
+            ) from error
+
+    @property
+    def config(self) -> Any:
+        return self.source.config.get_text_config()
+
+    @property
+    def is_adapter(self) -> bool:
+        return self.source.base != self.source.name
+
+    def tensor(self, name: str) -> Tensor:
+        if name not in self.files:
+            raise ConfigError(
+                f"--model: {self.source.base} has no tensor {name}, so it is no {self.config.model_type}."
+            )
+        with safe_open(self.files[name], framework="pt") as opened:
+            return opened.get_tensor(name)
+
+    def norm(self) -> Tensor:
+        """The final norm's weight (hidden size,), the adapter's where that trains it."""
+        if self.is_adapter:
+            file = cached_file(self.source.name, ADAPTER_SAFE_WEIGHTS_NAME)
+            with safe_open(file, framework="pt") as opened:
+                trained = [key for key in opened.keys() if key.startswith(f"{IN_ADAPTER}{NORM.rpartition('.')[0]}.")]
+                if trained:
+                    return opened.get_tensor(trained[0]).to(self.tensor(NORM).dtype)
+        return self.tensor(NORM)
+
+    def check(self, heads: HeadsFolder) -> None:
+        """Raise ConfigError where heads were trained over another last layer or final norm than this model has."""
+        fingerprint = read_fingerprint(heads.path)
+        if fingerprint is None or self.is_adapter:
+            return
+        layer = f"model.layers.{self.config.num_hidden_layers - 1}."
+        parts = {"layer": layer, "norm": "model.norm."}
+        split = {name: name.partition(".") for name in fingerprint.before.values}
+        names = {name: parts[part] + rest for name, (part, _, rest) in split.items()}
+        if any(name not in self.files for name in names.values()):
+            return  # its weights are quantised, or named otherwise
+        now = sample_of({ours: self.tensor(theirs) for ours, theirs in names.items()})
+        if fingerprint.verdict(now) == "other":
+            raise ConfigError(
+                f"--heads: the heads in {heads.path} (base model {named(heads.record.base_model)}) were trained over "
+                f"another last layer or final norm than {self.source.name} has. Give the model that they were trained "
+                "with."
+            )
+
+
+def _where_tensors_are(source: Source) -> dict[str, str]:
+    options: dict[str, Any] = {} if source.revision is None else {"revision": source.revision}
+    index = cached_file(source.base, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False, **options)
+    if index is not None:
+        shard_of = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
+        near = {name: file for name, file in shard_of.items() if name == NORM or f".{_last(source)}." in name}
+        at = {file: str(cached_file(source.base, file, **options)) for file in set(near.values())}
+        return {name: at[file] for name, file in near.items()}
+    file = str(cached_file(source.base, SAFE_WEIGHTS_NAME, **options))
+    with safe_open(file, framework="pt") as opened:
+        return dict.fromkeys(opened.keys(), file)
+
+
+def _last(source: Source) -> int:
+    return source.config.get_text_config().num_hidden_layers - 1
+
+
+def export_drafter(model: str, heads: str, output: Path, form: Format = "vllm", num_heads: int | None = None) -> str:
+    """Write a drafter's folder.
+
+    Args:
+        model: folder or Hub id of the model that is served, or of its adapter.
+        heads: its heads: a heads folder, a run's folder or a Hub id.
+        output: the folder to write, which is not there yet or empty.
+        num_heads: write the first heads only; None: all of them.
+
+    Returns:
+        What the folder's README says: how to serve it.
+
+    Raises:
+        ConfigError: heads or a model that the engine cannot serve or that do not fit each other, or an output folder
+            with something in it. Nothing is written then.
+    """
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ConfigError(f"--output: {output} is there already and not empty. Give a folder of its own.")
+    folder = HeadsFolder.open(heads)
+    target = Target.of(model)
+    family = family_of(target.config)
+    _check(folder, target, family, form, num_heads)
+    weights = _head_weights(folder)
+    count = num_heads or (1 if form == "eagle3" else folder.record.num_heads)
+    config = _config(target, family, folder, form, count)
+    norm = target.norm()
+    if form == "eagle3":
+        tensors = as_eagle3(weights, norm, family, normed_input=folder.record.head_input == "final")
+    else:
+        tensors = as_heads(weights, norm, count)
+    guide = how_to_serve(target.source.name, output, form, count)
+    _write(output, config, tensors, guide)
+    return guide
+
+
+def _check(folder: HeadsFolder, target: Target, family: Family, form: Format, num_heads: int | None) -> None:
+    record, config = folder.record, target.config
+    if (folder.path / LORA).exists() or record.layer_class != family.layer_class:
+        folder.check_layers(family.layer_class)
+    if record.hidden_size != config.hidden_size:
+        raise ConfigError(
+            f"--heads: {folder.path} was made for hidden_size {record.hidden_size}, but {target.source.name} has "
+            f"{config.hidden_size}. Give the model that they were trained with."
+        )
+    if num_heads is not None and not 1 <= num_heads <= (1 if form == "eagle3" else record.num_heads):
+        most = "1, since EAGLE-3 has one layer" if form == "eagle3" else f"1 to {record.num_heads}, the heads there are"
+        raise ConfigError(f"--num-heads: got {num_heads}, but it takes {most}.")
+    if form == "eagle3" and not record.head_norm:
+        raise ConfigError(
+            f"--format: got eagle3, but the heads in {folder.path} have head_norm: false, and an EAGLE-3 drafter "
+            "always applies a norm. Use --format vllm."
+        )
+    target.check(folder)
+
+
+def _head_weights(folder: HeadsFolder) -> list[dict[str, Tensor]]:
+    """The weights of each head, by the layer's own names."""
+    try:
+        with safe_open(own_file(folder.path, WEIGHTS), framework="pt") as opened:
+            found = {key: opened.get_tensor(key) for key in opened.keys()}
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"--heads: {folder.path / WEIGHTS} cannot be read ({first_line(error)}).") from error
+    heads: list[dict[str, Tensor]] = [{} for _ in range(folder.record.num_heads)]
+    for key, tensor in found.items():
+        number, _, name = key.partition(".")
+        heads[int(number)][name] = tensor
+    return heads
+
+
+def as_eagle3(heads: list[dict[str, Tensor]], norm: Tensor, family: Family, normed_input: bool) -> dict[str, Tensor]:
+    """Head 1 as an EAGLE-3 drafter's only layer. `normed_input`: the head reads the normed final hidden state."""
+    size, weights = norm.numel(), {}
+    for name, tensor in heads[0].items():
+        if name in [f"self_attn.{part}_proj.weight" for part in "qkv"]:
+            tensor = torch.cat([torch.zeros_like(tensor), tensor], dim=1)
+        weights["midlayer." + name.replace("input_layernorm", "hidden_norm")] = tensor.contiguous()
+    if family.qkv_bias:  # the engine's layer has a bias on all four projections or on none
+        out = weights["midlayer.self_attn.o_proj.weight"]
+        weights["midlayer.self_attn.o_proj.bias"] = out.new_zeros(out.shape[0])
+    weights["midlayer.input_layernorm.weight"] = torch.ones(size, dtype=norm.dtype)  # of the embedding, times 0
+    weights["fc.weight"] = torch.eye(size, dtype=norm.dtype)
+    weights["norm.weight"] = norm
+    return weights | ({"input_norm.weight": norm.clone()} if normed_input else {})
+
+
+def as_heads(heads: list[dict[str, Tensor]], norm: Tensor, count: int) -> dict[str, Tensor]:
+    """The first `count` heads as layers 0, 1, ..."""
+    weights = {f"layers.{k}.{name}": t.contiguous() for k, head in enumerate(heads[:count]) for name, t in head.items()}
+    # vLLM's parallel drafter asks for the hidden state of a mask slot, which heads do not read.
+    return weights | {"norm.weight": norm, "mask_hidden": torch.zeros(1, norm.numel(), dtype=norm.dtype)}
+
+
+def _config(target: Target, family: Family, folder: HeadsFolder, form: Format, count: int) -> dict[str, Any]:
+    theirs, record = target.config.to_dict(), folder.record
+    layers = target.config.num_hidden_layers
+    read = layers if record.head_input == "final" else layers - 1  # the output of so many layers
+    config = {key: theirs[key] for key in KEPT if theirs.get(key) is not None}
+    config |= {
+        "model_type": target.config.model_type,
+        "num_hidden_layers": count,
+        "eagle_aux_hidden_state_layer_ids": [read],
+        "num_aux_hidden_states": 1,
+        "tie_word_embeddings": False,
+    }
+    if form == "eagle3":
+        return config | _as_eagle3_reads(family, record.head_input == "final", read)
+    return config | {
+        "architectures": [ARCHITECTURE],
+        "mask_token_id": target.config.vocab_size,  # no real token has it
+        "caft_heads": {  # vLLM puts a model type of its own around the rest
+            "model_type": target.config.model_type,
+            "head_input": record.head_input,
+            "head_norm": record.head_norm,
+            "target_layers": layers,
+        },
+    }
+
+
+def _as_eagle3_reads(family: Family, final: bool, read: int) -> dict[str, Any]:
+    model_type = "qwen3" if family.eagle3.startswith("Eagle3Qwen3") else "llama"
+    return {
+        "model_type": model_type,
+        "architectures": [family.eagle3],
+        "draft_vocab_size": None,  # SGLang takes the target's lm_head only where this is null
+        **({"attention_bias": True} if family.qkv_bias else {}),
+        # SGLang counts layers from one less, and reads them here.
+        "eagle_config": {
+            "use_aux_hidden_state": True,
+            "eagle_aux_hidden_state_layer_ids": [read - 1],
+            "norm_before_fc": final,
+        },
+    }
+
+
+def how_to_serve(model: str, output: Path, form: Format, count: int) -> str:
+    """The README of a drafter's folder: the commands that serve it."""
+    speculative: dict[str, Any] = {"method": "eagle3", "model": str(output), "num_speculative_tokens": count}
+    if form == "vllm":
+        speculative["parallel_drafting"] = True
+    lines = [
+        "# A drafter made of CAFT heads",
+        "",
+        f"It proposes {count} draft token{'s' * (count > 1)} in each step for {model}.",
+        "",
+        "vLLM" + (", in an environment with caft_plugin (`pip install caft_plugin`):" if form == "vllm" else ":"),
+        "",
+        f"    vllm serve {model} --speculative-config '{json.dumps(speculative)}'",
+    ]
+    if form == "eagle3":
+        lines += [
+            "",
+            "SGLang (its source was read, it was not run):",
+            "",
+            f"    python -m sglang.launch_server --model-path {model} --speculative-algorithm EAGLE3 \\",
+            f"        --speculative-draft-model-path {output} --speculative-num-steps 1 \\",
+            "        --speculative-eagle-topk 1 --speculative-num-draft-tokens 2",
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _write(output: Path, config: Mapping[str, Any], tensors: dict[str, Tensor], guide: str) -> None:
+    """Write the folder under another name and rename it: there is all of it or nothing."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = output.with_name(f".{output.name}.{os.getpid()}.tmp")
+    unfinished.mkdir()
+    try:
+        save_file(tensors, unfinished / SAFE_WEIGHTS_NAME, {"format": "pt"})
+        write_json(unfinished / "config.json", config)
+        write_text(unfinished / "README.md", guide)
+        if output.exists():
+            output.rmdir()
+        os.replace(unfinished, output)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)

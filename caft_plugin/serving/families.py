@@ -1,0 +1,60 @@
+"""The model families whose heads an engine can run, and what it calls their layers. Knows no engine."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from transformers import PretrainedConfig
+
+from caft_plugin.config import ConfigError
+
+# vLLM leaves a name alone that ends with "Eagle3", so its parallel drafter finds our class by it.
+ARCHITECTURE = "CaftHeadsEagle3"
+LAYERS = "vllm.model_executor.models"
+QKV_BIAS = tuple(f"self_attn.{name}_proj.bias" for name in "qkv")
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """`layer_class` is transformers' name, `vllm_layer` vLLM's (module and class), `eagle3` the EAGLE-3 architecture
+    that has such a layer. `takes_vllm_config` says which of vLLM's two constructors the layer has."""
+
+    layer_class: str
+    vllm_layer: tuple[str, str]
+    eagle3: str
+    takes_vllm_config: bool = False
+    qkv_bias: bool = False
+
+
+LLAMA = (f"{LAYERS}.llama", "LlamaDecoderLayer")
+FAMILIES = {
+    "llama": Family("LlamaDecoderLayer", LLAMA, "LlamaForCausalLMEagle3", takes_vllm_config=True),
+    "mistral": Family("MistralDecoderLayer", LLAMA, "LlamaForCausalLMEagle3", takes_vllm_config=True),
+    "qwen2": Family(
+        "Qwen2DecoderLayer", (f"{LAYERS}.qwen2", "Qwen2DecoderLayer"), "LlamaForCausalLMEagle3", qkv_bias=True
+    ),
+    "qwen3": Family("Qwen3DecoderLayer", (f"{LAYERS}.qwen3", "Qwen3DecoderLayer"), "Eagle3Qwen3ForCausalLM"),
+}
+
+
+def family_of(config: PretrainedConfig) -> Family:
+    """The family of a model.
+
+    Raises:
+        ConfigError: an engine cannot run its heads.
+    """
+    family = FAMILIES.get(config.model_type)
+    if family is None:
+        raise ConfigError(
+            f"--model: got a model of type {config.model_type}, but heads can be served for {', '.join(FAMILIES)}. "
+            "Other models draft with Drafter, in transformers."
+        )
+    kinds = getattr(config, "layer_types", None) or []
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    if "sliding_attention" in kinds[-1:] or (window is not None and not kinds):
+        raise ConfigError(
+            f"--model: the last layer of this {config.model_type} attends to a sliding window "
+            f"(sliding_window: {window}), which the engine's drafter does not follow. Other models draft with Drafter, "
+            "in transformers."
+        )
+    return family

@@ -1,0 +1,147 @@
+"""All heads in one forward pass of vLLM's parallel drafter (`"method": "eagle3", "parallel_drafting": true`).
+
+vLLM gives its parallel drafter, per request, the target's hidden states at the new positions and, after the last of
+them, `num_speculative_tokens - 1` mask slots; what the drafter returns at the last position and at the mask slots are
+the draft tokens. A head reads the last position, not a mask: all heads run over all slots, and mask slot j returns head
+j+1's output at the last real position before it. Keys and values that mask slots write stand after every real position,
+so no real query attends to them, and later steps overwrite them.
+
+Only vLLM imports this module. It was tested with the versions in TESTED.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from importlib import import_module
+from typing import Any
+
+import torch
+import vllm
+from packaging.version import Version
+from torch import Tensor, nn
+from vllm.config import VllmConfig
+from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.models.llama_eagle3 import Eagle3LlamaForCausalLM
+from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, get_draft_quant_config
+
+from caft_plugin.serving.families import FAMILIES, Family
+
+TESTED = ("0.32.0", "0.33")  # from, to below
+
+if not Version(TESTED[0]) <= Version(vllm.__version__.split("+")[0]) < Version(TESTED[1]):
+    raise RuntimeError(
+        f"caft_plugin: this is vLLM {vllm.__version__}, but its drafter of CAFT heads was tested with vLLM >= "
+        f"{TESTED[0]}, < {TESTED[1]}. Install such a version, or serve head 1 without a plugin: caft export-drafter "
+        "--format eagle3."
+    )
+
+
+class Heads(nn.Module):
+    hf_to_vllm_mapper = WeightsMapper(
+        orig_to_new_stacked={
+            ".q_proj": (".qkv_proj", "q"),
+            ".k_proj": (".qkv_proj", "k"),
+            ".v_proj": (".qkv_proj", "v"),
+            ".gate_proj": (".gate_up_proj", 0),
+            ".up_proj": (".gate_up_proj", 1),
+        }
+    )
+
+    def __init__(self, vllm_config: VllmConfig, config: Any, first: int, prefix: str) -> None:
+        super().__init__()
+        wiring = config.caft_heads
+        self.normed_input, self.normed_output = wiring["head_input"] == "final", wiring["head_norm"]
+        build = _builder_of(FAMILIES[wiring["model_type"]], vllm_config, config)
+        self.layers = nn.ModuleList(build(f"{prefix}.layers.{first + k}") for k in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.embed_tokens = nn.Embedding(1, config.hidden_size)  # vLLM puts the target's in its place; heads read none
+
+    def forward(self, positions: Tensor, hidden_states: Tensor) -> Tensor:
+        """The heads' outputs (heads, slots, hidden size), as the unembedding reads them."""
+        source = self.norm(hidden_states) if self.normed_input else hidden_states
+        return torch.stack([self._finished(*layer(positions, source.clone(), None)) for layer in self.layers])
+
+    def _finished(self, hidden_states: Tensor, residual: Tensor) -> Tensor:
+        return self.norm(hidden_states, residual)[0] if self.normed_output else hidden_states + residual
+
+
+def _builder_of(family: Family, vllm_config: VllmConfig, config: Any) -> Any:
+    """A function that builds a layer with a given prefix. Heads are plain, also where the target is quantised."""
+    module, name = family.vllm_layer
+    layer_class = getattr(import_module(module), name)
+    quantisation = get_draft_quant_config(vllm_config)
+    if not family.takes_vllm_config:
+        return lambda prefix: layer_class(config, vllm_config.cache_config, quantisation, prefix=prefix)
+
+    class HeadLayer(layer_class):  # type: ignore[misc, valid-type]
+        def get_quant_config(self, vllm_config: VllmConfig) -> Any:
+            return quantisation
+
+    return lambda prefix: HeadLayer(vllm_config, prefix=prefix, config=config)
+
+
+class CaftHeadsEagle3(Eagle3LlamaForCausalLM):
+    """The draft model. Of its base class it has the type, which vLLM's proposer asks for.
+
+    Raises:
+        ValueError: the folder is of heads of another model than the one that is served, or lacks a weight.
+    """
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        nn.Module.__init__(self)
+        self.config = config = vllm_config.speculative_config.draft_model_config.hf_config
+        target = vllm_config.model_config
+        config.target_layer_count = layers = target.get_total_num_hidden_layers()
+        _check(config, target.hf_text_config, layers, vllm_config.speculative_config.num_speculative_tokens)
+        self.mask = config.mask_token_id
+        name = f"{prefix}.model" if prefix else "model"
+        self.model = Heads(vllm_config, config, layers, name)
+        self.logits_processor = LogitsProcessor(config.vocab_size, scale=getattr(config, "logit_scale", 1.0))
+        self.register_buffer("mask_hidden", torch.zeros(1, config.hidden_size), persistent=False)
+
+    def combine_hidden_states(self, hidden_states: Tensor) -> Tensor:
+        return hidden_states
+
+    def forward(
+        self, input_ids: Tensor, positions: Tensor, hidden_states: Tensor, inputs_embeds: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        outputs = self.model(positions, hidden_states)
+        slots = torch.arange(len(input_ids), device=input_ids.device)
+        real = torch.where(input_ids == self.mask, -1, slots).cummax(0).values.clamp_(min=0)
+        head = (slots - real).clamp_(max=len(outputs) - 1)
+        drafted = outputs[head, real]
+        return drafted, drafted
+
+    def compute_logits(self, hidden_states: Tensor) -> Tensor:
+        return self.logits_processor(self.lm_head, hidden_states)
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        named = ((f"model.{name}", tensor) for name, tensor in weights if name != "mask_hidden")
+        loaded = AutoWeightsLoader(self).load_weights(named, mapper=Heads.hf_to_vllm_mapper)
+        missing = {name for name, _ in self.named_parameters()} - loaded - {"model.embed_tokens.weight"}
+        if missing:
+            raise ValueError(
+                f"caft_plugin: the drafter's model.safetensors lacks {len(missing)} weights, the first is "
+                f"{min(missing)}. Write the folder again with caft export-drafter."
+            )
+
+
+def _check(config: Any, target: Any, layers: int, num_speculative_tokens: int) -> None:
+    """Raise ValueError where a drafter is of another model than the target, or has fewer heads than are asked for."""
+    made_for = {
+        "num_hidden_layers": (config.caft_heads["target_layers"], layers),
+        "hidden_size": (config.hidden_size, target.hidden_size),
+        "vocab_size": (config.vocab_size, target.vocab_size),
+    }
+    for key, (theirs, ours) in made_for.items():
+        if theirs != ours:
+            raise ValueError(
+                f"caft_plugin: this drafter was made for a model with {key} {theirs}, but the model that is served has "
+                f"{ours}. Make one from this model's heads: caft export-drafter."
+            )
+    if num_speculative_tokens > config.num_hidden_layers:
+        raise ValueError(
+            f"caft_plugin: num_speculative_tokens is {num_speculative_tokens}, but this drafter has "
+            f"{config.num_hidden_layers} heads. Give at most {config.num_hidden_layers}."
+        )
