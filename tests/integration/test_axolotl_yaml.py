@@ -194,6 +194,8 @@ def test_plan_reads_texts_as_axolotl_and_without_it_alike(here, monkeypatch):
     monkeypatch.setattr(config_reading, "has_axolotl", lambda: False)
     read.append(read_run(read_for_plan(file, "plan")))
     read.append(read_run(read_for_plan(write(here, "numbers", **numbers), "plan")))
+    file = write(here, "batch", gradient_accumulation_steps=None, batch_size=8)  # micro_batch_size is 2
+    assert read_run(read_for_plan(file, "plan")).accumulation == 4
     for one in read:
         assert (one.rows, one.length, one.checkpointing) == (3, 128, False)
 
@@ -204,7 +206,6 @@ def test_plan_reads_texts_as_axolotl_and_without_it_alike(here, monkeypatch):
         {"overrides_of_model_config": {"num_hidden_layers": 1}},
         {"peft_layer_replication": [[0, 3], [1, 3]]},
         {"lora_rank_pattern": {"q_proj": 32}},
-        {"gradient_accumulation_steps": None, "batch_size": 8},
         {"activation_offloading": True, "gradient_checkpointing": True},
         {"torch_compile": True},
         TOKENS,
