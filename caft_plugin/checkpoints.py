@@ -7,6 +7,7 @@ the Trainer resumes from the highest number, whole or not.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import logging
 import zipfile
@@ -152,6 +153,22 @@ def newest_warning_of_others(output_dir: str | Path, parts: Parts) -> Path | Non
 def begin_overwriting(checkpoint: Path) -> None:
     """Makes a checkpoint that is about to be overwritten, file by file, one that is not whole until that is done."""
     (checkpoint / TRAINER_STATE_NAME).unlink(missing_ok=True)
+
+
+def set_aside(folder: Path) -> None:
+    """Renames what an earlier run has left under this name, where there is something, and warns of it."""
+    if not folder.is_dir():
+        return
+    numbers = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
+    places = (folder.with_name(f"{folder.name}.earlier-run{number}") for number in numbers)
+    to = next(place for place in places if not place.exists())
+    folder.rename(to)
+    logger.warning(
+        "caft: %s is of an earlier run and does not belong to the model that this run saves there, so it is now %s. "
+        "Delete it, or keep it with the model of that run",
+        folder,
+        to,
+    )
 
 
 def _json(file: Path) -> dict | None:

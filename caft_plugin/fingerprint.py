@@ -129,7 +129,11 @@ def _inside(module: nn.Module, prefix: str) -> Iterator[_Weight]:
 
 def _is_quantised(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
-    return not weight.is_floating_point() if isinstance(weight, DTensor) else is_quantised(module)
+    if not isinstance(weight, DTensor):
+        return is_quantised(module)
+    # FSDP2 shards packed weights as plain rows, also in a floating-point type; the same in every process
+    shape = (getattr(module, "out_features", None), getattr(module, "in_features", None))
+    return not weight.is_floating_point() or (None not in shape and tuple(weight.shape) != shape)
 
 
 def _sample(weights: list[_Weight], first: Sample | None) -> Sample | None:

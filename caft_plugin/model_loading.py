@@ -122,11 +122,13 @@ class Source:
 
     def build(self) -> nn.Module:
         """Make the model from its config."""
-        return auto_class(self.config).from_config(self.config, trust_remote_code=self.trust_remote_code)
+        trust_remote_code = self.trust_remote_code
+        return auto_class(self.config).from_config(self.config, trust_remote_code=trust_remote_code)
 
     def load(self, dtype: torch.dtype | str, **loading: Unpack[Loading]) -> PreTrainedModel:
         """Load the weights: the base's, quantised by bitsandbytes as QLoRA does (NF4, double quantisation) if asked,
         its vocabulary as large as the adapter needs, and the adapter."""
+        trust_remote_code = self.trust_remote_code
         options: dict[str, object] = {} if self.revision is None else {"revision": self.revision}
         model = auto_class(self.config).from_pretrained(
             self.base,
@@ -134,7 +136,7 @@ class Source:
             dtype=dtype,
             quantization_config=quantisation(dtype, loading),
             attn_implementation=loading.get("attn_implementation"),
-            trust_remote_code=self.trust_remote_code,
+            trust_remote_code=trust_remote_code,
             device_map={"": 0} if torch.cuda.is_available() else None,
             **options,
         )

@@ -24,6 +24,7 @@ from caft_plugin.heads_folder import FOLDER, load_checkpoint, save_heads
 from caft_plugin.hidden import all_out_of_sight, hidden_from, shown_to
 from caft_plugin.logs import greater_is_better
 from caft_plugin.loss import Batch
+from caft_plugin.meap.mask_token import FILE as MASK_FILE
 from caft_plugin.meap.mask_token import AddedMaskToken
 from caft_plugin.meap.roles import NOTHING_SAID, Said
 from caft_plugin.meap.training import MaskedTraining
@@ -93,6 +94,7 @@ class CAFTTrainerMixin(_Base):
         self.meap_config = None if meap is None else MEAPConfig.read(meap)
         self.meap = None if self.meap_config is None else MaskedTraining(self, self.meap_config)
         self._saving_checkpoint = False
+        self._taken_off = False
         super().__init__(*args, **kwargs)
         if caft is not None:
             self.attach_caft(CAFTConfig.read(caft))
@@ -179,6 +181,7 @@ class CAFTTrainerMixin(_Base):
 
     def detach_ours(self) -> None:
         """Takes heads and an added mask token off the model, for good."""
+        self._taken_off = True
         for handle in self._handles().values():
             handle.detach()
         self.caft = None
@@ -321,12 +324,24 @@ class CAFTTrainerMixin(_Base):
         checkpoint's heads keep what exact resuming needs."""
         if output_dir is None:
             return
+        if self.args.should_save:
+            self._set_aside_earlier(Path(output_dir))
         if self.meap is not None and self.meap.handle is not None:
             self.meap.handle.save(Path(output_dir), write=self.args.should_save)
         if self.caft is not None:
             caft, write = self.caft, self.args.should_save
             resumable = self._saving_checkpoint
             save_heads(output_dir, caft.heads, caft.trunk, caft.config, resumable=resumable, write=write)
+
+    def _set_aside_earlier(self, folder: Path) -> None:
+        """Moves heads and a mask token of an earlier run out of a folder where this run, which has none, saves its
+        model: beside it they would pass for its own."""
+        if self._taken_off or not (self.caft_config or self.meap_config):
+            return
+        ours = {FOLDER: self.caft, MASK_FILE.parent.name: None if self.meap is None else self.meap.handle}
+        for name, part in ours.items():
+            if part is None:
+                checkpoints.set_aside(folder / name)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """Under FSDP2 this saves the adapter once more: newer accelerate takes every frozen parameter out of the state

@@ -32,6 +32,7 @@ from caft_plugin import CAFTConfig, ConfigError
 from caft_plugin.config import Block, MEAPConfig, PretrainConfig, kinds_of
 from caft_plugin.heads import build_heads
 from caft_plugin.heads_folder import (
+    FINGERPRINT,
     FOLDER,
     LORA,
     METRICS,
@@ -40,6 +41,7 @@ from caft_plugin.heads_folder import (
     HeadsFolder,
     load_checkpoint,
     locate_heads,
+    read_fingerprint,
     resolve_wiring,
     save_heads,
 )
@@ -352,6 +354,7 @@ def damage_record(draw, file, outside):
             value = draw(json_values)
             assume(type(value) is not type(record[key]) or value != record[key])
             assume(not (key in ("model_type", "base_model") and isinstance(value, str)))  # these are only shown
+            assume(not (key == "vocab_size" and isinstance(value, int) and value > 0))  # and this: heads hold none
             assume(not (key in ("head_input", "head_norm") and value in ("final", "penultimate", False)))
             file.write_text(json.dumps({**record, key: value}))
         case "JSON":
@@ -423,6 +426,19 @@ def test_damaged_record(sound, data):
             sound.load(run / FOLDER)
         check_message(error, "caft.")
         inspect(run / FOLDER)
+
+
+@SETTINGS
+@given(data=st.data())
+def test_damaged_fingerprint(sound, data):
+    """It is advice: passed over, or refused where it is a link out of the folder; never an error of another kind."""
+    with damaged_copy(sound, damage_tensors, f"{FOLDER}/{FINGERPRINT}", data) as run:
+        try:
+            found = read_fingerprint(run / FOLDER)
+        except ConfigError as error:
+            assert f"has no readable {FINGERPRINT}" in str(error)
+        else:
+            assert found is None or found.verdict(sound.full[0].origin) in ("own", "base", "other")
 
 
 @pytest.mark.parametrize("name", [WEIGHTS, LORA])
@@ -539,4 +555,4 @@ def test_every_place_that_loads_says_whether_it_trusts():
             if ast.unparse(call.func) == "torch.load":
                 assert named.get("weights_only") == "True", (file.name, call.lineno)
                 seen.add("torch.load")
-    assert seen == {"attention_report.py", "cli.py", "pretraining.py", "trunk.py", "plugin.py", "torch.load"}
+    assert seen == {"model_loading.py", "trunk.py", "loading.py", "torch.load"}

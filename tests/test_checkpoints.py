@@ -8,7 +8,8 @@ import shutil
 
 import pytest
 import torch
-from test_training import CAFTTrainer, lora, losses, trainer_of
+from test_training import CAFTTrainer, arguments, lora, losses, trainer_of
+from tiny import word_tokenizer
 from transformers import Trainer
 
 from caft_plugin import ConfigError
@@ -19,7 +20,7 @@ WHOLE = Parts(weights=True, optimizer=True)
 
 def make(model, folder, **settings):
     settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, **settings}
-    return trainer_of(copy.deepcopy(model), folder, caft={"beta": 0.5}, **settings)
+    return trainer_of(copy.deepcopy(model), folder, **{"caft": {"beta": 0.5}, **settings})
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +160,11 @@ def test_what_a_killed_save_left_is_cleaned_up(run, tmp_path):
     heads.mkdir()
     (heads / ".heads.safetensors.123.tmp").write_bytes(b"half")
     make(model, tmp_path).save_model()
-    assert sorted(path.name for path in heads.iterdir()) == ["config.json", "heads.safetensors"]
+    assert sorted(path.name for path in heads.iterdir()) == [
+        "config.json",
+        "fingerprint.safetensors",
+        "heads.safetensors",
+    ]
 
 
 def test_without_caft_resuming_is_the_trainers_own(run, tmp_path):
@@ -252,3 +257,33 @@ def test_what_a_user_saves_is_no_checkpoint_whatever_its_name(tiny_model, tmp_pa
     assert not (tmp_path / name / "caft_heads" / "lora.safetensors").exists()
     assert (tmp_path / "checkpoint-3" / "caft_heads" / "lora.safetensors").exists()
     trainer_of(tiny_model, tmp_path / "later", caft={"heads": str(tmp_path / name)}, max_steps=1).train()
+
+
+def masked(model, folder):
+    """A run of MEAP alone."""
+    meap = {"mode": "pretrain", "mask_token": 95}
+    return CAFTTrainer(
+        model=model, args=arguments(folder), train_dataset=[], processing_class=word_tokenizer(""), meap=meap
+    )
+
+
+@pytest.mark.parametrize("plain", [lambda *given: make(*given, caft={"beta": 0}), masked], ids=["beta 0", "meap"])
+def test_what_an_earlier_run_left_is_set_aside_by_a_run_without_it(tiny_model, tmp_path, caplog, plain):
+    make(tiny_model, tmp_path).save_model()
+    heads = (tmp_path / "caft_heads" / "heads.safetensors").read_bytes()
+    plain(tiny_model, tmp_path).save_model()
+    assert not (tmp_path / "caft_heads").exists()
+    assert (tmp_path / "caft_heads.earlier-run" / "heads.safetensors").read_bytes() == heads
+    assert f"{tmp_path / 'caft_heads'} is of an earlier run" in caplog.text
+    make(tiny_model, tmp_path).save_model()
+    plain(tiny_model, tmp_path).save_model()
+    assert (tmp_path / "caft_heads.earlier-run-2").is_dir() and (tmp_path / "caft_heads.earlier-run").is_dir()
+
+
+def test_a_run_keeps_its_own_heads_and_a_plain_trainer_touches_nothing(tiny_model, tmp_path, caplog):
+    trainer = make(tiny_model, tmp_path)
+    trainer.save_model()
+    trainer.detach_ours()
+    trainer.save_model()  # as Axolotl does, after the heads were saved and taken off
+    make(tiny_model, tmp_path, caft=None).save_model()
+    assert (tmp_path / "caft_heads" / "heads.safetensors").is_file() and "earlier" not in caplog.text

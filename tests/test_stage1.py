@@ -93,7 +93,13 @@ def test_only_the_heads_change(taught, tokenizer, tmp_path, targets):
     for name, parameter in load_file(folder / "heads.safetensors").items():
         last = name.split(".", 1)[1]
         assert not torch.equal(parameter, before[f"model.layers.2.{last}"]), name
-    assert sorted(p.name for p in folder.iterdir()) == ["README.md", "config.json", "heads.safetensors", "metrics.json"]
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "README.md",
+        "config.json",
+        "fingerprint.safetensors",
+        "heads.safetensors",
+        "metrics.json",
+    ]
     checkpoint = next(tmp_path.glob("checkpoint-2"))
     assert not (checkpoint / "model.safetensors").exists()  # the base is not copied into every checkpoint
 
