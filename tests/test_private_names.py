@@ -123,6 +123,19 @@ NAMES = [
         "model_loading.py",
         ("path_or_repo_id", "filename"),
     ),
+    *(
+        PrivateName(f"vllm.model_executor.{owner}", name, purpose, f"serving/{file}.py")
+        for owner, name, purpose, file in (
+            ("models.llama_eagle3", "Eagle3LlamaForCausalLM", "be taken by vLLM's proposer", "parallel"),
+            ("models.utils", "get_draft_quant_config", "keep heads plain next to a quantised model", "parallel"),
+            ("models.utils", "AutoWeightsLoader", "load the heads", "parallel"),
+            ("models.utils", "WeightsMapper", "stack q, k, v and gate, up", "parallel"),
+            ("layers.logits_processor", "LogitsProcessor", "compute the heads' logits", "parallel"),
+            ("models.llama", "LlamaDecoderLayer", "run a head", "families"),
+            ("models.qwen2", "Qwen2DecoderLayer", "the same", "families"),
+            ("models.qwen3", "Qwen3DecoderLayer", "the same", "families"),
+        )
+    ),
     PrivateName(MODULE, "_parameters", "use a norm with its unsharded parameters", "storage.py", instance=True),
     PrivateName(MODULE, "_modules", "the same", "storage.py", instance=True),
     PrivateName(MODULE, "_forward_hooks", "leave a user's hooks out of the heads", "storage.py", instance=True),
@@ -148,7 +161,7 @@ NAMES = [
 def test_it_is_there(private):
     module, _, inside = private.owner.partition(":")
     package = module.split(".")[0]
-    if package in ("axolotl", "trl"):
+    if package in ("axolotl", "trl", "vllm"):
         pytest.importorskip(package)
     owner = importlib.import_module(module)
     owner = getattr(owner, inside) if inside else owner

@@ -13,12 +13,13 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import PretrainedConfig
 from transformers.utils import (
     ADAPTER_SAFE_WEIGHTS_NAME,
     SAFE_WEIGHTS_INDEX_NAME,
@@ -70,7 +71,7 @@ class Target:
             ) from error
 
     @property
-    def config(self) -> Any:
+    def config(self) -> PretrainedConfig:
         return self.source.config.get_text_config()
 
     @property
@@ -116,7 +117,7 @@ class Target:
 
 
 def _where_tensors_are(source: Source) -> dict[str, str]:
-    options: dict[str, Any] = {} if source.revision is None else {"revision": source.revision}
+    options: dict[str, object] = {} if source.revision is None else {"revision": source.revision}
     index = cached_file(source.base, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False, **options)
     if index is not None:
         shard_of = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
@@ -224,7 +225,7 @@ def as_heads(heads: list[dict[str, Tensor]], norm: Tensor, count: int) -> dict[s
     return weights | {"norm.weight": norm, "mask_hidden": torch.zeros(1, norm.numel(), dtype=norm.dtype)}
 
 
-def _config(target: Target, family: Family, folder: HeadsFolder, form: Format, count: int) -> dict[str, Any]:
+def _config(target: Target, family: Family, folder: HeadsFolder, form: Format, count: int) -> dict[str, object]:
     theirs, record = target.config.to_dict(), folder.record
     layers = target.config.num_hidden_layers
     read = layers if record.head_input == "final" else layers - 1  # the output of so many layers
@@ -250,7 +251,7 @@ def _config(target: Target, family: Family, folder: HeadsFolder, form: Format, c
     }
 
 
-def _as_eagle3_reads(family: Family, final: bool, read: int) -> dict[str, Any]:
+def _as_eagle3_reads(family: Family, final: bool, read: int) -> dict[str, object]:
     model_type = "qwen3" if family.eagle3.startswith("Eagle3Qwen3") else "llama"
     return {
         "model_type": model_type,
@@ -268,7 +269,7 @@ def _as_eagle3_reads(family: Family, final: bool, read: int) -> dict[str, Any]:
 
 def how_to_serve(model: str, output: Path, form: Format, count: int) -> str:
     """The README of a drafter's folder: the commands that serve it."""
-    speculative: dict[str, Any] = {"method": "eagle3", "model": str(output), "num_speculative_tokens": count}
+    speculative: dict[str, object] = {"method": "eagle3", "model": str(output), "num_speculative_tokens": count}
     if form == "vllm":
         speculative["parallel_drafting"] = True
     lines = [
@@ -292,7 +293,7 @@ def how_to_serve(model: str, output: Path, form: Format, count: int) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _write(output: Path, config: Mapping[str, Any], tensors: dict[str, Tensor], guide: str) -> None:
+def _write(output: Path, config: Mapping[str, object], tensors: dict[str, Tensor], guide: str) -> None:
     """Write the folder under another name and rename it: there is all of it or nothing."""
     output.parent.mkdir(parents=True, exist_ok=True)
     unfinished = output.with_name(f".{output.name}.{os.getpid()}.tmp")

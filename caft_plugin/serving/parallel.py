@@ -11,14 +11,14 @@ Only vLLM imports this module. It was tested with the versions in TESTED.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from importlib import import_module
-from typing import Any
 
 import torch
 import vllm
 from packaging.version import Version
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
@@ -48,7 +48,7 @@ class Heads(nn.Module):
         }
     )
 
-    def __init__(self, vllm_config: VllmConfig, config: Any, first: int, prefix: str) -> None:
+    def __init__(self, vllm_config: VllmConfig, config: PretrainedConfig, first: int, prefix: str) -> None:
         super().__init__()
         wiring = config.caft_heads
         self.normed_input, self.normed_output = wiring["head_input"] == "final", wiring["head_norm"]
@@ -66,7 +66,7 @@ class Heads(nn.Module):
         return self.norm(hidden_states, residual)[0] if self.normed_output else hidden_states + residual
 
 
-def _builder_of(family: Family, vllm_config: VllmConfig, config: Any) -> Any:
+def _builder_of(family: Family, vllm_config: VllmConfig, config: PretrainedConfig) -> Callable[[str], nn.Module]:
     """A function that builds a layer with a given prefix. Heads are plain, also where the target is quantised."""
     module, name = family.vllm_layer
     layer_class = getattr(import_module(module), name)
@@ -75,7 +75,7 @@ def _builder_of(family: Family, vllm_config: VllmConfig, config: Any) -> Any:
         return lambda prefix: layer_class(config, vllm_config.cache_config, quantisation, prefix=prefix)
 
     class HeadLayer(layer_class):  # type: ignore[misc, valid-type]
-        def get_quant_config(self, vllm_config: VllmConfig) -> Any:
+        def get_quant_config(self, vllm_config: VllmConfig) -> object:
             return quantisation
 
     return lambda prefix: HeadLayer(vllm_config, prefix=prefix, config=config)
@@ -127,7 +127,7 @@ class CaftHeadsEagle3(Eagle3LlamaForCausalLM):
             )
 
 
-def _check(config: Any, target: Any, layers: int, num_speculative_tokens: int) -> None:
+def _check(config: PretrainedConfig, target: PretrainedConfig, layers: int, num_speculative_tokens: int) -> None:
     """Raise ValueError where a drafter is of another model than the target, or has fewer heads than are asked for."""
     made_for = {
         "num_hidden_layers": (config.caft_heads["target_layers"], layers),

@@ -1,0 +1,178 @@
+"""`caft export-drafter`: what is written, from which files, and what is refused before anything is. No engine is run
+here: tests/serving does that."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from click.testing import CliRunner
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from tiny import LLAMA
+from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Qwen2Config, Qwen3Config
+
+from caft_plugin import CAFTConfig, ConfigError
+from caft_plugin.heads import build_heads
+from caft_plugin.heads_folder import resolve_wiring, save_heads
+from caft_plugin.serving.export import export_drafter
+from caft_plugin.tools.cli import commands
+from caft_plugin.trunk import find_trunk
+
+HEADS = 3
+
+
+def made(folder, config=None, model=None, num_heads=HEADS, **wiring):
+    """A model's folder and, in the same, its heads."""
+    if model is None:
+        model = AutoModelForCausalLM.from_config(config or LlamaConfig(**LLAMA))
+    model.save_pretrained(folder, max_shard_size="40KB")
+    trunk = find_trunk(model)
+    settings = resolve_wiring(CAFTConfig(num_heads=num_heads, train_heads="frozen", **wiring), None)
+    heads = build_heads(model, trunk, settings, seed=0)
+    save_heads(folder, heads, trunk, settings, resumable=False)
+    return model, heads
+
+
+def written(folder):
+    return json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_all_heads_as_layers(tmp_path, dtype):
+    """Weights keep their dtype; the model's file is in shards."""
+    model, heads = made(tmp_path / "out", model=AutoModelForCausalLM.from_config(LlamaConfig(**LLAMA)).to(dtype))
+    assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 1
+    guide = export_drafter(str(tmp_path / "out"), str(tmp_path / "out"), tmp_path / "drafter")
+    config, tensors = written(tmp_path / "drafter")
+    assert config["architectures"] == ["CaftHeadsEagle3"] and config["num_hidden_layers"] == HEADS
+    assert config["eagle_aux_hidden_state_layer_ids"] == [LLAMA["num_hidden_layers"] - 1]
+    assert config["mask_token_id"] == LLAMA["vocab_size"]
+    assert torch.equal(tensors["norm.weight"], model.model.norm.weight)
+    for k, layer in enumerate(heads.layers):
+        for name, tensor in layer.state_dict().items():
+            assert torch.equal(tensors[f"layers.{k}.{name}"], tensor) and tensor.dtype == dtype
+    assert guide == (tmp_path / "drafter" / "README.md").read_text()
+    assert '"num_speculative_tokens": 3, "parallel_drafting": true}' in guide
+
+
+def test_head_1_as_an_eagle3_layer(tmp_path):
+    made(tmp_path / "out", Qwen2Config(**LLAMA))
+    guide = export_drafter(str(tmp_path / "out"), str(tmp_path / "out"), tmp_path / "drafter", "eagle3")
+    config, tensors = written(tmp_path / "drafter")
+    hidden = LLAMA["hidden_size"]
+    assert config["architectures"] == ["LlamaForCausalLMEagle3"] and config["attention_bias"] is True
+    assert config["draft_vocab_size"] is None and config["num_hidden_layers"] == 1
+    assert config["eagle_config"]["eagle_aux_hidden_state_layer_ids"] == [LLAMA["num_hidden_layers"] - 2]
+    query = tensors["midlayer.self_attn.q_proj.weight"]
+    assert query.shape == (hidden, 2 * hidden) and not query[:, :hidden].any() and query[:, hidden:].any()
+    assert torch.equal(tensors["fc.weight"], torch.eye(hidden))
+    assert not tensors["midlayer.self_attn.o_proj.bias"].any()
+    assert "sglang.launch_server" in guide and '"num_speculative_tokens": 1}' in guide
+
+
+def test_the_authors_wiring_reads_the_last_layers_output(tmp_path):
+    made(tmp_path / "out", Qwen3Config(**LLAMA), head_input="final", head_norm=False)
+    export_drafter(str(tmp_path / "out"), str(tmp_path / "out"), tmp_path / "drafter", num_heads=2)
+    config, tensors = written(tmp_path / "drafter")
+    assert config["eagle_aux_hidden_state_layer_ids"] == [LLAMA["num_hidden_layers"]]
+    assert config["caft_heads"]["head_input"] == "final" and config["caft_heads"]["head_norm"] is False
+    assert config["num_hidden_layers"] == 2 and not any(name.startswith("layers.2.") for name in tensors)
+    assert "layers.1.self_attn.q_norm.weight" in tensors
+
+
+@pytest.mark.parametrize("trains_norm", [False, True])
+def test_an_adapters_folder(tmp_path, trains_norm):
+    """The norm is the base's, or the adapter's where that trains it."""
+    base = AutoModelForCausalLM.from_config(LlamaConfig(**LLAMA))
+    base.save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    more = {"modules_to_save": ["norm"]} if trains_norm else {}
+    tuned = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"], **more))
+    if trains_norm:
+        model.model.norm.modules_to_save["default"].weight.data += 1
+    made(tmp_path / "out", model=tuned)
+    export_drafter(str(tmp_path / "out"), str(tmp_path / "out"), tmp_path / "drafter")
+    _, tensors = written(tmp_path / "drafter")
+    assert torch.equal(tensors["norm.weight"], base.model.norm.weight + trains_norm)
+
+
+def of_kind(folder, config):
+    made(folder, config)
+    return folder
+
+
+def another(folder):
+    torch.manual_seed(5)
+    AutoModelForCausalLM.from_config(LlamaConfig(**LLAMA)).save_pretrained(folder)
+    return folder
+
+
+def full(folder):
+    folder.mkdir()
+    (folder / "kept.txt").write_text("mine")
+    return folder
+
+
+# name: (how the model and its heads are made, what is asked for besides, the error)
+BAD = {
+    "no heads": ({}, lambda t: {"heads": str(t / "out" / "nothing")}, "caft.heads: got"),
+    "a folder without heads": ({}, lambda t: {"heads": str(another(t / "other"))}, "caft.heads: "),
+    "heads of another base": ({}, lambda t: {"model": str(another(t / "other"))}, "trained over another last layer"),
+    "another size": (
+        {},
+        lambda t: {"model": str(of_kind(t / "wide", LlamaConfig(**{**LLAMA, "hidden_size": 64})))},
+        "was made for hidden_size 32",
+    ),
+    "another family's heads": (
+        {},
+        lambda t: {"model": str(of_kind(t / "qwen", Qwen3Config(**LLAMA)))},
+        "are of class LlamaDecoderLayer",
+    ),
+    "no norm in EAGLE-3": (
+        {"head_norm": False},
+        lambda t: {"form": "eagle3"},
+        "--format: got eagle3, but the heads in",
+    ),
+    "an unsupported family": (
+        {"config": Gemma2Config(**LLAMA, head_dim=8)},
+        lambda t: {},
+        "got a model of type gemma2, but heads can be served for llama, mistral, qwen2, qwen3",
+    ),
+    "a sliding window": (
+        {"config": Qwen2Config(**LLAMA, use_sliding_window=True, sliding_window=8, max_window_layers=0)},
+        lambda t: {},
+        "attends to a sliding window",
+    ),
+    "more heads than there are": ({}, lambda t: {"num_heads": 4}, "--num-heads: got 4, but it takes 1 to 3"),
+    "two heads in EAGLE-3": ({}, lambda t: {"form": "eagle3", "num_heads": 2}, "--num-heads: got 2, but it takes 1,"),
+    "a folder in use": ({}, lambda t: {"output": full(t / "drafter")}, "is there already and not empty"),
+    "no such model": ({}, lambda t: {"model": str(t / "nothing")}, "--model: got "),
+    "no network": ({}, lambda t: {"model": "nobody/nothing"}, "--model: got 'nobody/nothing', whose files cannot be"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_cannot_be_served_is_refused_before_anything_is_written(tmp_path, monkeypatch, name):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    how, asked, message = BAD[name]
+    made(tmp_path / "out", **how)
+    out = str(tmp_path / "out")
+    arguments = {"model": out, "heads": out, "output": tmp_path / "drafter", **asked(tmp_path)}
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(ConfigError) as caught:
+        export_drafter(**arguments)
+    assert message in str(caught.value)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_the_command(tmp_path):
+    made(tmp_path / "out")
+    out, drafter = str(tmp_path / "out"), str(tmp_path / "drafter")
+    result = CliRunner().invoke(commands, ["export-drafter", "--model", out, "--heads", out, "--output", drafter])
+    assert result.exit_code == 0 and f"vllm serve {out} --speculative-config '{{" in result.output
+    again = CliRunner().invoke(commands, ["export-drafter", "--model", out, "--heads", out, "--output", drafter])
+    assert again.exit_code == 1 and "Error: --output: " in again.output
+    missing = CliRunner().invoke(commands, ["export-drafter", "--model", out, "--output", drafter])
+    assert missing.exit_code == 2 and "--heads is needed where no CONFIG is given" in missing.output
