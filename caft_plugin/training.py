@@ -262,6 +262,10 @@ class CAFTTrainerMixin(_Base):
         with self._ours_out_of_sight():
             return super().prediction_step(model, inputs, *args, **kwargs)
 
+    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        with self._ours_out_of_sight():
+            return super().evaluate(*args, **kwargs)
+
     def evaluation_loop(self, *args, **kwargs) -> EvalLoopOutput:
         if self.caft is None:
             return super().evaluation_loop(*args, **kwargs)
@@ -277,7 +281,8 @@ class CAFTTrainerMixin(_Base):
                 logs.update(self.caft.log_entries())
             if self.meap is not None:
                 logs.update(self.meap.log_entries(functools.partial(over_processes, self.accelerator)))
-        super().log(logs, *args, **kwargs)
+        with self._ours_out_of_sight():
+            super().log(logs, *args, **kwargs)
 
     # -- saving and resuming -----------------------------------------------------------------------
 

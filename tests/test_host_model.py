@@ -101,7 +101,8 @@ def names_in(model):
     ]
 
 
-PLACES = {"compute_loss", "training_step", "prediction_step", "on_train_begin", "on_step_end", "on_prediction_step"}
+METHODS = {"compute_loss", "training_step", "prediction_step", "evaluate", "log"}
+EVENTS = {"on_train_begin", "on_step_end", "on_prediction_step"}
 
 
 @pytest.mark.parametrize("ours", [{"caft": {}}, {"meap": {"mode": "pretrain", "mask_token": "add"}}])
@@ -123,6 +124,14 @@ def test_the_hosts_own_code_finds_the_model_as_without_us(tiny_model, tmp_path, 
             seen.setdefault("prediction_step", names_in(model))
             return super().prediction_step(model, *args, **kwargs)
 
+        def evaluate(self, *args, **kwargs):
+            seen.setdefault("evaluate", names_in(self.model))
+            return super().evaluate(*args, **kwargs)
+
+        def log(self, *args, **kwargs):
+            seen.setdefault("log", names_in(self.model))
+            super().log(*args, **kwargs)
+
         def create_optimizer(self, *args, **kwargs):
             seen.setdefault("create_optimizer", names_in(self.model))
             return super().create_optimizer(*args, **kwargs)
@@ -138,14 +147,12 @@ def test_the_hosts_own_code_finds_the_model_as_without_us(tiny_model, tmp_path, 
             seen.setdefault("on_prediction_step", names_in(model))
 
     plain = names_in(tiny_model)
-    settings = {"callbacks": [Look()], "evaluate": DATA[:4], "max_steps": 1}
-    trainer = trainer_of(tiny_model, tmp_path, trainer_class=with_caft(Looks), **ours, **settings)
-    trainer.train()
-    trainer.evaluate()
-    assert {place for place, found in seen.items() if found == plain} == PLACES
+    settings = {"callbacks": [Look()], "evaluate": DATA[:4], "eval_strategy": "steps", "eval_steps": 1, "max_steps": 1}
+    trainer_of(tiny_model, tmp_path, trainer_class=with_caft(Looks), **ours, **settings).train()
+    assert {place for place, found in seen.items() if found == plain} == METHODS | EVENTS
     loop = [set(names) for names in seen["create_optimizer"][:3]]
     assert all(any("caft" in name for name in names) for names in loop)
-    assert not hasattr(trainer.model, MODULE_NAME)
+    assert not hasattr(tiny_model, MODULE_NAME)
 
 
 class KeepsCopies(Trainer):
