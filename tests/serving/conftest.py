@@ -6,7 +6,7 @@ import json
 import random
 
 import pytest
-from drafters import CASES, DEFAULT, TOKENS, VOCABULARY, all_heads, ask, first_head, make, name_of
+from drafters import CASES, DEFAULT, TOKENS, VOCABULARY, all_heads, first_head, make, name_of, run_jobs
 
 
 @pytest.fixture(scope="session")
@@ -37,7 +37,8 @@ def asked(tmp_path_factory, prompts) -> dict[str, dict[str, dict]]:
             job = {"model": str(folder / "model"), "speculative": speculative, "prompts": prompts, "tokens": TOKENS}
             jobs.append({**job, **settings, "out": str(folder / f"{way}.json")})
         found[name_of(case)] = {"folder": folder, "ways": list(ways)}
-    ask(root, jobs)
+    result = run_jobs(root, jobs)
+    assert result.returncode == 0, result.stderr[-6000:]
     for case in found.values():
         case["texts"] = {way: json.loads((case["folder"] / f"{way}.json").read_text()) for way in case["ways"]}
     return found
