@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, TrainingArguments
+from transformers import TrainingArguments
 from trl import TrlParser
 
 from caft_plugin import CAFTConfig
 from caft_plugin.config import PretrainConfig
+from caft_plugin.model_loading import load_tokenizer
 from caft_plugin.stage1.data import read_rows
 from caft_plugin.stage1.pretraining import Stage1, heads_block, load_base, pretrain_heads
 from caft_plugin.tools.cli import push_heads
@@ -67,7 +68,7 @@ def main() -> None:
         seed=training.seed, **{key: keys[key] for key in PretrainConfig.model_fields if key in keys}
     )
     caft = heads_block({key: keys[key] for key in CAFTConfig.model_fields if key in keys})
-    tokenizer = AutoTokenizer.from_pretrained(given.model_name_or_path, trust_remote_code=given.trust_remote_code)
+    tokenizer = load_tokenizer(given.model_name_or_path, given.trust_remote_code)
     rows = read_rows(Path(given.dataset_name), tokenizer, given.max_length, option="--dataset_name")
     model = load_base(
         given.model_name_or_path,

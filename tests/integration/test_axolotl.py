@@ -80,9 +80,14 @@ def test_heads_lie_beside_the_model(project):
     ours = project.train("ours", **LORA_RUN)
     record = json.loads((ours / "caft_heads" / "config.json").read_text())
     assert record["num_heads"] == 4 and record["base_model"] == "./tiny"
-    assert sorted(p.name for p in (ours / "caft_heads").iterdir()) == ["config.json", "heads.safetensors"]
+    assert sorted(p.name for p in (ours / "caft_heads").iterdir()) == [
+        "config.json",
+        "fingerprint.safetensors",
+        "heads.safetensors",
+    ]
     assert sorted(p.name for p in (ours / "checkpoint-3" / "caft_heads").iterdir()) == [
         "config.json",
+        "fingerprint.safetensors",
         "heads.safetensors",
         "lora.safetensors",
     ]
