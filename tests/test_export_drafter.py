@@ -93,9 +93,10 @@ def test_an_adapters_folder(tmp_path, trains_norm):
     if trains_norm:
         model.model.norm.modules_to_save["default"].weight.data += 1
     made(tmp_path / "out", model=tuned)
-    export_drafter(str(tmp_path / "out"), str(tmp_path / "out"), tmp_path / "drafter")
+    guide = export_drafter(str(tmp_path / "out"), str(tmp_path / "out"), tmp_path / "drafter")
     _, tensors = written(tmp_path / "drafter")
     assert torch.equal(tensors["norm.weight"], base.model.norm.weight + trains_norm)
+    assert f"vllm serve {tmp_path}/base --enable-lora --lora-modules tuned={tmp_path}/out --spec" in guide
 
 
 def of_kind(folder, config):

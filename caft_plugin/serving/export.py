@@ -163,7 +163,7 @@ def export_drafter(model: str, heads: str, output: Path, form: Format = "vllm", 
         tensors = as_eagle3(weights, norm, family, normed_input=folder.record.head_input == "final")
     else:
         tensors = as_heads(weights, norm, count)
-    guide = how_to_serve(target.source.name, output, form, count)
+    guide = how_to_serve(target.source, output, form, count)
     _write(output, config, tensors, guide)
     return guide
 
@@ -267,28 +267,39 @@ def _as_eagle3_reads(family: Family, final: bool, read: int) -> dict[str, object
     }
 
 
-def how_to_serve(model: str, output: Path, form: Format, count: int) -> str:
+def how_to_serve(source: Source, output: Path, form: Format, count: int) -> str:
     """The README of a drafter's folder: the commands that serve it."""
     speculative: dict[str, object] = {"method": "eagle3", "model": str(output), "num_speculative_tokens": count}
     if form == "vllm":
         speculative["parallel_drafting"] = True
+    adapter = source.base != source.name
+    lora = f" --enable-lora --lora-modules tuned={source.name}" if adapter else ""
     lines = [
         "# A drafter made of CAFT heads",
         "",
-        f"It proposes {count} draft token{'s' * (count > 1)} in each step for {model}.",
+        f"It proposes {count} draft token{'s' * (count > 1)} in each step for {source.name}.",
         "",
         "vLLM" + (", in an environment with caft_plugin (`pip install caft_plugin`):" if form == "vllm" else ":"),
         "",
-        f"    vllm serve {model} --speculative-config '{json.dumps(speculative)}'",
+        f"    vllm serve {source.base}{lora} --speculative-config '{json.dumps(speculative)}'",
     ]
+    if adapter:
+        lines += [
+            "",
+            "Requests name the adapter as their model (`tuned`). `--max-lora-rank` is needed for a rank above 16. All",
+            "adapters of a server share one drafter, which drafts well for this one only. To serve the merged model,",
+            "give its folder in place of the base model, and leave the options for LoRA out.",
+        ]
     if form == "eagle3":
         lines += [
             "",
-            "SGLang (its source was read, it was not run):",
+            "SGLang (its source was read, it was not run), with the merged model:"
+            if adapter
+            else "SGLang (its source was read, it was not run):",
             "",
-            f"    python -m sglang.launch_server --model-path {model} --speculative-algorithm EAGLE3 \\",
-            f"        --speculative-draft-model-path {output} --speculative-num-steps 1 \\",
-            "        --speculative-eagle-topk 1 --speculative-num-draft-tokens 2",
+            f"    python -m sglang.launch_server --model-path {'MERGED' if adapter else source.name} \\",
+            f"        --speculative-algorithm EAGLE3 --speculative-draft-model-path {output} \\",
+            "        --speculative-num-steps 1 --speculative-eagle-topk 1 --speculative-num-draft-tokens 2",
         ]
     return "\n".join(lines) + "\n"
 

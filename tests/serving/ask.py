@@ -12,6 +12,7 @@ from typing import Any
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
 from vllm import LLM, SamplingParams
+from vllm.lora.request import LoRARequest
 
 
 def counts(engine: LLM) -> dict[str, Any]:
@@ -37,13 +38,15 @@ def run(job: dict[str, Any]) -> None:
         speculative_config=job["speculative"],
         disable_log_stats=False,
         enable_prefix_caching=job.get("prefix", True),
+        **({"enable_lora": True, "max_lora_rank": 8} if "adapter" in job else {}),
     )
+    adapter = LoRARequest("tuned", 1, job["adapter"]) if job.get("adapter") else None
     sampling = SamplingParams(temperature=0, max_tokens=job["tokens"], ignore_eos=True, detokenize=False)
     asked = [{"prompt_token_ids": prompt} for prompt in job["prompts"]]
     for _ in range(2 if job.get("twice") else 1):
         before, texts = counts(engine), []
         for at in range(0, len(asked), batch):
-            outputs = engine.generate(asked[at : at + batch], sampling, use_tqdm=False)
+            outputs = engine.generate(asked[at : at + batch], sampling, use_tqdm=False, lora_request=adapter)
             texts += [list(output.outputs[0].token_ids) for output in outputs]
     after = counts(engine)
     Path(job["out"]).write_text(json.dumps({"texts": texts, "before": before, "after": after}))

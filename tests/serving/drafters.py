@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from caft_plugin.config import CAFTConfig
@@ -67,6 +68,22 @@ def make(folder: Path, family: str, head_input: str, head_norm: bool) -> None:
     export_drafter(str(folder / "model"), str(folder), folder / "vllm")
     if head_norm:
         export_drafter(str(folder / "model"), str(folder), folder / "eagle3", "eagle3")
+
+
+def make_adapter(folder: Path) -> None:
+    """A base, an adapter on it with heads of its own, and their drafter."""
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(CONFIGS["llama"]).save_pretrained(folder / "model")
+    base = AutoModelForCausalLM.from_pretrained(folder / "model")
+    tuned = get_peft_model(base, LoraConfig(r=8, target_modules="all-linear"))
+    for name, parameter in tuned.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    tuned.save_pretrained(folder / "out")
+    settings, trunk = CAFTConfig(num_heads=HEADS, train_heads="frozen"), find_trunk(tuned)
+    config = resolve_wiring(settings, None)
+    save_heads(folder / "out", build_heads(tuned, trunk, config, seed=0), trunk, config, resumable=False)
+    export_drafter(str(folder / "out"), str(folder / "out"), folder / "vllm")
 
 
 def all_heads(folder: Path, tokens: int) -> dict[str, object]:

@@ -5,9 +5,11 @@ The reference runs every head over whole texts by `replay` and counts what draft
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
-from drafters import CASES, HEADS, TOKENS, name_of
+from drafters import CASES, HEADS, TOKENS, all_heads, make_adapter, name_of, run_jobs
 from transformers import AutoModelForCausalLM
 
 from caft_plugin import CAFTConfig
@@ -86,3 +88,23 @@ def test_texts_and_counts(asked, prompts, case):
         drafts, accepted = simulated(prompts, longer, proposed, WAYS[way])
         assert counted(result) == (drafts, accepted), way
         assert accepted[0] > 0
+
+
+def test_an_adapter_served_next_to_its_base(tmp_path, prompts):
+    """Texts are plain vLLM's, with the adapter named in the request and without; its heads draft for both, and better
+    for it."""
+    make_adapter(tmp_path)
+    jobs, accepted = [], {}
+    for of in ("adapter", "base"):
+        for way, speculative in (("plain", None), ("drafted", all_heads(tmp_path, 2))):
+            job = {"model": str(tmp_path / "model"), "speculative": speculative, "prompts": prompts, "tokens": TOKENS}
+            adapter = str(tmp_path / "out") if of == "adapter" else None
+            jobs.append({**job, "adapter": adapter, "out": str(tmp_path / f"{of} {way}.json")})
+    result = run_jobs(tmp_path, jobs)
+    assert result.returncode == 0, result.stderr[-6000:]
+    texts = {}
+    for of in ("adapter", "base"):
+        plain, drafted = (json.loads((tmp_path / f"{of} {way}.json").read_text()) for way in ("plain", "drafted"))
+        assert drafted["texts"] == plain["texts"]
+        texts[of], accepted[of] = plain["texts"], counted(drafted)[1][0] / counted(drafted)[0]
+    assert texts["adapter"] != texts["base"] and accepted["adapter"] > accepted["base"]
