@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, Protocol
 
 from accelerate import Accelerator
@@ -134,16 +134,18 @@ class HiddenSubmodule:
 
 
 class CopyWithoutUs:
-    """`__deepcopy__` of a module that handles have put something on: the copy is what it would be without them.
+    """Makes copies of a module that handles have put something on: they are what they would be without the handles.
 
-    Copies are made for an average of weights, a teacher, the best model so far. They outlive the training.
+    Copies are made for an average of weights, a teacher, the best model so far, or a file. They outlive the training.
+    While this is on a module, deep copies and pickles are made by it: both look for its methods on an instance.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.handles: list[Handle] = []
 
-    def __call__(self, memo: dict[int, object]) -> nn.Module:
+    def copied(self, memo: dict[int, object]) -> nn.Module:
+        """As `__deepcopy__`."""
         handles = list(self.handles)
         for handle in reversed(handles):
             handle.detach()
@@ -153,22 +155,41 @@ class CopyWithoutUs:
             for handle in handles:
                 handle.attach()
 
+    def reduced(self, protocol: object) -> tuple[Callable, tuple[nn.Module]]:
+        """As `__reduce_ex__`: a pickle holds a copy in the place of the module."""
+        return itself, (self.copied({}),)
+
+
+def itself(module: nn.Module) -> nn.Module:
+    return module
+
+
+ON_MODULE = {"__deepcopy__": CopyWithoutUs.copied, "__reduce_ex__": CopyWithoutUs.reduced}
+
+
+def copier_of(module: nn.Module) -> CopyWithoutUs | None:
+    """What makes copies of a module, where handles are on it."""
+    return getattr(vars(module).get("__deepcopy__"), "__self__", None)
+
 
 def copies_leave_out(handle: Handle, *modules: nn.Module) -> None:
-    """From now on deep copies of `modules`, and of what they are in, are made without what `handle` has put on."""
+    """From now on copies of `modules`, and of what they are in, are made without what `handle` has put on."""
     for module in modules:
-        copier = vars(module).setdefault("__deepcopy__", CopyWithoutUs(module))
+        copier = copier_of(module) or CopyWithoutUs(module)
         copier.handles.append(handle)
+        vars(module).update({name: method.__get__(copier) for name, method in ON_MODULE.items()})
 
 
 def copies_hold_again(handle: Handle, *modules: nn.Module) -> None:
     """Undo `copies_leave_out`."""
     for module in modules:
-        copier = vars(module).get("__deepcopy__")
-        if isinstance(copier, CopyWithoutUs) and handle in copier.handles:
-            copier.handles.remove(handle)
-            if not copier.handles:
-                del vars(module)["__deepcopy__"]
+        copier = copier_of(module)
+        if copier is None or handle not in copier.handles:
+            continue
+        copier.handles.remove(handle)
+        if not copier.handles:
+            for name in ON_MODULE:
+                del vars(module)[name]
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from caft_plugin import attach
+from caft_plugin.hidden import copier_of
 
 # Keys that Llama's config shares with many families'.
 LLAMA = {
@@ -52,7 +53,8 @@ def parameters_with_ours(model):
     """Names and parameters of a model in mid-training, and of the heads and mask token on it, which callbacks and a
     host's own code do not find there."""
     yield from model.named_parameters()
-    for handle in getattr(vars(model).get("__deepcopy__"), "handles", ()):
+    copier = copier_of(model)
+    for handle in [] if copier is None else copier.handles:
         for name, parameter in handle.hidden.module.named_parameters():
             yield f"{handle.hidden.name}.{name}", parameter
 
