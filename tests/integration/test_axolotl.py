@@ -509,7 +509,7 @@ def test_heads_go_on_over_the_tuned_model_and_draft_for_it(project, monkeypatch)
     exported = run("export-drafter", "--output", "./drafter")
     assert exported.exit_code == 0, exported.output
     assert len(load_file("drafter/model.safetensors")) == 4 * 9 + 2  # layers of nine tensors, norm, mask slot
-    assert "--enable-lora --lora-modules tuned=./ours --speculative-config" in exported.stdout
+    assert "--enable-lora --lora-modules tuned=ours --speculative-config" in exported.stdout
 
     refused = run("pretrain-heads", "--steps", "3")
     assert refused.exit_code == 2 and "--steps does not go with a CONFIG, which has a key for it" in refused.stderr
