@@ -33,9 +33,11 @@ class BaseModel:
         return cls.of(cast(PretrainedConfig, model.config), getattr(model, "generation_config", None))
 
     @classmethod
-    def named(cls, model: str, **loading: object) -> BaseModel:
-        """Of a folder or Hub id, with what it is loaded with (revision, changes to its config)."""
-        config, _ = AutoConfig.from_pretrained(model, return_unused_kwargs=True, **loading)
+    def named(cls, model: str, trust_remote_code: bool = False, **loading: object) -> BaseModel:
+        """Of a folder or Hub id, with what the user loads it with (revision, changes to its config)."""
+        config, _ = AutoConfig.from_pretrained(
+            model, return_unused_kwargs=True, trust_remote_code=trust_remote_code, **loading
+        )
         return cls.of(config, generation_config_of(model, cast(str | None, loading.get("revision"))))
 
     def limit(self, host: int | None) -> int | None:

@@ -17,7 +17,7 @@ from accelerate import DistributedType, PartialState
 from described import LARGE, Figures, Run, Size
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
-from tiny import word_tokenizer
+from tiny import parameters_with_ours, word_tokenizer
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -91,7 +91,7 @@ class Notes(TrainerCallback):
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Gradients as the optimizer is about to see them: whole, and without a scaler's factor."""
         if state.global_step == 0:
-            named = [(name.replace("_orig_mod.", ""), p.grad) for name, p in model.named_parameters()]
+            named = [(name.replace("_orig_mod.", ""), p.grad) for name, p in parameters_with_ours(model)]
             self.gradients = {name: gather(gradient).float() for name, gradient in named if gradient is not None}
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
