@@ -98,7 +98,7 @@ class _Reading:
         self.calls.append(None if input_ids is None else input_ids.shape)
         if self.result is None:
             self.on_trust = input_ids is None and self.input_ids is not None
-            self.of_batch = None in (input_ids, self.input_ids) or _same(input_ids, self.input_ids)
+            self.of_batch = input_ids is None or self.input_ids is None or _same(input_ids, self.input_ids)
 
     def check(self, name: str) -> None:
         """Raise ConfigError where heads did not learn from the batch, or nobody can tell whether they did. `name` is
@@ -225,6 +225,7 @@ class AttachedHeads:
                 returned = host_loss()
             finally:
                 self._reading = None
+                self._wrapper.runs = False  # a wrapper that failed did not say so
         reading.check(type(self.trunk.model).__name__)
         return returned, reading.result
 
@@ -363,12 +364,9 @@ def _input_ids(args: tuple, kwargs: dict[str, object]) -> Tensor | None:
     return found if isinstance(found, Tensor) and not found.is_floating_point() else None
 
 
-def _same(ids: Tensor | None, others: Tensor | None) -> bool:
-    if ids is others:
-        return True
-    if ids is None or others is None or ids.shape != others.shape:
-        return False
-    return torch.equal(ids, others.to(ids.device))
+def _same(ids: Tensor, others: Tensor) -> bool:
+    """Whether two tensors hold the same token ids. The same tensor costs no comparison, which a GPU would wait for."""
+    return ids is others or (ids.shape == others.shape and torch.equal(ids, others.to(ids.device)))
 
 
 def wrapper_of(model: nn.Module, called: nn.Module | None) -> nn.Module | None:

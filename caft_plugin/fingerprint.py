@@ -92,9 +92,14 @@ def take_sample(trunk: Trunk, first: Sample | None = None) -> Sample | None:
         return None
 
 
+def values_of_each(tensors: int) -> int:
+    """How many values are sampled of each of so many tensors, at most."""
+    return max(1, min(EACH, MOST // max(tensors, 1)))
+
+
 def sample_of(tensors: Mapping[str, Tensor]) -> Sample:
     """Sample plain tensors, by the names that a sample of the model has."""
-    each = max(1, min(EACH, MOST // max(len(tensors), 1)))
+    each = values_of_each(len(tensors))
     return Sample({name: _pick(tensor, each) for name, tensor in tensors.items()})
 
 
@@ -137,7 +142,7 @@ def _is_quantised(module: nn.Module) -> bool:
 
 
 def _sample(weights: list[_Weight], first: Sample | None) -> Sample | None:
-    each = max(1, min(EACH, MOST // max(len(weights), 1)))
+    each = values_of_each(len(weights))
     values: dict[str, Tensor] = {}
     under: dict[str, Tensor] = {}
     for weight in weights:  # to the end in every process, whatever is missing in this one: gathering waits for all

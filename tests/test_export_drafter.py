@@ -9,7 +9,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import LLAMA
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Qwen2Config, Qwen3Config
 
@@ -116,11 +116,18 @@ def full(folder):
     return folder
 
 
+def with_unknown_tensor(folder):
+    file = folder / "caft_heads" / "heads.safetensors"
+    save_file({**load_file(file), "9.extra": torch.zeros(1)}, file)
+    return folder
+
+
 # name: (how the model and its heads are made, what is asked for besides, the error)
 BAD = {
     "no heads": ({}, lambda t: {"heads": str(t / "out" / "nothing")}, "caft.heads: got"),
     "a folder without heads": ({}, lambda t: {"heads": str(another(t / "other"))}, "caft.heads: "),
     "heads of another base": ({}, lambda t: {"model": str(another(t / "other"))}, "trained over another last layer"),
+    "a damaged file of heads": ({}, lambda t: {"heads": str(with_unknown_tensor(t / "out"))}, "unknown tensor 9.extra"),
     "another size": (
         {},
         lambda t: {"model": str(of_kind(t / "wide", LlamaConfig(**{**LLAMA, "hidden_size": 64})))},

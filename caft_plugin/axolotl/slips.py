@@ -47,9 +47,10 @@ def refuse_slips(cfg: Mapping) -> None:
     for name, block_class in BLOCKS.items():
         stray = [key for key in block_class.model_fields if key in cfg and key not in known]
         if stray:
+            them = "it" if len(stray) == 1 else "them"
             raise ConfigError(
-                f"{', '.join(stray)}: found at the left margin, where Axolotl passes over "
-                f"{'it' if len(stray) == 1 else 'them'}. Indent {'it' if len(stray) == 1 else 'them'} below `{name}:`."
+                f"{', '.join(stray)}: found at the left margin, where Axolotl passes over {them}. Indent {them} below "
+                f"`{name}:`."
             )
 
 

@@ -101,8 +101,7 @@ class Target:
         fingerprint = read_fingerprint(heads.path)
         if fingerprint is None or self.is_adapter:
             return
-        layer = f"model.layers.{self.config.num_hidden_layers - 1}."
-        parts = {"layer": layer, "norm": "model.norm."}
+        parts = {"layer": last_layer_in(self.source), "norm": NORM.removesuffix("weight")}
         split = {name: name.partition(".") for name in fingerprint.before.values}
         names = {name: parts[part] + rest for name, (part, _, rest) in split.items()}
         if any(name not in self.files for name in names.values()):
@@ -121,7 +120,7 @@ def _where_tensors_are(source: Source) -> dict[str, str]:
     index = cached_file(source.base, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False, **options)
     if index is not None:
         shard_of = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
-        near = {name: file for name, file in shard_of.items() if name == NORM or f".{_last(source)}." in name}
+        near = {name: file for name, file in shard_of.items() if name == NORM or name.startswith(last_layer_in(source))}
         at = {file: str(cached_file(source.base, file, **options)) for file in set(near.values())}
         return {name: at[file] for name, file in near.items()}
     file = str(cached_file(source.base, SAFE_WEIGHTS_NAME, **options))
@@ -129,8 +128,9 @@ def _where_tensors_are(source: Source) -> dict[str, str]:
         return dict.fromkeys(opened.keys(), file)
 
 
-def _last(source: Source) -> int:
-    return source.config.get_text_config().num_hidden_layers - 1
+def last_layer_in(source: Source) -> str:
+    """What the names of the last layer's tensors begin with."""
+    return f"model.layers.{source.config.get_text_config().num_hidden_layers - 1}."
 
 
 def export_drafter(model: str, heads: str, output: Path, form: Format = "vllm", num_heads: int | None = None) -> str:
@@ -195,11 +195,16 @@ def _head_weights(folder: HeadsFolder) -> list[dict[str, Tensor]]:
             found = {key: opened.get_tensor(key) for key in opened.keys()}
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"--heads: {folder.path / WEIGHTS} cannot be read ({first_line(error)}).") from error
-    heads: list[dict[str, Tensor]] = [{} for _ in range(folder.record.num_heads)]
+    heads: dict[str, dict[str, Tensor]] = {str(k): {} for k in range(folder.record.num_heads)}
     for key, tensor in found.items():
         number, _, name = key.partition(".")
-        heads[int(number)][name] = tensor
-    return heads
+        if number not in heads:
+            raise ConfigError(
+                f"--heads: {folder.path / WEIGHTS} has an unknown tensor {named(key)}. Make or download the heads "
+                "folder again."
+            )
+        heads[number][name] = tensor
+    return list(heads.values())
 
 
 def as_eagle3(heads: list[dict[str, Tensor]], norm: Tensor, family: Family, normed_input: bool) -> dict[str, Tensor]:
