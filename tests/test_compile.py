@@ -181,10 +181,10 @@ def test_the_model_is_the_hosts_again(tmp_path):
 )
 def test_inductor(tmp_path, monkeypatch):
     """Compiled once, for all lengths, as it takes its time."""
-    monkeypatch.setattr(torch._dynamo.config, "assume_static_by_default", False)
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
     settings = {"data": VARIED, "max_steps": 4, "layers": 1}
-    eager = trained(tmp_path, None, {"caft": DRAWN}, **settings)
-    compiled = trained(tmp_path, "inductor", {"caft": DRAWN}, **settings)
+    with torch._dynamo.config.patch(assume_static_by_default=False):
+        eager = trained(tmp_path, None, {"caft": DRAWN}, **settings)
+        compiled = trained(tmp_path, "inductor", {"caft": DRAWN}, **settings)
     assert_same(eager, compiled)
     assert [graphs for graphs, _ in compiled.compiled] == [1, 1, 1, 1] and not compiled.breaks

@@ -506,10 +506,16 @@ def test_heads_go_on_over_the_tuned_model_and_draft_for_it(project, monkeypatch)
     assert re.search(r"with the heads +[\d.]+ +[\d.]+ +[\d.]+  3 of 3", said.stdout)
     assert "speculate: got" not in said.output
 
+    shutil.rmtree("ours/merged", ignore_errors=True)  # other tests merge this run, in whichever order
     exported = run("export-drafter", "--output", "./drafter")
     assert exported.exit_code == 0, exported.output
     assert len(load_file("drafter/model.safetensors")) == 4 * 9 + 2  # layers of nine tensors, norm, mask slot
     assert "--enable-lora --lora-modules tuned=ours --speculative-config" in exported.stdout
+    shutil.copytree("tiny", "ours/merged", copy_function=shutil.copyfile)  # newer than the adapter
+    exported = run("export-drafter", "--output", "./drafter-of-merged")
+    shutil.rmtree("ours/merged")
+    assert exported.exit_code == 0, exported.output
+    assert "vllm serve ours/merged --speculative-config" in exported.stdout
 
     refused = run("pretrain-heads", "--steps", "3")
     assert refused.exit_code == 2 and "--steps does not go with a CONFIG, which has a key for it" in refused.stderr
