@@ -38,6 +38,7 @@ LARGEST_FINGERPRINT = 4_000_000  # bytes
 LONGEST_JSON = 100_000  # bytes
 FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors' names of the types that weights can be read from
 METRICS, CARD = "metrics.json", "README.md"  # of pretrained heads
+DRAFTING = "drafting.json"  # of heads with which `caft speculate` has written
 
 
 class HeadsRecord(BaseModel):
@@ -229,7 +230,7 @@ def locate_heads(heads: str) -> Path:
         )
     from huggingface_hub import snapshot_download
 
-    files = (WEIGHTS, LORA, FINGERPRINT, RECORD, METRICS, CARD)
+    files = (WEIGHTS, LORA, FINGERPRINT, RECORD, METRICS, CARD, DRAFTING)
     patterns = [f"{folder}{name}" for folder in ("", f"{FOLDER}/") for name in files]
     try:
         return locate_heads(snapshot_download(heads, allow_patterns=patterns))

@@ -4,6 +4,7 @@ here: tests/serving does that."""
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from caft_plugin import CAFTConfig, ConfigError
 from caft_plugin.heads import build_heads
 from caft_plugin.heads_folder import resolve_wiring, save_heads
 from caft_plugin.serving.export import export_drafter
+from caft_plugin.serving.recommendation import keep
 from caft_plugin.tools.cli import commands
 from caft_plugin.trunk import find_trunk
 
@@ -99,6 +101,64 @@ def test_an_adapters_folder(tmp_path, trains_norm):
     assert f"vllm serve {tmp_path}/base --enable-lora --lora-modules tuned={tmp_path}/out --spec" in guide
 
 
+def row(guide, number):
+    """Of the guide's table: tokens a step and speed with so many draft tokens."""
+    found = re.search(rf"^\| {number} \| ([\d.]+) \| ([\d.]+) \|$", guide, re.M)
+    return float(found[1]), float(found[2])
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("shards", [False, True])
+def test_the_number_of_draft_tokens_is_the_fastest_by_what_speculate_found(tmp_path, tied, shards):
+    """A step reads the model's weights (not the embedding), a head's for each draft token, and the unembedding's."""
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**{**LLAMA, "tie_word_embeddings": tied}))
+    made(tmp_path / "out", model=model)
+    if not shards:
+        for file in (tmp_path / "out").glob("model*"):
+            file.unlink()
+        model.save_pretrained(tmp_path / "out")
+    head = sum(parameter.numel() for parameter in model.model.layers[-1].parameters())
+    unembedding = model.lm_head.weight.numel()
+    read = sum(parameter.numel() for parameter in model.parameters()) - (0 if tied else unembedding)
+    tokens = [1.5, 1.8, 1.81]
+    keep(tmp_path / "out" / "caft_heads", "mine", 7, 0.0, tokens)
+    guide = export_drafter(str(tmp_path / "out"), str(tmp_path / "out"), tmp_path / "drafter")
+    speeds = [sum_ / (1 + (n * head + unembedding) / read) for n, sum_ in enumerate(tokens, 1)]
+    for number, (brings, speed) in enumerate(zip(tokens, speeds, strict=True), 1):
+        assert row(guide, number) == pytest.approx((brings, speed), abs=0.006)  # two digits
+    assert "found, with mine on 7 prompts at temperature 0:" in guide
+    fastest = 1 + speeds.index(max(speeds))
+    assert f'"num_speculative_tokens": {fastest}, ' in guide and f"It proposes {fastest} draft token" in guide
+    assert ("These heads do not pay" in guide) == (max(speeds) <= 1)
+
+
+def test_fewer_heads_than_would_be_fastest(tmp_path):
+    made(tmp_path / "out")
+    keep(tmp_path / "out" / "caft_heads", "mine", 7, 0.0, [2.0, 3.0, 4.0])
+    guide = export_drafter(str(tmp_path / "out"), str(tmp_path / "out"), tmp_path / "drafter", num_heads=2)
+    assert '"num_speculative_tokens": 2, ' in guide and "| 3 |" not in guide
+    guide = export_drafter(str(tmp_path / "out"), str(tmp_path / "out"), tmp_path / "eagle3", "eagle3")
+    assert '"num_speculative_tokens": 1}' in guide and "| 1 | 2.00 |" in guide and "| 2 |" not in guide
+
+
+def test_without_what_speculate_finds_all_heads_draft(tmp_path):
+    made(tmp_path / "out")
+    guide = export_drafter(str(tmp_path / "out"), str(tmp_path / "out"), tmp_path / "drafter")
+    assert '"num_speculative_tokens": 3, ' in guide and "`caft speculate` finds out" in guide
+
+
+def speculated(folder, content=None, further=False):
+    """A heads folder in which `caft speculate` has left its figures, and what went wrong with them."""
+    folder /= "caft_heads"
+    keep(folder, "mine", 7, 0.0, [1.5, 1.8, 2.0])
+    if content is not None:
+        (folder / "drafting.json").write_text(content)
+    if further:
+        tensors = load_file(folder / "heads.safetensors")
+        save_file({name: tensor + 1 for name, tensor in tensors.items()}, folder / "heads.safetensors")
+    return str(folder)
+
+
 def of_kind(folder, config):
     made(folder, config)
     return folder
@@ -128,6 +188,21 @@ BAD = {
     "a folder without heads": ({}, lambda t: {"heads": str(another(t / "other"))}, "caft.heads: "),
     "heads of another base": ({}, lambda t: {"model": str(another(t / "other"))}, "trained over another last layer"),
     "a damaged file of heads": ({}, lambda t: {"heads": str(with_unknown_tensor(t / "out"))}, "unknown tensor 9.extra"),
+    "heads trained further": (
+        {},
+        lambda t: {"heads": speculated(t / "out", further=True)},
+        "drafting.json is about other heads than those in",
+    ),
+    "damaged figures": (
+        {},
+        lambda t: {"heads": speculated(t / "out", '{"tokens_per_step": "many"')},
+        "Run `caft speculate` again with these heads, or remove",
+    ),
+    "figures of another kind": (
+        {},
+        lambda t: {"heads": speculated(t / "out", '{"tokens_per_step": []}')},
+        "drafting.json cannot be read",
+    ),
     "another size": (
         {},
         lambda t: {"model": str(of_kind(t / "wide", LlamaConfig(**{**LLAMA, "hidden_size": 64})))},

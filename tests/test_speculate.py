@@ -15,6 +15,7 @@ from tiny import word_tokenizer
 
 from caft_plugin.decoding import Drafted
 from caft_plugin.heads_folder import save_heads
+from caft_plugin.serving.recommendation import kept
 from caft_plugin.tools.cli import commands
 from caft_plugin.tools.speculate import HEADS, LOOKUP, PLAIN, speculate
 
@@ -61,6 +62,21 @@ def test_figures_are_those_of_the_texts(model, temperature):
     assert LOOKUP not in compared(model, drafter, runs=1, lookup=False).ways
 
 
+@pytest.mark.parametrize("wiring", [{}, {"head_input": "final", "head_norm": False}])
+def test_steps_are_those_of_a_drafter_that_always_sends(model, wiring):
+    """What is computed from whole texts is what a drafter counts that writes them, for each number of draft tokens."""
+    drafter = drafter_of(model, **wiring)
+    steps = compared(model, drafter, runs=2, lookup=False).ways[HEADS].steps
+    assert len(steps.steps) == 4 and steps.steps[0] > steps.steps[3]
+    for number, counted in enumerate(steps.steps, 1):
+        drafted = Drafted.nothing(4)
+        always = drafter_of(model, num_draft=number, **wiring)
+        way = compared(model, always, runs=1, lookup=False).ways[HEADS]
+        drafted += way.drafted
+        assert (counted, steps.tokens) == (drafted.passes, drafted.tokens) == (way.passes, way.tokens[0])
+    assert steps.tokens_per_step()[0] == steps.tokens / steps.steps[0]
+
+
 def test_texts_that_differ_are_counted(model, monkeypatch):
     """The greatest fault there could be: a drafter that writes something else."""
     drafter = drafter_of(model)
@@ -103,7 +119,19 @@ def test_the_command(folder):
     assert re.search(r"^4 +5 ahead +[\d,]+ +[\d,]+ +(-|[\d.]+%)$", table, re.M)
     assert re.search(r"^passes that brought 1: \d+%, 2: \d+%, 3: \d+%, 4: \d+%, 5: \d+%$", table, re.M)
     assert (folder / "out" / "heads.png").read_bytes().startswith(b"\x89PNG")
+    said = re.search(r"tokens a step 1: ([\d.]+), 2: ([\d.]+), 3: ([\d.]+), 4: ([\d.]+)$", table, re.M)
+    found = kept(folder / "run" / "caft_heads")
+    assert [f"{tokens:.2f}" for tokens in found.tokens_per_step] == list(said.groups())
+    assert (found.model, found.prompts, found.temperature) == (str(folder / "model"), 3, 0)
+    assert f"are kept in {folder / 'run' / 'caft_heads' / 'drafting.json'}" in table
     assert "2 prompts, runs over them: 1" in run(folder, "--limit", "2", "--runs", "1", "--temperature", "0.5").stdout
+
+
+def test_a_folder_that_cannot_be_written_to(folder):
+    (folder / "run" / "caft_heads" / "drafting.json").mkdir()
+    result = run(folder, "--max-new-tokens", "4", "--runs", "1")
+    assert result.exit_code == 0, result.output
+    assert "Not kept for `caft export-drafter`: " in result.stdout and "drafting.json" in result.stdout
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,6 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -32,9 +31,9 @@ from caft_plugin.fingerprint import sample_of
 from caft_plugin.heads_folder import LORA, WEIGHTS, HeadsFolder, own_file, read_fingerprint
 from caft_plugin.model_loading import IN_ADAPTER, Source
 from caft_plugin.serving.families import ARCHITECTURE, Family, family_of
+from caft_plugin.serving.guide import Format, advice_on, how_to_serve
+from caft_plugin.serving.recommendation import Cost, kept
 from caft_plugin.storage import write_json, write_text
-
-Format = Literal["vllm", "eagle3"]
 
 # Of the model's config: what the shape of a layer, its rotary embedding and its norms depend on.
 KEPT = (
@@ -47,10 +46,12 @@ NORM = "model.norm.weight"
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """The model that is served, as its files say: its source, and where its tensors are, by name."""
+    """The model that is served, as its files say: its source, where its tensors are, by name, and the bytes of all of
+    them, where that is known."""
 
     source: Source
     files: dict[str, str]
+    size: int | None
 
     @classmethod
     def of(cls, name: str) -> Target:
@@ -61,7 +62,7 @@ class Target:
         """
         try:
             source = Source.of(name)
-            return cls(source, _where_tensors_are(source))
+            return cls(source, *_where_tensors_are(source))
         except (OSError, ValueError, SafetensorError) as error:
             if isinstance(error, ConfigError):
                 raise
@@ -115,17 +116,22 @@ class Target:
             )
 
 
-def _where_tensors_are(source: Source) -> dict[str, str]:
+def _where_tensors_are(source: Source) -> tuple[dict[str, str], int | None]:
+    """The files of the tensors of the last layer and the norm, by name, and the bytes of all tensors."""
     options: dict[str, object] = {} if source.revision is None else {"revision": source.revision}
     index = cached_file(source.base, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False, **options)
     if index is not None:
-        shard_of = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
+        content = json.loads(Path(index).read_text(encoding="utf-8"))
+        shard_of = content["weight_map"]
         near = {name: file for name, file in shard_of.items() if name == NORM or name.startswith(last_layer_in(source))}
         at = {file: str(cached_file(source.base, file, **options)) for file in set(near.values())}
-        return {name: at[file] for name, file in near.items()}
+        return {name: at[file] for name, file in near.items()}, content.get("metadata", {}).get("total_size")
     file = str(cached_file(source.base, SAFE_WEIGHTS_NAME, **options))
-    with safe_open(file, framework="pt") as opened:
-        return dict.fromkeys(opened.keys(), file)
+    with safe_open(file, framework="pt") as opened, open(file, "rb") as raw:
+        header = 8 + int.from_bytes(
+            raw.read(8), "little"
+        )  # as safetensors begins: the length of what it says of tensors
+        return dict.fromkeys(opened.keys(), file), os.path.getsize(file) - header
 
 
 def last_layer_in(source: Source) -> str:
@@ -163,7 +169,8 @@ def export_drafter(model: str, heads: str, output: Path, form: Format = "vllm", 
         tensors = as_eagle3(weights, norm, family, normed_input=folder.record.head_input == "final")
     else:
         tensors = as_heads(weights, norm, count)
-    guide = how_to_serve(target.source, output, form, count)
+    advice = advice_on(kept(folder.path), _cost(target, weights[0], norm), count)
+    guide = how_to_serve(target.source, output, form, advice)
     _write(output, config, tensors, guide)
     return guide
 
@@ -272,41 +279,14 @@ def _as_eagle3_reads(family: Family, final: bool, read: int) -> dict[str, object
     }
 
 
-def how_to_serve(source: Source, output: Path, form: Format, count: int) -> str:
-    """The README of a drafter's folder: the commands that serve it."""
-    speculative: dict[str, object] = {"method": "eagle3", "model": str(output), "num_speculative_tokens": count}
-    if form == "vllm":
-        speculative["parallel_drafting"] = True
-    adapter = source.base != source.name
-    lora = f" --enable-lora --lora-modules tuned={source.name}" if adapter else ""
-    lines = [
-        "# A drafter made of CAFT heads",
-        "",
-        f"It proposes {count} draft token{'s' * (count > 1)} in each step for {source.name}.",
-        "",
-        "vLLM" + (", in an environment with caft_plugin (`pip install caft_plugin`):" if form == "vllm" else ":"),
-        "",
-        f"    vllm serve {source.base}{lora} --speculative-config '{json.dumps(speculative)}'",
-    ]
-    if adapter:
-        lines += [
-            "",
-            "Requests name the adapter as their model (`tuned`). `--max-lora-rank` is needed for a rank above 16. All",
-            "adapters of a server share one drafter, which drafts well for this one only. To serve the merged model,",
-            "give its folder in place of the base model, and leave the options for LoRA out.",
-        ]
-    if form == "eagle3":
-        lines += [
-            "",
-            "SGLang (its source was read, it was not run), with the merged model:"
-            if adapter
-            else "SGLang (its source was read, it was not run):",
-            "",
-            f"    python -m sglang.launch_server --model-path {'MERGED' if adapter else source.name} \\",
-            f"        --speculative-algorithm EAGLE3 --speculative-draft-model-path {output} \\",
-            "        --speculative-num-steps 1 --speculative-eagle-topk 1 --speculative-num-draft-tokens 2",
-        ]
-    return "\n".join(lines) + "\n"
+def _cost(target: Target, head: Mapping[str, Tensor], norm: Tensor) -> Cost:
+    config = target.config
+    of_head = sum(tensor.nbytes for tensor in head.values())
+    matrix = config.vocab_size * config.hidden_size * norm.itemsize
+    if target.size is None:
+        return Cost(config.num_hidden_layers * of_head + matrix, of_head, matrix)
+    embedding = 0 if config.tie_word_embeddings else matrix  # of which a pass reads a few rows
+    return Cost(target.size - embedding, of_head, matrix)
 
 
 def _write(output: Path, config: Mapping[str, object], tensors: dict[str, Tensor], guide: str) -> None:

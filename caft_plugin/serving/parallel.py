@@ -53,7 +53,8 @@ class Heads(nn.Module):
         wiring = config.caft_heads
         self.normed_input, self.normed_output = wiring["head_input"] == "final", wiring["head_norm"]
         build = _builder_of(FAMILIES[wiring["model_type"]], vllm_config, config)
-        self.layers = nn.ModuleList(build(f"{prefix}.layers.{first + k}") for k in range(config.num_hidden_layers))
+        asked = vllm_config.speculative_config.num_speculative_tokens
+        self.layers = nn.ModuleList(build(f"{prefix}.layers.{first + k}") for k in range(asked))
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.embed_tokens = nn.Embedding(1, config.hidden_size)  # vLLM puts the target's in its place; heads read none
 
@@ -117,7 +118,9 @@ class CaftHeadsEagle3(Eagle3LlamaForCausalLM):
         return self.logits_processor(self.lm_head, hidden_states)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        named = ((f"model.{name}", tensor) for name, tensor in weights if name != "mask_hidden")
+        unused = tuple(f"layers.{k}." for k in range(len(self.model.layers), self.config.num_hidden_layers))
+        wanted = ((name, tensor) for name, tensor in weights if name != "mask_hidden" and not name.startswith(unused))
+        named = ((f"model.{name}", tensor) for name, tensor in wanted)
         loaded = AutoWeightsLoader(self).load_weights(named, mapper=Heads.hf_to_vllm_mapper)
         missing = {name for name, _ in self.named_parameters()} - loaded - {"model.embed_tokens.weight"}
         if missing:

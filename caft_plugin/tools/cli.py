@@ -12,6 +12,7 @@ from caft_plugin.config import CAFTConfig, ConfigError, HeadInput, PretrainConfi
 
 if TYPE_CHECKING:
     from caft_plugin.stage1.pretraining import Stage1
+    from caft_plugin.tools.speculate import Comparison
 
 
 class CAFTCommands(click.Group):
@@ -263,8 +264,26 @@ def speculate_command(
     drafter = Drafter.from_pretrained(loaded, heads, num_draft=num_draft, confidence=confidence)
     comparison = speculate(loaded, tokenizer, {HEADS: drafter}, asked[:limit], **settings)
     click.echo(as_table(comparison))
+    click.echo(keep_steps(comparison, model, heads, min(limit, len(asked)), settings["temperature"]))
     if png is not None:
         draw(comparison, png)
+
+
+def keep_steps(found: Comparison, model: str, heads: str, prompts: int, temperature: float) -> str:
+    """Keep the tokens a step beside the heads, for `caft export-drafter`. Returns what is to be said of it."""
+    from caft_plugin.heads_folder import locate_heads
+    from caft_plugin.serving.recommendation import keep
+    from caft_plugin.tools.speculate import HEADS
+
+    if not Path(heads).is_dir():
+        return "\nNot kept for `caft export-drafter`, since these heads are on the Hub: download them into a folder."
+    steps = found.ways[HEADS].steps
+    assert steps is not None
+    try:
+        file = keep(locate_heads(heads), model, prompts, temperature, steps.tokens_per_step())
+    except OSError as error:
+        return f"\nNot kept for `caft export-drafter`: {error}"
+    return f"\nThe tokens a step are kept in {file}, for `caft export-drafter`."
 
 
 @commands.command("export-drafter", short_help="Write the heads as a drafter for vLLM or SGLang.")

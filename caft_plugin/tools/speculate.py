@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from caft_plugin.decoding import Drafted, Drafter
 from caft_plugin.stage1.answers import end_tokens
 from caft_plugin.storage import write_png
+from caft_plugin.tools.steps import Steps, steps_with
 from caft_plugin.trunk import find_trunk
 
 PLAIN, HEADS, LOOKUP = "plain", "with the heads", "prompt lookup"
@@ -30,13 +31,15 @@ BLUE, GREY = "#2f6f9f", "#9aa5b1"
 @dataclasses.dataclass
 class Way:
     """One way to write all texts: in each run over the prompts its tokens and seconds, in all of them its passes of the
-    model, how many texts were those of plain generation, and with heads what came of their guesses."""
+    model, how many texts were those of plain generation; with heads, what came of their guesses, and the steps of an
+    engine."""
 
     tokens: list[int]
     seconds: list[float]
     passes: int = 0
     same: int = 0
     drafted: Drafted | None = None
+    steps: Steps | None = None
 
     def speeds(self) -> list[float]:
         """Tokens a second, of each run."""
@@ -90,6 +93,7 @@ def speculate(
     generate: Any = model.generate
     drafted = {name: Drafted.nothing(len(drafter.heads)) for name, drafter in drafters.items()}
     figures = {name: Way([0] * runs, [0.0] * runs, drafted=drafted.get(name)) for name in ways}
+    plain: dict[int, list[int]] = {}  # by prompt
 
     def write(number: int, length: int, way: dict[str, object]) -> Tensor:
         ids = torch.tensor([list(prompts[number])], device=model.device)
@@ -115,7 +119,10 @@ def speculate(
                         drafted[name] += drafters[name].last
                 for name, text in texts.items():
                     figures[name].same += torch.equal(text, texts[PLAIN])
+                plain[number] = texts[PLAIN].tolist()
                 bar.update()
+    for name, drafter in drafters.items():
+        figures[name].steps = steps_with(drafter, ((prompts[at], text) for at, text in plain.items()))
     how = "greedy" if temperature == 0 else f"sampled at temperature {temperature:g}, top_p {top_p:g}"
     written = (
         f"{len(prompts)} prompts, runs over them: {runs}, {how}, at most {max_new_tokens} tokens\n"
@@ -176,6 +183,9 @@ def as_table(found: Comparison) -> str:
             share = f"{right / sent:.1%}" if sent else "-"
             lines.append(f"{k:<6}{f'{k + 1} ahead':<10}{sent:>8,}{right:>8,}{share:>9}")
         lines.append("passes that brought " + ", ".join(f"{n}: {share:.0%}" for n, share in lengths(way.drafted)))
+        if way.steps is not None:
+            tokens = ", ".join(f"{n}: {tokens:.2f}" for n, tokens in enumerate(way.steps.tokens_per_step(), 1))
+            lines.append(f"served with so many draft tokens in every step, tokens a step {tokens}")
     if any(way.drafted is not None and way.same < found.texts for way in found.ways.values()):
         lines += [
             "",

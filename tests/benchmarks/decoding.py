@@ -112,6 +112,8 @@ def add(sum_: Comparison | None, found: Comparison) -> Comparison:
         way.same += other.same
         if way.drafted is not None and other.drafted is not None:
             way.drafted += other.drafted
+        if way.steps is not None and other.steps is not None:
+            way.steps += other.steps
     sum_.texts += found.texts
     return sum_
 

@@ -1,0 +1,77 @@
+"""How many tokens a step of serving brings with 1, 2, ... draft tokens in each: computed from texts that are written.
+
+An engine sends the same number of draft tokens in every step. What each head would have proposed at each position of a
+text takes one forward pass over the whole of it, so all numbers of draft tokens are known at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import nn
+
+from caft_plugin.decoding import Drafter
+from caft_plugin.heads import replay, turn_with
+from caft_plugin.pass_notes import compiled_around, noted_pass
+
+
+@dataclasses.dataclass
+class Steps:
+    """Tokens of texts, and the steps that they take with 1, 2, ... draft tokens in each, as many as there are heads."""
+
+    tokens: int
+    steps: list[int]
+
+    def __iadd__(self, other: Steps) -> Steps:
+        self.tokens += other.tokens
+        self.steps = [ours + theirs for ours, theirs in zip(self.steps, other.steps, strict=True)]
+        return self
+
+    def tokens_per_step(self) -> list[float]:
+        return [self.tokens / max(steps, 1) for steps in self.steps]
+
+
+def steps_with(drafter: Drafter, texts: Iterable[tuple[Sequence[int], Sequence[int]]]) -> Steps:
+    """What a drafter's heads would bring in an engine. `texts` are pairs of a prompt and what the model has written to
+    it, both token ids."""
+    numbers = range(1, len(drafter.heads) + 1)
+    found = Steps(0, [0 for _ in numbers])
+    for prompt, text in texts:
+        proposed = proposals(drafter, prompt, text)
+        found += Steps(len(text), [steps_of(text, proposed, number) for number in numbers])
+    return found
+
+
+@torch.no_grad()
+def proposals(drafter: Drafter, prompt: Sequence[int], text: Sequence[int]) -> list[list[int]]:
+    """What each head proposes at each position of the text but the last, the prompt's last position first: (heads,
+    tokens of the text) token ids."""
+    model: nn.Module = drafter.model
+    trunk, config = drafter.trunk, drafter.config
+    ids = torch.tensor([[*prompt, *text[:-1]]], device=next(trunk.last_layer.parameters()).device)
+    with noted_pass(trunk, compiled_around(trunk)) as notes:
+        model(input_ids=ids, use_cache=False)
+    call, source = notes.read_by(config.head_input)
+    positions = torch.arange(len(prompt) - 1, ids.shape[1], device=source.device)
+    proposed = []
+    with turn_with(drafter.heads):
+        for layer in drafter.heads.layers:
+            hidden = replay(layer, source, call, positions)
+            hidden = trunk.norm(hidden) if config.head_norm else hidden
+            proposed.append(trunk.logits(hidden).argmax(-1).tolist())
+    return proposed
+
+
+def steps_of(text: Sequence[int], proposed: Sequence[Sequence[int]], number: int) -> int:
+    """Steps that a text takes with `number` draft tokens in each, its prompt's step among them, which has none."""
+    written, steps = 1, 1
+    while written < len(text):
+        right = 0
+        # At the last position that the model has read, head 1 proposes the token behind the newest one.
+        while right < number and text[written + right : written + right + 1] == [proposed[right][written - 1]]:
+            right += 1
+        written += right + 1
+        steps += 1
+    return steps
