@@ -1,4 +1,4 @@
-"""What vLLM writes with each drafter. These tests run in an environment of their own: `make test-serving`."""
+"""What vLLM writes with each drafter. `make test` runs these tests in an environment of their own, `.venv-vllm`."""
 
 from __future__ import annotations
 
