@@ -20,7 +20,7 @@ FORMATS = {"int8": "int-quantized", "int4": "pack-quantized"}
 
 
 def quantise(folder: Path, scheme: str) -> dict[str, Tensor]:
-    """Write a model's file anew, its layers' projections quantised. Returns all weights as they are now, dequantised."""
+    """Quantise the projections in a model's file. Returns all its weights, those dequantised."""
     file, config_file = folder / "model.safetensors", folder / "config.json"
     plain, written = load_file(file), {}
     for name, weight in plain.items():

@@ -102,7 +102,7 @@ def test_an_adapters_folder(tmp_path, trains_norm):
 
 @pytest.mark.parametrize("scheme", ["int8", "int4"])
 def test_heads_of_a_quantised_model_stay_plain(tmp_path, scheme):
-    """Heads were trained over the model in full precision. Of a quantised one the final norm still tells whose it is."""
+    """The model was quantised after its heads were trained over it. Its final norm still tells whose it is."""
     model, heads = made(tmp_path / "out", LlamaConfig(**LLAMA))
     model.save_pretrained(tmp_path / "model")
     quantise(tmp_path / "model", scheme)
