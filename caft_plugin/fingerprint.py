@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Literal, cast
 
 import torch
@@ -97,9 +97,9 @@ def values_of_each(tensors: int) -> int:
     return max(1, min(EACH, MOST // max(tensors, 1)))
 
 
-def sample_of(tensors: Mapping[str, Tensor]) -> Sample:
-    """Sample plain tensors, by the names that a sample of the model has."""
-    each = values_of_each(len(tensors))
+def sample_of(tensors: Mapping[str, Tensor], whole: Sample) -> Sample:
+    """Sample plain tensors of a model, by the names that `whole`, a sample of all its tensors, has."""
+    each = values_of_each(len(whole.values))
     return Sample({name: _pick(tensor, each) for name, tensor in tensors.items()})
 
 
@@ -224,6 +224,15 @@ class Fingerprint:
 
     before: Sample
     after: Sample
+
+    def of(self, names: Iterable[str]) -> Fingerprint:
+        """The fingerprint of these tensors only."""
+        kept = frozenset(names)
+        before, after = (
+            Sample({name: sample.values[name] for name in kept}, sample.quantised & kept)
+            for sample in (self.before, self.after)
+        )
+        return Fingerprint(before, after)
 
     def verdict(self, now: Sample) -> Verdict:
         """Tell which model `now` was taken of: the one that the heads were trained over, that one's base, or another.

@@ -10,6 +10,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from peft import LoraConfig, get_peft_model
+from quantised import quantise
 from safetensors.torch import load_file, save_file
 from tiny import LLAMA
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Qwen2Config, Qwen3Config
@@ -157,6 +158,26 @@ def speculated(folder, content=None, further=False):
         tensors = load_file(folder / "heads.safetensors")
         save_file({name: tensor + 1 for name, tensor in tensors.items()}, folder / "heads.safetensors")
     return str(folder)
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+def test_heads_of_a_quantised_model_stay_plain(tmp_path, scheme):
+    """The model was quantised after its heads were trained over it. Its final norm still tells whose it is."""
+    model, heads = made(tmp_path / "out", LlamaConfig(**LLAMA))
+    model.save_pretrained(tmp_path / "model")
+    quantise(tmp_path / "model", scheme)
+    export_drafter(str(tmp_path / "model"), str(tmp_path / "out"), tmp_path / "drafter")
+    config, tensors = written(tmp_path / "drafter")
+    assert "quantization_config" not in config
+    for name, tensor in heads.layers[0].state_dict().items():
+        assert torch.equal(tensors[f"layers.0.{name}"], tensor)
+    with torch.no_grad():
+        model.model.norm.weight.mul_(torch.rand_like(model.model.norm.weight))
+    model.save_pretrained(tmp_path / "other")
+    quantise(tmp_path / "other", scheme)
+    with pytest.raises(ConfigError, match="trained over another last layer or final norm than"):
+        export_drafter(str(tmp_path / "other"), str(tmp_path / "out"), tmp_path / "drafter of another")
+    assert not (tmp_path / "drafter of another").exists()
 
 
 def of_kind(folder, config):

@@ -27,7 +27,7 @@ from transformers.utils import (
 )
 
 from caft_plugin.config import ConfigError, first_line, named
-from caft_plugin.fingerprint import sample_of
+from caft_plugin.fingerprint import GRIDS, sample_of
 from caft_plugin.heads_folder import LORA, WEIGHTS, HeadsFolder, own_file, read_fingerprint
 from caft_plugin.model_loading import IN_ADAPTER, Source
 from caft_plugin.serving.families import ARCHITECTURE, Family, family_of
@@ -105,10 +105,11 @@ class Target:
         parts = {"layer": last_layer_in(self.source), "norm": NORM.removesuffix("weight")}
         split = {name: name.partition(".") for name in fingerprint.before.values}
         names = {name: parts[part] + rest for name, (part, _, rest) in split.items()}
-        if any(name not in self.files for name in names.values()):
-            return  # its weights are quantised, or named otherwise
-        now = sample_of({ours: self.tensor(theirs) for ours, theirs in names.items()})
-        if fingerprint.verdict(now) == "other":
+        if not all(theirs in self.files and self.tensor(theirs).dtype in GRIDS for theirs in names.values()):
+            # Quantised weights need scales, and smoothing moves some into the layer's norms. The final norm stays.
+            names = {ours: theirs for ours, theirs in names.items() if theirs == NORM}
+        now = sample_of({ours: self.tensor(theirs) for ours, theirs in names.items()}, fingerprint.before)
+        if fingerprint.of(names).verdict(now) == "other":
             raise ConfigError(
                 f"--heads: the heads in {heads.path} (base model {named(heads.record.base_model)}) were trained over "
                 f"another last layer or final norm than {self.source.name} has. Give the model that they were trained "

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
+from quantised import quantise
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from caft_plugin.config import CAFTConfig
@@ -42,14 +44,17 @@ CONFIGS = {
 }
 DEFAULT, AUTHORS, NORMED, UNNORMED = ("penultimate", True), ("final", False), ("final", True), ("penultimate", False)
 CASES = [*((family, *DEFAULT) for family in CONFIGS), *(("llama", *wiring) for wiring in (AUTHORS, NORMED, UNNORMED))]
+# By scheme, the type of the rest. vLLM's kernel for 4 bits takes no float32, and needs AVX-512.
+QUANTISED = {"int8": "float32"} | ({"int4": "float16"} if torch.cpu._is_avx512_supported() else {})
 
 
 def name_of(case) -> str:
     return "-".join(map(str, case))
 
 
-def make(folder: Path, family: str, head_input: str, head_norm: bool) -> None:
-    """A model with noise on its norms and biases too, and heads that drift off the last layer one by one."""
+def make(folder: Path, family: str, head_input: str, head_norm: bool, scheme: str | None = None) -> None:
+    """A model with noise on its norms and biases too, and heads that drift off the last layer one by one. `scheme`: the
+    model is quantised then, and its weights as they are now are in `dequantised`."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(CONFIGS[family]).eval()
     with torch.no_grad():
@@ -65,6 +70,10 @@ def make(folder: Path, family: str, head_input: str, head_norm: bool) -> None:
             for parameter in layer.parameters():
                 parameter.add_(0.02 * k * torch.randn_like(parameter))
     save_heads(folder, heads, trunk, config, resumable=False)
+    if scheme is not None:
+        model.save_pretrained(folder / "dequantised")
+        weights = quantise(folder / "model", scheme)
+        save_file(weights, folder / "dequantised" / "model.safetensors", {"format": "pt"})
     export_drafter(str(folder / "model"), str(folder), folder / "vllm")
     if head_norm:
         export_drafter(str(folder / "model"), str(folder), folder / "eagle3", "eagle3")
@@ -84,6 +93,30 @@ def make_adapter(folder: Path) -> None:
     config = resolve_wiring(settings, None)
     save_heads(folder / "out", build_heads(tuned, trunk, config, seed=0), trunk, config, resumable=False)
     export_drafter(str(folder / "out"), str(folder / "out"), folder / "vllm")
+
+
+def lacking(drafter: Path) -> None:
+    tensors = load_file(drafter / "model.safetensors")
+    del tensors["layers.2.mlp.down_proj.weight"]
+    save_file(tensors, drafter / "model.safetensors", {"format": "pt"})
+
+
+def of_another_model(drafter: Path) -> None:
+    config = json.loads((drafter / "config.json").read_text())
+    config["caft_heads"]["target_layers"] += 1
+    (drafter / "config.json").write_text(json.dumps(config))
+
+
+# name: (what is done to the drafter, the draft tokens asked for, vLLM's message)
+DAMAGED = {
+    "a weight is missing": (lacking, 4, "lacks 1 weights, the first is model.layers.2.mlp.down_proj.weight"),
+    "another model": (
+        of_another_model,
+        4,
+        "was made for a model with num_hidden_layers 4, but the model that is served",
+    ),
+    "more tokens than heads": (lambda drafter: None, 5, "num_speculative_tokens is 5, but this drafter has 4 heads"),
+}
 
 
 def all_heads(folder: Path, tokens: int) -> dict[str, object]:
@@ -111,4 +144,4 @@ ENVIRONMENT = {
 def run_jobs(folder: Path, jobs: list[dict]) -> subprocess.CompletedProcess:
     (folder / "jobs.json").write_text(json.dumps(jobs))
     command = [sys.executable, str(Path(__file__).with_name("ask.py")), str(folder / "jobs.json")]
-    return subprocess.run(command, env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True, timeout=1200)
+    return subprocess.run(command, env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True, timeout=3600)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import os
 import re
 import shlex
+import signal
 import socket
 import subprocess
 import sys
@@ -17,14 +18,14 @@ from pathlib import Path
 import openai
 import pytest
 import torch
-from drafters import DEFAULT, ENVIRONMENT, HEADS, VOCABULARY, all_heads, make, run_jobs
-from safetensors.torch import load_file, save_file
+from drafters import DEFAULT, ENVIRONMENT, HEADS, VOCABULARY, make
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 LENGTH = 30
+PATIENCE = 900  # seconds for a start or a stop, which take 20 and 1 on a machine with nothing else to do
 TEXTS = ["w3 w5 w7 w11 w2", "w20 w21 w22", "w9 w8 w7 w6", "w4 w4 w5"]
 
 
@@ -44,6 +45,14 @@ def run(tmp_path_factory):
     return folder
 
 
+def is_up(address):
+    try:
+        urllib.request.urlopen(f"{address}/health", timeout=2)
+    except OSError:
+        return False
+    return True
+
+
 @pytest.fixture(scope="module")
 def server(run):
     """The address of a server, started with the printed command."""
@@ -55,21 +64,23 @@ def server(run):
     command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager"]
     command += ["--served-model-name", "tuned"]
     log = run / "server.log"
+    environment = {**os.environ, **ENVIRONMENT}
     with open(log, "wb") as out:
-        process = subprocess.Popen(command, env={**os.environ, **ENVIRONMENT}, stdout=out, stderr=out)
+        process = subprocess.Popen(command, env=environment, stdout=out, stderr=out, start_new_session=True)
     address = f"http://127.0.0.1:{port}"
     try:
-        for _ in range(300):
-            assert process.poll() is None, log.read_text()[-6000:]
-            try:
-                urllib.request.urlopen(f"{address}/health", timeout=2)
-                break
-            except OSError:
-                time.sleep(1)
+        deadline = time.monotonic() + PATIENCE
+        while not is_up(address):
+            assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-6000:]
+            time.sleep(1)
         yield address
     finally:
         process.terminate()
-        process.wait(60)
+        try:
+            process.wait(PATIENCE)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # the engine's processes, should the server have left them
 
 
 @pytest.fixture(scope="module")
@@ -129,42 +140,3 @@ def test_bad_requests_leave_the_server_up(server, expected):
     with pytest.raises(openai.BadRequestError):
         ask(server, TEXTS[0], temperature=-1)
     assert tokens(server, TEXTS[2]) == expected[2]
-
-
-def lacking(folder):
-    tensors = load_file(folder / "model.safetensors")
-    del tensors["layers.2.mlp.down_proj.weight"]
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-
-
-def of_another_model(folder):
-    config = json.loads((folder / "config.json").read_text())
-    config["caft_heads"]["target_layers"] += 1
-    (folder / "config.json").write_text(json.dumps(config))
-
-
-DAMAGED = {
-    "a weight is missing": (lacking, 4, "lacks 1 weights, the first is model.layers.2.mlp.down_proj.weight"),
-    "another model": (
-        of_another_model,
-        4,
-        "was made for a model with num_hidden_layers 4, but the model that is served",
-    ),
-    "more tokens than heads": (lambda folder: None, 5, "num_speculative_tokens is 5, but this drafter has 4 heads"),
-}
-
-
-@pytest.mark.parametrize("name", DAMAGED)
-def test_a_drafter_that_does_not_fit_stops_the_start(tmp_path, name):
-    damage, count, message = DAMAGED[name]
-    make(tmp_path, "llama", *DEFAULT)
-    damage(tmp_path / "vllm")
-    job = {
-        "model": str(tmp_path / "model"),
-        "speculative": all_heads(tmp_path, count),
-        "prompts": [[5, 6]],
-        "tokens": 4,
-    }
-    result = run_jobs(tmp_path, [{**job, "out": str(tmp_path / "out.json")}])
-    assert result.returncode != 0 and message in result.stderr
-    assert not (tmp_path / "out.json").exists()

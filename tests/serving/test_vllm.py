@@ -5,11 +5,10 @@ The reference runs every head over whole texts by `replay` and counts what draft
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
-from drafters import CASES, HEADS, TOKENS, all_heads, make_adapter, name_of, run_jobs
+from drafters import CASES, DAMAGED, DEFAULT, HEADS, QUANTISED, TOKENS, name_of
+from quantised import rounded_as_int8
 from transformers import AutoModelForCausalLM
 
 from caft_plugin import CAFTConfig
@@ -18,19 +17,20 @@ from caft_plugin.heads_folder import HeadsFolder, resolve_wiring
 from caft_plugin.trunk import find_trunk
 
 BEYOND = HEADS + 2  # tokens, so that the last step of a text is known to its end
+NEAR = 4  # draft tokens by which counts may differ for rounding
 WAYS = {"1": 1, "2, in chunks, nothing cached": 2, "3, one at a time": 3, "4": 4, "4, cached prompts": 4, "eagle3": 1}
 
 
 @torch.no_grad()
-def proposals(folder, prompts, texts):
-    """Each text, written on by BEYOND tokens, and what each head proposes at each position of prompt and text."""
-    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32).eval()
+def proposals(folder, model, prompts, texts):
+    """Each text, written on by BEYOND tokens; what each head proposes at each position of prompt and text; and how many
+    tokens of the texts the model itself writes."""
     heads_folder, trunk = HeadsFolder.open(folder), find_trunk(model)
     asked = CAFTConfig(num_heads=HEADS, heads=str(folder), train_heads="frozen")
     config = resolve_wiring(asked, heads_folder.record)
     heads = build_heads(model, trunk, config, seed=0)
     heads_folder.load_into(heads, trunk.layer_class)
-    longer, proposed, noted = [], [], {}
+    longer, proposed, own, noted = [], [], 0, {}
     trunk.last_layer.register_forward_pre_hook(
         lambda layer, args, kwargs: noted.update(call=LayerCall.of(args, kwargs)), with_kwargs=True
     )
@@ -40,7 +40,7 @@ def proposals(folder, prompts, texts):
         for _ in range(BEYOND):
             ids = torch.cat([ids, model(ids, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
         logits, by_head = model(ids, use_cache=False).logits, []
-        assert logits[0, len(prompt) - 1 : -1].argmax(-1).tolist() == ids[0, len(prompt) :].tolist()
+        own += int((logits[0, len(prompt) - 1 :].argmax(-1)[:TOKENS] == ids[0, len(prompt) :][:TOKENS]).sum())
         call, final = noted["call"], noted["final"]
         source = final if config.head_input == "final" else call.hidden_states
         for layer in heads.layers:
@@ -49,7 +49,7 @@ def proposals(folder, prompts, texts):
             by_head.append(trunk.logits(hidden).argmax(-1).tolist())
         longer.append(ids[0, len(prompt) :].tolist())
         proposed.append(by_head)
-    return longer, proposed
+    return longer, proposed, own
 
 
 def simulated(prompts, texts, proposed, tokens):
@@ -75,36 +75,59 @@ def counted(result):
     return after["num_drafts"] - before["num_drafts"], by_place
 
 
+def loaded(folder):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
 @pytest.mark.parametrize("case", [name_of(case) for case in CASES])
 def test_texts_and_counts(asked, prompts, case):
     found = asked[case]
-    plain = found["texts"]["plain"]["texts"]
-    assert all(len(text) == TOKENS for text in plain)
-    longer, proposed = proposals(found["folder"], prompts, plain)
-    assert len(found["ways"]) >= 2
-    for way in found["ways"][1:]:
-        result = found["texts"][way]
-        assert result["texts"] == plain, way
+    [plain] = asked[name_of((case.split("-")[0], *DEFAULT))]["plain"]
+    longer, proposed, own = proposals(found["folder"], loaded(found["folder"] / "model"), prompts, plain["texts"])
+    assert own == TOKENS * len(prompts)
+    ways = WAYS.keys() & found.keys()
+    assert ways
+    for way in ways:
+        result = found[way][-1]
+        assert result["texts"] == plain["texts"], way
         drafts, accepted = simulated(prompts, longer, proposed, WAYS[way])
         assert counted(result) == (drafts, accepted), way
         assert accepted[0] > 0
 
 
-def test_an_adapter_served_next_to_its_base(tmp_path, prompts):
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+def test_a_quantised_model(asked, prompts, scheme):
+    """Texts are those of the same model without drafter, and its heads, which stay plain, draft as well as by the
+    reference: up to ties, since vLLM's kernels round activations (int8) or compute in float16 (int4)."""
+    if scheme not in QUANTISED:
+        pytest.skip("vLLM's kernel for weights in 4 bits needs a CPU with AVX-512")
+    found = asked[scheme]
+    [plain], [result] = found["plain"], found["4"]
+    assert result["texts"] == plain["texts"]
+    model = loaded(found["folder"] / "dequantised")
+    for name, module in model.named_modules():
+        if scheme == "int8" and name.endswith("_proj"):
+            module.register_forward_pre_hook(lambda module, args: (rounded_as_int8(*args),))
+    longer, proposed, own = proposals(found["folder"], model, prompts, plain["texts"])
+    assert own >= 0.97 * TOKENS * len(prompts)
+    drafts, accepted = simulated(prompts, longer, proposed, 4)
+    assert accepted[0] > 20
+    assert counted(result)[0] == pytest.approx(drafts, abs=NEAR)
+    assert counted(result)[1] == pytest.approx(accepted, abs=NEAR)
+
+
+def test_an_adapter_served_next_to_its_base(asked):
     """Texts are plain vLLM's, with the adapter named in the request and without; its heads draft for both, and better
     for it."""
-    make_adapter(tmp_path)
-    jobs, accepted = [], {}
-    for of in ("adapter", "base"):
-        for way, speculative in (("plain", None), ("drafted", all_heads(tmp_path, 2))):
-            job = {"model": str(tmp_path / "model"), "speculative": speculative, "prompts": prompts, "tokens": TOKENS}
-            adapter = str(tmp_path / "out") if of == "adapter" else None
-            jobs.append({**job, "adapter": adapter, "out": str(tmp_path / f"{of} {way}.json")})
-    result = run_jobs(tmp_path, jobs)
-    assert result.returncode == 0, result.stderr[-6000:]
-    texts = {}
-    for of in ("adapter", "base"):
-        plain, drafted = (json.loads((tmp_path / f"{of} {way}.json").read_text()) for way in ("plain", "drafted"))
-        assert drafted["texts"] == plain["texts"]
-        texts[of], accepted[of] = plain["texts"], counted(drafted)[1][0] / counted(drafted)[0]
-    assert texts["adapter"] != texts["base"] and accepted["adapter"] > accepted["base"]
+    found, rates = asked["adapter"], []
+    for plain, result in zip(found["plain"], found["2"], strict=True):
+        assert result["texts"] == plain["texts"]
+        drafts, accepted = counted(result)
+        rates.append(accepted[0] / drafts)
+    of_base, of_adapter = rates
+    assert found["plain"][0]["texts"] != found["plain"][1]["texts"] and of_adapter > of_base
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_drafter_that_does_not_fit_stops_the_start(asked, name):
+    assert DAMAGED[name][2] in asked[name]["damaged"]["error"]
