@@ -6,8 +6,8 @@ The model and its heads are those of decoding.py, made only if their folders are
 heads, and those heads trained further on the tuned model's own answers. Each way to serve (plain, heads with 1 to 4
 draft tokens, vLLM's n-gram matching) is a process of its own that keeps its engine. In each round all of them write
 texts to the same held-out prompts, in turn, and the ratios to plain are taken within the round. With one request at a
-time transformers writes these texts too, plain and with the Drafter. Prints Markdown, and keeps the figures in
-OUT/serving.json, which is written after each round.
+time transformers writes these texts too, plain and with the Drafter. Prints Markdown; OUT/serving.md and
+OUT/serving.json, with the figures of each round, are written after each round.
 """
 
 from __future__ import annotations
@@ -45,12 +45,11 @@ WAYS = {
     **{f"tuned-{n}": (TUNED, n) for n in (1, 2, 4)},
     "ngram": (LOOKUP, 5),  # as in vLLM's documentation
 }
-TEXT_LENGTH = 256  # tokens, prompts included
 ENGINE: dict[str, object] = {
-    "max_model_len": TEXT_LENGTH,
+    "max_model_len": 512,
     "max_num_batched_tokens": 1024,
     "enable_prefix_caching": False,  # the ways would find a prompt cached in later rounds
-    "kv_cache_memory_bytes": 1 << 28,
+    "kv_cache_memory_bytes": 1 << 28,  # for 5,000 tokens; all of it is resident, in each server
 }
 PAUSE = 0.1  # seconds before each timing, for the threads of the process before to fall asleep
 
@@ -68,7 +67,7 @@ class Round:
     same: int = 0  # texts that are those of plain serving
     texts: int = 0
     drafts: int = 0
-    accepted: list[int] = dataclasses.field(default_factory=list)  # draft tokens, by place
+    accepted: list[int] = dataclasses.field(default_factory=list)  # draft tokens by place, as vLLM counts them
 
     @property
     def speed(self) -> float:
@@ -203,9 +202,8 @@ class InTransformers:
         return [self._round(name, way, found.texts, number) for name, way in found.ways.items()]
 
     def _round(self, name: str, way: Way, texts: int, number: int) -> Round:
-        accepted = way.drafted.accepted if way.drafted else []
-        way_name = f"{IN_TRANSFORMERS}, {name}"
-        return Round(way_name, 1, number, way.seconds[0], way.tokens[0], way.passes, way.same, texts, accepted=accepted)
+        name = f"{IN_TRANSFORMERS}, {name}"
+        return Round(name, 1, number, way.seconds[0], way.tokens[0], way.passes, way.same, texts)
 
 
 def named(key: str) -> str:
@@ -240,32 +238,45 @@ def table(rounds: list[Round], requests: int, ways: dict[str, str]) -> str:
         speed = statistics.median(one.speed for one in found)
         same = f"{sum(one.same for one in found)} of {sum(one.texts for one in found)}"
         cells = [name, f"{tokens_per_step(found):.2f}", f"{speed:.1f}", against(found, plain)]
-        lines.append("| " + " | ".join([*cells, "" if way == "plain" else same]) + " |")
+        lines.append(f"| {' | '.join([*cells, '' if way == 'plain' else same])} |")
     return "\n".join(lines)
 
 
 def beside_speculate(rounds: list[Round], ways: list[str]) -> str:
     """The tokens per step of the same heads in vLLM and in transformers, one request at a time."""
-    lines = ["| | in vLLM | `caft speculate --num-draft` | difference |", "| --- " * 4 + "|"]
+    lines = ["| | accepted by place, % | tokens per step | `caft speculate` | difference |", "| --- " * 5 + "|"]
     for key in ways:
-        theirs = of_way(rounds, f"{IN_TRANSFORMERS}, {key}", 1)
-        if theirs:
-            here, there = tokens_per_step(of_way(rounds, key, 1)), tokens_per_step(theirs)
-            lines.append(f"| {named(key)} | {here:.3f} | {there:.3f} | {here / there - 1:+.1%} |")
+        if WAYS[key][0] not in (FURTHER, TUNED):
+            continue
+        found, theirs = of_way(rounds, key, 1), of_way(rounds, f"{IN_TRANSFORMERS}, {key}", 1)
+        drafts = sum(one.drafts for one in found)
+        places = zip(*(one.accepted for one in found), strict=True)
+        accepted = ", ".join(f"{100 * sum(place) / drafts:.0f}" for place in places)
+        here, there = tokens_per_step(found), tokens_per_step(theirs)
+        lines.append(f"| {named(key)} | {accepted} | {here:.3f} | {there:.3f} | {here / there - 1:+.1%} |")
     return "\n".join(lines)
 
 
-def markdown(about: str, rounds: list[Round], requests: list[int], ways: list[str]) -> str:
+def about_run(options: argparse.Namespace, server: dict[str, str]) -> str:
+    return (
+        f"{options.dtype} on {processor(torch.device('cpu'))}, greedy, at most {NEW_TOKENS} tokens a text; vLLM "
+        f"{server['vllm']}, {'eager' if options.eager else 'compiled'}, torch {server['torch']}, {server['openmp']}; "
+        f"transformers {transformers.__version__}, torch {torch.__version__}"
+    )
+
+
+def markdown(about: str, rounds: list[Round], ways: list[str]) -> str:
     parts = [about]
-    for number in requests:
+    for requests in sorted({found.requests for found in rounds}):
         rows = {key: named(key) for key in ways}
-        if number == 1:
+        if requests == 1:
             rows |= {f"{IN_TRANSFORMERS}, {name}": f"{IN_TRANSFORMERS}, {name}" for name in (PLAIN, FURTHER)}
-        texts = sum(found.texts for found in of_way(rounds, "plain", number))
-        parts.append(f"## {number} at a time, {texts} texts\n\n{table(rounds, number, rows)}")
-    if 1 in requests:
-        parts.append(f"## Tokens per step\n\n{beside_speculate(rounds, ways)}")
-    return "\n\n".join(parts)
+        plain = of_way(rounds, "plain", requests)
+        title = f"{requests} at a time, {sum(found.texts for found in plain)} texts in {len(plain)} rounds"
+        parts.append(f"## {title}\n\n{table(rounds, requests, rows)}")
+        if requests == 1:
+            parts.append(f"## Tokens per step, 1 at a time\n\n{beside_speculate(rounds, ways)}")
+    return "\n\n".join(parts) + "\n"
 
 
 def main() -> None:
@@ -293,13 +304,7 @@ def main() -> None:
     prompts = read_prompts(DATA / "molecules-heldout.jsonl", in_transformers.tokenizer)
     rounds: list[Round] = []
     with started(options, heads) as servers:
-        versions = servers["plain"].about
-        about = (
-            f"{options.dtype} on {processor(torch.device('cpu'))}, vLLM {versions['vllm']} "
-            f"({'eager' if options.eager else 'compiled'}) with torch {versions['torch']}, {versions['openmp']}; "
-            f"transformers {transformers.__version__} with torch {torch.__version__}; greedy, at most {NEW_TOKENS} tokens, "
-            f"rounds: {options.rounds}"
-        )
+        about = about_run(options, servers["plain"].about)
         for requests in options.requests:
             for server in servers.values():
                 server.write(prompts[:requests], requests, 8)
@@ -311,7 +316,8 @@ def main() -> None:
                 rounds += in_transformers.write(asked, number)
             kept = {"about": about, "rounds": [dataclasses.asdict(found) for found in rounds]}
             (options.out / "serving.json").write_text(json.dumps(kept, indent=1) + "\n")
-    print(markdown(about, rounds, options.requests, options.ways))
+            (options.out / "serving.md").write_text(markdown(about, rounds, options.ways))
+    print(markdown(about, rounds, options.ways))
 
 
 if __name__ == "__main__":
