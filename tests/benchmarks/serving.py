@@ -48,7 +48,7 @@ WAYS = {
 ENGINE: dict[str, object] = {
     "max_model_len": 512,
     "max_num_batched_tokens": 1024,
-    "enable_prefix_caching": False,  # the ways would find a prompt cached in later rounds
+    "enable_prefix_caching": False,  # rounds share prompts: later ones would find them cached
     "kv_cache_memory_bytes": 1 << 28,  # for 5,000 tokens; all of it is resident, in each server
 }
 PAUSE = 0.1  # seconds before each timing, for the threads of the process before to fall asleep
