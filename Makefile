@@ -43,7 +43,7 @@ AXOLOTL_ENV := PATH="$(abspath $(BIN)):$$PATH" AXOLOTL_DO_NOT_TRACK=1 TOKENIZERS
 
 .DEFAULT_GOAL := help
 .PRECIOUS: %/.torch %/.dependencies %/.package
-.PHONY: help venv environments demo model train merge report study study-report test test-serving soak bench bench-official bench-decoding gpu lint format clean
+.PHONY: help venv environments demo model train merge report study study-report test test-serving soak bench bench-official bench-decoding bench-serving gpu lint format clean
 .DELETE_ON_ERROR:
 
 help:  ## show this list
@@ -187,6 +187,10 @@ bench-official: model $(TRL_VENV)/.package $(VENV)-official/.ready  ## the same,
 
 bench-decoding: model  ## what heads bring as drafters: fine-tunes, boosts, measures (an hour and a half on two cores)
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$(CORES)} "$(BIN)/python" tests/benchmarks/decoding.py --model $(SMOLLM2) $(BENCH_ARGS)
+
+bench-serving: model $(VLLM_VENV)/.package  ## the same heads in vLLM: makes what bench-decoding has not made, measures (half an hour without that)
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$(CORES)} "$(BIN)/python" tests/benchmarks/serving.py --model $(SMOLLM2) \
+		--vllm "$(abspath $(VLLM_VENV))/bin/python" $(BENCH_ARGS)
 
 gpu: $(VENV)/.package  ## what only a GPU can do, beside the same on a CPU and without us (10 minutes; says so without a GPU)
 	@"$(BIN)/python" tests/gpu/check.py $(GPU_ARGS)
