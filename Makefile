@@ -160,7 +160,7 @@ test: environments  ## run every test, on Axolotl's stack, on the newest one and
 	@$(MAKE) --no-print-directory test-serving
 
 # Where PYTEST_ARGS chooses tests, there may be none of these among them (pytest's code 5).
-test-serving: $(if $(NO_VLLM),,$(VLLM_VENV)/.package)  ## serve heads with a real vLLM on a CPU: texts, and counts to the digit (Linux; 4 minutes)
+test-serving: $(if $(NO_VLLM),,$(VLLM_VENV)/.package)  ## serve heads with a real vLLM on a CPU: texts, and counts to the digit (Linux; 2 minutes)
 ifeq ($(NO_VLLM),)
 	@"$(VLLM_VENV)/bin/pytest" $(PYTEST) $(PYTEST_ARGS) tests/serving tests/test_private_names.py || \
 		$(if $(strip $(PYTEST_ARGS)),[ $$? -eq 5 ],exit 1)

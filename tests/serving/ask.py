@@ -79,13 +79,14 @@ def main() -> None:
     for module in AHEAD:
         import_module(module)
     gc.freeze()  # an engine's start collects garbage several times, and need not search what is imported
-    for number, job in enumerate(json.loads(Path(sys.argv[1]).read_text())):
+    jobs = json.loads(Path(sys.argv[1]).read_text())
+    for number, job in enumerate(jobs):
         if number >= AT_A_TIME:
             os.wait()
         if os.fork() == 0:
             answer(job)
             os._exit(0)
-    for _ in range(AT_A_TIME):
+    for _ in jobs[:AT_A_TIME]:
         os.wait()
 
 

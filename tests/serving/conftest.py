@@ -86,9 +86,10 @@ def asked(tmp_path_factory, prompts) -> dict[str, dict[str, dict]]:
         for way, settings in of_case.items()
     ]
     result = run_jobs(root, jobs)
-    for job in jobs:
-        assert Path(job["out"]).exists(), result.stderr[-6000:]
-    return {
-        case: {"folder": root / case, **{way: json.loads((root / case / f"{way}.json").read_text()) for way in of_case}}
-        for case, of_case in ways.items()
-    }
+    found: dict[str, dict] = {case: {"folder": root / case} for case in ways}
+    for case, way in ((case, way) for case, of_case in ways.items() for way in of_case):
+        file = root / case / f"{way}.json"
+        assert file.exists(), result.stderr[-6000:]
+        found[case][way] = written = json.loads(file.read_text())
+        assert "error" not in written or case in DAMAGED, written["error"]
+    return found

@@ -111,7 +111,7 @@ def test_a_quantised_model(asked, prompts, scheme):
     longer, proposed, own = proposals(found["folder"], model, prompts, plain["texts"])
     assert own >= 0.97 * TOKENS * len(prompts)
     drafts, accepted = simulated(prompts, longer, proposed, 4)
-    assert accepted[0] > 20
+    assert accepted[0] > 10
     assert counted(result)[0] == pytest.approx(drafts, abs=NEAR)
     assert counted(result)[1] == pytest.approx(accepted, abs=NEAR)
 
