@@ -92,26 +92,3 @@ is found by {separate}, `concat` by {concat}. With as many optimizer steps: [C](
 own evidence, at 8B, stands below.
 9. A default of the product changes where a study says 'better'. None did, so none was changed.
 10. Whatever you switch on: run the next-token arm with the same seeds beside it, three at least."""
-
-# The rest is for the README at the top: whom the methods are for where no primary comparison came out better, and where
-# some did.
-FOR_WHOM = (
-    "**For whom they are**: for those who want the tuned model to write faster "
-    "([CAFT's heads](#write-faster-with-the-heads)), and for those who go by "
-    "[the papers' own results](trl_examples/study/README.md#the-papers-own-results) at 8B. Two studies of ours on a "
-    "model of 135M showed no gain in quality by either ([does it help?](#does-it-help))."
-)
-HELPED = (
-    "**Where they helped**, in our studies of a model of 135M: {questions} ([does it help?](#does-it-help)) "
-    "CAFT's heads also let the tuned model [write faster](#write-faster-with-the-heads)."
-)
-
-SECOND = """\
-Two studies of {model}, every question declared before its runs. The second asked where the methods should help.
-{state}"""
-
-FIRST = """\
-For comparison, 30 % more labelled rows changed the held-out loss by {ruler}. The first study was short fine-tuning:
-{runs}, which two cores can repeat, for {planned} questions, {outcomes}. {answer}. [The
-studies](trl_examples/study/README.md) say when to switch which method on, what it costs, and what a user of an 8B model
-may conclude."""
