@@ -61,7 +61,7 @@ CONCLUSIONS = """\
 - An effect that is shown here, on a small model, is a reason to expect the same sign at 8B, and no more than that. It
   does not give the size: the papers' gains are on other models, tasks and lengths of training.
 - What the methods cost in time is measured at this size; for another one take
-  [the formula](../../caft_plugin/README.md#what-the-heads-cost).
+  [the formula](../../caft_plugin/MANUAL.md#what-the-heads-cost).
 - No difference shown here does not mean that there is none at 8B. The papers report gains on generated text, where a
   model of 135M is too weak to show any; the held-out loss is the sensitive measure here, and it is not what the
   papers report.
@@ -76,7 +76,7 @@ DEFAULTS = (
 # The report fills it in and wraps each item.
 WHEN = """\
 1. **You want the fine-tuned model to write faster, the same text**: CAFT with heads that are trained, then the
-[booster](../../caft_plugin/README.md#write-faster-with-the-heads). With beta 0.3, constant, heads bring {trained}
+[booster](../../caft_plugin/MANUAL.md#write-faster-with-the-heads). With beta 0.3, constant, heads bring {trained}
 tokens a pass on the tuned model's own greedy texts; frozen ones, made for the base model, {kept}.
 2. That costs {times} times the training time (four heads; one drawn head a step costs least), and nothing once the
 heads are gone.
