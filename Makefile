@@ -154,7 +154,7 @@ NEWEST := tests/test_golden.py tests/test_heads.py tests/test_training.py tests/
 	tests/integration/test_trl.py tests/integration/test_trl_meap.py tests/integration/test_restart.py \
 	tests/integration/test_notebook.py
 
-test: environments  ## run every test, on Axolotl's stack, on the newest one and with a real vLLM
+test: environments  ## run every test, on Axolotl's stack, on the newest one and with a real vLLM (40 minutes on two cores)
 	@PATH="$(abspath $(BIN)):$$PATH" "$(BIN)/pytest" $(PYTEST) $(PYTEST_ARGS)
 	@"$(TRL_VENV)/bin/pytest" $(PYTEST) $(PYTEST_ARGS) $(NEWEST)
 	@$(MAKE) --no-print-directory test-serving

@@ -39,7 +39,7 @@ LONGEST_LAG = 32  # passes that a head has not read
 Kwargs = dict[str, Any]  # of the model, as `generate` hands them on from pass to pass
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(repr=False)
 class Drafted:
     """What came of one text: of each head how often its guess was sent to the model and how often it was right there,
     and how many passes of the model brought 1, 2, ... tokens."""
@@ -57,6 +57,10 @@ class Drafted:
             ours, theirs = getattr(self, name), getattr(other, name)
             setattr(self, name, [a + b for a, b in zip(ours, theirs, strict=True)])
         return self
+
+    def __repr__(self) -> str:
+        accepted = ", ".join(f"{right} of {sent}" for right, sent in zip(self.accepted, self.drafted, strict=True))
+        return f"<{self.tokens} tokens in {self.passes} forward passes, draft tokens accepted by head: {accepted}>"
 
     def note(self, sent: list[int], came: list[int]) -> None:
         """A pass that checked the draft tokens `sent` and brought the tokens `came`."""
@@ -151,6 +155,10 @@ class Drafter:
         folder.load_into(built, trunk.layer_class)
         folder.warn_of_model(built.origin, trunk.model.config)
         return cls(model, built, config, num_draft=num_draft, confidence=confidence)
+
+    def __repr__(self) -> str:
+        length = "chosen in every step" if self.num_draft is None else f"{self.num_draft} in every step"
+        return f"<Drafter for {type(self.model).__name__}: {len(self.heads)} heads, draft tokens: {length}>"
 
     @property
     def trunk(self) -> Trunk:

@@ -291,6 +291,7 @@ def read_record(folder: Path) -> HeadsRecord:
         ConfigError: the folder is not a readable heads folder.
     """
     content = read_small(folder, RECORD)
+    _refuse_model(folder, content)
     try:
         return HeadsRecord.model_validate(json.loads(content.decode(), object_pairs_hook=_once_each), strict=True)
     except ValidationError as error:
@@ -303,6 +304,15 @@ def read_record(folder: Path) -> HeadsRecord:
         f"caft.heads: {folder / RECORD} is not a heads record this version reads ({shown(problem)}). "
         "Make the folder again, or take the one that came with these heads."
     )
+
+
+def _refuse_model(folder: Path, config: bytes) -> None:
+    """Raise ConfigError where a config.json is a model's, and say where its heads are."""
+    if b'"architectures"' not in config or b'"head_input"' in config:
+        return
+    near = folder.parent / FOLDER  # of a merged model
+    heads = f"Its heads are in {near}." if (near / RECORD).is_file() else f"A run leaves its heads in {FOLDER}/."
+    raise ConfigError(f"caft.heads: got {folder}, which is a model's folder without heads. {heads}")
 
 
 def _once_each(pairs: list[tuple[str, object]]) -> dict[str, object]:

@@ -420,6 +420,16 @@ def test_last_is_of_the_thread_that_asks(tiny_model):
     assert drafter.last.tokens == 5
 
 
+def test_what_is_printed(tiny_model):
+    drafter = drafter_of(tiny_model, num_heads=2, num_draft=2)
+    assert repr(drafter) == "<Drafter for LlamaForCausalLM: 2 heads, draft tokens: 2 in every step>"
+    assert "draft tokens: chosen in every step" in repr(drafter_of(tiny_model))
+    written(tiny_model, prompt(), max_new_tokens=7, custom_generate=drafter)
+    last = drafter.last
+    by_head = f"{last.accepted[0]} of {last.drafted[0]}, {last.accepted[1]} of {last.drafted[1]}"
+    assert repr(last) == f"<7 tokens in {last.passes} forward passes, draft tokens accepted by head: {by_head}>"
+
+
 COMPILED = {
     "forward": lambda model: setattr(model, "forward", torch.compile(model.forward, backend="eager", dynamic=True)),
     "decoder's forward": lambda model: setattr(

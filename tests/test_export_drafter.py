@@ -108,9 +108,10 @@ def row(guide, number):
     return float(found[1]), float(found[2])
 
 
+@pytest.mark.parametrize("tokens", [[1.5, 1.8, 1.81], [1.5, 2.4, 3.6], [1.0, 1.0, 1.0]])
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("shards", [False, True])
-def test_the_number_of_draft_tokens_is_the_fastest_by_what_speculate_found(tmp_path, tied, shards):
+def test_the_number_of_draft_tokens_is_recommended_by_what_speculate_found(tmp_path, tokens, tied, shards):
     """A step reads the model's weights (not the embedding), a head's for each draft token, and the unembedding's."""
     model = AutoModelForCausalLM.from_config(LlamaConfig(**{**LLAMA, "tie_word_embeddings": tied}))
     made(tmp_path / "out", model=model)
@@ -121,15 +122,14 @@ def test_the_number_of_draft_tokens_is_the_fastest_by_what_speculate_found(tmp_p
     head = sum(parameter.numel() for parameter in model.model.layers[-1].parameters())
     unembedding = model.lm_head.weight.numel()
     read = sum(parameter.numel() for parameter in model.parameters()) - (0 if tied else unembedding)
-    tokens = [1.5, 1.8, 1.81]
     keep(tmp_path / "out" / "caft_heads", "mine", 7, 0.0, tokens)
     guide = export_drafter(str(tmp_path / "out"), str(tmp_path / "out"), tmp_path / "drafter")
     speeds = [sum_ / (1 + (n * head + unembedding) / read) for n, sum_ in enumerate(tokens, 1)]
     for number, (brings, speed) in enumerate(zip(tokens, speeds, strict=True), 1):
         assert row(guide, number) == pytest.approx((brings, speed), abs=0.006)  # two digits
     assert "found, with mine on 7 prompts at temperature 0:" in guide
-    fastest = 1 + speeds.index(max(speeds))
-    assert f'"num_speculative_tokens": {fastest}, ' in guide and f"It proposes {fastest} draft token" in guide
+    few = min(number for number in (1, 2, 3) if speeds[number - 1] >= 0.95 * max(speeds))
+    assert f'"num_speculative_tokens": {few}, ' in guide and f"It proposes {few} draft token" in guide
     assert ("These heads do not pay" in guide) == (max(speeds) <= 1)
 
 

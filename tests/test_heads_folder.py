@@ -48,6 +48,18 @@ def load(model, folder, **settings):
     return heads
 
 
+def test_a_models_folder_is_told_from_a_heads_folder(tiny_model, folder):
+    """The likely slip: the merged model's folder given as heads."""
+    tiny_model.save_pretrained(folder.parent / "merged")
+    with pytest.raises(
+        ConfigError, match=rf"merged, which is a model's folder without heads. Its heads are in {folder}"
+    ):
+        HeadsFolder.open(folder.parent / "merged")
+    tiny_model.save_pretrained(folder.parent / "elsewhere" / "model")
+    with pytest.raises(ConfigError, match="model's folder without heads. A run leaves its heads in caft_heads/"):
+        HeadsFolder.open(folder.parent / "elsewhere" / "model")
+
+
 def test_a_file_with_more_heads_serves_its_first_ones(tiny_model, folder):
     saved = load_file(folder / WEIGHTS)
     heads = load(tiny_model, folder, num_heads=2)

@@ -1,6 +1,6 @@
 """The READMEs: links lead somewhere, keys exist, the package index gets links that work there.
 
-`python tests/test_readme.py` writes the configuration tables in caft_plugin/README.md from the config classes.
+`python tests/test_readme.py` writes the configuration tables in caft_plugin/MANUAL.md from the config classes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from paths import ROOT
 from caft_plugin.config import CAFTConfig, MEAPConfig, PretrainConfig, accepted
 
 README = ROOT / "README.md"
-KEYS = ROOT / "caft_plugin" / "README.md"
+KEYS = ROOT / "caft_plugin" / "MANUAL.md"
 BLOCKS = (CAFTConfig, MEAPConfig, PretrainConfig)
 FOLDERS = ("caft_plugin", "axolotl_configs", "trl_examples", "tests")
 PAGES = sorted([*ROOT.glob("*.md"), *(page for folder in FOLDERS for page in (ROOT / folder).rglob("*.md"))])

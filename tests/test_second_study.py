@@ -270,25 +270,6 @@ def test_paths_are_compared_by_the_seeds_that_learnt_them():
     assert report2.least_seen(found) == "4 of 5 seeds"
 
 
-@pytest.mark.parametrize(("apart", "helps"), [(-0.1, True), (0.1, False), (0.0, False)])
-def test_the_readme_at_the_top_says_where_it_helped_or_for_whom_it_is(apart, helps):
-    lines = with_losses("caft", [apart + 0.001 * (seed - 2) for seed in range(5)])
-    said, question = report.for_whom(lines), "Does CAFT help where data are few?"
-    assert (
-        said.startswith("**Where they helped**" if helps else "**For whom they are**") and (question in said) == helps
-    )
-    verdict = "better" if helps else "worse" if apart else "no difference shown"
-    row = next(row for row in report2.short_table(lines).splitlines() if question in row)
-    shown = f"{apart:+.4f}" if apart else "0.0000"
-    assert row.endswith(f"| {verdict} |") and f"held-out loss ↓: {shown} (" in row
-    readme = report.with_sections(
-        "a <!-- for whom -->old<!-- end of for whom --> b <!-- the study --><!-- end of the study -->", lines
-    )
-    assert "old" not in readme and said in readme and row in readme and readme.startswith("a <!-- for whom -->")
-    with pytest.raises(ValueError):
-        report.with_sections("<!-- for whom -->", lines)
-
-
 def test_runs_of_other_kinds_of_machine_are_no_pair():
     lines = [*with_losses("caft", [-0.1, -0.1]), line("few", "caft", 2, "other", heldout_loss=0.0)]
     lines.append(line("few", "ntp", 2, "this", heldout_loss=9.0))

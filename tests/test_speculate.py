@@ -17,7 +17,7 @@ from caft_plugin.decoding import Drafted
 from caft_plugin.heads_folder import save_heads
 from caft_plugin.serving.recommendation import kept
 from caft_plugin.tools.cli import commands
-from caft_plugin.tools.speculate import HEADS, LOOKUP, PLAIN, speculate
+from caft_plugin.tools.speculate import HEADS, LOOKUP, PLAIN, as_table, speculate
 
 PROMPTS = [[5, 6, 7, 8], [9, 10, 11], [12, 13, 12, 13, 12]]
 NEW = 20
@@ -75,6 +75,13 @@ def test_steps_are_those_of_a_drafter_that_always_sends(model, wiring):
         drafted += way.drafted
         assert (counted, steps.tokens) == (drafted.passes, drafted.tokens) == (way.passes, way.tokens[0])
     assert steps.tokens_per_step()[0] == steps.tokens / steps.steps[0]
+
+
+def test_heads_of_which_nothing_is_accepted(model):
+    found = compared(model, drafter_of(model, num_draft=4), runs=1, lookup=False)
+    assert "No draft token was accepted" not in as_table(found)
+    found.ways[HEADS].drafted.accepted = [0, 0, 0, 0]
+    assert "No draft token was accepted" in as_table(found)
 
 
 def test_texts_that_differ_are_counted(model, monkeypatch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 import sys
 
 import numpy as np
@@ -304,10 +305,19 @@ def test_the_report_is_the_same_bytes_each_time(lines, tmp_path):
 def test_what_is_committed_is_what_the_committed_results_say():
     lines = results.read()
     report.check(lines)
-    readme = report.README.read_text(encoding="utf-8")
     for name, page in (("README.md", report.page), ("study-1.md", report.first_page)):
         assert (report.HERE / name).read_text(encoding="utf-8") == page(lines), "run: make study-report"
-    assert readme == report.with_sections(readme, lines), "run: make study-report"
+
+
+def test_figures_in_the_top_readme_stand_in_the_report():
+    """Its sentences are written by hand."""
+    readme, page = ((folder / "README.md").read_text(encoding="utf-8") for folder in (ROOT, report.HERE))
+    answer = re.search(r"(?ms)^## Does it improve quality\?$(.*?)^## ", readme)[1]
+    runs, *figures = re.findall(r"\d+(?:\.\d+)?", answer.split("](")[0])
+    lines = results.read()
+    assert int(runs) == len(design.plan()) + report.report2.progress(lines)[0]
+    assert {"0.039", "0.056", "0.0759"} < set(figures)
+    assert not [figure for figure in figures if figure not in re.findall(r"\d+(?:\.\d+)?", page)]
 
 
 # 97.5 % quantiles of Student's t by degrees of freedom, from a printed table

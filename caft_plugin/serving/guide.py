@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from caft_plugin.model_loading import Source
-from caft_plugin.serving.recommendation import Cost, Drafting, fastest, speeds
+from caft_plugin.serving.recommendation import Cost, Drafting, recommended, speeds
 
 Format = Literal["vllm", "eagle3"]
 
@@ -44,11 +44,12 @@ def advice_on(found: Drafting | None, cost: Cost, count: int) -> Advice:
         ),
         "",
         "The last column is an estimate for one request at a time, where reading weights takes a step's time. With",
-        "many requests at a time draft tokens bring less, and may cost more than they bring.",
+        "many requests at a time each draft token costs more, so the recommended number is the smallest that is within",
+        "5 % of the fastest.",
     ]
     if max(against_plain) <= 1:
         lines += ["", "These heads do not pay. Train them further: `caft pretrain-heads --targets model`."]
-    return Advice(fastest(tokens, cost), lines)
+    return Advice(recommended(tokens, cost), lines)
 
 
 def how_to_serve(source: Source, output: Path, form: Format, advice: Advice) -> str:

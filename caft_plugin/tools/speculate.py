@@ -186,6 +186,11 @@ def as_table(found: Comparison) -> str:
         if way.steps is not None:
             tokens = ", ".join(f"{n}: {tokens:.2f}" for n, tokens in enumerate(way.steps.tokens_per_step(), 1))
             lines.append(f"served with so many draft tokens in every step, tokens a step {tokens}")
+        if not any(way.drafted.accepted):
+            lines.append(
+                "No draft token was accepted: these heads are of another model, or hardly trained. Train them on what\n"
+                "this model writes: caft pretrain-heads --targets model --help"
+            )
     if any(way.drafted is not None and way.same < found.texts for way in found.ways.values()):
         lines += [
             "",

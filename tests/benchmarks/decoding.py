@@ -37,7 +37,7 @@ from caft_plugin.trunk import find_trunk
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT / "axolotl_configs" / "data"
-TUNED, BOOSTED, UNTRAINED = "heads, fine-tuned", "heads, boosted", "heads, untrained"
+TUNED, BOOSTED, UNTRAINED = "heads as fine-tuned", "heads trained further", "untrained heads"
 NEW_TOKENS = 80
 RUN = 20  # prompts: the unit whose speeds the medians are over
 WIDTHS = range(1, 6)

@@ -1,4 +1,4 @@
-"""What the heads add to a training step, against the formula in caft_plugin/README.md, at three sizes of model.
+"""What the heads add to a training step, against the formula in caft_plugin/MANUAL.md, at three sizes of model.
 
     python tests/benchmarks/growth.py [--pairs 10]
 

@@ -1,5 +1,5 @@
-"""`make study-report`: README.md and study-1.md here, their figures and the sentences in the repository's README.md,
-from results.jsonl and nothing else, the same bytes each time."""
+"""`make study-report`: README.md and study-1.md here and their figures, from results.jsonl and nothing else, the same
+bytes each time."""
 
 from __future__ import annotations
 
@@ -47,7 +47,6 @@ from estimates import (
 )
 
 HERE = Path(__file__).parent
-README = HERE.parents[1] / "README.md"
 
 
 def metrics_table(lines: Lines, task: str) -> str:
@@ -708,59 +707,9 @@ def when(lines: Lines) -> str:
     return "\n".join(filled(item, indent="   ") for item in items)
 
 
-def for_whom(lines: Lines) -> str:
-    """The sentence at the top of the repository's README."""
-    won = [c.question for method in methods() for c, outcome in primary_verdicts(lines, method) if outcome == "better"]
-    won += [answer.comparison.question for answer in report2.answers(lines) if answer.said == "better"]
-    return filled(words.HELPED.format(questions=" ".join(won)) if won else words.FOR_WHOM)
-
-
-def does_it_help(lines: Lines) -> str:
-    """The section of the repository's README."""
-    missing, planned = len(results.missing(lines)), len(design.plan())
-    first = words.FIRST.format(
-        ruler=with_interval(report2.ruler(lines), "heldout_loss", sign=True),
-        answer="; ".join(helped(lines, method) for method in methods()),
-        runs=f"{planned} runs, {missing} of them still to be done" if missing else f"{planned} runs",
-        planned=len(design.COMPARISONS),
-        outcomes=outcomes(lines),
-    )
-    second = filled(words.SECOND.format(model=design.MODEL, state=report2.state(lines)))
-    return "\n\n".join([second, report2.short_table(lines), filled(first)])
-
-
 def filled(text: str, indent: str = "") -> str:
     """The text in lines of at most 120 characters; `indent` stands before all but the first."""
     return textwrap.fill(text, 120, subsequent_indent=indent, break_on_hyphens=False, break_long_words=False)
-
-
-def outcomes(lines: Lines) -> str:
-    """How often each verdict was reached in the primary comparisons; the questions of those that show a difference."""
-    found: dict[str, list[str]] = {}
-    for comparison, outcome in (pair for method in methods() for pair in primary_verdicts(lines, method)):
-        found.setdefault(outcome, []).append(comparison.question)
-    counts = {outcome: f"{len(questions)} with '{outcome}'" for outcome, questions in found.items()}
-    named = (
-        f"{counts[said]} ({' '.join(found[said])})" if said in ("better", "worse") else counts[said] for said in found
-    )
-    return ", ".join(named)
-
-
-SECTIONS = {"for whom": for_whom, "the study": does_it_help}  # by the name in their marks
-
-
-def with_sections(text: str, lines: Lines) -> str:
-    """README.md's text, what stands between its marks written anew.
-
-    Raises:
-        ValueError: a pair of marks is not there once.
-    """
-    for name, write in SECTIONS.items():
-        start, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
-        before, rest = text.split(start)
-        _, after = rest.split(end)
-        text = f"{before}{start}\n\n{write(lines)}\n\n{end}{after}"
-    return text
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -778,9 +727,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, write in (("README.md", page), ("study-1.md", first_page)):
         (options.out / name).write_text(write(lines), encoding="utf-8")
     print(f"wrote README.md, study-1.md and {len(DRAWINGS)} figures into {options.out}")
-    if options.out == HERE:
-        README.write_text(with_sections(README.read_text(encoding="utf-8"), lines), encoding="utf-8")
-        print(f"and the study's sentences in {README}")
     return 0
 
 

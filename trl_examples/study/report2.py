@@ -218,18 +218,6 @@ def answers_table(lines: Lines) -> str:
     return table(head, rows)
 
 
-def short_table(lines: Lines) -> str:
-    """The four answers for the README at the top."""
-    rows = []
-    for answer in answers(lines):
-        one = answer.comparison
-        found = f"{title(one.metric)}: {with_interval(answer.difference, one.metric, sign=True)}"
-        if one.metric == "paths":
-            found = "seeds that learnt it: {}, without {}".format(*values(answer))
-        rows.append([one.question, found if answer.pairs else "-", least_seen(answer), answer.said])
-    return table(["question", "with the method minus without (95 %)", "could have been shown from", "verdict"], rows)
-
-
 # -- what was measured item by item -------------------------------------------------------------------
 
 

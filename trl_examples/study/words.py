@@ -61,7 +61,7 @@ CONCLUSIONS = """\
 - An effect that is shown here, on a small model, is a reason to expect the same sign at 8B, and no more than that. It
   does not give the size: the papers' gains are on other models, tasks and lengths of training.
 - What the methods cost in time is measured at this size; for another one take
-  [the formula](../../caft_plugin/README.md#what-the-heads-cost).
+  [the formula](../../caft_plugin/MANUAL.md#what-the-heads-cost).
 - No difference shown here does not mean that there is none at 8B. The papers report gains on generated text, where a
   model of 135M is too weak to show any; the held-out loss is the sensitive measure here, and it is not what the
   papers report.
@@ -76,7 +76,7 @@ DEFAULTS = (
 # The report fills it in and wraps each item.
 WHEN = """\
 1. **You want the fine-tuned model to write faster, the same text**: CAFT with heads that are trained, then the
-[booster](../../caft_plugin/README.md#write-faster-with-the-heads). With beta 0.3, constant, heads bring {trained}
+[booster](../../caft_plugin/MANUAL.md#write-faster-with-the-heads). With beta 0.3, constant, heads bring {trained}
 tokens a pass on the tuned model's own greedy texts; frozen ones, made for the base model, {kept}.
 2. That costs {times} times the training time (four heads; one drawn head a step costs least), and nothing once the
 heads are gone.
@@ -92,26 +92,3 @@ is found by {separate}, `concat` by {concat}. With as many optimizer steps: [C](
 own evidence, at 8B, stands below.
 9. A default of the product changes where a study says 'better'. None did, so none was changed.
 10. Whatever you switch on: run the next-token arm with the same seeds beside it, three at least."""
-
-# The rest is for the README at the top: whom the methods are for where no primary comparison came out better, and where
-# some did.
-FOR_WHOM = (
-    "**For whom they are**: for those who want the tuned model to write faster "
-    "([CAFT's heads](#write-faster-with-the-heads)), and for those who go by "
-    "[the papers' own results](trl_examples/study/README.md#the-papers-own-results) at 8B. Two studies of ours on a "
-    "model of 135M showed no gain in quality by either ([does it help?](#does-it-help))."
-)
-HELPED = (
-    "**Where they helped**, in our studies of a model of 135M: {questions} ([does it help?](#does-it-help)) "
-    "CAFT's heads also let the tuned model [write faster](#write-faster-with-the-heads)."
-)
-
-SECOND = """\
-Two studies of {model}, every question declared before its runs. The second asked where the methods should help.
-{state}"""
-
-FIRST = """\
-For comparison, 30 % more labelled rows changed the held-out loss by {ruler}. The first study was short fine-tuning:
-{runs}, which two cores can repeat, for {planned} questions, {outcomes}. {answer}. [The
-studies](trl_examples/study/README.md) say when to switch which method on, what it costs, and what a user of an 8B model
-may conclude."""
