@@ -389,6 +389,7 @@ def write_heads(
     there is one, all files are of one save."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / RECORD).unlink(missing_ok=True)
+    (folder / DRAFTING).unlink(missing_ok=True)  # of the heads that were here before
     for left_by_a_killed_run in folder.glob(".*.tmp"):
         left_by_a_killed_run.unlink(missing_ok=True)
     for name, tensors in ((LORA, lora), (WEIGHTS, weights)):

@@ -142,6 +142,15 @@ def test_fewer_heads_than_would_be_fastest(tmp_path):
     assert '"num_speculative_tokens": 1}' in guide and "| 1 | 2.00 |" in guide and "| 2 |" not in guide
 
 
+def test_heads_saved_again_are_not_recommended_by_what_their_predecessors_did(tmp_path):
+    model, heads = made(tmp_path / "out")
+    keep(tmp_path / "out" / "caft_heads", "mine", 7, 0.0, [2.0, 2.0, 2.0])
+    config = resolve_wiring(CAFTConfig(num_heads=HEADS, train_heads="frozen"), None)
+    save_heads(tmp_path / "out", heads, find_trunk(model), config, resumable=False)
+    guide = export_drafter(str(tmp_path / "out"), str(tmp_path / "out"), tmp_path / "drafter")
+    assert '"num_speculative_tokens": 3, ' in guide
+
+
 def test_without_what_speculate_finds_all_heads_draft(tmp_path):
     made(tmp_path / "out")
     guide = export_drafter(str(tmp_path / "out"), str(tmp_path / "out"), tmp_path / "drafter")
