@@ -4,6 +4,7 @@ here: tests/serving does that."""
 from __future__ import annotations
 
 import json
+import math
 import re
 
 import pytest
@@ -24,6 +25,7 @@ from caft_plugin.tools.cli import commands
 from caft_plugin.trunk import find_trunk
 
 HEADS = 3
+FIGURES = {"model": "mine", "weights": "0" * 64, "prompts": 7, "temperature": 0.0, "tokens_per_step": [1.5]}
 
 
 def made(folder, config=None, model=None, num_heads=HEADS, **wiring):
@@ -228,10 +230,29 @@ BAD = {
         lambda t: {"heads": speculated(t / "out", '{"tokens_per_step": "many"')},
         "Run `caft speculate` again with these heads, or remove",
     ),
-    "figures of another kind": (
+    **{
+        f"figures of another kind: {key} {value}": (
+            {},
+            lambda t, key=key, value=value: {"heads": speculated(t / "out", json.dumps({**FIGURES, key: value}))},
+            "drafting.json cannot be read",
+        )
+        for key, value in [
+            *(("tokens_per_step", found) for found in ([], [0.5], [math.nan], [math.inf], "many", [[1.5]], None)),
+            ("prompts", 0),
+            ("temperature", -1),
+            ("weights", None),
+            ("more", 1),
+        ]
+    },
+    "figures that are no JSON": (
         {},
-        lambda t: {"heads": speculated(t / "out", '{"tokens_per_step": []}')},
+        lambda t: {"heads": speculated(t / "out", "\x00[" * 1000)},
         "drafting.json cannot be read",
+    ),
+    "figures that are too long": (
+        {},
+        lambda t: {"heads": speculated(t / "out", " " * 200_000)},
+        "drafting.json is longer than",
     ),
     "another size": (
         {},
