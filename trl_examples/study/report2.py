@@ -389,8 +389,8 @@ def state(lines: Lines) -> str:
 
 
 PROTOCOL = """\
-Declared in `design2.py` and committed before the runs that count; pilots choose by rules that stand there. {model};
-`CAFTSFTTrainer` (B: `with_caft(Trainer)`) in every arm, without `caft` and `meap` in the next-token arms. Weights in
+Declared in `design2.py` and committed before the runs that count; pilots choose by rules that stand there. {model},
+dequantised from a Q4_1 GGUF file; `CAFTSFTTrainer` (B: `with_caft(Trainer)`) in every arm, without `caft` and `meap` in the next-token arms. Weights in
 float32. A seed says which rows are drawn and in which order, and differences are taken between runs of the same seed on
 the same kind of machine. What is measured is the saved model, loaded anew without heads. The four questions are
 corrected by Holm's rule; 'better' and 'worse' stand there only where the corrected p is below {alpha:.2f}. Elsewhere
