@@ -75,9 +75,9 @@ DEFAULTS = (
 
 # The report fills it in and wraps each item.
 WHEN = """\
-1. **You want the fine-tuned model to write the same text faster**: use CAFT with heads that are trained, then [train them
-further](../../caft_plugin/stage1/README.md#train-heads-further-for-drafting). With beta 0.3, constant, heads bring {trained}
-tokens a pass on the tuned model's own greedy texts; frozen ones, made for the base model, {kept}.
+1. **You want the fine-tuned model to write the same text faster**: use CAFT with heads that are trained, then
+[train them further](../../caft_plugin/stage1/README.md#train-heads-further-for-drafting). With beta 0.3, constant,
+heads bring {trained} tokens a pass on the tuned model's own greedy texts; frozen ones, made for the base model, {kept}.
 2. That costs {times} times the training time (four heads; one drawn head a step costs least), and nothing once the
 heads are gone.
 3. **You have few labelled rows and want a lower loss**: label more first. 30 % more molecules changed the held-out loss
