@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextvars import ContextVar
 from typing import Any, ClassVar, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
@@ -20,6 +22,7 @@ Layout = Literal["concat", "separate"]
 
 DEFAULT_HEAD_INPUT: HeadInput = "penultimate"
 DEFAULT_HEAD_NORM = True
+HEADS_KEY = "caft.heads"
 LONGEST = 100  # of a value or key in a message, in characters
 DEFAULT_MASK_RATIO: dict[str, float] = {"sft": 0.10, "pretrain": 0.15}
 
@@ -226,6 +229,25 @@ def shown(value: object) -> str:
         return form.repr(value)
     except ValueError:  # a whole number of thousands of digits
         return f"a {type(value).__name__} too long to be written"
+
+
+_heads_as: ContextVar[str] = ContextVar("caft_heads_as", default=HEADS_KEY)
+
+
+def heads_as() -> str:
+    """What the caller knows a heads folder as; messages about it begin with this."""
+    return _heads_as.get()
+
+
+@contextlib.contextmanager
+def heads_named(name: str) -> Iterator[None]:
+    """While this is open, messages call a heads folder by this name of an option or argument. The outermost counts."""
+    token = _heads_as.set(name) if _heads_as.get() == HEADS_KEY else None
+    try:
+        yield
+    finally:
+        if token is not None:
+            _heads_as.reset(token)
 
 
 def named(text: str) -> str:

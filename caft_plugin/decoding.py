@@ -23,7 +23,7 @@ from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from caft_plugin.config import CAFTConfig, ConfigError
+from caft_plugin.config import CAFTConfig, ConfigError, heads_named
 from caft_plugin.generate_arguments import TakesModeArguments
 from caft_plugin.heads import AuxiliaryHeads, LayerCall, build_heads, replay, turn_with
 from caft_plugin.heads_folder import HeadsFolder, resolve_wiring
@@ -145,15 +145,16 @@ class Drafter:
         Raises:
             ConfigError: no such folder, or heads that do not fit this model.
         """
-        trunk = find_trunk(model)
-        folder = HeadsFolder.open(heads)
-        asked = CAFTConfig(num_heads=folder.record.num_heads, heads=os.fspath(heads), train_heads="frozen")
-        config = resolve_wiring(asked, folder.record)
-        folder.check_model(config, trunk.model.config)
-        folder.check_layers(trunk.layer_class)
-        built = build_heads(model, trunk, config, seed=0)
-        folder.load_into(built, trunk.layer_class)
-        folder.warn_of_model(built.origin, trunk.model.config)
+        with heads_named("heads"):
+            trunk = find_trunk(model)
+            folder = HeadsFolder.open(heads)
+            asked = CAFTConfig(num_heads=folder.record.num_heads, heads=os.fspath(heads), train_heads="frozen")
+            config = resolve_wiring(asked, folder.record)
+            folder.check_model(config, trunk.model.config)
+            folder.check_layers(trunk.layer_class)
+            built = build_heads(model, trunk, config, seed=0)
+            folder.load_into(built, trunk.layer_class)
+            folder.warn_of_model(built.origin, trunk.model.config)
         return cls(model, built, config, num_draft=num_draft, confidence=confidence)
 
     def __repr__(self) -> str:

@@ -23,7 +23,17 @@ from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from caft_plugin.config import DEFAULT_HEAD_INPUT, DEFAULT_HEAD_NORM, CAFTConfig, ConfigError, HeadInput, named, shown
+from caft_plugin.config import (
+    DEFAULT_HEAD_INPUT,
+    DEFAULT_HEAD_NORM,
+    HEADS_KEY,
+    CAFTConfig,
+    ConfigError,
+    HeadInput,
+    heads_as,
+    named,
+    shown,
+)
 from caft_plugin.fingerprint import Fingerprint, Sample, is_sharded, take_sample
 from caft_plugin.heads import MODULE_NAME, AuxiliaryHeads
 from caft_plugin.storage import gather, shard_like, write_atomically, write_json
@@ -37,6 +47,7 @@ FINGERPRINT = "fingerprint.safetensors"  # of the layer and the final norm that 
 LARGEST_FINGERPRINT = 4_000_000  # bytes
 LONGEST_JSON = 100_000  # bytes
 FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors' names of the types that weights can be read from
+COPIES = "; leave the key out to start from copies of the last layer"
 METRICS, CARD = "metrics.json", "README.md"  # of pretrained heads
 DRAFTING = "drafting.json"  # of heads with which `caft speculate` has written
 
@@ -127,7 +138,7 @@ class HeadsFolder:
             )
         if record.hidden_size != text_config.hidden_size:
             raise ConfigError(
-                f"caft.heads: {path} was made for hidden_size {record.hidden_size} (base model "
+                f"{heads_as()}: {path} was made for hidden_size {record.hidden_size} (base model "
                 f"{named(record.base_model)}), but this model has hidden_size {text_config.hidden_size}. Heads fit "
                 "only the model they were trained on."
             )
@@ -141,13 +152,13 @@ class HeadsFolder:
         path, record = self.path, self.record
         if record.layer_class != layer_class:
             raise ConfigError(
-                f"caft.heads: the heads in {path} are of class {named(record.layer_class)} (base model "
+                f"{heads_as()}: the heads in {path} are of class {named(record.layer_class)} (base model "
                 f"{named(record.base_model)}), but this model's layers are of class {layer_class}. Heads fit only the "
                 "model they were trained on."
             )
         if (path / LORA).exists():
             raise ConfigError(
-                f"caft.heads: {path} belongs to a checkpoint, its LoRA is not merged. Give the {FOLDER}/ folder of a "
+                f"{heads_as()}: {path} belongs to a checkpoint, its LoRA is not merged. Give the {FOLDER}/ folder of a "
                 "finished run, or resume from that checkpoint."
             )
 
@@ -158,23 +169,27 @@ class HeadsFolder:
         fingerprint = None if now is None else read_fingerprint(self.path)
         if now is None or fingerprint is None:
             if model_config.name_or_path and self.record.base_model != model_config.name_or_path:
-                logger.warning("caft.heads: these heads were made with base model %s, this run uses %s", theirs, name)
+                logger.warning(
+                    "%s: these heads were made with base model %s, this run uses %s", heads_as(), theirs, name
+                )
             return
         verdict = fingerprint.verdict(now)
         if verdict == "base":
             logger.warning(
-                "caft.heads: the heads in %s were trained together with a fine-tuned %s, but the last layer of this "
+                "%s: the heads in %s were trained together with a fine-tuned %s, but the last layer of this "
                 "model, %s, is as it was before that fine-tuning. They fit the fine-tuned model: load its adapter or "
                 "the merged model",
+                heads_as(),
                 self.path,
                 theirs,
                 name,
             )
         elif verdict == "other":
             logger.warning(
-                "caft.heads: the heads in %s (base model %s) were trained over another last layer or final norm than "
+                "%s: the heads in %s (base model %s) were trained over another last layer or final norm than "
                 "this model, %s, has: another base, or an earlier or later state of the same. They fit the model that "
                 "they were trained with",
+                heads_as(),
                 self.path,
                 theirs,
                 name,
@@ -225,8 +240,8 @@ def locate_heads(heads: str) -> Path:
         return path / FOLDER if (path / FOLDER / RECORD).is_file() else path
     if path.exists() or heads.startswith((".", "/", "~")):
         raise ConfigError(
-            f"caft.heads: got {heads!r}, which is not a folder. It takes a folder with {WEIGHTS} and {RECORD}, "
-            "or a Hub id (owner/name); leave the key out to start from copies of the last layer."
+            f"{heads_as()}: got {heads!r}, which is not a folder. It takes a folder with {WEIGHTS} and {RECORD}, "
+            f"or a Hub id (owner/name){COPIES if heads_as() == HEADS_KEY else ''}."
         )
     from huggingface_hub import snapshot_download
 
@@ -236,7 +251,7 @@ def locate_heads(heads: str) -> Path:
         return locate_heads(snapshot_download(heads, allow_patterns=patterns))
     except Exception as error:  # the Hub's client has a dozen kinds: offline, no such name, no permission
         raise ConfigError(
-            f"caft.heads: got {heads!r}, which is neither a local folder nor a Hub id that can be downloaded "
+            f"{heads_as()}: got {heads!r}, which is neither a local folder nor a Hub id that can be downloaded "
             f"({type(error).__name__}: {str(error).splitlines()[0]}). Check the name, your connection and your "
             "Hub token, or give a folder."
         ) from error
@@ -262,7 +277,7 @@ def own_file(folder: Path, name: str) -> Path:
         problem = "a link to itself"
     if problem:
         raise ConfigError(
-            f"caft.heads: {folder} has no readable {name} ({problem}). It takes a heads folder with {WEIGHTS} and "
+            f"{heads_as()}: {folder} has no readable {name} ({problem}). It takes a heads folder with {WEIGHTS} and "
             f"{RECORD} in it, as training leaves it in {FOLDER}/."
         )
     return file
@@ -278,7 +293,7 @@ def read_small(folder: Path, name: str) -> bytes:
         content = opened.read(LONGEST_JSON + 1)
     if len(content) > LONGEST_JSON:
         raise ConfigError(
-            f"caft.heads: {folder / name} is longer than {LONGEST_JSON} bytes, so it is something else. Make the "
+            f"{heads_as()}: {folder / name} is longer than {LONGEST_JSON} bytes, so it is something else. Make the "
             "folder again, or take the one that came with these heads."
         )
     return content
@@ -301,7 +316,7 @@ def read_record(folder: Path) -> HeadsRecord:
     except ValueError as error:  # not UTF-8, not JSON, a key twice
         problem = str(error)
     raise ConfigError(
-        f"caft.heads: {folder / RECORD} is not a heads record this version reads ({shown(problem)}). "
+        f"{heads_as()}: {folder / RECORD} is not a heads record this version reads ({shown(problem)}). "
         "Make the folder again, or take the one that came with these heads."
     )
 
@@ -312,7 +327,7 @@ def _refuse_model(folder: Path, config: bytes) -> None:
         return
     near = folder.parent / FOLDER  # of a merged model
     heads = f"Its heads are in {near}." if (near / RECORD).is_file() else f"A run leaves its heads in {FOLDER}/."
-    raise ConfigError(f"caft.heads: got {folder}, which is a model's folder without heads. {heads}")
+    raise ConfigError(f"{heads_as()}: got {folder}, which is a model's folder without heads. {heads}")
 
 
 def _once_each(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -389,6 +404,7 @@ def write_heads(
     there is one, all files are of one save."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / RECORD).unlink(missing_ok=True)
+    (folder / DRAFTING).unlink(missing_ok=True)  # of the heads that were here before
     for left_by_a_killed_run in folder.glob(".*.tmp"):
         left_by_a_killed_run.unlink(missing_ok=True)
     for name, tensors in ((LORA, lora), (WEIGHTS, weights)):
@@ -440,7 +456,8 @@ def read_fingerprint(folder: Path) -> Fingerprint | None:
         before, after = (Sample(values, frozenset(map(str, quantised))) for values in samples.values())
     except (OSError, RuntimeError, ValueError, TypeError, KeyError, RecursionError, SafetensorError) as error:
         logger.warning(
-            "caft.heads: %s is not read, so nobody can tell whether these heads fit this model (%s)",
+            "%s: %s is not read, so nobody can tell whether these heads fit this model (%s)",
+            heads_as(),
             file,
             shown(str(error)),
         )
@@ -494,7 +511,7 @@ def _copy_into(wanted: dict[str, Tensor], file: Path, *, held: int) -> None:
                     tensor.copy_(shard_like(tensor, opened.get_tensor(name)))
     except (OSError, RuntimeError, SafetensorError) as error:
         raise ConfigError(
-            f"caft.heads: {file} cannot be read as safetensors ({shown(str(error))}). The file is damaged or of "
+            f"{heads_as()}: {file} cannot be read as safetensors ({shown(str(error))}). The file is damaged or of "
             "another kind: make or download the heads folder again."
         ) from None
 
@@ -508,23 +525,23 @@ def _check_tensors(wanted: dict[str, Tensor], found: dict[str, Any], file: Path,
     for names, problem in [(missing, "lacks"), (unknown, "has unknown")]:
         if names:
             raise ConfigError(
-                f"caft.heads: {file} {problem} {len(names)} tensors, the first is {named(names[0])}. These heads do "
+                f"{heads_as()}: {file} {problem} {len(names)} tensors, the first is {named(names[0])}. These heads do "
                 "not fit this model: give the model or the settings that they were made with."
             )
     if len(others | first) != held:
         raise ConfigError(
-            f"caft.heads: {file} holds {len(others | first)} heads, but {RECORD} beside it says {held}. The files are "
-            "not of one folder: make or download it again."
+            f"{heads_as()}: {file} holds {len(others | first)} heads, but {RECORD} next to it says {held}. The files "
+            "are not of one folder: make or download it again."
         )
     for name, tensor in sorted(wanted.items()):
         shape, kind = tuple(found[name].get_shape()), found[name].get_dtype()
         if shape != tuple(tensor.shape):
             raise ConfigError(
-                f"caft.heads: {file} holds {name} with shape {shape}, but this model's heads need "
+                f"{heads_as()}: {file} holds {name} with shape {shape}, but this model's heads need "
                 f"{tuple(tensor.shape)}. These heads do not fit this model: give the model that they were made with."
             )
         if (kind in FLOATS) != tensor.is_floating_point():  # a few families have counters in their layers
             raise ConfigError(
-                f"caft.heads: {file} holds {name} as {kind}, but weights are one of {', '.join(FLOATS)}. Make or "
+                f"{heads_as()}: {file} holds {name} as {kind}, but weights are one of {', '.join(FLOATS)}. Make or "
                 "download the heads folder again."
             )

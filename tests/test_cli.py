@@ -163,7 +163,7 @@ def test_errors_as_the_shell_sees_them():
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 1 and result.stdout == ""
     last = result.stderr.splitlines()[-1]  # before it, what other libraries say as they are imported
-    assert last.startswith("Error: caft.heads: got './nowhere', which is not a folder")
+    assert last.startswith("Error: FOLDER: got './nowhere', which is not a folder")
     assert "Traceback" not in result.stderr
 
 

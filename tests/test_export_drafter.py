@@ -4,6 +4,7 @@ here: tests/serving does that."""
 from __future__ import annotations
 
 import json
+import math
 import re
 
 import pytest
@@ -24,6 +25,7 @@ from caft_plugin.tools.cli import commands
 from caft_plugin.trunk import find_trunk
 
 HEADS = 3
+FIGURES = {"model": "mine", "weights": "0" * 64, "prompts": 7, "temperature": 0.0, "tokens_per_step": [1.5]}
 
 
 def made(folder, config=None, model=None, num_heads=HEADS, **wiring):
@@ -142,6 +144,15 @@ def test_fewer_heads_than_would_be_fastest(tmp_path):
     assert '"num_speculative_tokens": 1}' in guide and "| 1 | 2.00 |" in guide and "| 2 |" not in guide
 
 
+def test_heads_saved_again_are_not_recommended_by_what_their_predecessors_did(tmp_path):
+    model, heads = made(tmp_path / "out")
+    keep(tmp_path / "out" / "caft_heads", "mine", 7, 0.0, [2.0, 2.0, 2.0])
+    config = resolve_wiring(CAFTConfig(num_heads=HEADS, train_heads="frozen"), None)
+    save_heads(tmp_path / "out", heads, find_trunk(model), config, resumable=False)
+    guide = export_drafter(str(tmp_path / "out"), str(tmp_path / "out"), tmp_path / "drafter")
+    assert '"num_speculative_tokens": 3, ' in guide
+
+
 def test_without_what_speculate_finds_all_heads_draft(tmp_path):
     made(tmp_path / "out")
     guide = export_drafter(str(tmp_path / "out"), str(tmp_path / "out"), tmp_path / "drafter")
@@ -219,10 +230,29 @@ BAD = {
         lambda t: {"heads": speculated(t / "out", '{"tokens_per_step": "many"')},
         "Run `caft speculate` again with these heads, or remove",
     ),
-    "figures of another kind": (
+    **{
+        f"figures of another kind: {key} {value}": (
+            {},
+            lambda t, key=key, value=value: {"heads": speculated(t / "out", json.dumps({**FIGURES, key: value}))},
+            "drafting.json cannot be read",
+        )
+        for key, value in [
+            *(("tokens_per_step", found) for found in ([], [0.5], [math.nan], [math.inf], "many", [[1.5]], None)),
+            ("prompts", 0),
+            ("temperature", -1),
+            ("weights", None),
+            ("more", 1),
+        ]
+    },
+    "figures that are no JSON": (
         {},
-        lambda t: {"heads": speculated(t / "out", '{"tokens_per_step": []}')},
+        lambda t: {"heads": speculated(t / "out", "\x00[" * 1000)},
         "drafting.json cannot be read",
+    ),
+    "figures that are too long": (
+        {},
+        lambda t: {"heads": speculated(t / "out", " " * 200_000)},
+        "drafting.json is longer than",
     ),
     "another size": (
         {},

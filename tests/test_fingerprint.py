@@ -229,7 +229,7 @@ def told(caplog, act):
     caplog.clear()
     with caplog.at_level(logging.WARNING):
         act()
-    return [r.getMessage() for r in caplog.records if r.getMessage().startswith("caft.heads")]
+    return [r.getMessage() for r in caplog.records if r.getMessage().startswith(("caft.heads:", "heads:"))]
 
 
 def test_a_run_and_what_is_told_of_its_heads(tmp_path, caplog):

@@ -144,7 +144,7 @@ def test_a_folder_that_cannot_be_written_to(folder):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--heads", "./nowhere"], "caft.heads: got './nowhere', which is not a folder"),
+        (["--heads", "./nowhere"], "Error: --heads: got './nowhere', which is not a folder"),
         (["--num-draft", "5"], "num_draft: got 5, but it takes 0 to 4, the number of heads, or None"),
         (["--prompts", "nowhere.jsonl"], "--prompts: nowhere.jsonl cannot be read"),
         (["nowhere.yml"], "speculate: nowhere.yml is not a file. CONFIG takes an Axolotl YAML."),

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Literal
 
+from caft_plugin.config import named
 from caft_plugin.model_loading import Source
 from caft_plugin.serving.recommendation import Cost, Drafting, recommended, speeds
 
@@ -34,7 +35,8 @@ def advice_on(found: Drafting | None, cost: Cost, count: int) -> Advice:
     tokens = found.tokens_per_step[:count]
     against_plain = speeds(tokens, cost)
     lines = [
-        f"`caft speculate` found, with {found.model} on {found.prompts} prompts at temperature {found.temperature:g}:",
+        f"`caft speculate` found, with {named(found.model)} on {found.prompts} prompts at temperature "
+        f"{found.temperature:g}:",
         "",
         "| draft tokens in every step | tokens a step | speed against plain serving |",
         "| --- | --- | --- |",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from pathlib import Path
+from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -28,7 +29,7 @@ class Drafting(BaseModel):
     weights: str  # SHA-256 of the heads' files
     prompts: int = Field(gt=0)
     temperature: float = Field(ge=0)
-    tokens_per_step: list[float] = Field(min_length=1)
+    tokens_per_step: list[Annotated[float, Field(ge=1, le=1000)]] = Field(min_length=1)
 
 
 def keep(folder: Path, model: str, prompts: int, temperature: float, tokens_per_step: list[float]) -> Path:

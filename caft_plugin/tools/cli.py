@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 import click
 from pydantic import BaseModel
 
-from caft_plugin.config import CAFTConfig, ConfigError, HeadInput, PretrainConfig, Targets
+from caft_plugin.config import CAFTConfig, ConfigError, HeadInput, PretrainConfig, Targets, heads_named
 
 if TYPE_CHECKING:
     from caft_plugin.stage1.pretraining import Stage1
@@ -261,7 +261,8 @@ def speculate_command(
         loaded = load_base(model, dtype, load_in_4bit=load_in_4bit)
     else:
         loaded = run.load(tokenizer, model, dtype)
-    drafter = Drafter.from_pretrained(loaded, heads, num_draft=num_draft, confidence=confidence)
+    with heads_named("--heads"):
+        drafter = Drafter.from_pretrained(loaded, heads, num_draft=num_draft, confidence=confidence)
     comparison = speculate(loaded, tokenizer, {HEADS: drafter}, asked[:limit], **settings)
     click.echo(as_table(comparison))
     click.echo(keep_steps(comparison, model, heads, min(limit, len(asked)), settings["temperature"]))
@@ -327,7 +328,9 @@ def export_drafter_command(
 
     from caft_plugin.serving.export import export_drafter
 
-    click.echo(export_drafter(cast(str, model), cast(str, heads), output, form, num_heads), nl=False)
+    with heads_named("--heads"):
+        guide = export_drafter(cast(str, model), cast(str, heads), output, form, num_heads)
+    click.echo(guide, nl=False)
 
 
 @commands.command("attention-report", short_help="What masked training (MEAP) did to a model's attention.")
@@ -404,7 +407,8 @@ def inspect_command(folder: str) -> None:
     """Show what the heads in FOLDER are: a heads folder, a run's folder, or a Hub id."""
     from caft_plugin.tools.inspect_heads import describe
 
-    click.echo(describe(folder))
+    with heads_named("FOLDER"):
+        click.echo(describe(folder))
 
 
 if __name__ == "__main__":

