@@ -105,11 +105,13 @@ class Target:
         parts = {"layer": last_layer_in(self.source), "norm": NORM.removesuffix("weight")}
         split = {name: name.partition(".") for name in fingerprint.before.values}
         names = {name: parts[part] + rest for name, (part, _, rest) in split.items()}
-        if not all(theirs in self.files and self.tensor(theirs).dtype in GRIDS for theirs in names.values()):
+        there = {ours: theirs for ours, theirs in names.items() if theirs in self.files or theirs == NORM}
+        tensors = {ours: self.tensor(theirs) for ours, theirs in there.items()}
+        if len(tensors) < len(names) or any(tensor.dtype not in GRIDS for tensor in tensors.values()):
             # Quantised weights need scales, and smoothing moves some into the layer's norms. The final norm stays.
-            names = {ours: theirs for ours, theirs in names.items() if theirs == NORM}
-        now = sample_of({ours: self.tensor(theirs) for ours, theirs in names.items()}, fingerprint.before)
-        if fingerprint.of(names).verdict(now) == "other":
+            tensors = {ours: tensor for ours, tensor in tensors.items() if names[ours] == NORM}
+        now = sample_of(tensors, fingerprint.before)
+        if fingerprint.of(tensors).verdict(now) == "other":
             raise ConfigError(
                 f"--heads: the heads in {heads.path} (base model {named(heads.record.base_model)}) were trained over "
                 f"another last layer or final norm than {self.source.name} has. Give the model that they were trained "
@@ -129,10 +131,8 @@ def _where_tensors_are(source: Source) -> tuple[dict[str, str], int | None]:
         return {name: at[file] for name, file in near.items()}, content.get("metadata", {}).get("total_size")
     file = str(cached_file(source.base, SAFE_WEIGHTS_NAME, **options))
     with safe_open(file, framework="pt") as opened, open(file, "rb") as raw:
-        header = 8 + int.from_bytes(
-            raw.read(8), "little"
-        )  # as safetensors begins: the length of what it says of tensors
-        return dict.fromkeys(opened.keys(), file), os.path.getsize(file) - header
+        header = int.from_bytes(raw.read(8), "little")  # its length, which the file begins with
+        return dict.fromkeys(opened.keys(), file), os.path.getsize(file) - header - 8
 
 
 def last_layer_in(source: Source) -> str:

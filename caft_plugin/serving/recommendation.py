@@ -14,7 +14,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from caft_plugin.config import ConfigError
-from caft_plugin.heads_folder import DRAFTING, LORA, WEIGHTS, own_file, read_small
+from caft_plugin.heads_folder import DRAFTING, WEIGHTS, own_file, read_small
 from caft_plugin.storage import write_json
 
 NEARLY = 0.95
@@ -26,7 +26,7 @@ class Drafting(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     model: str
-    weights: str  # SHA-256 of the heads' files
+    weights: str  # SHA-256 of the heads' file
     prompts: int = Field(gt=0)
     temperature: float = Field(ge=0)
     tokens_per_step: list[Annotated[float, Field(ge=1, le=1000)]] = Field(min_length=1)
@@ -64,12 +64,8 @@ def kept(folder: Path) -> Drafting | None:
 
 def digest(folder: Path) -> str:
     """SHA-256 of the heads' weights."""
-    sum_ = hashlib.sha256()
-    for name in (WEIGHTS, LORA):
-        if name == WEIGHTS or (folder / name).exists():
-            with open(own_file(folder, name), "rb") as opened:
-                sum_.update(hashlib.file_digest(opened, "sha256").digest())
-    return sum_.hexdigest()
+    with open(own_file(folder, WEIGHTS), "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 @dataclasses.dataclass(frozen=True)
