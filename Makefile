@@ -185,7 +185,7 @@ $(VENV)-official/.ready:
 bench-official: model $(TRL_VENV)/.package $(VENV)-official/.ready  ## the same, and beside the authors' package
 	@$(BENCH) --official "$(abspath $(VENV)-official)/bin/python" $(BENCH_ARGS)
 
-bench-decoding: model  ## what heads bring as drafters: fine-tunes, boosts, measures (an hour and a half on two cores)
+bench-decoding: model  ## what heads bring as drafters: fine-tunes, trains heads further, measures (an hour and a half on two cores)
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$(CORES)} "$(BIN)/python" tests/benchmarks/decoding.py --model $(SMOLLM2) $(BENCH_ARGS)
 
 bench-serving: model $(VLLM_VENV)/.package  ## the same heads in vLLM: makes what bench-decoding has not made, measures (half an hour without that)

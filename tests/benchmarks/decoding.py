@@ -5,9 +5,9 @@ bench-decoding`.
         [--prompts 200] [--out outputs/decoding]
 
 The commands of the README, each done only if its folder is not there yet: full fine-tuning with heads on the molecules
-(trl_examples/sft_caft.py), then the booster, `caft pretrain-heads` on the tuned model's own answers. Then greedy and
-sampled texts to held-out prompts, in float32, plain, with the heads of both and with untrained ones, and with prompt
-lookup, all in turn; and what a pass of 1 to 5 positions costs. Prints Markdown, and keeps the figures in OUT.
+(trl_examples/sft_caft.py), then `caft pretrain-heads` on the tuned model's own answers. Then greedy and sampled texts
+to held-out prompts, in float32, plain, with the heads of both and with untrained ones, and with prompt lookup, all in
+turn; and what a pass of 1 to 5 positions costs. Prints Markdown, and keeps the figures in OUT.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from caft_plugin.trunk import find_trunk
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT / "axolotl_configs" / "data"
-TUNED, BOOSTED, UNTRAINED = "heads as fine-tuned", "heads trained further", "untrained heads"
+TUNED, FURTHER, UNTRAINED = "heads as fine-tuned", "heads trained further", "untrained heads"
 NEW_TOKENS = 80
 RUN = 20  # prompts: the unit whose speeds the medians are over
 WIDTHS = range(1, 6)
@@ -66,7 +66,7 @@ def fine_tune(options: argparse.Namespace, folder: Path) -> None:
     run([str(ROOT / "trl_examples" / "sft_caft.py"), *as_options(settings), *flags])
 
 
-def boost(options: argparse.Namespace, tuned: Path, folder: Path) -> None:
+def train_further(options: argparse.Namespace, tuned: Path, folder: Path) -> None:
     settings = {
         "model": tuned,
         "heads": tuned,
@@ -83,6 +83,20 @@ def boost(options: argparse.Namespace, tuned: Path, folder: Path) -> None:
     }
     flags = [] if quick_dtype() == torch.bfloat16 else ["--float32"]
     run(["-m", "caft_plugin.tools.cli", "pretrain-heads", *as_options(settings), *flags])
+
+
+def make_heads(options: argparse.Namespace) -> dict[str, Path]:
+    """Make the folders of the tuned model and of its heads trained further, each only if it is not there yet."""
+    tuned, further = options.out / "tuned", options.out / "boosted"
+    if not has_heads(tuned):
+        fine_tune(options, tuned)
+    if not has_heads(further):
+        train_further(options, tuned, further)
+    return {TUNED: tuned, FURTHER: further}
+
+
+def has_heads(folder: Path) -> bool:
+    return (folder / "caft_heads" / "config.json").is_file()
 
 
 def as_options(settings: dict[str, Any]) -> list[str]:
@@ -214,32 +228,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="the base model's folder")
     parser.add_argument("--steps", type=int, default=150, help="of fine-tuning, 8 rows each (default: %(default)s)")
-    parser.add_argument("--boost", type=int, default=250, help="steps of the booster, 16 rows each")
+    parser.add_argument("--boost", type=int, default=250, help="steps on the model's own answers, 16 rows each")
     parser.add_argument("--prompts", type=int, default=200, help="held-out prompts")
     parser.add_argument("--out", type=Path, default=Path("outputs/decoding"))
     options = parser.parse_args()
-    tuned, boosted = options.out / "tuned", options.out / "boosted"
     print(choice())
-    for folder, make in ((tuned, lambda: fine_tune(options, tuned)), (boosted, lambda: boost(options, tuned, boosted))):
-        if not (folder / "caft_heads" / "config.json").is_file():
-            make()
+    folders = make_heads(options)
+    tuned = folders[TUNED]
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = AutoTokenizer.from_pretrained(tuned)
     model: Any = AutoModelForCausalLM.from_pretrained(tuned, dtype=torch.float32).to(device).eval()
     prompts = read_prompts(DATA / "molecules-heldout.jsonl", tokenizer)[: options.prompts]
-    folders = {TUNED: tuned, BOOSTED: boosted}
 
     def drafters(names: Sequence[str], **settings: Any) -> dict[str, Drafter]:
         return {name: Drafter.from_pretrained(model, folders[name], **settings) for name in names}
 
     kept = {}
     for title, ways, asked, temperature in (
-        ("greedy", {**drafters([TUNED, BOOSTED]), UNTRAINED: untrained(model, 4)}, prompts, 0.0),
-        ("sampled", drafters([BOOSTED]), prompts, 0.7),
+        ("greedy", {**drafters([TUNED, FURTHER]), UNTRAINED: untrained(model, 4)}, prompts, 0.0),
+        ("sampled", drafters([FURTHER]), prompts, 0.7),
         (
             "greedy, 4 guesses in every round",
-            drafters([TUNED, BOOSTED], num_draft=4),
+            drafters([TUNED, FURTHER], num_draft=4),
             prompts[: len(prompts) // 2],
             0.0,
         ),
@@ -248,7 +259,7 @@ def main() -> None:
         kept[title] = dataclasses.asdict(found)
         print(f"\n## {title}\n\n{as_table(found)}\n\n{markdown(found)}\n", flush=True)
     (options.out / "figures.json").write_text(json.dumps(kept, indent=1) + "\n")
-    print(costs(Drafter.from_pretrained(model, boosted), model))
+    print(costs(Drafter.from_pretrained(model, folders[FURTHER]), model))
 
 
 if __name__ == "__main__":

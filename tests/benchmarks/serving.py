@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 import transformers
-from decoding import DATA, NEW_TOKENS, boost, fine_tune
+from decoding import DATA, FURTHER, NEW_TOKENS, TUNED, make_heads
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -37,7 +37,7 @@ from caft_plugin.serving.export import export_drafter
 from caft_plugin.stage1.data import read_prompts
 from caft_plugin.tools.speculate import PLAIN, Way, processor, speculate, turned
 
-FURTHER, TUNED, LOOKUP = "heads trained further", "heads as fine-tuned", "n-gram matching"
+LOOKUP = "n-gram matching"
 IN_TRANSFORMERS = "transformers"
 WAYS = {
     "plain": (PLAIN, 0),
@@ -123,14 +123,6 @@ def environment(python: Path) -> dict[str, str]:
     if library.is_file():
         settings |= {"LD_PRELOAD": str(library), "KMP_BLOCKTIME": "5", "KMP_TPAUSE": "0"}  # the latter two as vLLM does
     return {**os.environ, **settings}
-
-
-def make_heads(options: argparse.Namespace) -> dict[str, Path]:
-    tuned, boosted = options.out / "tuned", options.out / "boosted"
-    for folder, make in ((tuned, lambda: fine_tune(options, tuned)), (boosted, lambda: boost(options, tuned, boosted))):
-        if not (folder / "caft_heads" / "config.json").is_file():
-            make()
-    return {TUNED: tuned, FURTHER: boosted}
 
 
 def speculative(key: str, heads: dict[str, Path], out: Path) -> dict[str, object] | None:
