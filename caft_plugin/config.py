@@ -137,8 +137,8 @@ class CAFTConfig(Block):
     )
     fused_loss: FusedLoss = Field(
         "off",
-        description="let the plugin compute the next-token loss too, at supervised positions alone, so that the model "
-        "builds no logits; `auto`: where it can, `on`: or stop",
+        description="let the plugin compute the next-token loss too, at supervised positions only, so that the model "
+        "builds no logits; `auto`: where that is possible; `on`: stop where it is not",
     )
 
 
@@ -153,7 +153,7 @@ class MEAPConfig(Block):
 
     mode: MEAPMode = Field(
         "sft",
-        description="`sft`: each example is trained as it is and once more with its answers masked; "
+        description="`sft`: each example is trained on twice, unmasked and with its answers masked; "
         "`pretrain`: every document is masked, all labels stay",
     )
     mask_ratio: float | None = Field(

@@ -1,4 +1,4 @@
-"""How many draft tokens a step should have: what `caft speculate` found, kept beside the heads it was found with.
+"""How many draft tokens a step should have: what `caft speculate` found, saved next to those heads.
 
 The file is read by `caft export-drafter`. It names the weights it is about, so heads that were trained further are not
 judged by what their predecessors did.
