@@ -56,11 +56,12 @@ class Way:
 
 @dataclasses.dataclass
 class Comparison:
-    """So many texts, each written in all ways; `written` says how."""
+    """So many texts, each written in all ways; `written` says how. `at_limit` of the plain ones ended at the limit."""
 
     ways: dict[str, Way]
     texts: int
     written: str
+    at_limit: int = 0
 
 
 def speculate(
@@ -94,6 +95,7 @@ def speculate(
     drafted = {name: Drafted.nothing(len(drafter.heads)) for name, drafter in drafters.items()}
     figures = {name: Way([0] * runs, [0.0] * runs, drafted=drafted.get(name)) for name in ways}
     plain: dict[int, list[int]] = {}  # by prompt
+    at_limit = 0
 
     def write(number: int, length: int, way: dict[str, object]) -> Tensor:
         ids = torch.tensor([list(prompts[number])], device=model.device)
@@ -120,6 +122,7 @@ def speculate(
                 for name, text in texts.items():
                     figures[name].same += torch.equal(text, texts[PLAIN])
                 plain[number] = texts[PLAIN].tolist()
+                at_limit += len(plain[number]) == max_new_tokens and plain[number][-1] not in ends
                 bar.update()
     for name, drafter in drafters.items():
         figures[name].steps = steps_with(drafter, ((prompts[at], text) for at, text in plain.items()))
@@ -129,7 +132,7 @@ def speculate(
         f"{named_dtype(model)} on {processor(model.device)}, torch {torch.__version__}, "
         f"transformers {transformers.__version__}"
     )
-    return Comparison(figures, runs * len(prompts), written)
+    return Comparison(figures, runs * len(prompts), written, at_limit)
 
 
 @contextlib.contextmanager

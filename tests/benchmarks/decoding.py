@@ -1,13 +1,12 @@
-"""What heads bring as drafters: tokens a pass and a second, beside plain generation and prompt lookup. `make
+"""What heads bring as drafters: tokens per step and speed, against plain generation and prompt lookup. `make
 bench-decoding`.
 
-    python tests/benchmarks/decoding.py --model outputs/smollm2-135m-instruct [--steps 150] [--boost 250]
-        [--prompts 200] [--out outputs/decoding]
+    python tests/benchmarks/decoding.py --model outputs/smollm2-135m-instruct [--tasks molecules descriptions]
+        [--prompts 60] [--out outputs/decoding]
 
-The commands of the README, each done only if its folder is not there yet: full fine-tuning with heads on the molecules
-(trl_examples/sft_caft.py), then `caft pretrain-heads` on the tuned model's own answers. Then greedy and sampled texts
-to held-out prompts, in float32, plain, with the heads of both and with untrained ones, and with prompt lookup, all in
-turn; and what a pass of 1 to 5 positions costs. Prints Markdown, and keeps the figures in OUT.
+Makes the models and heads of drafting_heads.py. Then writes greedy texts to held-out prompts in float32: plain, with
+each set of heads and with prompt lookup, all in turn; on the first task also with untrained heads, and sampled texts;
+and measures what a forward pass over 1 to 5 positions costs. Prints Markdown, and keeps the figures in OUT.
 """
 
 from __future__ import annotations
@@ -16,97 +15,35 @@ import argparse
 import dataclasses
 import json
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from drafting_heads import FRESH, FRESH_LONGER, FURTHER, PLAIN_MODEL, TUNED, Task, add_options, make, tasks
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from caft_plugin import CAFTConfig, Drafter
 from caft_plugin.heads import build_heads, replay
 from caft_plugin.heads_folder import resolve_wiring
 from caft_plugin.pass_notes import noted_pass
-from caft_plugin.precision import choice, quick_dtype
+from caft_plugin.precision import choice
 from caft_plugin.stage1.data import read_prompts
 from caft_plugin.tools.speculate import PLAIN, Comparison, as_table, speculate
 from caft_plugin.trunk import find_trunk
 
-ROOT = Path(__file__).parents[2]
-DATA = ROOT / "axolotl_configs" / "data"
-TUNED, FURTHER, UNTRAINED = "heads as fine-tuned", "heads trained further", "untrained heads"
 NEW_TOKENS = 80
+UNTRAINED = "untrained heads (copies of the last layer)"
 RUN = 20  # prompts: the unit whose speeds the medians are over
 WIDTHS = range(1, 6)
-
-
-def fine_tune(options: argparse.Namespace, folder: Path) -> None:
-    """Full fine-tuning at the rate that the study has chosen, heads trained beside it."""
-    settings = {
-        "model_name_or_path": options.model,
-        "dataset_name": DATA / "molecules-train.jsonl",
-        "learning_rate": 4e-4,
-        "lr_scheduler_type": "linear",
-        "max_steps": options.steps,
-        "warmup_steps": round(0.05 * options.steps),
-        "per_device_train_batch_size": 8,
-        "max_length": 128,
-        "weight_decay": 0,
-        "dtype": "float32",
-        "bf16": quick_dtype() == torch.bfloat16,
-        "report_to": "none",
-        "save_strategy": "no",
-        "num_heads": 4,
-        "output_dir": folder,
-    }
-    flags = [] if torch.accelerator.is_available() else ["--use_cpu"]
-    run([str(ROOT / "trl_examples" / "sft_caft.py"), *as_options(settings), *flags])
-
-
-def train_further(options: argparse.Namespace, tuned: Path, folder: Path) -> None:
-    settings = {
-        "model": tuned,
-        "heads": tuned,
-        "data": DATA / "molecules-train.jsonl",
-        "output": folder,
-        "targets": "model",
-        "max-new-tokens": 64,
-        "generation-batch-size": 64,
-        "max-length": 128,
-        "steps": options.boost,
-        "batch-size": 16,
-        "learning-rate": 5e-4,
-        "save-steps": 100,
-    }
-    flags = [] if quick_dtype() == torch.bfloat16 else ["--float32"]
-    run(["-m", "caft_plugin.tools.cli", "pretrain-heads", *as_options(settings), *flags])
-
-
-def make_heads(options: argparse.Namespace) -> dict[str, Path]:
-    """Make the folders of the tuned model and of its heads trained further, each only if it is not there yet."""
-    tuned, further = options.out / "tuned", options.out / "boosted"
-    if not has_heads(tuned):
-        fine_tune(options, tuned)
-    if not has_heads(further):
-        train_further(options, tuned, further)
-    return {TUNED: tuned, FURTHER: further}
-
-
-def has_heads(folder: Path) -> bool:
-    return (folder / "caft_heads" / "config.json").is_file()
-
-
-def as_options(settings: dict[str, Any]) -> list[str]:
-    return [part for key, value in settings.items() for part in (f"--{key}", str(value))]
-
-
-def run(command: list[str]) -> None:
-    began = time.monotonic()
-    subprocess.run([sys.executable, *command], check=True)
-    print(f"{(time.monotonic() - began) / 60:.1f} minutes: {Path(command[0]).name} {' '.join(command[1:])}", flush=True)
+TITLES = {
+    TUNED: "CAFT: heads as fine-tuned",
+    FURTHER: "CAFT, then heads trained further",
+    FRESH: "plain fine-tuning, then fresh heads",
+    FRESH_LONGER: "the same, as long as both of CAFT's",
+}
+ARMS = {TUNED: (TUNED, FURTHER), PLAIN_MODEL: (FRESH, FRESH_LONGER)}  # models, and whose heads draft for them
 
 
 def untrained(model: Any, num_heads: int) -> Drafter:
@@ -115,7 +52,7 @@ def untrained(model: Any, num_heads: int) -> Drafter:
 
 
 def add(sum_: Comparison | None, found: Comparison) -> Comparison:
-    """Runs over some prompts and runs over others."""
+    """Return the sum of runs over some prompts and runs over others."""
     if sum_ is None:
         return found
     for name, way in sum_.ways.items():
@@ -129,6 +66,7 @@ def add(sum_: Comparison | None, found: Comparison) -> Comparison:
         if way.steps is not None and other.steps is not None:
             way.steps += other.steps
     sum_.texts += found.texts
+    sum_.at_limit += found.at_limit
     return sum_
 
 
@@ -172,11 +110,15 @@ def median_ms(function: Callable[[], object], times: int = 25) -> float:
 
 @torch.no_grad()
 def costs(drafter: Drafter, model: Any) -> str:
-    """Of a pass over 1 to 5 positions behind 60: the model, as many heads as it has drafts, and their logits."""
+    """Return the times of a forward pass over 1 to 5 positions behind 60: the model, a head for each draft token, and
+    their logits."""
     trunk, heads = drafter.trunk, drafter.heads.layers
     last = len(trunk.layers) - 1
     caches = [DynamicCache(config=model.config) for _ in range(1 + len(heads))]
-    lines = ["| positions | pass, ms | against one | drafts | their heads, ms | their logits, ms |", "| --- " * 6 + "|"]
+    lines = [
+        "| positions | forward pass, ms | against one | draft tokens | their heads, ms | their logits, ms |",
+        "| --- " * 6 + "|",
+    ]
     first = 0.0
     with noted_pass(trunk, eager=False) as noted:
         for cache in caches:
@@ -215,51 +157,59 @@ def costs(drafter: Drafter, model: Any) -> str:
 
 
 def markdown(found: Comparison) -> str:
-    lines = ["| | tokens a pass | tokens a second | against plain | same text |", "| --- " * 5 + "|"]
+    lines = [
+        "| | tokens per step, 4 draft tokens | Drafter: tokens per step | tokens a second | speed | same text |",
+        "| --- " * 6 + "|",
+    ]
     for name, way in found.ways.items():
         same = "" if name == PLAIN else f"{way.same} of {found.texts}"
+        always = f"{way.steps.tokens_per_step()[-1]:.2f}" if way.steps is not None else "-"
         speed = statistics.median(way.speeds())
         against = way.against(found.ways[PLAIN])
-        lines.append(f"| {name} | {way.tokens_per_pass:.2f} | {speed:.1f} | {against:.2f} | {same} |")
-    return "\n".join(lines)
+        lines.append(f"| {name} | {always} | {way.tokens_per_pass:.2f} | {speed:.1f} | {against:.2f} | {same} |")
+    return "\n".join([*lines, "", f"{found.at_limit} of {found.texts} plain texts ended at the limit."])
+
+
+def load(folder: Path) -> tuple[Any, Any]:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
+    return model, AutoTokenizer.from_pretrained(folder)
+
+
+def show(title: str, found: Comparison, out: Path) -> None:
+    print(f"\n## {title}\n\n{as_table(found)}\n\n{markdown(found)}\n", flush=True)
+    out.mkdir(parents=True, exist_ok=True)
+    file = out / f"{title.replace(', ', '-').replace(' ', '-')}.json"
+    file.write_text(json.dumps(dataclasses.asdict(found), indent=1) + "\n")
+
+
+def measure(options: argparse.Namespace, task: Task, extras: bool) -> None:
+    folders = make(options, task, *TITLES)
+    for model_name, arms in ARMS.items():
+        model, tokenizer = load(folders[model_name])
+        prompts = read_prompts(task.file("heldout"), tokenizer)[: options.prompts]
+        drafters = {TITLES[name]: Drafter.from_pretrained(model, folders[name]) for name in arms}
+        with_untrained = {UNTRAINED: untrained(model, 4)} if extras and model_name == TUNED else {}
+        found = compare(model, tokenizer, {**drafters, **with_untrained}, prompts, 0.0, lookup=True)
+        show(f"{task.name}, {model_name} model, greedy", found, options.out)
+        if with_untrained:
+            further = {TITLES[FURTHER]: drafters[TITLES[FURTHER]]}
+            found = compare(model, tokenizer, further, prompts, 0.7, lookup=False)
+            show(f"{task.name}, {model_name} model, sampled", found, options.out)
+            print(costs(further[TITLES[FURTHER]], model))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="the base model's folder")
-    parser.add_argument("--steps", type=int, default=150, help="of fine-tuning, 8 rows each (default: %(default)s)")
-    parser.add_argument("--boost", type=int, default=250, help="steps on the model's own answers, 16 rows each")
-    parser.add_argument("--prompts", type=int, default=200, help="held-out prompts")
-    parser.add_argument("--out", type=Path, default=Path("outputs/decoding"))
+    add_options(parser)
+    parser.add_argument(
+        "--tasks", nargs="+", choices=("molecules", "descriptions"), default=["molecules", "descriptions"]
+    )
+    parser.add_argument("--prompts", type=int, default=60, help="held-out prompts of each task (default: %(default)s)")
     options = parser.parse_args()
     print(choice())
-    folders = make_heads(options)
-    tuned = folders[TUNED]
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    tokenizer = AutoTokenizer.from_pretrained(tuned)
-    model: Any = AutoModelForCausalLM.from_pretrained(tuned, dtype=torch.float32).to(device).eval()
-    prompts = read_prompts(DATA / "molecules-heldout.jsonl", tokenizer)[: options.prompts]
-
-    def drafters(names: Sequence[str], **settings: Any) -> dict[str, Drafter]:
-        return {name: Drafter.from_pretrained(model, folders[name], **settings) for name in names}
-
-    kept = {}
-    for title, ways, asked, temperature in (
-        ("greedy", {**drafters([TUNED, FURTHER]), UNTRAINED: untrained(model, 4)}, prompts, 0.0),
-        ("sampled", drafters([FURTHER]), prompts, 0.7),
-        (
-            "greedy, 4 guesses in every round",
-            drafters([TUNED, FURTHER], num_draft=4),
-            prompts[: len(prompts) // 2],
-            0.0,
-        ),
-    ):
-        found = compare(model, tokenizer, ways, asked, temperature, lookup=title == "greedy")
-        kept[title] = dataclasses.asdict(found)
-        print(f"\n## {title}\n\n{as_table(found)}\n\n{markdown(found)}\n", flush=True)
-    (options.out / "figures.json").write_text(json.dumps(kept, indent=1) + "\n")
-    print(costs(Drafter.from_pretrained(model, folders[FURTHER]), model))
+    for number, name in enumerate(options.tasks):
+        measure(options, tasks(options.out)[name], extras=number == 0)
 
 
 if __name__ == "__main__":

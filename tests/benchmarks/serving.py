@@ -2,12 +2,12 @@
 
     python tests/benchmarks/serving.py --model outputs/smollm2-135m-instruct --vllm .venv-vllm/bin/python
 
-The model and its heads are those of decoding.py, made only if their folders are not there yet: SmolLM2 fine-tuned with
-heads, and those heads trained further on the tuned model's own answers. Each way to serve (plain, heads with 1 to 4
-draft tokens, vLLM's n-gram matching) is a process of its own that keeps its engine. In each round all of them write
-texts to the same held-out prompts, in turn, and the ratios to plain are taken within the round. With one request at a
-time transformers writes these texts too, plain and with the Drafter. Prints Markdown; OUT/serving.md and
-OUT/serving.json, with the figures of each round, are written after each round.
+The model and its heads are those of drafting_heads.py, on the molecules: SmolLM2 fine-tuned with heads, and those heads
+trained further on the tuned model's own answers. Each way to serve (plain, heads with 1 to 4 draft tokens, vLLM's
+n-gram matching) is a process that keeps its engine. In each round all of them write texts to the same held-out prompts,
+in turn, and the ratios to plain are taken within the round. With one request at a time transformers writes these texts
+too, plain and with the Drafter. Prints Markdown; OUT/serving.md and OUT/serving.json, with the figures of each round,
+are written after each round.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from typing import Any
 
 import torch
 import transformers
-from decoding import DATA, FURTHER, NEW_TOKENS, TUNED, make_heads
+from decoding import NEW_TOKENS
+from drafting_heads import FURTHER, TUNED, add_options, make, tasks
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -39,6 +40,7 @@ from caft_plugin.tools.speculate import PLAIN, Way, processor, speculate, turned
 
 LOOKUP = "n-gram matching"
 IN_TRANSFORMERS = "transformers"
+NAMES = {FURTHER: "heads trained further", TUNED: "heads as fine-tuned"}
 WAYS = {
     "plain": (PLAIN, 0),
     **{f"further-{n}": (FURTHER, n) for n in (1, 2, 3, 4)},
@@ -202,7 +204,7 @@ def named(key: str) -> str:
     name, tokens = WAYS[key]
     if name == PLAIN:
         return "plain"
-    return f"{name}, {tokens} draft token{'s' * (tokens > 1)}"
+    return f"{NAMES.get(name, name)}, {tokens} draft token{'s' * (tokens > 1)}"
 
 
 def of_way(rounds: list[Round], way: str, requests: int) -> list[Round]:
@@ -262,7 +264,9 @@ def markdown(about: str, rounds: list[Round], ways: list[str]) -> str:
     for requests in sorted({found.requests for found in rounds}):
         rows = {key: named(key) for key in ways}
         if requests == 1:
-            rows |= {f"{IN_TRANSFORMERS}, {name}": f"{IN_TRANSFORMERS}, {name}" for name in (PLAIN, FURTHER)}
+            rows |= {
+                f"{IN_TRANSFORMERS}, {name}": f"{IN_TRANSFORMERS}, {NAMES.get(name, name)}" for name in (PLAIN, FURTHER)
+            }
         plain = of_way(rounds, "plain", requests)
         title = f"{requests} at a time, {sum(found.texts for found in plain)} texts in {len(plain)} rounds"
         parts.append(f"## {title}\n\n{table(rounds, requests, rows)}")
@@ -273,10 +277,8 @@ def markdown(about: str, rounds: list[Round], ways: list[str]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="the base model's folder")
+    add_options(parser)
     parser.add_argument("--vllm", type=Path, required=True, help="the Python of an environment with vLLM")
-    parser.add_argument("--steps", type=int, default=150, help="of fine-tuning, 8 rows each (default: %(default)s)")
-    parser.add_argument("--boost", type=int, default=250, help="steps on the model's own answers, 16 rows each")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="with plain (default: all)")
     parser.add_argument("--requests", type=int, nargs="+", default=[1, 4, 16], help="at a time")
     parser.add_argument("--rounds", type=int, default=5, help="(default: %(default)s)")
@@ -284,16 +286,16 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--eager", action="store_true", help="vLLM without torch.compile")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="(default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("outputs/decoding"))
     options = parser.parse_args()
     options.ways = ["plain", *(key for key in options.ways if key != "plain")]
     options.out = options.out.resolve()
     torch.set_num_threads(options.threads)
     print(choice())
-    heads = make_heads(options)
+    task = tasks(options.out)["molecules"]
+    heads = make(options, task, FURTHER)
 
     in_transformers = InTransformers(options, heads)
-    prompts = read_prompts(DATA / "molecules-heldout.jsonl", in_transformers.tokenizer)
+    prompts = read_prompts(task.file("heldout"), in_transformers.tokenizer)
     rounds: list[Round] = []
     with started(options, heads) as servers:
         about = about_run(options, servers["plain"].about)
