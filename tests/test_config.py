@@ -53,7 +53,7 @@ def test_numbers_as_yaml_writes_them():
 
 @pytest.mark.parametrize("block", [3, "on", ["num_heads"], True])
 def test_block_has_to_be_a_mapping(block):
-    with pytest.raises(ConfigError, match="takes a block of keys"):
+    with pytest.raises(ConfigError, match="accepts a block of keys"):
         CAFTConfig.read(block)
 
 

@@ -279,7 +279,7 @@ def test_a_failed_write_leaves_nothing(state, config_only, tmp_path, monkeypatch
 
 def test_a_wiring_that_does_not_exist(state, config_only, tmp_path):
     torch.save(state, tmp_path / "heads.pth")
-    with pytest.raises(ConfigError, match=r"caft.head_input: got 'last', but it takes one of penultimate, final"):
+    with pytest.raises(ConfigError, match=r"caft.head_input: got 'last', but it accepts one of penultimate, final"):
         import_heads(tmp_path / "heads.pth", str(config_only), tmp_path / "out", head_input="last")
 
 

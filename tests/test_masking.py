@@ -562,10 +562,10 @@ def test_targets_of_heads_are_masked_tokens_and_never_cross_into_the_copy():
 
 @pytest.mark.parametrize("ratio", [0, 1, -0.1, 1.5, math.nan, "x", True])
 def test_ratios_that_are_none(ratio):
-    with pytest.raises(ConfigError, match="meap.mask_ratio: got .*takes a number above 0 and below 1"):
+    with pytest.raises(ConfigError, match="meap.mask_ratio: got .*accepts a number above 0 and below 1"):
         MEAPConfig(mask_ratio=ratio)
 
 
 def test_layout_misspelt():
-    with pytest.raises(ConfigError, match="meap.layout: got 'concta', but it takes one of concat, separate"):
+    with pytest.raises(ConfigError, match="meap.layout: got 'concta', but it accepts one of concat, separate"):
         MEAPConfig(layout="concta")

@@ -248,8 +248,8 @@ READ = {
     ("part", "equal"): None,
     ("other", "part", "batch"): None,
     ("batch", "other"): None,
-    ("other",): r"with other input_ids than the batch's \(called with shapes \(4, 30\); the batch has \(4, 30\)\)",
-    ("part", "other"): "with other input_ids than the batch's",
+    ("other",): r"with different input_ids than the batch \(called with shapes \(4, 30\); the batch has \(4, 30\)\)",
+    ("part", "other"): "with different input_ids than the batch",
     ("embeddings of other", "batch"): "2 times, the first time without input_ids",
     ("embeddings of other", "embeddings"): "2 times, the first time without input_ids",
 }

@@ -229,7 +229,7 @@ def test_training_goes_on_from_the_newest_whole_checkpoint(base, tokenizer, tmp_
 
 
 def test_bad_settings():
-    with pytest.raises(ConfigError, match=r"pretrain_heads.targets: got 'teacher', but it takes one of model, dataset"):
+    with pytest.raises(ConfigError, match=r"pretrain_heads.targets: got 'teacher', but it accepts one of model, dataset"):
         PretrainConfig(targets="teacher")
     with pytest.raises(ConfigError, match="pretrain_heads.tempratur: unknown key"):
         PretrainConfig(tempratur=1)
@@ -290,7 +290,7 @@ def test_vllm_where_it_cannot_run(base, tokenizer, tmp_path):
         load_base(str(tmp_path), torch.float32, vllm=True)
     with pytest.raises(ConfigError, match="and the base is quantised, which vLLM would load unquantised"):
         load_base(str(tmp_path), torch.float32, load_in_4bit=True, vllm=True)
-    with pytest.raises(ConfigError, match="pretrain_heads.vllm: got 'fast', but it takes true or false"):
+    with pytest.raises(ConfigError, match="pretrain_heads.vllm: got 'fast', but it accepts true or false"):
         PretrainConfig(vllm="fast")
 
 

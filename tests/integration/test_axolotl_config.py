@@ -72,16 +72,16 @@ def before_weights(file):
 @pytest.mark.parametrize(
     ("name", "block", "message"),
     [
-        ("caft", {"num_heads": 0}, "caft.num_heads: got 0, but it takes a whole number at least 1 and at most 32."),
-        ("caft", {"num_heads": -1}, "caft.num_heads: got -1, but it takes a whole number at least 1 and at most 32."),
-        ("caft", {"beta": -1}, "caft.beta: got -1, but it takes a number at least 0."),
-        ("caft", {"alpha": 1.5}, "caft.alpha: got 1.5, but it takes a number above 0 and at most 1."),
-        ("caft", {"schedule": "cosine"}, "caft.schedule: got 'cosine', but it takes one of rsine, sine, linear, con"),
-        ("caft", 7, "caft: got 7, but it takes a block of keys"),
-        ("meap", {"mask_ratio": 0}, "meap.mask_ratio: got 0, but it takes a number above 0 and below 1."),
-        ("meap", {"layout": "concta"}, "meap.layout: got 'concta', but it takes one of concat, separate."),
+        ("caft", {"num_heads": 0}, "caft.num_heads: got 0, but it accepts a whole number at least 1 and at most 32."),
+        ("caft", {"num_heads": -1}, "caft.num_heads: got -1, but it accepts a whole number at least 1 and at most 32."),
+        ("caft", {"beta": -1}, "caft.beta: got -1, but it accepts a number at least 0."),
+        ("caft", {"alpha": 1.5}, "caft.alpha: got 1.5, but it accepts a number above 0 and at most 1."),
+        ("caft", {"schedule": "cosine"}, "caft.schedule: got 'cosine', but it accepts one of rsine, sine, linear, con"),
+        ("caft", 7, "caft: got 7, but it accepts a block of keys"),
+        ("meap", {"mask_ratio": 0}, "meap.mask_ratio: got 0, but it accepts a number above 0 and below 1."),
+        ("meap", {"layout": "concta"}, "meap.layout: got 'concta', but it accepts one of concat, separate."),
         ("meap", {"masks": 1}, "meap.masks: unknown key. Accepted keys: mode, mask_ratio, layout, min_answer_tokens"),
-        ("meap", [], "meap: got [], but it takes a block of keys"),
+        ("meap", [], "meap: got [], but it accepts a block of keys"),
     ],
 )
 def test_bad_blocks(config, name, block, message):
@@ -121,10 +121,10 @@ INDENT = "found at the left margin, where Axolotl passes over"
         ),
         ({"plugins": ["CAFT_Plugin"], "caft": {}}, "Did you mean `caft_plugin`?"),
         ({"plugins": ["caft"], "caft": {}}, "plugins: got 'caft', which is no plugin"),
-        ({"plugins": "caft_plugin", "caft": {}}, "plugins: got 'caft_plugin', but it takes a list of names"),
+        ({"plugins": "caft_plugin", "caft": {}}, "plugins: got 'caft_plugin', but it accepts a list of names"),
         (
             {"plugins": [{"caft_plugin": None}], "caft": {}},
-            "plugins: got {'caft_plugin': None}, but it takes a list of",
+            "plugins: got {'caft_plugin': None}, but it accepts a list of",
         ),
         ({"plugins": ["caftplugin.CAFTPlugin"], "caft": {}}, "plugins: caftplugin.CAFTPlugin could not be loaded"),
         (
@@ -180,7 +180,7 @@ def test_options_for_a_block_are_refused(config, command, option):
 
     rest = [option] if "=" in option else [option, "sft"]
     result = CliRunner().invoke(cli, [command, str(config(caft=None, meap=None)), *rest])
-    assert result.exit_code == 2 and f"Error: {option}: Axolotl takes no options for plugins" in result.output
+    assert result.exit_code == 2 and f"Error: {option}: Axolotl has no options for plugins" in result.output
 
 
 @pytest.mark.parametrize("block", [{"mode": "pretrain"}, None, {"layout": "separate"}])
@@ -213,7 +213,7 @@ SHARED = ["context_parallel_size", "sequence_parallel_degree", "tensor_parallel_
 
 @pytest.mark.parametrize("key", SHARED)
 def test_processes_that_share_one_models_work(config, key):
-    with pytest.raises(ConfigError, match=f"caft: got {key}: 2, but it takes 1"):
+    with pytest.raises(ConfigError, match=f"caft: got {key}: 2, but it accepts 1"):
         load_cfg(str(config(caft={}, **{key: 2})))
 
 
@@ -233,7 +233,7 @@ WRAP = {"transformer_layer_cls_to_wrap": "LlamaDecoderLayer"}
     ],
 )
 def test_fsdp1(config, changes, got):
-    with pytest.raises(ConfigError, match=f"caft: got {got}, which is FSDP1, but it takes FSDP2.* fsdp_version: 2 "):
+    with pytest.raises(ConfigError, match=f"caft: got {got}, which is FSDP1, but it accepts FSDP2.* fsdp_version: 2 "):
         load_cfg(str(config(caft={}, **changes)))
     with pytest.raises(ConfigError, match=f"meap.mask_token: got {got}, which is FSDP1.* hides the added vector"):
         load_cfg(str(config(meap={"mask_token": "add"}, **changes)))
@@ -268,7 +268,7 @@ def test_deepspeed_zero3(config, tmp_path, monkeypatch):
     (tmp_path / "deepspeed_configs").mkdir()
     (tmp_path / "deepspeed_configs" / "zero3.json").write_text(json.dumps(stage3))
     monkeypatch.chdir(tmp_path)
-    words = r"zero_optimization.stage: 3{}, but it takes 0, 1 or 2: heads are copies .* Use stage 2, or FSDP2"
+    words = r"zero_optimization.stage: 3{}, but it accepts 0, 1 or 2: heads are copies .* Use stage 2, or FSDP2"
     for deepspeed, where in ((stage3, ""), ("deepspeed_configs/zero3.json", r" \(deepspeed_configs/zero3.json\)")):
         with pytest.raises(ConfigError, match="caft: got DeepSpeed's " + words.format(where)):
             load_cfg(str(config(caft={}, deepspeed=deepspeed)))

@@ -257,6 +257,6 @@ def test_a_later_run_without_heads_leaves_none_of_an_earlier_one(here):
         yaml.safe_dump({**yaml.safe_load((here.folder / "reused.yml").read_text()), "caft": {"beta": 0}})
     )
     result = here.axolotl("train", "reused.yml")
-    assert not (out / "caft_heads").exists() and "caft_heads is of an earlier run" in result.stdout + result.stderr
+    assert not (out / "caft_heads").exists() and "caft_heads belongs to an earlier run" in result.stdout + result.stderr
     kept = load_file(out / "caft_heads.earlier-run" / "heads.safetensors")
     assert all(torch.equal(kept[name], tensor) for name, tensor in heads.items())
