@@ -198,9 +198,7 @@ class PretrainConfig(Block):
         "answers; `distribution`, the base model's next-token distribution at each position of any text",
     )
     max_new_tokens: int = Field(512, ge=1, description="maximum length of a generated answer, in tokens")
-    temperature: float = Field(
-        0.0, ge=0, le=10, description="sampling temperature; 0: greedy decoding"
-    )
+    temperature: float = Field(0.0, ge=0, le=10, description="sampling temperature; 0: greedy decoding")
     top_p: float = Field(
         1.0, gt=0, le=1, description="nucleus sampling: use the most likely tokens with this total probability"
     )

@@ -197,7 +197,7 @@ def one_label_a_row(rows):
     [
         (MakesItsOwnTargets, only_ids, "the batches of MakesItsOwnTargets have no `labels`"),
         (MakesItsOwnTargets, one_label_a_row, "the batches of MakesItsOwnTargets have no `labels`"),
-        (StepsByItself, pad, "StepsByItself made its first step without computing its loss through"),
+        (StepsByItself, pad, "StepsByItself made its first step without calling compute_loss"),
     ],
 )
 def test_a_host_that_heads_cannot_follow_is_named_at_the_first_step(tiny_model, tmp_path, host, collator, words):

@@ -283,9 +283,12 @@ def encoder_decoder(folder):
     ("change", "message"),
     [
         ({"base_model": None}, "base_model: got None"),
-        ({"base_model": "./nowhere"}, "base_model: got './nowhere', of which no config can be read"),
+        ({"base_model": "./nowhere"}, "base_model: got './nowhere', whose config could not be read"),
         ({"base_model": encoder_decoder}, "is an encoder-decoder model"),
-        ({"caft": {"num_heads": 33}}, "caft.num_heads: got 33, but it accepts a whole number at least 1 and at most 32"),
+        (
+            {"caft": {"num_heads": 33}},
+            "caft.num_heads: got 33, but it accepts a whole number at least 1 and at most 32",
+        ),
         ({"caft": {"nun_heads": 3}}, "caft.nun_heads: unknown key"),
         ({"caft": {"heads": "./nowhere"}}, "caft.heads: got './nowhere'"),
         ({"micro_batch_size": 0}, "micro_batch_size: got 0, but it accepts a whole number at least 1"),

@@ -16,10 +16,10 @@ from caft_plugin.precision import cpu_has_bf16
 # What makes any x86 processor one without instructions for bfloat16.
 SLOW = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
 CHOICES = {
-    "--bf16=true": "== computing in bfloat16, on the",
+    "--bf16=true": "== computing in bfloat16 on the",
     "--bf16=false": "== computing in float32: this CPU has no",
 }
-WARNING = "but this CPU has no instructions for bfloat16: a step takes about thirty times as long as in float32"
+WARNING = "but this CPU has no bfloat16 instructions: a step takes about 30 times as long as in float32"
 
 
 def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

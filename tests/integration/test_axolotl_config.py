@@ -342,11 +342,11 @@ RWKV = RwkvConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1)
 @pytest.mark.parametrize(
     ("model_config", "changes", "message"),
     [
-        (T5, {}, "caft: .* is an encoder-decoder model, but CAFT takes decoder-only"),
+        (T5, {}, "caft: .* is an encoder-decoder model, but CAFT accepts decoder-only"),
         (T5, {"caft": None, "meap": {}}, "meap: .* is an encoder-decoder model, but MEAP takes .* the `meap:` block"),
-        (RWKV, {}, "hands a running state from layer to layer, which a head cannot follow"),
-        (Gemma3nConfig(), {}, "hands several hidden states for each token from layer to layer"),
-        (Gemma3nTextConfig(), {}, "hands several hidden states for each token from layer to layer"),
+        (RWKV, {}, "passes a running state from layer to layer, which heads do not support"),
+        (Gemma3nConfig(), {}, "passes several hidden states per token from layer to layer"),
+        (Gemma3nTextConfig(), {}, "passes several hidden states per token from layer to layer"),
         (LlamaConfig(**LLAMA), {"type_of_model": "LlamaModel"}, r"LlamaModel has no .*unembedding \(lm_head\)"),
         (LlamaConfig(**LLAMA), {"model_type": "LlamaForSequenceClassification"}, "has no .*unembedding"),
         (BertConfig(num_hidden_layers=1, is_decoder=True), {}, "BertLMHeadModel has no"),
@@ -364,7 +364,7 @@ def test_unfit_models_are_refused_before_weights_load(config, tmp_path, model_co
 def test_fused_loss_that_cannot_be_is_refused_before_weights_load(config, tmp_path):
     on = {"fused_loss": "on"}
     before_weights(config(caft=on))
-    with pytest.raises(ConfigError, match="caft.fused_loss: got on, but label smoothing and compute_loss_func take"):
+    with pytest.raises(ConfigError, match="caft.fused_loss: got on, but label smoothing and compute_loss_func need"):
         before_weights(config(caft=on, use_eaft=True))
     MixtralConfig(**LLAMA, output_router_logits=True).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="got on, but MixtralForCausalLM computes more than the next-token loss"):
@@ -402,7 +402,10 @@ class OwnForCausalLM(LlamaForCausalLM):
         before_weights(file)
     (tmp_path / "own.py").write_text(code.format(line="self.model.norm.weight.sum().item()"))
     before_weights(file)
-    assert "whether heads fit" in caplog.text and "cannot be built without them (RuntimeError: " in caplog.text
+    assert (
+        "can be checked only after its weights are loaded" in caplog.text
+        and "cannot be built without them (RuntimeError: " in caplog.text
+    )
 
 
 @pytest.mark.parametrize("block", [{"caft": {}}, {"meap": {}}])

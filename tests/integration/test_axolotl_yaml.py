@@ -103,7 +103,7 @@ def test_heads_of_stage_1_and_of_a_run_serve_the_same_yaml(here, caplog):
     out = here.train("second", **OURS | {"caft": {"num_heads": 2, "heads": "./first"}}, **changes)
     here.train("third", **OURS | {"caft": {"num_heads": 2, "heads": "./second"}}, **changes)
     told = [(here.folder / f"{name}.log").read_text() for name in ("second", "third")]
-    assert "caft.heads: the heads in" not in told[0] and "as it was before that fine-tuning" in told[1]
+    assert "caft.heads: the heads in" not in told[0] and "the one from before that fine-tuning" in told[1]
 
     (here.folder / "prompts.jsonl").write_text(json.dumps({"text": "Count to three."}) + "\n")
     options = ["--prompts", "prompts.jsonl", "--runs", 1, "--max-new-tokens", 4, "--float32"]

@@ -129,7 +129,7 @@ BAD = {
     "wrong targets": (
         ["accelerate", "launch"],
         {"--targets": "both"},
-        "pretrain_heads.targets: got 'both', but it takes",
+        "pretrain_heads.targets: got 'both', but it accepts",
     ),
     "two processes": (["torchrun", "--nproc_per_node", "2"], {}, "pretrain_heads: 2 processes were started, but"),
 }
