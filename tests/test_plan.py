@@ -293,7 +293,7 @@ def encoder_decoder(folder):
         ({"caft": {"heads": "./nowhere"}}, "caft.heads: got './nowhere'"),
         ({"micro_batch_size": 0}, "micro_batch_size: got 0, but it accepts a whole number at least 1"),
         ({"sequence_len": "long"}, "sequence_len: got 'long'"),
-        ({"adapter": "llama-adapter"}, "adapter: got 'llama-adapter', but plan takes one of lora, qlora, or none"),
+        ({"adapter": "llama-adapter"}, "adapter: got 'llama-adapter', but plan accepts lora, qlora or no adapter"),
         ({**LORA, "lora_target_linear": False, "lora_target_modules": ["no_such"]}, "no LoRA adapter can be put on"),
     ],
 )
@@ -307,8 +307,8 @@ def test_wrong_values(tiny, yml, tmp_path, change, message):
     ("text", "message"),
     [
         ("a: [", "is not YAML"),
-        ("just words", "holds 'just words', but CONFIG takes an Axolotl YAML"),
-        ("base_model: x", "the YAML has no `caft:` block, so it is a plain run and nothing is added to it. Add"),
+        ("just words", "holds 'just words', but CONFIG accepts an Axolotl YAML"),
+        ("base_model: x", "the YAML has no `caft:` block, so it is a plain run without added cost. Add"),
     ],
 )
 def test_wrong_files(yml, text, message):

@@ -522,4 +522,4 @@ def test_heads_go_on_over_the_tuned_model_and_draft_for_it(project, monkeypatch)
     del config["test_datasets"]
     Path("drafting.yml").write_text(yaml.safe_dump(config))
     refused = run("speculate")
-    assert refused.exit_code == 1 and "drafting.yml has no test_datasets with prompts in them" in refused.stderr
+    assert refused.exit_code == 1 and "drafting.yml has no test_datasets with prompts." in refused.stderr

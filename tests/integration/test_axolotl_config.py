@@ -98,18 +98,18 @@ def told(monkeypatch):
     return messages
 
 
-INDENT = "found at the left margin, where Axolotl passes over"
+INDENT = "found at the top level, where Axolotl ignores"
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"CAFT": {"beta": 0.3}, "meap": {}}, "CAFT: unknown key, which Axolotl passes over. Did you mean `caft:`?"),
+        ({"CAFT": {"beta": 0.3}, "meap": {}}, "CAFT: unknown key, which Axolotl ignores. Did you mean `caft:`?"),
         ({"cafft": {"beta": 0.3}, "meap": {}}, "cafft: unknown key"),
         ({"cfat": None, "caft": {}}, "cfat: unknown key"),
         ({"caft_config": {"beta": 0.3}}, "caft_config: unknown key"),
         ({"caft.beta": 0.3, "caft": {}}, "caft.beta: unknown key"),
-        ({"meep": {}, "caft": {}}, "meep: unknown key, which Axolotl passes over. Did you mean `meap:`?"),
+        ({"meep": {}, "caft": {}}, "meep: unknown key, which Axolotl ignores. Did you mean `meap:`?"),
         ({"MEAP": None, "caft": {}}, "MEAP: unknown key"),
         ({"pretrain-heads": {"targets": "model"}, "caft": {}}, "Did you mean `pretrain_heads:`?"),
         ({"caft": None, "num_heads": 2, "beta": 0.3}, f"num_heads, beta: {INDENT} them. Indent them below `caft:`."),
@@ -421,7 +421,7 @@ class OwnForCausalLM(LlamaForCausalLM):
 def test_another_plugins_trainer_stops_the_run_before_weights_load(config, plugin, changes, first, block):
     """Axolotl takes the trainer of the plugin that is listed first."""
     plugins = [plugin, "caft_plugin"] if first else ["caft_plugin", plugin]
-    with pytest.raises(ConfigError, match=f"{plugin} brings a trainer of its own"):
+    with pytest.raises(ConfigError, match=f"{plugin} sets its own trainer class"):
         before_weights(config(plugins=plugins, **block, **changes))
 
 
