@@ -272,7 +272,7 @@ def accepted(field: FieldInfo) -> str:
     }
     words = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
     limits = " and ".join(f"{words[name]} {bound}" for name, bound in bounds.items())
-    named = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+    named = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
     return f"{' or '.join(named[kind] for kind in kinds)} {limits}".strip()
 
 

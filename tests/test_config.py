@@ -23,8 +23,8 @@ from caft_plugin import CAFTConfig, ConfigError
         ("train_heads", "all", "one of auto, full, lora, frozen"),
         ("head_input", "last", "one of penultimate, final"),
         ("head_norm", "perhaps", "true or false"),
-        ("heads", "", "a text"),
-        ("heads", 7, "a text"),
+        ("heads", "", "a string"),
+        ("heads", 7, "a string"),
     ],
 )
 def test_bad_value(key, value, takes):
