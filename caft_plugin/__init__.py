@@ -1,7 +1,6 @@
 """Concept-aware fine-tuning (CAFT) and mask-enhanced prediction (MEAP) for Axolotl, TRL and any `transformers.Trainer`.
 
-Everything here is imported on first use, so that `import caft_plugin` costs nothing and needs nothing
-optional.
+Names are imported on first use, so that `import caft_plugin` is fast and needs no optional package.
 """
 
 from importlib import import_module
@@ -31,5 +30,5 @@ def __getattr__(name: str) -> Any:
         # Axolotl only logs a plugin's ImportError and trains on without the plugin.
         raise RuntimeError(
             f"caft_plugin could not be loaded ({error}), so nothing is trained. "
-            "Install it beside Axolotl with: pip install 'caft_plugin[axolotl]'"
+            "Install both with: pip install 'caft_plugin[axolotl]'"
         ) from error

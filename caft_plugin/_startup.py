@@ -1,15 +1,14 @@
-"""The start-up bridge: lets Axolotl find plugins by a bare name (`plugins: [caft_plugin]`), and looks for slips.
+"""Start-up hook: lets Axolotl load plugins by a bare name (`plugins: [caft_plugin]`) and reports common mistakes.
 
-The wheel puts this file next to the package, as `caft_plugin_startup.py`, and `caft_plugin_startup.pth` imports
-it whenever Python starts, unless the environment variable CAFT_PLUGIN_NO_STARTUP is set. It only puts a finder on
-`sys.meta_path`; nothing else happens unless one of the modules in CHANGES is imported. Then one name of that module
-is wrapped:
+The wheel installs this file next to the package as `caft_plugin_startup.py`, and `caft_plugin_startup.pth` imports
+it when Python starts, unless the environment variable CAFT_PLUGIN_NO_STARTUP is set. It only puts a finder on
+`sys.meta_path`. When one of the modules in CHANGES is imported, one name of that module is wrapped:
 
-- `load_plugin`: a name without a dot is looked up in the entry-point group `axolotl.plugins`;
-- `prepare_plugins`: a YAML that asks for CAFT or MEAP without the plugin is told so;
-- `cli`: options such as `--caft.beta=0.6`, which Axolotl hands to its launcher, are refused.
+- `load_plugin` looks up a name without a dot in the entry-point group `axolotl.plugins`;
+- `prepare_plugins` warns if a YAML asks for CAFT or MEAP without listing the plugin;
+- `cli` rejects options such as `--caft.beta=0.6`, which Axolotl would pass to its launcher.
 
-The finder takes itself off the path when all have been imported.
+The finder removes itself when all of them have been imported.
 """
 
 import sys
@@ -19,7 +18,7 @@ BLOCKS = ("caft", "meap", "pretrain_heads", "pretrain-heads")
 
 
 def with_bare_names(base):  # type: ignore[no-untyped-def]
-    """Axolotl's `load_plugin` also takes the name of an entry point of the group `axolotl.plugins`."""
+    """Make Axolotl's `load_plugin` also accept the name of an entry point in the group `axolotl.plugins`."""
     from functools import wraps
     from importlib.metadata import entry_points
 
@@ -41,7 +40,7 @@ def with_bare_names(base):  # type: ignore[no-untyped-def]
 
 
 def with_slips_told(config):  # type: ignore[no-untyped-def]
-    """Axolotl's `prepare_plugins`, which also looks whether the plugin is there that the YAML asks for."""
+    """Make Axolotl's `prepare_plugins` also check that the plugin the YAML asks for was loaded."""
     from functools import wraps
 
     prepare_plugins = config.prepare_plugins
@@ -58,7 +57,7 @@ def with_slips_told(config):  # type: ignore[no-untyped-def]
 
 
 def with_options_refused(main):  # type: ignore[no-untyped-def]
-    """Axolotl's commands, which refuse options named like blocks of ours."""
+    """Make Axolotl's commands reject options named like caft_plugin's blocks."""
     resolve_command = main.cli.resolve_command
 
     def resolve(ctx, args):  # type: ignore[no-untyped-def]
@@ -71,7 +70,7 @@ def with_options_refused(main):  # type: ignore[no-untyped-def]
 
                 where = f"`{inner}:` below `{block}:`" if inner else f"a block `{block}:`"
                 raise UsageError(
-                    f"{option}: Axolotl takes no options for plugins and would hand this one to its launcher. Write "
+                    f"{option}: Axolotl has no options for plugins and would pass this one to its launcher. Write "
                     f"{where} in the YAML."
                 )
         return name, command, rest

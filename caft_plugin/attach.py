@@ -1,4 +1,4 @@
-"""Heads are put on a model, run inside its forward, and taken off again: a request goes in, a result comes out."""
+"""Attach heads to a model, run them inside its forward pass, and detach them: a Request in, a Result out."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from caft_plugin.loss import IGNORE, RowLoss, cross_entropy_and_hit_of, cross_en
 from caft_plugin.storage import unsharded_twin
 from caft_plugin.trunk import Trunk
 
-# A forward's `logits_to_keep` for the least logits. A plain number lets Gemma 4 cut hidden states of whole layers.
+# `logits_to_keep` for the fewest logits. With a plain integer, Gemma 4 would cut the hidden states inside its layers.
 LAST_POSITION = torch.tensor([-1])
 
 T = TypeVar("T")
@@ -30,12 +30,12 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What heads are to compute during one loss of the host.
+    """The heads' work during one loss of the host.
 
-    `targets` (num_heads, batch, length); `weights` holds the weight of each head's summed loss (num_heads,); `run`
-    says which heads run. In training the result is joined to the graph, in evaluation it says where heads were right.
-    With `next_tokens` (batch, length), targets of the model itself, it is called without labels and builds no logits;
-    its output has their summed cross-entropy times `next_token_weight` as its loss.
+    `targets` is (num_heads, batch, length), `weights` (num_heads,) the weight of each head's summed loss, and `run`
+    selects the heads that run. In training, the result is part of the graph; in evaluation, it says where heads were
+    right. With `next_tokens` (batch, length), the model's own targets, the model is called without labels and builds
+    no logits; the loss in its output is their summed cross-entropy times `next_token_weight`.
     """
 
     targets: Tensor
@@ -46,21 +46,24 @@ class Request:
     next_token_weight: Tensor | float = 1.0
 
     def row_loss(self, unembed: Callable[[Tensor], Tensor]) -> RowLoss:
-        """What is computed of each row, a head's hidden state and what it learns there, as `weighted_sum` takes it."""
+        """Return the loss of each row (a head's hidden state and its target) for `weighted_sum`."""
         return cross_entropy_of(unembed) if self.training else cross_entropy_and_hit_of(unembed)
 
     def learned(self, index: int, positions: Tensor, final: Tensor | None) -> Tensor:
-        """What head `index` learns at `positions` (n,) of the flattened batch: its targets (n,). `final` is the model's
-        final hidden state (batch, length, hidden size), where the model called its final norm."""
+        """Return the targets (n,) of head `index` at `positions` (n,) of the flattened batch.
+
+        `final` is the model's final hidden state (batch, length, hidden size), or None if its norm was not called.
+        """
         return self.targets[index].to(positions.device).flatten()[positions]
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What came of a request.
+    """The result of a request.
 
-    `loss` is the weighted sum (joined to the graph), `sums` the summed loss of each head (num_heads,), float32, 0 for
-    heads that did not run, and `right`, in evaluation, where each had its target right (num_heads, batch * length).
+    `loss` is the weighted sum (part of the graph), `sums` (num_heads,) the summed loss of each head, float32, 0 for
+    heads that did not run. In evaluation, `right` (num_heads, batch * length) is True where a head's top-1 prediction
+    was its target.
     """
 
     loss: Tensor
@@ -70,10 +73,10 @@ class Result:
 
 @dataclasses.dataclass
 class _Reading:
-    """One request while it is open, what was noted of the model's call, and what came of it.
+    """An open request: the noted call of the model, and the result.
 
-    `input_ids` are the batch's, None where it has none. `calls` holds the shape of the input_ids of each call that
-    might be read (None where it had none), `of_batch` says whether the one that is being made is about the batch.
+    `input_ids` are the batch's (None if it has none). `calls` holds the shape of the input_ids of each candidate call
+    (None for a call without input_ids). `of_batch` is True while the current call runs on the batch.
     """
 
     request: Request
@@ -87,7 +90,7 @@ class _Reading:
 
     @property
     def counts(self) -> bool:
-        """Whether a call made now is one that heads may learn from or are evaluated in."""
+        """True if heads may train on, or be evaluated in, a call made now."""
         return not self.request.training or torch.is_grad_enabled()
 
     @property
@@ -101,33 +104,35 @@ class _Reading:
             self.of_batch = input_ids is None or self.input_ids is None or _same(input_ids, self.input_ids)
 
     def check(self, name: str) -> None:
-        """Raise ConfigError where heads did not learn from the batch, or nobody can tell whether they did. `name` is
-        the model's."""
+        """Raise ConfigError if heads did not train on the batch, or if that cannot be determined.
+
+        `name` is the model's name in the message.
+        """
         if self.input_ids is None or not self.calls or not self.request.training:
             return
         if self.result is None:
             asked = ", ".join(str(tuple(shape or ())) for shape in self.calls)
             raise ConfigError(
-                f"caft: the loss called {name} with other input_ids than the batch's (called with shapes {asked}; the "
-                f"batch has {tuple(self.input_ids.shape)}), so heads would learn the wrong tokens. Use a trainer "
+                f"caft: the loss called {name} with different input_ids than the batch (called with shapes {asked}; "
+                f"the batch has {tuple(self.input_ids.shape)}), so heads would learn the wrong tokens. Use a trainer "
                 "that passes the batch to the model unchanged (no reshaping, merging or replacing of rows), or remove "
                 "the `caft:` block."
             )
         if self.on_trust and len(self.calls) > 1:
             raise ConfigError(
                 f"caft: the loss called {name} {len(self.calls)} times, the first time without input_ids "
-                "(inputs_embeds), so nothing tells which call is about the batch. Pass the batch's input_ids to the "
-                "call whose tokens the heads are to learn, or remove the `caft:` block."
+                "(inputs_embeds), so caft_plugin cannot tell which call uses the batch. Pass the batch's input_ids in "
+                "the call that the heads should learn from, or remove the `caft:` block."
             )
 
 
 class AttachedHeads:
-    """Heads for a model: a handle that puts them on and takes them off, also as a context manager.
+    """A handle that attaches heads to a model and detaches them, also as a context manager.
 
-    While they are on, the heads are the submodule `caft_heads` of `model`, so that optimizers and distributed wrappers
-    see them, but they are left out of its state dict. They run in a forward hook of `model`, inside of whatever wraps
-    it, and only within `answer`. While they are off, nothing of them is on the model. Where `model` is compiled, noting
-    what they read is part of its graph, and they themselves are not: which run and where changes with every step.
+    While attached, the heads are the submodule `caft_heads` of `model`, so that optimizers and distributed wrappers
+    see them, but they are not in its state dict. They run in a forward hook of `model`, inside any wrapper, and only
+    within `answer`. While detached, they leave nothing on the model. If `model` is compiled, noting the heads' input
+    is part of its graph; the heads themselves are not, because which heads run, and where, changes every step.
     """
 
     def __init__(self, model: nn.Module, heads: AuxiliaryHeads, trunk: Trunk, config: CAFTConfig) -> None:
@@ -149,10 +154,10 @@ class AttachedHeads:
         return bool(self._handles)
 
     def attach(self) -> AttachedHeads:
-        """Puts the heads on the model. Doing it twice does no harm.
+        """Attach the heads to the model; a no-op if they are attached.
 
         Raises:
-            ConfigError: others' heads are on the model or on its last layer.
+            ConfigError: another trainer's heads are attached to the model or its last layer.
         """
         if self.attached:
             return self
@@ -175,7 +180,7 @@ class AttachedHeads:
         return self
 
     def detach(self) -> None:
-        """Takes the heads and every hook off the model. Doing it twice does no harm."""
+        """Remove the heads and every hook from the model; a no-op if they are detached."""
         if not self.attached:
             return
         for handle in self._handles:
@@ -187,7 +192,7 @@ class AttachedHeads:
         wrapper = type(layer)
         if wrapper is self._noting_class:
             layer.__class__ = self._own_class
-        elif self._noting_class in wrapper.__bases__:  # FSDP2 made a class of its own on top of ours
+        elif self._noting_class in wrapper.__bases__:  # FSDP2 derived its own class from this one
             wrapper.__bases__ = tuple(
                 self._own_class if base is self._noting_class else base for base in wrapper.__bases__
             )
@@ -208,15 +213,18 @@ class AttachedHeads:
         called: nn.Module | None = None,
         input_ids: Tensor | None = None,
     ) -> tuple[T, Result | None]:
-        """Return what `host_loss` returns, and the heads' part: the first call of the model in it that is about the
-        batch runs them (in training: the first with gradients). None where there was no call at all.
+        """Return the result of `host_loss`, and the heads' result, or None if the model was not called.
+
+        Heads run in the first call of the model on the batch (in training: the first one with gradients).
 
         Args:
-            called: what `host_loss` calls, the model or what wraps it.
-            input_ids: of the batch (batch, length), by which its call is told from others; None: the first one counts.
+            request: what the heads compute.
+            host_loss: computes the host's loss; it calls the model.
+            called: the model that `host_loss` calls, wrapped or not.
+            input_ids: the batch's (batch, length), which identify its call; None: use the first call.
 
         Raises:
-            ConfigError: in training, no call was about the batch, or it cannot be told which one was.
+            ConfigError: in training, no call used the batch, or it cannot be determined which one did.
         """
         with contextlib.nullcontext() if self.attached else self:
             reading = self._reading = _Reading(request, input_ids)
@@ -225,7 +233,7 @@ class AttachedHeads:
                 returned = host_loss()
             finally:
                 self._reading = None
-                self._wrapper.runs = False  # a wrapper that failed did not say so
+                self._wrapper.runs = False  # a wrapper that raised did not reset it
         reading.check(type(self.trunk.model).__name__)
         return returned, reading.result
 
@@ -264,7 +272,7 @@ class AttachedHeads:
                 "`return_dict` (the default of transformers) switched on."
             )
         request, call, final = reading.request, reading.call, reading.final
-        reading.call = None  # from here on the norm serves the heads
+        reading.call = None  # from here on, calls of the norm are the heads'
         device, dtype, enabled = call.autocast
         trunk = self._unsharded_trunk(call.hidden_states.dtype)
         with torch.autocast(device, dtype=dtype, enabled=enabled):
@@ -290,16 +298,16 @@ class AttachedHeads:
         return _weighted_loss(cross_entropy_of(trunk.logits), weights, hidden, targets[positions], trunk)[0]
 
     def _unsharded_trunk(self, dtype: torch.dtype) -> Trunk:
-        """The trunk, its norm and unembedding without hooks, the user's and FSDP2's, and unsharded.
+        """Return the trunk with norm and unembedding unsharded and without hooks (the user's and FSDP2's).
 
-        How often they are used differs between processes (chunks of rows), so none of these uses may communicate; and
-        who has a hook on them expects what the model makes of its own hidden states.
+        The number of uses differs between processes (chunks of rows), so none of them may communicate; and hooks on
+        these modules expect only the model's own hidden states.
         """
         norm, unembedding = (unsharded_twin(module, dtype) for module in (self.trunk.norm, self.trunk.unembedding))
         return dataclasses.replace(self.trunk, norm=norm, unembedding=unembedding)
 
     def _check_logits(self, output: ModelOutput, final: Tensor | None, trunk: Trunk) -> None:
-        """Once, where the host has logits: our way from final hidden states to logits must be the model's."""
+        """Check once, if the host has logits, that `trunk.logits` gives the model's logits from its hidden states."""
         logits = output.get("logits")
         if self._logits_checked or logits is None or final is None or active_dropouts(trunk.unembedding):
             return
@@ -312,8 +320,8 @@ class AttachedHeads:
             same = (ours - theirs).norm() <= 0.05 * theirs.norm() + 1e-3
         if not same:
             raise ConfigError(
-                f"caft: {type(self.trunk.model).__name__} makes its logits in a way that CAFT does not know, so "
-                "its heads would learn something else than the model. Please report the model's name."
+                f"caft: {type(self.trunk.model).__name__} computes its logits in a way that CAFT does not support, so "
+                "heads would be trained on different logits than the model's. Please report the model's name."
             )
 
     def _run(self, request: Request, call: LayerCall, final: Tensor | None, trunk: Trunk) -> Result:
@@ -329,7 +337,7 @@ class AttachedHeads:
         zero = source.new_zeros((), dtype=torch.float32)
         rows: list[Tensor] = []
         learned: list[Tensor] = []
-        numbers: list[Tensor] = []  # of the head that each row belongs to
+        numbers: list[Tensor] = []  # the head index of each row
         places: list[Tensor] = []  # the position of each row
         for index, layer in enumerate(self.heads.layers):
             if not request.run[index]:
@@ -359,25 +367,31 @@ class AttachedHeads:
 
 
 def _input_ids(args: tuple, kwargs: dict[str, object]) -> Tensor | None:
-    """The token ids that a model is called with, None where it is called with embeddings."""
+    """Return the token ids that a model is called with, or None if it is called with embeddings."""
     found = kwargs.get("input_ids", args[0] if args else None)
     return found if isinstance(found, Tensor) and not found.is_floating_point() else None
 
 
 def _same(ids: Tensor, others: Tensor) -> bool:
-    """Whether two tensors hold the same token ids. The same tensor costs no comparison, which a GPU would wait for."""
+    """Return True if two tensors hold the same token ids.
+
+    Identical tensors are not compared: on a GPU, a comparison would synchronise.
+    """
     return ids is others or (ids.shape == others.shape and torch.equal(ids, others.to(ids.device)))
 
 
 def wrapper_of(model: nn.Module, called: nn.Module | None) -> nn.Module | None:
-    """What looks for the graph in the output of `model` where `called` is called: a distributed wrapper around it, or
-    the model itself where FSDP2 shards it. A compiled model is none."""
+    """Return the module that searches the output of `model` for the graph when `called` is called.
+
+    That is a distributed wrapper around the model, or the model itself under FSDP2; None otherwise, also for a
+    compiled model.
+    """
     called = getattr(called, "_orig_mod", called)
     return called if called is not model or isinstance(called, FSDPModule) else None
 
 
 class WatchedWrapper:
-    """Notes while a distributed wrapper runs, and gives its caller the model's output without our field."""
+    """Notes while a distributed wrapper runs, and removes the field `caft_loss` from the output it returns."""
 
     def __init__(self) -> None:
         self.runs = False
@@ -385,7 +399,7 @@ class WatchedWrapper:
         self._handles: list[RemovableHandle] = []
 
     def watch(self, wrapper: nn.Module | None) -> None:
-        """Watch this wrapper from now on. Hooks stay where they are until another comes: compiled code knows them."""
+        """Watch this wrapper from now on. Its hooks stay until another one is watched: compiled code refers to them."""
         if wrapper is self._wrapper:
             return
         for handle in self._handles:
@@ -408,8 +422,7 @@ class WatchedWrapper:
 
 
 def _check_shape(model: nn.Module, hidden: Tensor, targets: Tensor) -> None:
-    """Each position that is read must have its target: `hidden` (batch, length, hidden size), `targets` (batch,
-    length)."""
+    """Raise ConfigError unless `hidden` (batch, length, hidden size) fits `targets` (batch, length)."""
     if hidden.shape[:-1] != targets.shape:
         raise ConfigError(
             f"caft: {type(model).__name__} received inputs whose shape differs from the labels (hidden states "
@@ -426,7 +439,7 @@ def _weighted_loss(
 
 
 def joined_zero(module: nn.Module) -> Tensor:
-    """0, joined to the graph through every trainable tensor of `module`, as DDP needs it (FSDP2 does not)."""
+    """Return 0, connected to every trainable tensor of `module`: DDP needs them all in the graph (FSDP2 does not)."""
     zero = torch.zeros((), device=next(module.parameters()).device)
     for parameter in module.parameters():
         if parameter.requires_grad and not isinstance(parameter, DTensor):
@@ -440,8 +453,7 @@ def active_dropouts(module: nn.Module) -> list[nn.Module]:
 
 @contextlib.contextmanager
 def without_dropout(*modules: nn.Module) -> Iterator[None]:
-    """While this is open, dropout inside of `modules` (that of a LoRA on the unembedding) lets everything through and
-    draws no random number."""
+    """Disable dropout inside `modules` (such as that of a LoRA on the unembedding): it draws no random numbers."""
     dropouts = [dropout for module in modules for dropout in active_dropouts(module)]
     for dropout in dropouts:
         dropout.training = False
@@ -453,10 +465,10 @@ def without_dropout(*modules: nn.Module) -> Iterator[None]:
 
 
 def _noting(own_class: type, note: Callable[[nn.Module, tuple, dict[str, object]], None]) -> type:
-    """A subclass of a layer's class that tells `note` what it was called with.
+    """Return a subclass of a layer's class that passes the arguments of each call to `note`.
 
-    It overrides `__call__` because module hooks run inside of gradient checkpointing, where tensors are cut
-    from the graph; the name stays, because wrapping policies go by it.
+    It overrides `__call__` because module hooks run inside gradient checkpointing, where tensors are detached from
+    the graph. It keeps the class's name, because wrapping policies use it.
     """
 
     def __call__(self: nn.Module, *args: object, **kwargs: object) -> object:
@@ -486,12 +498,12 @@ def _output_class(output_class: type) -> type:
 
 
 def _with_aux_loss(output: ModelOutput, loss: Tensor) -> ModelOutput:
-    """The model's output with a field `caft_loss`: distributed wrappers look for the graph in the output."""
+    """Return the model's output with a field `caft_loss`: distributed wrappers search the output for the graph."""
     return _output_class(type(output))(**dict(output.items()), caft_loss=loss)
 
 
 def _without_aux_loss(output: object) -> object:
-    """The output that the model returned, as its own class."""
+    """Return the model's own output, in its own class."""
     if not isinstance(output, ModelOutput) or "caft_loss" not in output:
         return output
     own_class = type(output).__bases__[0]

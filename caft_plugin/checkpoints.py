@@ -1,7 +1,7 @@
-"""Which checkpoints are whole, and which to resume from.
+"""Find complete checkpoints, and the one to resume from.
 
-The Trainer writes checkpoints in place, so one that was being written when its run was killed looks like any other, and
-the Trainer resumes from the highest number, whole or not.
+The Trainer writes checkpoints in place and resumes from the highest number. A checkpoint that was being written when
+its run was killed looks like any other.
 """
 
 from __future__ import annotations
@@ -44,17 +44,17 @@ WEIGHT_FILES = (
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """What this run's checkpoints hold beside the trainer's state."""
+    """The parts of this run's checkpoints, in addition to the trainer's state."""
 
-    weights: bool  # of the model or the adapter, in one of WEIGHT_FILES
+    weights: bool  # the model's or the adapter's, in one of WEIGHT_FILES
     optimizer: bool  # with scheduler and random states
 
 
 def problem_of(folder: Path, parts: Parts) -> str | None:
-    """What a checkpoint lacks or what is damaged in it, in words; None for a whole one.
+    """Return what is missing or damaged in a checkpoint, in words, or None if it is complete.
 
-    Files are opened and their ends looked for, not read. A checkpoint without heads counts as whole: it is
-    from a run without CAFT, for heads are written before the trainer's state.
+    Files are opened and checked for truncation, not read. A checkpoint without heads counts as complete: it is from a
+    run without CAFT, because heads are written before the trainer's state.
     """
     if not folder.is_dir():
         return "is not a folder"
@@ -89,14 +89,14 @@ def problem_of(folder: Path, parts: Parts) -> str | None:
         try:
             read_record(heads)
         except ConfigError as error:
-            return f"has no whole {FOLDER}/ ({error})"
+            return f"has an incomplete {FOLDER}/ ({error})"
         if not (heads / WEIGHTS).is_file():
             return f"lacks {FOLDER}/{WEIGHTS}"
     return None
 
 
 def newest_whole(output_dir: str | Path, parts: Parts) -> tuple[Path | None, list[str]]:
-    """The whole checkpoint of the highest number, and a sentence on each newer one that was passed over."""
+    """Return the complete checkpoint with the highest number, and a sentence on each newer one that was skipped."""
     start = f"{PREFIX_CHECKPOINT_DIR}-"
     numbered = {
         int(path.name.removeprefix(start)): path
@@ -113,50 +113,57 @@ def newest_whole(output_dir: str | Path, parts: Parts) -> tuple[Path | None, lis
 
 
 def to_resume_from(asked: str | Literal[True], output_dir: str | Path, parts: Parts) -> str:
-    """The checkpoint to resume from, given what `train(resume_from_checkpoint=...)` was asked for.
+    """Return the checkpoint to resume from.
+
+    Args:
+        asked: the argument of `train(resume_from_checkpoint=...)`: a path, or True for the newest one.
+        output_dir: where the run writes its checkpoints.
+        parts: what a complete checkpoint of this run holds.
 
     Raises:
-        ConfigError: the checkpoint asked for is not whole, or none in `output_dir` is.
+        ConfigError: the requested checkpoint is incomplete, or `output_dir` has no complete one.
     """
     if asked is True:
         newest = newest_warning_of_others(output_dir, parts)
         if newest is None:
             raise ConfigError(
-                f"resume_from_checkpoint: got True, but {output_dir} holds no whole checkpoint. Start "
-                "anew without it, or give the path of a checkpoint elsewhere."
+                f"resume_from_checkpoint: got True, but {output_dir} has no complete checkpoint. Leave it out to "
+                "start from the beginning, or give the path of a checkpoint elsewhere."
             )
         return str(newest)
     problem = problem_of(Path(asked), parts)
     if problem is not None:
         newest, _ = newest_whole(Path(asked).parent, parts)
         remedy = (
-            f"give {newest}, the newest whole one there" if newest else "there is no whole one beside it: start anew"
+            f"use {newest}, the newest complete one there"
+            if newest
+            else "that folder has none, so start from the beginning"
         )
         raise ConfigError(
-            f"resume_from_checkpoint: got {asked}, which {problem}. It takes a whole checkpoint: {remedy}."
+            f"resume_from_checkpoint: got {asked}, which {problem}. It accepts a complete checkpoint: {remedy}."
         )
     return str(asked)
 
 
 def newest_warning_of_others(output_dir: str | Path, parts: Parts) -> Path | None:
-    """As `newest_whole`; the main process warns of newer ones, which a killed run left behind half written."""
+    """Return the newest complete checkpoint; on the main process, warn about newer ones that a killed run left."""
     newest, passed_over = newest_whole(output_dir, parts)
     if PartialState().is_main_process:
         for problem in passed_over:
             logger.warning(
-                "resume_from_checkpoint: %s; it is passed over, and overwritten when training comes to that step",
+                "resume_from_checkpoint: %s; it is skipped, and overwritten when training reaches that step",
                 problem,
             )
     return newest
 
 
 def begin_overwriting(checkpoint: Path) -> None:
-    """Makes a checkpoint that is about to be overwritten, file by file, one that is not whole until that is done."""
+    """Mark a checkpoint that is about to be overwritten, file by file, as incomplete until that is done."""
     (checkpoint / TRAINER_STATE_NAME).unlink(missing_ok=True)
 
 
 def set_aside(folder: Path) -> None:
-    """Renames what an earlier run has left under this name, where there is something, and warns of it."""
+    """Rename the folder that an earlier run left under this name, if there is one, and warn about it."""
     if not folder.is_dir():
         return
     numbers = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
@@ -164,15 +171,15 @@ def set_aside(folder: Path) -> None:
     to = next(place for place in places if not place.exists())
     folder.rename(to)
     logger.warning(
-        "caft: %s is of an earlier run and does not belong to the model that this run saves there, so it is now %s. "
-        "Delete it, or keep it with the model of that run",
+        "caft: %s belongs to an earlier run, not to the model that this run saves there, so it was renamed to %s. "
+        "Delete it, or keep it with that run's model",
         folder,
         to,
     )
 
 
 def _json(file: Path) -> dict | None:
-    """The object in a JSON file, None where there is none."""
+    """Return the object in a JSON file, or None if there is none."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""Every knob of CAFT and MEAP: its name, default, check and source, once."""
+"""Every setting of CAFT and MEAP: its name, default, check and source, once."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Layout = Literal["concat", "separate"]
 DEFAULT_HEAD_INPUT: HeadInput = "penultimate"
 DEFAULT_HEAD_NORM = True
 HEADS_KEY = "caft.heads"
-LONGEST = 100  # of a value or key in a message, in characters
+LONGEST = 100  # characters of a value or key in a message
 DEFAULT_MASK_RATIO: dict[str, float] = {"sft": 0.10, "pretrain": 0.15}
 
 
@@ -32,10 +32,10 @@ class ConfigError(ValueError):
 
 
 class Block(BaseModel):
-    """A block of a YAML file, `name:` with keys below it.
+    """A block of a YAML file: `name:` with keys below it.
 
     Raises:
-        ConfigError: an unknown key, or a value outside of what the key accepts.
+        ConfigError: an unknown key, or a value that the key does not accept.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
@@ -55,12 +55,12 @@ class Block(BaseModel):
         if isinstance(value, bool) and {"on", "off"} <= set(kinds):
             return "on" if value else "off"  # YAML reads a bare on or off as true or false
         if isinstance(value, bool) and bool not in kinds:
-            raise ValueError("true and false mean nothing here")
+            raise ValueError("true and false are not accepted here")
         return value
 
     @classmethod
     def read(cls, block: object) -> Self:
-        """The config for what a user wrote: one of this class, a mapping, or None (a bare `name:`).
+        """Return the config for a user's value: an instance, a mapping of keys, or None (a bare `name:`).
 
         Raises:
             ConfigError: `block` is none of these, or holds a wrong key or value.
@@ -71,8 +71,8 @@ class Block(BaseModel):
             return cls()
         if not isinstance(block, dict):
             raise ConfigError(
-                f"{cls.block}: got {shown(block)}, but it takes a block of keys ({', '.join(cls.model_fields)}) "
-                "or nothing at all for the defaults."
+                f"{cls.block}: got {shown(block)}, but it accepts a block of keys ({', '.join(cls.model_fields)}), "
+                "or an empty block for the defaults."
             )
         return cls(**{key if isinstance(key, str) else shown(key): value for key, value in block.items()})
 
@@ -88,7 +88,7 @@ class CAFTConfig(Block):
     token k+1 ahead.
 
     Raises:
-        ConfigError: an unknown key, or a value outside of what the key accepts.
+        ConfigError: an unknown key, or a value that the key does not accept.
     """
 
     block = "caft"
@@ -97,48 +97,49 @@ class CAFTConfig(Block):
         4,
         ge=1,
         le=32,
-        description="auxiliary heads; head k predicts the token k+1 ahead (published: 4, for tokens 2 to 5)",
+        description="number of auxiliary heads; head k predicts the token k+1 ahead (paper: 4, for tokens 2 to 5)",
     )
     heads: str | None = Field(
         None,
         min_length=1,
-        description="folder or Hub id of pretrained heads; left out: copies of the model's last layer",
+        description="folder or Hub id of pretrained heads; default: copies of the model's last layer",
     )
     train_heads: TrainHeads = Field(
         "auto",
-        description="`full`, `lora` (the adapter's rank and alpha, all linear layers, but no experts), `frozen`; "
-        "`auto`: `full` when the base trains fully, `lora` under LoRA and QLoRA",
+        description="`full`, `lora` (with the adapter's rank and alpha, on all linear layers except experts) or "
+        "`frozen`; `auto`: `full` if the base is trained fully, `lora` with LoRA and QLoRA",
     )
-    beta: float = Field(0.01, ge=0, allow_inf_nan=False, description="weight of all auxiliary losses; 0 is a plain run")
+    beta: float = Field(0.01, ge=0, allow_inf_nan=False, description="weight of the auxiliary losses; 0: a plain run")
     alpha: float = Field(
-        0.8, gt=0, le=1, description="geometric decay: head k weighs alpha^k, so far tokens count less"
+        0.8, gt=0, le=1, description="decay: head k has the weight alpha^k, so distant tokens count less"
     )
     schedule: Schedule = Field(
         "rsine",
-        description="gamma over training: `rsine` 1 to 0 along a sine, `sine` 0 to 1, `linear` 0 to 1, `constant` 1",
+        description="gamma over training: `rsine` from 1 to 0 along a sine, `sine` from 0 to 1, `linear` from 0 to 1, "
+        "`constant` 1",
     )
     head_input: HeadInput | None = Field(
         None,
-        description="what a head reads: `penultimate` (the last layer's input) or `final` (the normed final "
-        "hidden state, as the authors fine-tune); left out: what the heads folder records, else "
+        description="the heads' input: `penultimate` (the last layer's input) or `final` (the normalised final "
+        "hidden state, as in the authors' fine-tuning); default: the heads folder's setting, else "
         f"`{DEFAULT_HEAD_INPUT}`",
     )
     head_norm: bool | None = Field(
         None,
-        description="apply the model's final norm to a head's output (the authors: `false`); left out: what "
-        f"the heads folder records, else `{str(DEFAULT_HEAD_NORM).lower()}`",
+        description="apply the model's final norm to a head's output (the authors: `false`); default: the heads "
+        f"folder's setting, else `{str(DEFAULT_HEAD_NORM).lower()}`",
     )
     heads_per_step: int | None = Field(
         None,
         ge=1,
         le=32,
-        description="draw this many heads for each micro-batch, with probability in proportion to alpha^k, and weigh "
-        "them so that the mean gradient is that of all heads; left out: all heads run",
+        description="draw this many heads per micro-batch, with probabilities proportional to alpha^k, weighted so "
+        "that the expected gradient is that of all heads; default: all heads run",
     )
     fused_loss: FusedLoss = Field(
         "off",
-        description="let the plugin compute the next-token loss too, at supervised positions only, so that the model "
-        "builds no logits; `auto`: where that is possible; `on`: stop where it is not",
+        description="compute the next-token loss in the plugin, at supervised positions only, so that the model "
+        "builds no logits; `auto`: if possible; `on`: stop if it is not",
     )
 
 
@@ -146,35 +147,35 @@ class MEAPConfig(Block):
     """Settings of mask-enhanced autoregressive prediction (arXiv 2502.07490).
 
     Raises:
-        ConfigError: an unknown key, or a value outside of what the key accepts.
+        ConfigError: an unknown key, or a value that the key does not accept.
     """
 
     block = "meap"
 
     mode: MEAPMode = Field(
         "sft",
-        description="`sft`: each example is trained on twice, unmasked and with its answers masked; "
-        "`pretrain`: every document is masked, all labels stay",
+        description="`sft`: train on each example twice, unmasked and with its answers masked; "
+        "`pretrain`: mask every document and keep all labels",
     )
     mask_ratio: float | None = Field(
         None,
         gt=0,
         lt=1,
-        description="share of tokens masked; left out: "
+        description="fraction of tokens to mask; default: "
         + ", ".join(f"{ratio:.2f} for `{mode}`" for mode, ratio in DEFAULT_MASK_RATIO.items()),
     )
     layout: Layout = Field(
         "concat",
-        description="(sft) `concat`: the masked copy follows its original in one sequence and attends to it, as in the "
-        "paper; `separate`: two sequences, as in the authors' code",
+        description="(sft) `concat`: the masked copy follows its original in the same sequence and attends to it, as "
+        "in the paper; `separate`: two sequences, as in the authors' code",
     )
     min_answer_tokens: int = Field(
-        51, ge=1, description="(sft) shorter answers are not masked; special and end tokens do not count"
+        51, ge=1, description="(sft) shorter answers are not masked; special and end tokens are not counted"
     )
     mask_token: int | str = Field(
         "auto",
-        description="`auto`: a token that the model has and the data does not use; `add`: one extra input vector, the "
-        "model keeps its shape; or a token's text or id",
+        description="`auto`: an existing token that the data does not use; `add`: one extra input vector (the model "
+        "keeps its shape); or a token's text or id",
     )
 
     @property
@@ -186,30 +187,30 @@ class PretrainConfig(Block):
     """Settings of stage 1, `caft pretrain-heads` (arXiv 2506.07833, section 3).
 
     Raises:
-        ConfigError: an unknown key, or a value outside of what the key accepts.
+        ConfigError: an unknown key, or a value that the key does not accept.
     """
 
     block = "pretrain_heads"
 
     targets: Targets = Field(
         "model",
-        description="what heads learn: `model`, answers that the base model writes; `dataset`, the data set's own "
+        description="the heads' targets: `model`, answers generated by the base model; `dataset`, the data set's own "
         "answers; `distribution`, the base model's next-token distribution at each position of any text",
     )
-    max_new_tokens: int = Field(512, ge=1, description="longest answer the base model writes, in tokens")
-    temperature: float = Field(
-        0.0, ge=0, le=10, description="of sampling answers; 0 takes the likeliest token each time"
+    max_new_tokens: int = Field(512, ge=1, description="maximum length of a generated answer, in tokens")
+    temperature: float = Field(0.0, ge=0, le=10, description="sampling temperature; 0: greedy decoding")
+    top_p: float = Field(
+        1.0, gt=0, le=1, description="nucleus sampling: use the most likely tokens with this total probability"
     )
-    top_p: float = Field(1.0, gt=0, le=1, description="sample from the likeliest tokens of this total probability")
-    generation_batch_size: int = Field(16, ge=1, description="answers written at a time")
-    seed: int = Field(0, ge=0, description="of sampling")
+    generation_batch_size: int = Field(16, ge=1, description="answers generated per batch")
+    seed: int = Field(0, ge=0, description="sampling seed")
     vllm: bool = Field(
-        False, description="let vLLM write the answers, on a GPU, of a base that is not quantised (never run by us)"
+        False, description="generate answers with vLLM, on a GPU, with an unquantised base (never tested)"
     )
 
 
 def explain(model: type[Block], errors: Iterable[ErrorDetails]) -> str:
-    """One line for each key that is wrong in a config block: key, value received, values accepted."""
+    """Return one line for each wrong key of a config block: the key, the value received, the values accepted."""
     lines = {}
     for error in errors:
         key = str(error["loc"][0]) if error["loc"] else ""
@@ -217,31 +218,31 @@ def explain(model: type[Block], errors: Iterable[ErrorDetails]) -> str:
         if field is None:
             lines[key] = f"{model.block}.{named(key)}: unknown key. Accepted keys: {', '.join(model.model_fields)}."
         else:
-            lines[key] = f"{model.block}.{key}: got {shown(error['input'])}, but it takes {accepted(field)}."
+            lines[key] = f"{model.block}.{key}: got {shown(error['input'])}, but it accepts {accepted(field)}."
     return "\n".join(lines.values())
 
 
 def shown(value: object) -> str:
-    """A value as a message shows it: on one line and of bounded length, whatever it is."""
+    """Return a value as text for a message: on one line, with a limited length."""
     form = reprlib.Repr()
     form.maxstring = form.maxother = LONGEST
     try:
         return form.repr(value)
-    except ValueError:  # a whole number of thousands of digits
-        return f"a {type(value).__name__} too long to be written"
+    except ValueError:  # an integer with thousands of digits
+        return f"a {type(value).__name__} too long to be shown"
 
 
 _heads_as: ContextVar[str] = ContextVar("caft_heads_as", default=HEADS_KEY)
 
 
 def heads_as() -> str:
-    """What the caller knows a heads folder as; messages about it begin with this."""
+    """Return the caller's name for the heads folder (a key, an option or an argument), with which messages begin."""
     return _heads_as.get()
 
 
 @contextlib.contextmanager
 def heads_named(name: str) -> Iterator[None]:
-    """While this is open, messages call a heads folder by this name of an option or argument. The outermost counts."""
+    """Use this option or argument name for the heads folder in messages; nested calls keep the outermost name."""
     token = _heads_as.set(name) if _heads_as.get() == HEADS_KEY else None
     try:
         yield
@@ -251,17 +252,17 @@ def heads_named(name: str) -> Iterator[None]:
 
 
 def named(text: str) -> str:
-    """A name out of somebody's file as a message shows it: as it is, unless it is endless or cannot be printed."""
+    """Return a name from a file as text for a message: unchanged, unless it is very long or not printable."""
     return text if text.isprintable() and 0 < len(text) <= 3 * LONGEST else shown(text)
 
 
 def first_line(error: Exception) -> str:
-    """Somebody else's error as a message shows it."""
+    """Return the type and first line of another library's error, for a message."""
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
 def accepted(field: FieldInfo) -> str:
-    """What a field takes, in words: 'one of a, b', 'a whole number from 1 to 32', 'true or false' ..."""
+    """Return the values that a field accepts, in words: 'one of a, b', 'a whole number at least 1', 'true or false'."""
     kinds = kinds_of(field)
     choices = kinds if all(isinstance(kind, str) for kind in kinds) else get_args(kinds[0])
     if choices:
@@ -271,10 +272,10 @@ def accepted(field: FieldInfo) -> str:
     }
     words = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
     limits = " and ".join(f"{words[name]} {bound}" for name, bound in bounds.items())
-    named = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+    named = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
     return f"{' or '.join(named[kind] for kind in kinds)} {limits}".strip()
 
 
 def kinds_of(field: FieldInfo) -> list[Any]:
-    """The types of a field's annotation, None left out."""
+    """Return the types of a field's annotation, without None."""
     return [kind for kind in get_args(field.annotation) or (field.annotation,) if kind is not type(None)]

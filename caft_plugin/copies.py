@@ -1,4 +1,4 @@
-"""A plain copy of a decoder layer: what adapters do is in its weights, quantised weights are dequantised."""
+"""Make a plain copy of a decoder layer: adapters merged into the weights, quantised weights dequantised."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from transformers.pytorch_utils import Conv1D
 from caft_plugin.config import ConfigError
 from caft_plugin.trunk import in_use, unmergeable
 
-# What accelerate, or a kernel, puts into an instance to have its own forward called in place of the class's.
+# Attributes with which accelerate or a kernel replaces the class's forward on an instance.
 OWN_FORWARD = ("forward", "_old_forward", "_hf_hook")
 
 
 def plain_copy(layer: nn.Module, dtype: torch.dtype | None) -> nn.Module:
-    """A copy of a decoder layer that does what the layer does, made of plain modules and tensors.
+    """Return a copy of a decoder layer that computes the same, made of plain modules and tensors.
 
-    What active adapters do is put into its weights. Hooks, and whatever was put in the place of a module's forward, are
-    left out; parametrisations become their value; quantised weights are dequantised to `dtype` (the one the model was
-    loaded with); all floating-point tensors take the dtype of the largest one.
+    Active adapters are merged into its weights. Hooks and replaced forwards are dropped, parametrisations become
+    their value, and quantised weights are dequantised to `dtype` (the one the model was loaded with). All
+    floating-point tensors get the dtype of the largest one.
 
     Raises:
-        ConfigError: an adapter whose effect no weight can hold, or a quantisation whose weights cannot be had back.
+        ConfigError: an adapter that cannot be merged, or a quantisation that cannot be reversed.
     """
     layer = _plain(_without_hooks(layer).eval(), dtype)
     _check_plain(layer)
@@ -41,9 +41,9 @@ def plain_copy(layer: nn.Module, dtype: torch.dtype | None) -> nn.Module:
 
 
 def _without_hooks(layer: nn.Module) -> nn.Module:
-    """A deep copy without hooks of any kind and without forwards of an instance's own (accelerate's, a kernel's).
+    """Return a deep copy without hooks and without forwards set on an instance (accelerate's, a kernel's).
 
-    What these hold (a user's recorder, a whole model) is not copied.
+    Objects that these refer to (a user's recorder, a complete model) are not copied.
     """
     memo: dict[int, Any] = {}
     for module in layer.modules():
@@ -54,11 +54,11 @@ def _without_hooks(layer: nn.Module) -> nn.Module:
                 memo[id(value)] = type(value)()
     try:
         layer = copy.deepcopy(layer, memo)
-    except Exception as error:  # whatever a user has put on a layer; or torch's old weight_norm
+    except Exception as error:  # an object that a user attached; or torch's old weight_norm
         raise ConfigError(
             f"caft: the model's last layer ({type(layer).__name__}) cannot be copied into heads "
-            f"({type(error).__name__}: {error}). Take off what is neither module nor parameter of it "
-            "(torch.nn.utils.weight_norm: use torch.nn.utils.parametrizations), or take the `caft:` block out."
+            f"({type(error).__name__}: {error}). Remove attributes that are neither its modules nor its parameters "
+            "(torch.nn.utils.weight_norm: use torch.nn.utils.parametrizations), or remove the `caft:` block."
         ) from error
     for module in layer.modules():
         for name in OWN_FORWARD:
@@ -67,7 +67,7 @@ def _without_hooks(layer: nn.Module) -> nn.Module:
 
 
 def _plain(module: Any, dtype: torch.dtype | None) -> nn.Module:
-    """`module` itself, made plain with all that is in it, or what takes its place."""
+    """Make `module` and its submodules plain; return it, or its replacement."""
     if isinstance(module, AuxiliaryTrainingWrapper):
         return _plain(in_use(module), dtype)
     if isinstance(module, BaseTunerLayer):
@@ -84,9 +84,9 @@ def _plain(module: Any, dtype: torch.dtype | None) -> nn.Module:
 
 
 def _take_value(module: Any, dtype: torch.dtype | None) -> None:
-    """Puts plain parameters in the place of parametrised ones.
+    """Replace parametrised parameters with plain ones.
 
-    torch's own `remove_parametrizations` changes the class, which a copy shares with its original.
+    torch's `remove_parametrizations` changes the class, which a copy shares with its original.
     """
     values = {}
     for name, parametrisation in module.parametrizations.items():
@@ -100,7 +100,7 @@ def _take_value(module: Any, dtype: torch.dtype | None) -> None:
 
 
 def _merged(tuner: Any, dtype: torch.dtype | None) -> nn.Module:
-    """The base layer of a PEFT layer (which may wrap another), plain, with what active adapters do in its weights."""
+    """Return the base layer of a PEFT layer (which may wrap another), plain, with active adapters merged."""
     chain = [tuner]
     while isinstance(chain[-1].base_layer, BaseTunerLayer):
         chain.append(chain[-1].base_layer)
@@ -111,7 +111,7 @@ def _merged(tuner: Any, dtype: torch.dtype | None) -> nn.Module:
     has_adapter_inside = isinstance(inner.base_layer, nn.MultiheadAttention)
     if not has_adapter_inside:
         theirs = inner.base_layer
-        base = _plain(copy.deepcopy(theirs) if is_quantised(theirs) else theirs, dtype)  # dequantising spoils some
+        base = _plain(copy.deepcopy(theirs) if is_quantised(theirs) else theirs, dtype)  # dequantising damages some
         if any(parameter.is_meta for parameter in base.parameters()):
             return base
         if is_plain_linear(base):
@@ -135,17 +135,17 @@ def is_plain_linear(module: nn.Module) -> bool:
 
 @torch.no_grad()
 def _with_effect(base: Any, tuner: Any) -> nn.Module:
-    """`base`, a linear layer, with weight and bias that do what `tuner` does, whose base layer it is or was made of.
+    """Merge `tuner` into `base`, the linear layer that it wraps or a plain version of it, and return `base`.
 
-    They are read from what `tuner` makes of the identity, so it need not know how to merge: in float32 where it can
-    compute in that, as it is where it cannot (quantised, or with tensors that stay in half precision). A tuner that
-    changes nothing leaves `base` as it is, to the bit.
+    Weight and bias are read from the tuner's output for the identity matrix, so it does not need to support merging.
+    The product is in float32 if the tuner can compute in it, else in its own dtype (quantised, or with tensors that
+    stay in half precision). A tuner without effect leaves `base` bitwise unchanged.
     """
     kind, device = base.weight.dtype, base.weight.device
     exact = torch.promote_types(kind, torch.float32)
     out_in = isinstance(base, nn.Linear)
     size = base.weight.shape[1 if out_in else 0]
-    layer, takes, rounding = tuner, kind, 0.02  # how far rounding may lead, of the output
+    layer, takes, rounding = tuner, kind, 0.02  # tolerance for rounding, relative to the output
     probe = torch.randn(4, size, generator=torch.Generator().manual_seed(0)).to(device, exact)
 
     def change(rows: Tensor) -> Tensor:
@@ -160,7 +160,7 @@ def _with_effect(base: Any, tuner: Any) -> nn.Module:
                 layer, takes, rounding = wide, exact, 1e-5
         try:
             wanted = change(probe)
-        except Exception as error:  # a method that wants more than an input, each in its own way
+        except Exception as error:  # a method that needs more than an input, each in its own way
             raise unmergeable(tuner, f"{type(error).__name__}: {error}") from error
         if wanted.any():
             bias = change(probe.new_zeros(1, size))[0]
@@ -168,7 +168,7 @@ def _with_effect(base: Any, tuner: Any) -> nn.Module:
             weight = torch.cat([change(rows) - bias for rows in identity.split(1024)])
             off = (probe @ weight + bias - wanted).norm()
             if not off <= 0.01 * wanted.norm() + rounding * base(probe.to(kind)).norm():
-                raise unmergeable(tuner, "what it adds is not linear in its input")
+                raise unmergeable(tuner, "its effect is not linear in its input")
             base.weight.data = (base.weight + (weight.T if out_in else weight)).to(kind)
             if bias.any():
                 base.bias = nn.Parameter((bias if base.bias is None else base.bias + bias).to(kind))
@@ -177,7 +177,7 @@ def _with_effect(base: Any, tuner: Any) -> nn.Module:
 
 @contextlib.contextmanager
 def full_precision() -> Iterator[None]:
-    """While this is open, float32 products on a GPU are exact (no TF32)."""
+    """Compute float32 products on a GPU exactly (no TF32)."""
     settings = torch.backends.cuda.matmul
     before, settings.fp32_precision = settings.fp32_precision, "ieee"
     try:
@@ -187,7 +187,7 @@ def full_precision() -> Iterator[None]:
 
 
 def _check_plain(layer: nn.Module) -> None:
-    """Raises ConfigError if something in a copy is not what a plain layer has."""
+    """Raise ConfigError if a copy has a module or tensor that a plain layer does not have."""
     for name, module in layer.named_modules():
         if type(module).__module__.startswith("peft."):
             raise unmergeable(module, f"{name} is not a layer that can be merged")
@@ -229,14 +229,19 @@ def dequantised_linear(module: nn.Module, dtype: torch.dtype | None) -> nn.Linea
 
 
 def is_packed_for_cpu(module: nn.Module) -> bool:
-    """bitsandbytes puts 4-bit weights into another order at the first call in evaluation mode on a CPU; its own
-    dequantisation does not know that order (0.50)."""
+    """Return True if bitsandbytes has reordered a module's 4-bit weights for the CPU.
+
+    It does so at the first call in evaluation mode; its own dequantisation does not support that order (0.50).
+    """
     return bool(getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False))
 
 
 @torch.no_grad()
 def times_identity(module: Any) -> Tensor:
-    """The weight (out, in) of a linear layer, from what it makes of the identity (the order is bfloat16's)."""
+    """Return the weight (out, in) of a linear layer, read from its output for the identity matrix.
+
+    The identity is in bfloat16, the dtype that the reordered weights are for.
+    """
     identity = torch.eye(module.in_features, dtype=torch.bfloat16)
     weight = module(identity).T
     return weight if module.bias is None else weight - module.bias[:, None]

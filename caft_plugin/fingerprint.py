@@ -1,10 +1,9 @@
-"""Tell over which layer and final norm heads were trained: a sample of these weights, kept with the heads.
+"""Identify the last layer and final norm that heads were trained with: a sample of these weights, saved with the heads.
 
-A sample holds the weights as they take effect: adapters in them, dequantised. It is taken twice, as a run begins and as
-its heads are saved, and once more of the model that the heads are later used with. That model is the run's own where it
-lies where the run's end does, seen from its beginning; it is the base where it lies at the beginning. So even small
-updates tell, under rounding (a merged model in bfloat16) and under quantisation (QLoRA's adapter over a base in 16
-bits).
+A sample holds effective weights: adapters merged, dequantised. One is taken at the start of a run, one when the heads
+are saved, and one of the model that the heads are used with later. That model is the run's own if it is as far along
+the way from start to end as the end is; it is the base if it is at the start. This detects even small updates, under
+rounding (a model merged in bfloat16) and quantisation (QLoRA's adapter over a 16-bit base).
 """
 
 from __future__ import annotations
@@ -30,9 +29,9 @@ from caft_plugin.trunk import Trunk, in_use
 
 logger = logging.getLogger(__name__)
 
-MOST, EACH = 16_384, 2_048  # values in a sample, and at most of one tensor
-FEW = 32  # values that have moved: with fewer, where a model lies between two others says nothing
-# Relative distance of two neighbouring numbers, at most half of which rounding adds; from coarse to fine.
+MOST, EACH = 16_384, 2_048  # maximum values of a sample, and of one tensor
+FEW = 32  # changed values below which the position between two models is not meaningful
+# Relative spacing of neighbouring numbers; rounding adds at most half of it. From coarse to fine.
 GRIDS = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}
 QUANTISATION = 0.25  # relative error (root mean square) of weights in 4 bits is about 0.1
 
@@ -41,10 +40,10 @@ Verdict = Literal["own", "base", "other"]
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """Values (n,) of each tensor of the last layer and the final norm, float32, by its plain name.
+    """Values (n,) of each tensor of the last layer and the final norm, float32, by plain name.
 
-    `quantised` names those whose values were quantised; `under` holds such values without adapters, which no training
-    changes.
+    `quantised` names the tensors that were quantised; `under` holds their values without adapters, which training
+    does not change.
     """
 
     values: dict[str, Tensor]
@@ -54,7 +53,7 @@ class Sample:
 
 @dataclasses.dataclass(frozen=True)
 class _Weight:
-    """A tensor to take values of: a parameter, the module that computes with it, and the adapter's layer around it."""
+    """A tensor to sample: a parameter, the module that uses it, and the adapter's layer around that module."""
 
     name: str
     tensor: Tensor
@@ -71,14 +70,14 @@ class _Weight:
 
 
 def take_sample(trunk: Trunk, first: Sample | None = None) -> Sample | None:
-    """Sample a model's last layer and final norm. Every process has to call it where weights are sharded.
+    """Sample a model's last layer and final norm. If weights are sharded, every process must call it.
 
     Args:
-        first: the sample of the same model as training began, without which quantised weights that are sharded since
-            cannot be had.
+        first: the sample of the same model from the start of training. It is needed for quantised weights that have
+            been sharded since.
 
     Returns:
-        None where the weights are not at hand (offloaded, on the meta device), or cannot be had as plain numbers.
+        None if the weights are not available (offloaded, on the meta device) or cannot be read as plain numbers.
     """
     try:
         weights = [*_weights(trunk.last_layer, "layer"), *_weights(trunk.norm, "norm")]
@@ -86,19 +85,19 @@ def take_sample(trunk: Trunk, first: Sample | None = None) -> Sample | None:
             return None
         with torch.no_grad():
             return _sample(weights, first)
-    except Exception as error:  # an adapter or a quantisation that nobody has tried: heads are saved all the same
+    except Exception as error:  # an untested adapter or quantisation: heads are saved nevertheless
         say = logger.warning if first is None else logger.debug  # once a run
-        say("caft: no fingerprint of the last layer is taken (%s)", first_line(error))
+        say("caft: the last layer has no fingerprint (%s)", first_line(error))
         return None
 
 
 def values_of_each(tensors: int) -> int:
-    """How many values are sampled of each of so many tensors, at most."""
+    """Return the maximum number of values sampled per tensor, given the number of tensors."""
     return max(1, min(EACH, MOST // max(tensors, 1)))
 
 
 def sample_of(tensors: Mapping[str, Tensor], whole: Sample) -> Sample:
-    """Sample plain tensors of a model, by the names that `whole`, a sample of all its tensors, has."""
+    """Sample plain tensors of a model; `whole` is a sample of all its tensors, with the same names."""
     each = values_of_each(len(whole.values))
     return Sample({name: _pick(tensor, each) for name, tensor in tensors.items()})
 
@@ -145,7 +144,7 @@ def _sample(weights: list[_Weight], first: Sample | None) -> Sample | None:
     each = values_of_each(len(weights))
     values: dict[str, Tensor] = {}
     under: dict[str, Tensor] = {}
-    for weight in weights:  # to the end in every process, whatever is missing in this one: gathering waits for all
+    for weight in weights:  # all of them in every process, even if one is missing here: gathering waits for all
         factors = [] if weight.tuner is None else _factors(weight.tuner)
         if factors is None:
             base = None if weight.sharded else _pick(plain_weight(cast(nn.Module, weight.tuner)), each)
@@ -164,13 +163,13 @@ def _sample(weights: list[_Weight], first: Sample | None) -> Sample | None:
 
 
 def plain_weight(linear: nn.Module) -> Tensor:
-    """The weight that a linear layer computes with: adapters in it, dequantised."""
+    """Return the effective weight of a linear layer: adapters merged, dequantised."""
     return plain_copy(linear, torch.float32).get_parameter("weight")
 
 
 @dataclasses.dataclass(frozen=True)
 class _Factors:
-    """One LoRA in effect: scaling * b a, with a (rank, in) and b (out, rank)."""
+    """One active LoRA: scaling * b a, with a (rank, in) and b (out, rank)."""
 
     scaling: float
     a: Tensor
@@ -178,7 +177,7 @@ class _Factors:
 
 
 def _factors(tuner: BaseTunerLayer) -> list[_Factors] | None:
-    """Each LoRA in effect; None where another kind of adapter is, or a LoRA with more to it."""
+    """Return the active LoRAs, or None if there is another kind of adapter or a LoRA variant."""
     if not isinstance(tuner, LoraLayer) or isinstance(tuner.base_layer, BaseTunerLayer):
         return None
     if tuner.disable_adapters or tuner.merged:
@@ -192,7 +191,7 @@ def _factors(tuner: BaseTunerLayer) -> list[_Factors] | None:
 
 
 def _effect(linear: nn.Module, lora: _Factors, each: int) -> Tensor:
-    """What a LoRA adds to the sampled values of a linear layer's weight."""
+    """Return the contribution of a LoRA to the sampled values of a linear layer's weight."""
     outputs, inputs = lora.b.shape[0], lora.a.shape[1]
     at = positions(outputs * inputs, each)
     if isinstance(linear, Conv1D):  # weights (in, out)
@@ -203,7 +202,7 @@ def _effect(linear: nn.Module, lora: _Factors, each: int) -> Tensor:
 
 
 def positions(size: int, each: int) -> Tensor:
-    """Which of `size` values are sampled, the same ones each time: all, or `each` of them, spread."""
+    """Return the indices of the sampled values, always the same ones: all of `size`, or `each` of them, spread."""
     return torch.arange(size) if size <= each else torch.arange(each) * 2_654_435_761 % size
 
 
@@ -220,13 +219,13 @@ def _pick(tensor: Tensor, each: int) -> Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class Fingerprint:
-    """Samples of the model as a run began (`before`) and as its heads were saved (`after`)."""
+    """Samples of the model at the start of a run (`before`) and when its heads were saved (`after`)."""
 
     before: Sample
     after: Sample
 
     def of(self, names: Iterable[str]) -> Fingerprint:
-        """The fingerprint of these tensors only."""
+        """Return the fingerprint of these tensors only."""
         kept = frozenset(names)
         before, after = (
             Sample({name: sample.values[name] for name in kept}, sample.quantised & kept)
@@ -235,9 +234,9 @@ class Fingerprint:
         return Fingerprint(before, after)
 
     def verdict(self, now: Sample) -> Verdict:
-        """Tell which model `now` was taken of: the one that the heads were trained over, that one's base, or another.
+        """Return which model `now` was sampled from: the one the heads were trained with, its base, or another.
 
-        Where two cannot be told apart, it is the run's own.
+        If the first two cannot be distinguished, the verdict is `own`.
         """
         before, after = self.before.values, self.after.values
         shapes = [{name: len(values) for name, values in sample.items()} for sample in (before, after, now.values)]
@@ -254,7 +253,7 @@ class Fingerprint:
             return "own" if is_own or is_base else "other"
         share = float(gone @ way / (way @ way))
         error = float((gone - share * way).norm() / (way.norm() * math.sqrt(len(way) - 1)))
-        # 0 at the beginning and 1 at the end; rounding lengthens short steps
+        # share is 0 at the start and 1 at the end; rounding lengthens short steps
         if is_own and 0.7 - 3 * error < share < 1.6 + 3 * error:
             return "own"
         return "base" if is_base and abs(share) < 0.3 + 3 * error else "other"
@@ -262,10 +261,10 @@ class Fingerprint:
 
 @dataclasses.dataclass(frozen=True)
 class _Compared:
-    """One tensor: whether it is as at the end and as at the beginning, up to rounding and quantisation.
+    """The comparison of one tensor with the run's start and end, up to rounding and quantisation.
 
-    Of the values that training moved by more than rounding could undo, `way` is how far it moved them, and `gone` how
-    far the model's are from the beginning, in units of the weights' size.
+    For the values that training changed by more than rounding can undo, `way` is that change and `gone` the model's
+    difference from the start, both in units of the weights' root mean square.
     """
 
     as_before: bool
@@ -280,7 +279,7 @@ class _Compared:
         def alike(then: Tensor) -> bool:
             grid = max(grid_of(then), grid_of(now), key=GRIDS.__getitem__)
             off = _rms(then.to(grid).float() - now.to(grid).float()) / size
-            # a merge rounds in its own way; what was on the grid before comes back to the bit
+            # a merge rounds in its own way; values that were on the grid before are restored bitwise
             rounding = 0.0 if grid_of(then) == grid else 0.3 * GRIDS[grid]
             return off <= (QUANTISATION if quantised else rounding + 0.05 * _rms(after - before) / size + 1e-5)
 
@@ -289,7 +288,7 @@ class _Compared:
 
 
 def grid_of(values: Tensor) -> torch.dtype:
-    """The coarsest type that holds these float32 values as they are."""
+    """Return the coarsest type that represents these float32 values exactly."""
     return next(dtype for dtype in GRIDS if torch.equal(values.to(dtype).float(), values))
 
 

@@ -1,7 +1,7 @@
-"""What a head is: build heads, run one.
+"""Build heads, and run one.
 
-A head is one decoder layer of the model's own class. It is called as the model called its last layer (same
-masks, rotary embeddings, position ids, packing arguments), so it needs no knowledge of the architecture.
+A head is one decoder layer of the model's own class. It receives exactly the arguments that the model passed to its
+last layer (masks, rotary embeddings, position ids, packing), so it works with any architecture.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ from caft_plugin.trunk import Trunk, active_peft_configs, is_model_with_adapter,
 logger = logging.getLogger(__name__)
 
 MODULE_NAME = "caft_heads"
-NOTING = "_caft_notes_its_call"  # marks the class that the last layer has while heads are on
-# The paper's LoRA (section 4), for heads whose base model has no LoRA to copy the rank from.
+NOTING = "_caft_notes_its_call"  # marks the last layer's class while heads are attached
+# The paper's LoRA (section 4), used if the base model has no LoRA whose rank could be copied.
 LORA_RANK, LORA_ALPHA = 8, 16
 
 
 class AuxiliaryHeads(nn.Module):
-    """`layers[k - 1]` is head k, a decoder layer that predicts the token k+1 ahead.
+    """Auxiliary heads: `layers[k - 1]` is head k, a decoder layer that predicts the token k+1 ahead.
 
-    Heads stay in evaluation mode: they have no dropout, so they never draw from the global random generator
-    and leave the base model's own dropout as it would be without them. `origin` is a sample of the layer that they were
-    made over, None where it cannot be had.
+    Heads stay in evaluation mode. Without dropout they never draw from the global random generator, so the base
+    model's dropout is the same as without them. `origin` is a sample of the last layer they were built from, or None
+    if it is not available.
     """
 
     def __init__(self, layers: list[nn.Module], lora: LoraConfig | None = None, origin: Sample | None = None) -> None:
@@ -69,19 +69,25 @@ class AuxiliaryHeads(nn.Module):
 
     @property
     def how(self) -> Literal["full", "lora", "frozen"]:
-        """How the heads train, as `caft.train_heads` names it."""
+        """The heads' training mode, as in `caft.train_heads`."""
         if self.lora is not None:
             return "lora"
         return "full" if any(p.requires_grad for p in self.parameters()) else "frozen"
 
 
 def build_heads(model: nn.Module, trunk: Trunk, config: CAFTConfig, seed: int) -> AuxiliaryHeads:
-    """`config.num_heads` copies of the last layer, trainable as `config.train_heads` says.
+    """Build `config.num_heads` copies of the last layer, trainable as set in `config.train_heads`.
 
-    Copies do what the layer does, its active adapters included, and are plain, dequantised, in its compute dtype.
+    Copies compute the same as the layer with its active adapters; they are plain, dequantised, in its compute dtype.
+
+    Args:
+        model: the model, PEFT-wrapped or not.
+        trunk: its trunk.
+        config: the number of heads, and how they train.
+        seed: of the heads' LoRA factors.
 
     Raises:
-        ConfigError: the layer cannot be copied, or is not at hand.
+        ConfigError: the layer cannot be copied, or is offloaded.
     """
     refuse_taken(trunk)
     refuse_offloaded(trunk)
@@ -102,21 +108,21 @@ def build_heads(model: nn.Module, trunk: Trunk, config: CAFTConfig, seed: int) -
 
 @contextlib.contextmanager
 def own_random_numbers(device: torch.device, seed: int) -> Iterator[None]:
-    """While this is open, the generators of the CPU and of `device` go on from `seed`. The host's random streams, on
-    every device, stay as they were."""
+    """Seed the random generators of the CPU and of `device` with `seed`, and restore the host's afterwards."""
     others = [] if device.type in ("cpu", "meta") else [device]
     with torch.random.fork_rng(others, device_type=device.type if others else "cuda"):
         torch.default_generator.manual_seed(seed)
-        for other in others:  # torch.manual_seed would also seed the devices whose state is not put back
+        for other in others:  # torch.manual_seed would also seed devices whose state is not restored
             module = torch.get_device_module(other)
-            with getattr(module, "device", contextlib.nullcontext)(other):  # Apple's has but one device
+            with getattr(module, "device", contextlib.nullcontext)(other):  # Apple's has only one device
                 module.manual_seed(seed)
         yield
 
 
 def head_lora_config(model: nn.Module, layer: nn.Module) -> LoraConfig:
-    """LoRA on every linear layer of a head, with the rank and alpha of the base model's LoRA, if it has one. Warns
-    where much of a head is in none, such as a mixture's experts.
+    """Return a LoRA config for every linear layer of a head, with the rank and alpha of the base model's LoRA, if any.
+
+    Warns if much of a head is not in linear layers, such as the experts of a mixture.
 
     Raises:
         ConfigError: the head has no linear layer that is called (nn.MultiheadAttention calls none).
@@ -128,16 +134,16 @@ def head_lora_config(model: nn.Module, layer: nn.Module) -> LoraConfig:
     }
     if not linear:
         raise ConfigError(
-            f"caft.train_heads: got lora, or auto beside an adapter, but {type(layer).__name__} has no linear layer to "
-            "put LoRA on. Use train_heads: full or frozen."
+            f"caft.train_heads: got lora, or auto with an adapter, but {type(layer).__name__} has no linear layer for "
+            "LoRA. Use train_heads: full or frozen."
         )
     covered = {parameter for module in linear.values() for parameter in module.parameters()}
     rest = {name: parameter.numel() for name, parameter in layer.named_parameters() if parameter not in covered}
     share = sum(rest.values()) / sum(parameter.numel() for parameter in layer.parameters())
     if share > 0.1:
         logger.warning(
-            "caft.train_heads: with LoRA a head's linear layers train; %.0f %% of its weights are in none (most of "
-            "them in %s) and stay as they are. Use train_heads: full to train them too.",
+            "caft.train_heads: LoRA trains only a head's linear layers; %.0f %% of its weights are elsewhere (most of "
+            "them in %s) and stay unchanged. Use train_heads: full to train them too.",
             100 * share,
             max(rest, key=lambda name: rest[name]),
         )
@@ -153,7 +159,7 @@ def head_lora_config(model: nn.Module, layer: nn.Module) -> LoraConfig:
 
 
 def refuse_taken(trunk: Trunk) -> None:
-    """Raises ConfigError if heads are on the last layer."""
+    """Raise ConfigError if heads are attached to the last layer."""
     if hasattr(type(trunk.last_layer), NOTING):
         raise taken(trunk.model)
 
@@ -168,26 +174,33 @@ class LayerCall:
 
     @classmethod
     def of(cls, args: tuple, kwargs: dict[str, Any]) -> LayerCall:
-        """The call that is being made with these arguments."""
+        """Return the call with these arguments, under the current autocast."""
         device = next((a.device.type for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), "cpu")
         return cls(args, dict(kwargs), (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)))
 
     @property
     def hidden_states(self) -> Tensor:
-        """What the layer read: (batch, length, hidden size)."""
+        """The layer's input (batch, length, hidden size)."""
         return self.args[0] if self.args else self.kwargs["hidden_states"]
 
 
 def run_head(layer: nn.Module, source: Tensor, call: LayerCall, positions: Tensor, checkpointing: bool) -> Tensor:
-    """One head over `source` (batch, length, hidden size), before norm and unembedding, at `positions` (n,) of the
-    flattened batch: (n, hidden size)."""
+    """Run one head and return its hidden states (n, hidden size), before norm and unembedding.
+
+    Args:
+        layer: the head.
+        source: its input (batch, length, hidden size).
+        call: the model's call of its last layer, whose other arguments the head receives.
+        positions: (n,) of the flattened batch, where the head's output is needed.
+        checkpointing: whether to recompute the head in the backward pass.
+    """
     if torch.is_grad_enabled() and checkpointing:
         return checkpoint(replay, layer, source, call, positions, use_reentrant=False, preserve_rng_state=False)
     return replay(layer, source, call, positions)
 
 
 def replay(layer: nn.Module, source: Tensor, call: LayerCall, positions: Tensor, cache: Cache | None = None) -> Tensor:
-    """Calls a head as the model called its last layer, with `source` as hidden states, and its own cache or none."""
+    """Call a head with the last layer's arguments, but `source` as hidden states, and with its own cache or none."""
     bound = _forward_signature(type(layer)).bind(*call.args, **call.kwargs)  # type: ignore[arg-type]
     named = dict(bound.arguments)
     extra = dict(named.get("kwargs", {}))
@@ -221,7 +234,7 @@ _turns_lock = threading.Lock()
 
 @contextlib.contextmanager
 def turn_with(heads: AuxiliaryHeads) -> Iterator[None]:
-    """While this is open, no other thread that takes turns runs these heads: `replay` puts hooks on them."""
+    """Lock these heads for the current thread: `replay` registers hooks on them."""
     with _turns_lock:
         turn = _turns.setdefault(heads, threading.Lock())
     with turn:
@@ -229,8 +242,10 @@ def turn_with(heads: AuxiliaryHeads) -> Iterator[None]:
 
 
 def is_cache(name: str, value: object) -> bool:
-    """Whether an argument of a layer is the model's cache of keys and values, which a head may not write into. Its name
-    changes with the version and the family (`past_key_value(s)`, `layer_past`, `cache`, `cache_params`)."""
+    """Return True if a layer's argument is the model's KV cache, which a head must not write to.
+
+    Its name depends on the version and the family (`past_key_value(s)`, `layer_past`, `cache`, `cache_params`).
+    """
     if value is None or isinstance(value, (Tensor, bool, int, float, str)):
         return False
     name, kind = name.lower(), type(value).__name__.lower()
@@ -238,11 +253,10 @@ def is_cache(name: str, value: object) -> bool:
 
 
 def pointwise_parts(layer: nn.Module) -> list[nn.Module]:
-    """The direct children of a decoder layer that treat each position by itself and so need not run at all of them:
-    the MLP, in most families.
+    """Return the children of a decoder layer that are pointwise, so that positions can be skipped: usually the MLP.
 
-    A child counts where its forward takes one argument, and it has at least two linear layers, no other parameters and
-    no list of modules (experts).
+    A child is pointwise if its forward has one argument, and it has at least two linear layers, no other parameters
+    and no list of modules (experts).
     """
     return [child for child in layer.children() if _is_pointwise(child)]
 
@@ -263,8 +277,7 @@ def _is_pointwise(module: nn.Module) -> bool:
 
 @contextlib.contextmanager
 def only_at(positions: Tensor, parts: list[nn.Module]) -> Iterator[None]:
-    """While this is open, `parts` are called with the given `positions` (n,) of the flattened batch alone, and their
-    output is 0 at the others."""
+    """Run `parts` only at `positions` (n,) of the flattened batch; their output is 0 elsewhere."""
 
     def pick(part: nn.Module, args: tuple) -> tuple:
         picked.append(args[0].shape[:-1])

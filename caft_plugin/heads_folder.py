@@ -1,7 +1,7 @@
 """The heads' folder: `heads.safetensors`, `config.json` and `fingerprint.safetensors`. Write, open, check, load.
 
-A finished folder holds plain weights, LoRA merged. A checkpoint's folder keeps them apart
-(`lora.safetensors` beside the others), because exact resuming needs both.
+A finished folder holds plain weights with LoRA merged. A checkpoint's folder keeps LoRA separate
+(`lora.safetensors`), because exact resuming needs both.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ logger = logging.getLogger(__name__)
 
 FOLDER = MODULE_NAME
 WEIGHTS, LORA, RECORD = "heads.safetensors", "lora.safetensors", "config.json"
-FINGERPRINT = "fingerprint.safetensors"  # of the layer and the final norm that the heads were trained over
+FINGERPRINT = "fingerprint.safetensors"  # of the last layer and final norm that the heads were trained with
 LARGEST_FINGERPRINT = 4_000_000  # bytes
 LONGEST_JSON = 100_000  # bytes
-FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors' names of the types that weights can be read from
+FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors' names of the accepted weight types
 COPIES = "; leave the key out to start from copies of the last layer"
-METRICS, CARD = "metrics.json", "README.md"  # of pretrained heads
-DRAFTING = "drafting.json"  # of heads with which `caft speculate` has written
+METRICS, CARD = "metrics.json", "README.md"  # written for pretrained heads
+DRAFTING = "drafting.json"  # written by `caft speculate`
 
 
 class HeadsRecord(BaseModel):
@@ -66,11 +66,11 @@ class HeadsRecord(BaseModel):
     hidden_size: PositiveInt
     vocab_size: PositiveInt
     base_model: str
-    train_heads: Literal["full", "lora", "frozen"] | None = None  # of a checkpoint's heads
+    train_heads: Literal["full", "lora", "frozen"] | None = None  # only in a checkpoint
 
     @classmethod
     def of(cls, trunk: Trunk, config: CAFTConfig, **more: object) -> HeadsRecord:
-        """The record of `config.num_heads` heads over a model. `config` says how they are wired."""
+        """Return the record of `config.num_heads` heads for a model, wired as in `config`."""
         written = {
             "num_heads": config.num_heads,
             "head_input": config.head_input,
@@ -85,16 +85,18 @@ class HeadsRecord(BaseModel):
 
 
 class HeadFigures(BaseModel):
-    """Held-out figures of one head: mean cross-entropy in nats, share of right top-1 predictions (0 to 1)."""
+    """Held-out figures of one head: mean cross-entropy in nats, top-1 accuracy (0 to 1)."""
 
     loss: float
     accuracy: float
 
 
 class HeadsMetrics(BaseModel):
-    """`metrics.json` of pretrained heads: what they were trained on, and held-out figures of each head after training
-    and before it: untrained, or as they came from the folder `started_from`. The lists are empty where nothing was held
-    out. Other keys in such a file are left alone."""
+    """`metrics.json` of pretrained heads: their training data, and held-out figures of each head.
+
+    `heads` are the figures after training, `untrained` those of untrained heads, `before` those of the heads loaded
+    from the folder `started_from`. Lists are empty if nothing was held out. Other keys of the file are ignored.
+    """
 
     targets: str
     rows: int | None = None
@@ -103,7 +105,7 @@ class HeadsMetrics(BaseModel):
     untrained: list[HeadFigures] = []
     started_from: str | None = None
     before: list[HeadFigures] = []
-    tokens_per_pass: float | None = None  # with these heads as drafters, on what was held out
+    tokens_per_pass: float | None = None  # of these heads as drafters, on held-out text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,20 +117,21 @@ class HeadsFolder:
 
     @classmethod
     def open(cls, heads: str | os.PathLike[str]) -> HeadsFolder:
-        """The folder that `heads` names: itself, a run's folder with `caft_heads/` in it, or a Hub id.
+        """Open a heads folder, given its path, the path of a run with `caft_heads/` in it, or a Hub id.
 
         Raises:
-            ConfigError: there is no such folder, or it is not a readable heads folder.
+            ConfigError: the folder does not exist or is not a readable heads folder.
         """
         path = locate_heads(os.fspath(heads))
         return cls(path, read_record(path))
 
     def check_model(self, config: CAFTConfig, model_config: PretrainedConfig) -> None:
-        """Holds the folder against the model it is to serve, before any weight is loaded.
+        """Check the folder against the model's config, before any weight is loaded.
+
+        The vocabulary size may differ: heads use the model's own unembedding.
 
         Raises:
-            ConfigError: too few heads, or heads made for another hidden size. (Heads hold no vocabulary: they write
-                through the model's own unembedding, so one that grew is no reason.)
+            ConfigError: too few heads, or heads for another hidden size.
         """
         path, record, text_config = self.path, self.record, model_config.get_text_config()
         if record.num_heads < config.num_heads:
@@ -139,32 +142,38 @@ class HeadsFolder:
         if record.hidden_size != text_config.hidden_size:
             raise ConfigError(
                 f"{heads_as()}: {path} was made for hidden_size {record.hidden_size} (base model "
-                f"{named(record.base_model)}), but this model has hidden_size {text_config.hidden_size}. Heads fit "
-                "only the model they were trained on."
+                f"{named(record.base_model)}), but this model has hidden_size {text_config.hidden_size}. Use heads "
+                "only with the model they were trained with."
             )
 
     def check_layers(self, layer_class: str) -> None:
-        """Holds the folder against the model's layers, before the heads' weights are read.
+        """Check the folder against the model's layer class, before the heads' weights are read.
 
         Raises:
-            ConfigError: heads of another class, or LoRA factors, which have to be merged first.
+            ConfigError: heads of another class, or a checkpoint's LoRA factors that are not merged.
         """
         path, record = self.path, self.record
         if record.layer_class != layer_class:
             raise ConfigError(
                 f"{heads_as()}: the heads in {path} are of class {named(record.layer_class)} (base model "
-                f"{named(record.base_model)}), but this model's layers are of class {layer_class}. Heads fit only the "
-                "model they were trained on."
+                f"{named(record.base_model)}), but this model's layers are of class {layer_class}. Use heads only with "
+                "the model they were trained with."
             )
         if (path / LORA).exists():
             raise ConfigError(
-                f"{heads_as()}: {path} belongs to a checkpoint, its LoRA is not merged. Give the {FOLDER}/ folder of a "
-                "finished run, or resume from that checkpoint."
+                f"{heads_as()}: {path} belongs to a checkpoint, so its LoRA is not merged. Use the {FOLDER}/ folder of "
+                "a finished run, or resume from that checkpoint."
             )
 
     def warn_of_model(self, now: Sample | None, model_config: PretrainedConfig) -> None:
-        """Warns where heads meet another model than they were trained over: by the fingerprint, where there is one,
-        else by the base model's name. `now` is a sample of the model."""
+        """Warn if the heads were trained with another model than this one.
+
+        The models are compared by fingerprint if the folder has one, else by the base model's name.
+
+        Args:
+            now: a sample of this model, or None.
+            model_config: this model's config.
+        """
         name, theirs = model_config.name_or_path or model_config.model_type, named(self.record.base_model)
         fingerprint = None if now is None else read_fingerprint(self.path)
         if now is None or fingerprint is None:
@@ -176,9 +185,9 @@ class HeadsFolder:
         verdict = fingerprint.verdict(now)
         if verdict == "base":
             logger.warning(
-                "%s: the heads in %s were trained together with a fine-tuned %s, but the last layer of this "
-                "model, %s, is as it was before that fine-tuning. They fit the fine-tuned model: load its adapter or "
-                "the merged model",
+                "%s: the heads in %s were trained together with a fine-tuned %s, but the last layer of this model, "
+                "%s, is the one from before that fine-tuning. Use the fine-tuned model: load its adapter or the "
+                "merged model",
                 heads_as(),
                 self.path,
                 theirs,
@@ -186,8 +195,8 @@ class HeadsFolder:
             )
         elif verdict == "other":
             logger.warning(
-                "%s: the heads in %s (base model %s) were trained over another last layer or final norm than "
-                "this model, %s, has: another base, or an earlier or later state of the same. They fit the model that "
+                "%s: the heads in %s (base model %s) were trained with a different last layer or final norm than "
+                "this model, %s, has: another base, or another training state of the same one. Use the model that "
                 "they were trained with",
                 heads_as(),
                 self.path,
@@ -196,22 +205,22 @@ class HeadsFolder:
             )
 
     def warn_of_wiring(self, config: CAFTConfig) -> None:
-        """Warns where heads are to be wired otherwise than they were made."""
+        """Warn if the config wires the heads differently than they were trained."""
         record = self.record
         for key in ("head_input", "head_norm"):
             written, recorded = getattr(config, key), getattr(record, key)
             if written is not None and written != recorded:
                 logger.warning(
-                    "caft.%s: got %s, but these heads were made with %s; leave the key out to follow the folder",
+                    "caft.%s: got %s, but these heads were made with %s; remove the key to use the folder's setting",
                     key,
                     written,
                     recorded,
                 )
 
     def load_into(self, heads: AuxiliaryHeads, layer_class: str) -> None:
-        """Puts the folder's weights into heads; a folder with more heads serves its first ones.
+        """Load the folder's weights into `heads`; of a folder with more heads, the first ones are used.
 
-        LoRA factors of a checkpoint's folder are refused: they have to be merged first, which training does at its end.
+        A checkpoint's LoRA factors are rejected: training merges them at its end.
 
         Raises:
             ConfigError: damaged files, another layer class, missing, unknown or misshapen tensors.
@@ -222,7 +231,7 @@ class HeadsFolder:
 
 
 def resolve_wiring(config: CAFTConfig, record: HeadsRecord | None) -> CAFTConfig:
-    """`config` with head_input and head_norm filled in: as written, else as recorded, else the defaults."""
+    """Return `config` with head_input and head_norm filled in: as written, else as recorded, else the defaults."""
     recorded = (record.head_input, record.head_norm) if record else (DEFAULT_HEAD_INPUT, DEFAULT_HEAD_NORM)
     written = (config.head_input, config.head_norm)
     head_input, head_norm = (there if said is None else said for said, there in zip(written, recorded, strict=True))
@@ -230,17 +239,17 @@ def resolve_wiring(config: CAFTConfig, record: HeadsRecord | None) -> CAFTConfig
 
 
 def locate_heads(heads: str) -> Path:
-    """The local folder of pretrained heads, given a folder (or one with `caft_heads/` in it) or a Hub id.
+    """Return the local folder of heads, given a folder (or one with `caft_heads/` in it) or a Hub id.
 
     Raises:
-        ConfigError: neither a folder with heads nor a Hub id that can be had.
+        ConfigError: neither a folder with heads nor a Hub id that can be downloaded.
     """
     path = Path(heads)
     if path.is_dir():
         return path / FOLDER if (path / FOLDER / RECORD).is_file() else path
     if path.exists() or heads.startswith((".", "/", "~")):
         raise ConfigError(
-            f"{heads_as()}: got {heads!r}, which is not a folder. It takes a folder with {WEIGHTS} and {RECORD}, "
+            f"{heads_as()}: got {heads!r}, which is not a folder. It accepts a folder with {WEIGHTS} and {RECORD}, "
             f"or a Hub id (owner/name){COPIES if heads_as() == HEADS_KEY else ''}."
         )
     from huggingface_hub import snapshot_download
@@ -249,7 +258,7 @@ def locate_heads(heads: str) -> Path:
     patterns = [f"{folder}{name}" for folder in ("", f"{FOLDER}/") for name in files]
     try:
         return locate_heads(snapshot_download(heads, allow_patterns=patterns))
-    except Exception as error:  # the Hub's client has a dozen kinds: offline, no such name, no permission
+    except Exception as error:  # the Hub's client raises many kinds: offline, no such name, no permission
         raise ConfigError(
             f"{heads_as()}: got {heads!r}, which is neither a local folder nor a Hub id that can be downloaded "
             f"({type(error).__name__}: {str(error).splitlines()[0]}). Check the name, your connection and your "
@@ -258,11 +267,12 @@ def locate_heads(heads: str) -> Path:
 
 
 def own_file(folder: Path, name: str) -> Path:
-    """The path of a file in a heads folder. A link may not lead out of the folder, except where the Hub's cache
-    links a snapshot's files to its own `blobs`.
+    """Return the path of a file in a heads folder.
+
+    A link must not point outside the folder, except in the Hub's cache, which links a snapshot's files to its `blobs`.
 
     Raises:
-        ConfigError: there is no such regular file, or it lies elsewhere.
+        ConfigError: there is no such regular file, or it is outside the folder.
     """
     file = folder / name
     snapshot = next((p for p in folder.absolute().parents if p.name == "snapshots"), None)
@@ -277,30 +287,30 @@ def own_file(folder: Path, name: str) -> Path:
         problem = "a link to itself"
     if problem:
         raise ConfigError(
-            f"{heads_as()}: {folder} has no readable {name} ({problem}). It takes a heads folder with {WEIGHTS} and "
-            f"{RECORD} in it, as training leaves it in {FOLDER}/."
+            f"{heads_as()}: {folder} has no readable {name} ({problem}). It accepts a heads folder with {WEIGHTS} and "
+            f"{RECORD}, which training saves in {FOLDER}/."
         )
     return file
 
 
 def read_small(folder: Path, name: str) -> bytes:
-    """The content of a JSON file in a heads folder.
+    """Read a JSON file of a heads folder.
 
     Raises:
-        ConfigError: there is no such regular file, or it is too long to be what it should be.
+        ConfigError: there is no such regular file, or it is too long.
     """
     with open(own_file(folder, name), "rb") as opened:
         content = opened.read(LONGEST_JSON + 1)
     if len(content) > LONGEST_JSON:
         raise ConfigError(
-            f"{heads_as()}: {folder / name} is longer than {LONGEST_JSON} bytes, so it is something else. Make the "
-            "folder again, or take the one that came with these heads."
+            f"{heads_as()}: {folder / name} is longer than {LONGEST_JSON} bytes, so it is not a file of caft_plugin. "
+            "Make the folder again, or use the file that was saved with these heads."
         )
     return content
 
 
 def read_record(folder: Path) -> HeadsRecord:
-    """The record of a heads folder.
+    """Read the record of a heads folder.
 
     Raises:
         ConfigError: the folder is not a readable heads folder.
@@ -316,36 +326,36 @@ def read_record(folder: Path) -> HeadsRecord:
     except ValueError as error:  # not UTF-8, not JSON, a key twice
         problem = str(error)
     raise ConfigError(
-        f"{heads_as()}: {folder / RECORD} is not a heads record this version reads ({shown(problem)}). "
-        "Make the folder again, or take the one that came with these heads."
+        f"{heads_as()}: {folder / RECORD} is not a heads record that this version can read ({shown(problem)}). "
+        "Make the folder again, or use the file that was saved with these heads."
     )
 
 
 def _refuse_model(folder: Path, config: bytes) -> None:
-    """Raise ConfigError where a config.json is a model's, and say where its heads are."""
+    """Raise ConfigError if a config.json is a model's, and name the folder of its heads."""
     if b'"architectures"' not in config or b'"head_input"' in config:
         return
     near = folder.parent / FOLDER  # of a merged model
-    heads = f"Its heads are in {near}." if (near / RECORD).is_file() else f"A run leaves its heads in {FOLDER}/."
+    heads = f"Its heads are in {near}." if (near / RECORD).is_file() else f"A run saves its heads in {FOLDER}/."
     raise ConfigError(f"{heads_as()}: got {folder}, which is a model's folder without heads. {heads}")
 
 
 def _once_each(pairs: list[tuple[str, object]]) -> dict[str, object]:
     keys = [key for key, _ in pairs]
     if len(set(keys)) < len(keys):
-        raise ValueError(f"the key {max(keys, key=keys.count)} stands there twice")
+        raise ValueError(f"the key {max(keys, key=keys.count)} occurs twice")
     return dict(pairs)
 
 
 def plain_name(name: str) -> str:
-    """A head parameter's name as it would be without PEFT's wrapping."""
+    """Return a head parameter's name without the parts that PEFT's wrapping adds."""
     return name.replace(".base_layer.", ".").replace(f".{MODULE_NAME}.", ".")
 
 
 def heads_state(heads: AuxiliaryHeads) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Plain weights `K.<layer's own name>`, and LoRA factors `K.<module>.lora_A.weight` (may be empty).
+    """Return plain weights `K.<layer's own name>`, and LoRA factors `K.<module>.lora_A.weight` (may be empty).
 
-    K counts from 0. Every process has to call it; each gets unsharded tensors.
+    K counts from 0. Every process must call it; each gets unsharded tensors.
     """
     weights: dict[str, Tensor] = {}
     lora: dict[str, Tensor] = {}
@@ -355,7 +365,7 @@ def heads_state(heads: AuxiliaryHeads) -> tuple[dict[str, Tensor], dict[str, Ten
 
 
 def merged(heads: AuxiliaryHeads, weights: Mapping[str, Tensor], lora: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Plain weights with the LoRA factors merged in: W + scaling * B A, computed in float32."""
+    """Return plain weights with the LoRA factors merged: W + scaling * B A, computed in float32."""
     result = dict(weights)
     for name, module in heads.layers.named_modules():
         if isinstance(module, LoraLayer):
@@ -377,9 +387,15 @@ def save_heads(
     resumable: bool,
     write: bool = True,
 ) -> Path:
-    """Writes `caft_heads/` into `parent`: LoRA merged, or (`resumable`) beside the weights.
+    """Save heads to `caft_heads/` in `parent`. Every process must call it.
 
-    Every process has to call it; the one with `write` writes.
+    Args:
+        parent: the run's folder or a checkpoint.
+        heads: the heads to save.
+        trunk: the trunk of the model they belong to.
+        config: how the heads are wired.
+        resumable: keep LoRA factors separate, for a checkpoint, instead of merging them.
+        write: whether this process writes the files.
     """
     weights, lora = heads_state(heads)
     after = take_sample(trunk, heads.origin) if write or is_sharded(trunk) else None
@@ -400,11 +416,10 @@ def write_heads(
     lora: Mapping[str, Tensor],
     fingerprint: Fingerprint | None = None,
 ) -> None:
-    """Writes the files of a heads folder. Each file appears complete or not at all, and the record appears last: where
-    there is one, all files are of one save."""
+    """Write the files of a heads folder atomically, the record last: if it exists, all files are of the same save."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / RECORD).unlink(missing_ok=True)
-    (folder / DRAFTING).unlink(missing_ok=True)  # of the heads that were here before
+    (folder / DRAFTING).unlink(missing_ok=True)  # measured with the previous heads
     for left_by_a_killed_run in folder.glob(".*.tmp"):
         left_by_a_killed_run.unlink(missing_ok=True)
     for name, tensors in ((LORA, lora), (WEIGHTS, weights)):
@@ -421,7 +436,7 @@ def _write_tensors(file: Path, tensors: Mapping[str, Tensor], **metadata: str) -
 
 
 def write_fingerprint(folder: Path, fingerprint: Fingerprint | None) -> None:
-    """Writes a fingerprint's file into a heads folder; without a fingerprint the file of earlier heads is removed."""
+    """Write the fingerprint's file of a heads folder; with None, remove the one of earlier heads."""
     if fingerprint is None:
         (folder / FINGERPRINT).unlink(missing_ok=True)
         return
@@ -431,10 +446,10 @@ def write_fingerprint(folder: Path, fingerprint: Fingerprint | None) -> None:
 
 
 def read_fingerprint(folder: Path) -> Fingerprint | None:
-    """The fingerprint in a heads folder; None, and a warning, for a file that is none.
+    """Read the fingerprint of a heads folder; return None if there is none, or (with a warning) if it is invalid.
 
     Raises:
-        ConfigError: the file is a link out of the folder.
+        ConfigError: the file is a link that points outside the folder.
     """
     if not (folder / FINGERPRINT).exists():
         return None
@@ -449,14 +464,14 @@ def read_fingerprint(folder: Path) -> Fingerprint | None:
                 end, _, name = key.partition(".")
                 tensor = opened.get_tensor(key)
                 if tensor.dtype != torch.float32 or tensor.dim() != 1 or not tensor.isfinite().all():
-                    raise ValueError(f"{key} holds other things than a row of finite float32 numbers")
+                    raise ValueError(f"{key} is not a vector of finite float32 numbers")
                 samples[end][name] = tensor
         if samples["before"].keys() != samples["after"].keys() or not samples["before"]:
-            raise ValueError("it is not whole")
+            raise ValueError("it is incomplete")
         before, after = (Sample(values, frozenset(map(str, quantised))) for values in samples.values())
     except (OSError, RuntimeError, ValueError, TypeError, KeyError, RecursionError, SafetensorError) as error:
         logger.warning(
-            "%s: %s is not read, so nobody can tell whether these heads fit this model (%s)",
+            "%s: %s was not read, so whether these heads fit this model cannot be checked (%s)",
             heads_as(),
             file,
             shown(str(error)),
@@ -466,16 +481,16 @@ def read_fingerprint(folder: Path) -> Fingerprint | None:
 
 
 def load_checkpoint(checkpoint: str | os.PathLike[str], heads: AuxiliaryHeads, config: CAFTConfig) -> None:
-    """Puts heads and LoRA factors back as a checkpoint holds them, for exact resuming.
+    """Load heads and LoRA factors from a checkpoint, for exact resuming.
 
     Raises:
-        ConfigError: the checkpoint has no heads, or others than this run's.
+        ConfigError: the checkpoint has no heads, or heads that differ from this run's.
     """
     folder = Path(checkpoint) / FOLDER
     if not folder.is_dir():
         raise ConfigError(
             f"caft: the checkpoint {checkpoint} has no {FOLDER}/ folder, so it was made without CAFT and cannot be "
-            "resumed with it. Resume without the `caft:` block, or start anew."
+            "resumed with it. Resume without the `caft:` block, or start from the beginning."
         )
     record = read_record(folder)
     this_run = {
@@ -489,7 +504,8 @@ def load_checkpoint(checkpoint: str | os.PathLike[str], heads: AuxiliaryHeads, c
         if recorded is not None and recorded != value:
             raise ConfigError(
                 f"caft.{key}: this run has {str(value).lower()}, but the checkpoint {checkpoint} was made with "
-                f"{str(recorded).lower()}. Resume with caft.{key}: {str(recorded).lower()}, or start anew."
+                f"{str(recorded).lower()}. Resume with caft.{key}: {str(recorded).lower()}, or start from the "
+                "beginning."
             )
     state = heads.layers.state_dict()
     weights = {plain_name(name): t for name, t in state.items() if ".lora_" not in name}
@@ -500,8 +516,10 @@ def load_checkpoint(checkpoint: str | os.PathLike[str], heads: AuxiliaryHeads, c
 
 
 def _copy_into(wanted: dict[str, Tensor], file: Path, *, held: int) -> None:
-    """Copies the tensors of a safetensors file with `held` heads into `wanted`, the first heads of these, after
-    checking every name, shape and type. Other floating-point types are converted."""
+    """Copy the first heads of a safetensors file with `held` heads into `wanted`, after checking names, shapes, types.
+
+    Other floating-point types are converted.
+    """
     file = own_file(file.parent, file.name)
     try:
         with safe_open(file, framework="pt") as opened:
@@ -511,13 +529,13 @@ def _copy_into(wanted: dict[str, Tensor], file: Path, *, held: int) -> None:
                     tensor.copy_(shard_like(tensor, opened.get_tensor(name)))
     except (OSError, RuntimeError, SafetensorError) as error:
         raise ConfigError(
-            f"{heads_as()}: {file} cannot be read as safetensors ({shown(str(error))}). The file is damaged or of "
-            "another kind: make or download the heads folder again."
+            f"{heads_as()}: {file} cannot be read as safetensors ({shown(str(error))}). The file is damaged or has "
+            "another format: make or download the heads folder again."
         ) from None
 
 
 def _check_tensors(wanted: dict[str, Tensor], found: dict[str, Any], file: Path, held: int) -> None:
-    first = {name.split(".")[0] for name in wanted}  # the heads asked for; of others only their number is known
+    first = {name.split(".")[0] for name in wanted}  # the requested heads; of the others only the number is checked
     missing = sorted(wanted.keys() - found.keys())
     others = {name.split(".")[0] for name in found} - first
     unknown = sorted(name for name in found if name not in wanted and name.split(".")[0] in first)
@@ -526,19 +544,19 @@ def _check_tensors(wanted: dict[str, Tensor], found: dict[str, Any], file: Path,
         if names:
             raise ConfigError(
                 f"{heads_as()}: {file} {problem} {len(names)} tensors, the first is {named(names[0])}. These heads do "
-                "not fit this model: give the model or the settings that they were made with."
+                "not fit this model: use the model and the settings that they were trained with."
             )
     if len(others | first) != held:
         raise ConfigError(
             f"{heads_as()}: {file} holds {len(others | first)} heads, but {RECORD} next to it says {held}. The files "
-            "are not of one folder: make or download it again."
+            "do not belong together: make or download the heads folder again."
         )
     for name, tensor in sorted(wanted.items()):
         shape, kind = tuple(found[name].get_shape()), found[name].get_dtype()
         if shape != tuple(tensor.shape):
             raise ConfigError(
                 f"{heads_as()}: {file} holds {name} with shape {shape}, but this model's heads need "
-                f"{tuple(tensor.shape)}. These heads do not fit this model: give the model that they were made with."
+                f"{tuple(tensor.shape)}. These heads do not fit this model: use the model they were trained with."
             )
         if (kind in FLOATS) != tensor.is_floating_point():  # a few families have counters in their layers
             raise ConfigError(

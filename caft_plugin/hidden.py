@@ -1,4 +1,4 @@
-"""Keep what is ours on a model out of the host's sight: out of state dict, count, copies and the host's own code."""
+"""Hide caft_plugin's modules on a model from the host: from state dict, parameter count, copies and the host's code."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from caft_plugin.storage import give_memory
 
 
 class Handle(Protocol):
-    """Puts something on a model and takes it off."""
+    """Attaches something to a model and detaches it."""
 
     def attach(self) -> object: ...
     def detach(self) -> None: ...
@@ -34,31 +34,33 @@ def taken(model: nn.Module) -> ConfigError:
 
 
 class HiddenSubmodule:
-    """A handle that makes a module a submodule of a model, for optimizers and distributed wrappers to find, without the
-    model's state dict or `num_parameters` showing it, and takes it off again."""
+    """A handle that adds a submodule to a model and removes it again.
+
+    Optimizers and distributed wrappers find it; the model's state dict and `num_parameters` do not include it.
+    """
 
     def __init__(self, model: nn.Module, name: str, module: nn.Module) -> None:
         self.model = model
         self.name = name
         self.module = module
         self.attached = False
-        self.ran = False  # whether the model was called since
+        self.ran = False  # whether the model was called since attaching
         self._out_of_sight = False
         self._shown: Literal["all", "frozen"] | None = None
         self._handles: list[RemovableHandle] = []
 
     def attach(self) -> None:
-        """Put the module on the model.
+        """Add the module to the model.
 
         Raises:
-            ConfigError: the model has a submodule of this name.
+            ConfigError: the model already has a submodule with this name.
         """
         if hasattr(self.model, self.name):
             raise taken(self.model)
         give_memory(self.module)
         self.model.add_module(self.name, None if self._out_of_sight else self.module)
         self._handles = [
-            # functools.partial, because torch sets a mark on what it is given
+            # functools.partial, because torch sets an attribute on the function
             self.model.register_state_dict_post_hook(functools.partial(self._hide)),
             self.model.register_load_state_dict_post_hook(self._forgive),
         ]
@@ -68,7 +70,7 @@ class HiddenSubmodule:
         self.attached = True
 
     def detach(self) -> None:
-        """Take the module off the model. Doing it twice does no harm."""
+        """Remove the module from the model; a no-op if it is detached."""
         if not self.attached:
             return
         for handle in self._handles:
@@ -81,11 +83,11 @@ class HiddenSubmodule:
 
     @contextlib.contextmanager
     def out_of_sight(self) -> Iterator[None]:
-        """Take the submodule out of the model's modules and parameters while this is open: the host's own code (a
-        penalty over all parameters, an average of them) is to find what it would find without us.
+        """Hide the submodule from the model's modules and parameters.
 
-        A no-op where nothing is attached, within itself, and in a model sharded by FSDP2 that was not called yet: its
-        first call has to find every module that it shards.
+        The host's own code (a penalty on all parameters, an average of them) then finds the model as it would be
+        without caft_plugin. A no-op if nothing is attached, if nested, and in a model sharded by FSDP2 that was not
+        called yet: its first call must find every module that it shards.
         """
         waits = isinstance(self.model, FSDPModule) and not self.ran
         if not self.attached or self._out_of_sight or waits:
@@ -101,17 +103,17 @@ class HiddenSubmodule:
                 setattr(self.model, self.name, self.module)
 
     def _num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        """As `PreTrainedModel.num_parameters`."""
+        """Return `PreTrainedModel.num_parameters` without the submodule."""
         with self.out_of_sight():
             return self._count(only_trainable, exclude_embeddings)
 
     @contextlib.contextmanager
     def in_state_dict(self, which: Literal["all", "frozen"] = "all") -> Iterator[None]:
-        """While this is open, the model's state dict has the submodule, or those of its parameters that do not train.
+        """Show the submodule, or only its frozen parameters, in the model's state dict.
 
-        For whoever moves a whole model by its state dict, as accelerate does where one process has read the weights
-        (FSDP2's `cpu_ram_efficient_loading`): what is not in there is never given to the other processes. And for
-        torch's `ignore_frozen_params`, which takes every frozen parameter out and stops at one that is not in there.
+        Two hosts need it. With FSDP2's `cpu_ram_efficient_loading`, accelerate sends the state dict of the process
+        that read the weights to the others; parameters missing from it would never reach them. And torch's
+        `ignore_frozen_params` removes every frozen parameter from the state dict and fails if one is missing.
         """
         self._shown = which
         try:
@@ -134,10 +136,10 @@ class HiddenSubmodule:
 
 
 class CopyWithoutUs:
-    """Makes copies of a module that handles have put something on: they are what they would be without the handles.
+    """Makes copies of a module as it would be without the attached handles.
 
-    Copies are made for an average of weights, a teacher, the best model so far, or a file. They outlive the training.
-    While this is on a module, deep copies and pickles are made by it: both look for its methods on an instance.
+    Hosts copy a model for an average of weights, a teacher, the best model so far, or a file; copies outlive training.
+    The methods are set on the module's instance, where `copy.deepcopy` and pickle find them.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -145,7 +147,7 @@ class CopyWithoutUs:
         self.handles: list[Handle] = []
 
     def copied(self, memo: dict[int, object]) -> nn.Module:
-        """As `__deepcopy__`."""
+        """Implement `__deepcopy__`."""
         handles = list(self.handles)
         for handle in reversed(handles):
             handle.detach()
@@ -156,7 +158,7 @@ class CopyWithoutUs:
                 handle.attach()
 
     def reduced(self, protocol: object) -> tuple[Callable, tuple[nn.Module]]:
-        """As `__reduce_ex__`: a pickle holds a copy in the place of the module."""
+        """Implement `__reduce_ex__`: a pickle holds a copy instead of the module."""
         return itself, (self.copied({}),)
 
 
@@ -168,12 +170,12 @@ ON_MODULE = {"__deepcopy__": CopyWithoutUs.copied, "__reduce_ex__": CopyWithoutU
 
 
 def copier_of(module: nn.Module) -> CopyWithoutUs | None:
-    """What makes copies of a module, where handles are on it."""
+    """Return the copier of a module, or None if no handle is attached to it."""
     return getattr(vars(module).get("__deepcopy__"), "__self__", None)
 
 
 def copies_leave_out(handle: Handle, *modules: nn.Module) -> None:
-    """From now on copies of `modules`, and of what they are in, are made without what `handle` has put on."""
+    """Make copies of `modules`, and of modules that contain them, without what `handle` attached."""
     for module in modules:
         copier = copier_of(module) or CopyWithoutUs(module)
         copier.handles.append(handle)
@@ -202,8 +204,10 @@ def all_out_of_sight(parts: list[HiddenSubmodule]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def shown_to(accelerator: Accelerator, parts: list[HiddenSubmodule]) -> Iterator[None]:
-    """While this is open, `accelerator.prepare` finds `parts` in the model's state dict: where one process alone has
-    read the weights, accelerate gives the others what the state dict holds."""
+    """Show `parts` in the model's state dict during `accelerator.prepare`.
+
+    If only one process has read the weights, accelerate sends its state dict to the others.
+    """
     prepare, own = accelerator.prepare, "prepare" in vars(accelerator)
 
     def prepare_with_ours(*args: object, **kwargs: object) -> object:
@@ -224,7 +228,7 @@ def shown_to(accelerator: Accelerator, parts: list[HiddenSubmodule]) -> Iterator
 
 @contextlib.contextmanager
 def hidden_from(callbacks: CallbackHandler, parts: list[HiddenSubmodule]) -> Iterator[None]:
-    """While this is open, callbacks find the model without `parts`."""
+    """Hide `parts` of the model from callbacks."""
     call_event, own = callbacks.call_event, "call_event" in vars(callbacks)
 
     def call_without_ours(*args, **kwargs):

@@ -1,4 +1,4 @@
-"""The names and shapes of what is logged, for those who write it and for those who read it."""
+"""The names and shapes of logged values, for writing and reading them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ HEAD_LOSS, HEAD_ACCURACY = f"{CAFT}loss_head_", f"{CAFT}accuracy_head_"
 
 
 def greater_is_better(metric: str) -> bool | None:
-    """Whether the larger value of a metric of ours is the better one; None where the metric is not ours.
+    """Return True if larger values of a caft_plugin metric are better; None for any other metric.
 
     `metric` may have the prefix of an evaluation, as in `eval_caft/loss_head_1`.
     """
@@ -21,7 +21,7 @@ def greater_is_better(metric: str) -> bool | None:
 
 
 def by_head(start: str, values: Mapping[str, float]) -> dict[int, float]:
-    """The values whose keys are `start` and a head's number k, by k."""
+    """Return the values whose keys are `start` followed by a head's number k, by k."""
     found = {key.removeprefix(start): value for key, value in values.items() if key.startswith(start)}
     return dict(sorted((int(k), value) for k, value in found.items() if k.isdecimal()))
 
@@ -46,7 +46,7 @@ class CAFTLog:
 
     @classmethod
     def read(cls, logs: Mapping[str, float]) -> CAFTLog | None:
-        """What a line of the trainer's log says of CAFT, None where it says nothing."""
+        """Read CAFT's values from a line of the trainer's log; None if it has none."""
         if f"{CAFT}gamma" not in logs:
             return None
         next_token_loss, gamma, aux_loss = (logs[f"{CAFT}{key}"] for key in ("next_token_loss", "gamma", "aux_loss"))

@@ -1,4 +1,4 @@
-"""The auxiliary loss: targets k ahead, linear cross-entropy, weights and schedule. Knows no framework."""
+"""The auxiliary loss: targets, linear cross-entropy, weights and schedule. Independent of any framework."""
 
 from __future__ import annotations
 
@@ -12,27 +12,28 @@ from torch import Tensor
 
 from caft_plugin.config import ConfigError
 
-# What a collator has made: tensors by name. An attention mask may be a dict of these, other keys are the host's own.
+# A collator's batch: tensors by name. An attention mask may be a dict of tensors; other keys belong to the host.
 Batch = Mapping[str, Any]
-# Maps rows, hidden states (n, hidden size) and what is learned there (n, ...), to float32 figures (n, figures), of each
-# row the loss first.
+# Maps hidden states (n, hidden size) and their targets (n, ...) to float32 figures (n, figures), the loss first.
 RowLoss = Callable[[Tensor, Tensor], Tensor]
 
 IGNORE = -100
-# A key of MEAP's batches (batch, length), and its bits. A position is the first of a copy behind its original, may be
-# masked, is masked, stands for a masked example (one token of each), or for an example too long for a pair.
+# A key of MEAP's batches (batch, length), and its bits. A position is the first of a copy after its original, may be
+# masked, is masked, marks a masked example (one token of each), or marks an example that is too long for a pair.
 PLAN = "meap_plan"
 BOUNDARY, MAY_MASK, MASKED, EXAMPLE, OVERLONG = 1, 2, 4, 8, 16
-# What is added to an attention score hides a key from here down, and is a bias above.
+# An addend of an attention score at or below this value hides a key; above, it is a bias.
 HIDDEN = -1000.0
-# Logits alive at a time, whatever the vocabulary. 2^23 float32 values are 32 MiB: few enough for a CPU to be quick,
-# and the size from which glibc gives memory back for certain. Accelerators want more rows in one product.
+# Maximum number of logits in memory at a time. 2^23 float32 values are 32 MiB: small enough to be fast on a CPU, and
+# the size from which glibc always returns memory. Accelerators need more rows in one product.
 LOGITS_AT_A_TIME = {"cpu": 2**23, "accelerator": 2**25}
 
 
 def gamma(schedule: str, step: int, total_steps: int) -> float:
-    """The schedule's factor at optimisation step `step` (0-based) of `total_steps` (paper, section 3; the
-    other schedules are those of the released code)."""
+    """Return the schedule's factor at optimisation step `step` (0-based) of `total_steps`.
+
+    `rsine` is the paper's (section 3); the others are from the released code.
+    """
     done = step / max(total_steps, 1)
     match schedule:
         case "rsine":
@@ -47,22 +48,22 @@ def gamma(schedule: str, step: int, total_steps: int) -> float:
 
 
 def head_weights(beta: float, alpha: float, gamma: float, num_heads: int) -> list[float]:
-    """The weight of each head's mean loss in the total: beta * gamma * alpha^k for k = 1..num_heads."""
+    """Return the weight of each head's mean loss in the total: beta * gamma * alpha^k for k = 1..num_heads."""
     return [beta * gamma * alpha**k for k in range(1, num_heads + 1)]
 
 
 def document_ids(batch: Batch) -> Tensor | None:
-    """Which document each position belongs to, or None where the batch has no sign of boundaries.
+    """Return the document of each position, or None if the batch does not mark boundaries.
 
-    A document is what the host's attention separates: position ids that do not count on (those of M-RoPE: that are
-    back at 0 on every axis), a numbered attention mask (1 1 2 2 2 ...), a mask of queries and keys by which a position
-    does not see the one before it, or cumulative sequence lengths. Padding (attention mask 0) is -1. The masked copy in
-    a MEAP pair counts as a document of its own.
+    Documents are separated in the host's attention: by position ids that do not increase by 1 (M-RoPE: that return to
+    0 on every axis), by a numbered attention mask (1 1 2 2 2 ...), by a query-key mask in which a position does not see
+    the previous one, or by cumulative sequence lengths. Padding (attention mask 0) is -1. The masked copy of a MEAP
+    pair is its own document.
 
     Args:
-        batch: `labels` (batch, length), and where there are any `position_ids` (batch, length), or (axes, batch,
-            length) with 3 axes (time, height, width) or 4 (text before them), `attention_mask` (batch, length), or
-            as in `sees_back`, `cu_seq_lens_q` and MEAP's plan.
+        batch: `labels` (batch, length) and, if present, `position_ids` (batch, length), or (axes, batch, length) with
+            3 axes (time, height, width) or 4 (text first), `attention_mask` (batch, length) or as in `sees_back`,
+            `cu_seq_lens_q`, and MEAP's plan.
 
     Returns:
         Long tensor (batch, length), equal within a document and different between neighbours.
@@ -75,11 +76,11 @@ def document_ids(batch: Batch) -> Tensor | None:
     positions = batch.get("position_ids")
     if positions is not None:
         if positions.dim() == 3 and len(positions) == 3:
-            # M-RoPE: time, height and width. Over an image they stand still or jump; only a document's first
-            # token has 0 on every axis.
+            # M-RoPE: time, height and width. Within an image they repeat or jump; only a document's first token has
+            # 0 on every axis.
             starts |= (positions == 0).all(dim=0)
         else:
-            if positions.dim() == 3:  # four axes: that of the text, by which the model separates documents, is first
+            if positions.dim() == 3:  # four axes: the first is the text's, which the model uses to separate documents
                 positions = positions[0]
             positions = positions.expand(shape)
             starts[:, 1:] |= positions[:, 1:] != positions[:, :-1] + 1
@@ -112,25 +113,26 @@ def document_ids(batch: Batch) -> Tensor | None:
 
 
 def mask_of(batch: Batch) -> object:
-    """The batch's attention mask; None too where it is a dict by kind of layer that holds no mask."""
+    """Return the batch's attention mask; None also for a dict by layer type without any mask."""
     mask = batch.get("attention_mask")
     return None if isinstance(mask, Mapping) and all(m is None for m in mask.values()) else mask
 
 
 def sees_back(mask: object, distance: int, shape: torch.Size) -> Tensor:
-    """Which positions attend to the one that stands `distance` before them, by a mask of queries and keys.
+    """Return which positions attend to the position `distance` before them, according to a query-key mask.
 
     Args:
-        mask: (batch or 1, length, length) or (batch or 1, heads or 1, length, length): True or not 0 where a query
-            (last axis but one) sees a key (last axis); or floating point, as it is added to the scores. Or a dict of
-            such masks by kind of layer, of which one is enough, and one has to be there.
-        shape: of the labels, (batch, length).
+        mask: (batch or 1, length, length) or (batch or 1, heads or 1, length, length): True or non-zero where a query
+            (second-to-last axis) sees a key (last axis); or floating point, the addend of the scores. Or a dict of
+            such masks by layer type, with at least one mask; visible in one of them counts.
+        distance: in tokens, at least 1.
+        shape: the labels' shape, (batch, length).
 
     Returns:
         Boolean tensor (batch, length - distance), for positions from `distance` on.
 
     Raises:
-        ConfigError: a mask of another kind or shape.
+        ConfigError: a mask of another type or shape.
     """
     length = shape[1]
     if isinstance(mask, Mapping):
@@ -138,9 +140,9 @@ def sees_back(mask: object, distance: int, shape: torch.Size) -> Tensor:
     if not isinstance(mask, Tensor) or mask.dim() not in (3, 4) or mask.shape[-2:] != (length, length):
         kind = f"a tensor of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
         raise ConfigError(
-            f"caft: the batch's attention_mask is {kind}, by which documents cannot be told apart for labels of shape "
-            f"{tuple(shape)}. It takes (batch, length), (batch, length, length) or (batch, heads, length, length); or "
-            "leave it out and give position_ids that start again with each document."
+            f"caft: the batch's attention_mask is {kind}, from which documents cannot be separated for labels of shape "
+            f"{tuple(shape)}. It accepts (batch, length), (batch, length, length) or (batch, heads, length, length). "
+            "Without a mask, use position_ids that restart with each document."
         )
     pairs = mask.diagonal(-distance, dim1=-2, dim2=-1)
     seen = pairs > HIDDEN if mask.is_floating_point() else pairs != 0
@@ -150,20 +152,21 @@ def sees_back(mask: object, distance: int, shape: torch.Size) -> Tensor:
 
 
 def head_targets(batch: Batch, num_heads: int) -> Tensor:
-    """The token each head has to predict at each position.
+    """Return the target of each head at each position.
 
-    Head k (k = 1..num_heads) at position t is to predict `labels[t + k + 1]`; where that lies past the end,
-    is ignored, is padding, belongs to another document or does not attend to position t, the target is -100.
+    Head k (k = 1..num_heads) at position t predicts `labels[t + k + 1]`. The target is -100 if that position is past
+    the end, ignored, padding, in another document, or does not attend to position t.
 
     Args:
-        batch: `labels` (batch, length), and what marks documents (see `document_ids`).
+        batch: `labels` (batch, length), and the keys that mark documents (see `document_ids`).
+        num_heads: number of heads.
 
     Returns:
         Long tensor (num_heads, batch, length).
     """
     labels, mask = batch["labels"], mask_of(batch)
     pairwise = mask is not None and not (isinstance(mask, Tensor) and mask.shape == labels.shape)
-    # What a mask of queries and keys says holds as it stands, also where documents lie between each other.
+    # A query-key mask is used directly, because its documents may be interleaved.
     documents = document_ids({**batch, "attention_mask": None} if pairwise else batch)
     targets = labels.new_full((num_heads, *labels.shape), IGNORE)
     for index in range(num_heads):
@@ -181,12 +184,12 @@ def head_targets(batch: Batch, num_heads: int) -> Tensor:
 
 
 def count_targets(targets: Tensor) -> Tensor:
-    """Valid targets of each head: long tensor (num_heads,)."""
+    """Return the number of valid targets of each head: long tensor (num_heads,)."""
     return (targets != IGNORE).flatten(1).sum(1)
 
 
 def cross_entropy_of(unembed: Callable[[Tensor], Tensor]) -> RowLoss:
-    """For `weighted_sum`: hidden states (n, hidden size) and token ids (n,) to each row's cross-entropy (n, 1)."""
+    """Return a row loss: hidden states (n, hidden size) and token ids (n,) to cross-entropies (n, 1)."""
 
     def row_loss(hidden: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(unembed(hidden).float(), targets, reduction="none")[:, None]
@@ -195,7 +198,7 @@ def cross_entropy_of(unembed: Callable[[Tensor], Tensor]) -> RowLoss:
 
 
 def cross_entropy_and_hit_of(unembed: Callable[[Tensor], Tensor]) -> RowLoss:
-    """As `cross_entropy_of`, and 1 where the target has the largest logit: (n, 2)."""
+    """Return a row loss like `cross_entropy_of`, plus 1 where the target has the largest logit: (n, 2)."""
 
     def row_loss(hidden: Tensor, targets: Tensor) -> Tensor:
         logits = unembed(hidden).float()
@@ -206,9 +209,9 @@ def cross_entropy_and_hit_of(unembed: Callable[[Tensor], Tensor]) -> RowLoss:
 
 
 def divergence_of(unembed: Callable[[Tensor], Tensor]) -> RowLoss:
-    """For `weighted_sum`: hidden states and a teacher's, both (n, hidden size), to each row's KL(p || q), (n, 1).
+    """Return a row loss: hidden states and a teacher's, both (n, hidden size), to KL(p || q), (n, 1).
 
-    p is the distribution that `unembed` makes of the teacher's hidden state, q that of the other one.
+    p is the distribution that `unembed` gives for the teacher's hidden state, q the one for the other.
     """
 
     def row_loss(hidden: Tensor, teacher: Tensor) -> Tensor:
@@ -228,19 +231,19 @@ def weighted_sum(
     vocab_size: int,
     parameters: Iterable[Tensor] = (),
 ) -> tuple[Tensor, Tensor]:
-    """Sum over rows of `weights` times what `row_loss` makes of them, with few logits alive at a time.
+    """Return the weighted sum of the rows' losses, with few logits in memory at a time.
 
-    Where gradients are wanted, they are taken in the forward pass, chunk by chunk, so that logits are computed once
-    and dropped. (`torch.nn.functional.linear_cross_entropy` does the same for a plain matrix; of half-precision
-    inputs it returns the loss in half precision.)
+    If gradients are needed, they are computed in the forward pass, chunk by chunk, so that logits are computed once
+    and freed. (`torch.nn.functional.linear_cross_entropy` does the same for a plain matrix, but returns the loss in
+    half precision for half-precision inputs.)
 
     Args:
-        row_loss: takes chunks of `hidden` and `learned`.
+        row_loss: called with chunks of `hidden` and `learned`.
         weights: (rows,) float32.
-        hidden: (rows, hidden size), rows may be 0: the sum is then 0 and still joined to the graph.
-        learned: (rows, ...), takes no gradient.
-        vocab_size: of the logits in `row_loss`, for the size of a chunk.
-        parameters: what `row_loss` uses beside its arguments and may take a gradient.
+        hidden: (rows, hidden size); with 0 rows the sum is 0 and still part of the graph.
+        learned: the targets (rows, ...), without gradient.
+        vocab_size: of the logits in `row_loss`; it determines the chunk size.
+        parameters: other tensors that `row_loss` uses and that may need a gradient.
 
     Returns:
         The sum, a float32 scalar in nats, and the figures of all rows (rows, figures), without gradient.
@@ -254,8 +257,11 @@ def weighted_sum(
 
 
 def _own_saved_tensors() -> torch.autograd.graph.saved_tensors_hooks:
-    """Keeps a host's hooks off tensors that live only within one chunk. TRL's activation offloading would take the
-    first of them that comes back for the start of the backward pass, and hold all that follows until its end."""
+    """Return hooks that override the host's for tensors of one chunk.
+
+    TRL's activation offloading would mistake the first of these tensors that is unpacked for the start of the backward
+    pass, and keep all later ones until its end.
+    """
     return torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
 
 
@@ -272,7 +278,7 @@ class _WeightedSum(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         wanted = [index for index, tensor in enumerate(parameters) if tensor.requires_grad]
         differentiate = hidden.requires_grad or bool(wanted)
-        # Gradients are taken with weights near 1, which float16 can hold; the factor comes back in the backward pass.
+        # Gradients are computed with weights near 1, for float16; the factor is applied in the backward pass.
         factor = weights.max().clamp(min=1e-30) if len(weights) else weights.new_ones(())
         figures, hidden_gradients = [], []
         parameter_gradients: list[Tensor | None] = [None] * len(parameters)

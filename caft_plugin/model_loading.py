@@ -1,4 +1,4 @@
-"""Load a model with transformers: a folder or a Hub id, of a model or of an adapter, which brings its base with it."""
+"""Load a model with transformers, given a folder or Hub id of a model, or of an adapter, which names its base."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ from caft_plugin.trunk import auto_class, input_embedding, trunk_without_weights
 logger = logging.getLogger(__name__)
 
 IN_ADAPTER = "base_model.model."  # PEFT's prefix of a module's name in an adapter's file
-# By the end of its name in an adapter's file, which dimension of a tensor is the vocabulary's.
+# The vocabulary's dimension of a tensor in an adapter's file, by the end of the tensor's name.
 VOCABULARY = {"weight": 0, "base_layer.weight": 0, "lora_embedding_A": 1, "lora_B.weight": 0}
 
 
 def base_of(name: str) -> str:
-    """The base model that an adapter's folder or Hub id names; of any other model the name itself.
+    """Return the base model named by an adapter's folder or Hub id; for any other model, the name itself.
 
     Raises:
-        ConfigError: an adapter that names none.
+        ConfigError: an adapter that names no base.
     """
     return _base_and_revision(name)[0]
 
@@ -58,8 +58,8 @@ def _base_and_revision(name: str) -> tuple[str, str | None]:
     return base, revision if isinstance(revision, str) else None
 
 
-MERGED = "merged"  # Axolotl's folder for the merged model, in the run's
-# Keys of a config in which a run's and its merged model's may differ, both being right.
+MERGED = "merged"  # Axolotl's subfolder of a run for the merged model
+# Config keys in which a run and its merged model may differ.
 NOT_OF_RUN = {
     "_name_or_path",
     "architectures",
@@ -76,7 +76,7 @@ NOT_OF_RUN = {
 
 
 class Loading(TypedDict, total=False):
-    """How weights are loaded: quantised by bitsandbytes or not, and with which attention."""
+    """Options of loading weights: quantisation by bitsandbytes, and the attention implementation."""
 
     load_in_4bit: bool
     load_in_8bit: bool
@@ -85,8 +85,10 @@ class Loading(TypedDict, total=False):
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Where a model comes from: its base, at a revision, the config to load that with, and how many tokens the
-    config of the adapter beside it gives the vocabulary (None: what the base has)."""
+    """The source of a model: its base and revision, the config to load it with, and its vocabulary size.
+
+    `tokens` is the vocabulary size in the adapter's config.json (None: the base's).
+    """
 
     name: str
     base: str
@@ -97,7 +99,7 @@ class Source:
 
     @classmethod
     def of(cls, name: str, trust_remote_code: bool = False) -> Source:
-        """Read what `name` is. No weights are read.
+        """Resolve `name`, without reading weights.
 
         Raises:
             ConfigError: an adapter that names no base.
@@ -111,8 +113,8 @@ class Source:
         own = _own_config(name, config, read)
         if own is None:
             return cls(name, base, revision, config, None, trust_remote_code)
-        # What the run changed is followed (overrides_of_model_config). Vocabulary and quantisation are as the base's
-        # files have them: these are what is read first.
+        # The run's changes (overrides_of_model_config) are used. Vocabulary size and quantisation stay the base's,
+        # because the base's files are read first.
         text, tokens = own.get_text_config(), own.get_text_config().vocab_size
         text.vocab_size = config.get_text_config().vocab_size
         vars(own).pop("quantization_config", None)
@@ -121,13 +123,15 @@ class Source:
         return cls(name, base, revision, own, tokens, trust_remote_code)
 
     def build(self) -> nn.Module:
-        """Make the model from its config."""
+        """Build the model from its config."""
         trust_remote_code = self.trust_remote_code
         return auto_class(self.config).from_config(self.config, trust_remote_code=trust_remote_code)
 
     def load(self, dtype: torch.dtype | str, **loading: Unpack[Loading]) -> PreTrainedModel:
-        """Load the weights: the base's, quantised by bitsandbytes as QLoRA does (NF4, double quantisation) if asked,
-        its vocabulary as large as the adapter needs, and the adapter."""
+        """Load the base's weights, resize its vocabulary if the adapter needs it, and load the adapter.
+
+        With `load_in_4bit`, bitsandbytes quantises the base as in QLoRA (NF4, double quantisation).
+        """
         trust_remote_code = self.trust_remote_code
         options: dict[str, object] = {} if self.revision is None else {"revision": self.revision}
         model = auto_class(self.config).from_pretrained(
@@ -146,24 +150,26 @@ class Source:
         tokens = tokens_in_adapter(self.name, model) or self.tokens
         if tokens is not None and tokens != input_embedding(model).num_embeddings:
             model.resize_token_embeddings(tokens, mean_resizing=False)
-        # Not left to transformers: of a folder with a config.json beside the adapter it takes all weights to be there.
+        # Not left to transformers: in a folder with an adapter and a config.json it expects the complete weights.
         return cast(PreTrainedModel, PeftModel.from_pretrained(model, self.name))
 
 
 def _own_config(
     name: str, base: PretrainedConfig, read: functools.partial[PretrainedConfig]
 ) -> PretrainedConfig | None:
-    """The config that lies beside an adapter, as Axolotl leaves it with what the run changed in it; None without one,
-    or with one of another kind of model than the adapter's base."""
+    """Return the config.json next to an adapter, in which Axolotl saves the run's changes.
+
+    None if there is none, or if its model type is not the base's.
+    """
     try:
         file = cached_file(name, CONFIG_NAME, _raise_exceptions_for_missing_entries=False)
         own = None if file is None else read(name)
     except (OSError, ValueError) as error:
-        logger.warning("--model: %s of the adapter in %s is not read (%s)", CONFIG_NAME, name, first_line(error))
+        logger.warning("--model: the %s of the adapter in %s was ignored (%s)", CONFIG_NAME, name, first_line(error))
         return None
     if own is not None and own.model_type != base.model_type:
         logger.warning(
-            "--model: %s in %s is not read: it is of a %s, but the adapter's base is a %s",
+            "--model: the %s in %s was ignored: its model type is %s, but that of the adapter's base is %s",
             CONFIG_NAME,
             name,
             own.model_type,
@@ -174,9 +180,11 @@ def _own_config(
 
 
 def with_overrides_of_run(config: PretrainedConfig, name: str, read: functools.partial[PretrainedConfig]) -> None:
-    """Put into `config`, of the model in the folder `name`, what the run whose adapter it has merged had changed of its
-    base's config. `axolotl merge-lora` writes the base's config beside the merged weights, without the YAML's
-    `overrides_of_model_config`: with that it would be another model than the one that was trained."""
+    """Apply a run's changes of the base's config to `config`, the config of its merged model in the folder `name`.
+
+    `axolotl merge-lora` saves the base's config with the merged weights, without the YAML's
+    `overrides_of_model_config`. The merged model would then differ from the one that was trained.
+    """
     run = Path(name).absolute().parent
     if Path(name).name != MERGED or find_adapter_config_file(str(run)) is None:
         return
@@ -191,8 +199,8 @@ def with_overrides_of_run(config: PretrainedConfig, name: str, read: functools.p
         setattr(config, key, getattr(own, key))
     if changed:
         logger.warning(
-            "--model: %s/%s lacks what the run in %s was trained with (overrides_of_model_config): %s. The model is "
-            "loaded with it; write it into that file before you use the model elsewhere",
+            "--model: %s/%s lacks settings that the run in %s was trained with (overrides_of_model_config): %s. They "
+            "were used to load the model; add them to that file before you use the model elsewhere",
             name,
             CONFIG_NAME,
             run,
@@ -212,7 +220,7 @@ def quantisation(dtype: torch.dtype | str, loading: Loading) -> BitsAndBytesConf
 
 
 def tokens_in_adapter(name: str, model: PreTrainedModel) -> int | None:
-    """How many tokens the embeddings have that an adapter's file holds, whole or as LoRA factors; None without any."""
+    """Return the vocabulary size of the embeddings in an adapter's file (or their LoRA factors); None without any."""
     file = cached_file(name, ADAPTER_SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False)
     if file is None:
         return None
@@ -222,7 +230,7 @@ def tokens_in_adapter(name: str, model: PreTrainedModel) -> int | None:
         with safe_open(file, framework="pt") as opened:
             shapes = {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}
     except (OSError, SafetensorError):
-        return None  # PEFT says what is wrong with it
+        return None  # PEFT reports the problem
     return _tokens(shapes, names)
 
 
@@ -237,7 +245,7 @@ def _tokens(shapes: Mapping[str, tuple[int, ...]], names: list[str]) -> int | No
 
 
 def load_model(name: str, dtype: torch.dtype | str, **loading: Unpack[Loading]) -> PreTrainedModel:
-    """Load a model, or an adapter over its base, as `Source.load` does.
+    """Load a model, or an adapter and its base; see `Source.load`.
 
     Raises:
         ConfigError: an adapter that names no base.
@@ -246,24 +254,24 @@ def load_model(name: str, dtype: torch.dtype | str, **loading: Unpack[Loading]) 
 
 
 def merged(model: PreTrainedModel) -> PreTrainedModel:
-    """The model with its adapter in its weights; as it is, where it has none or one that no weight can hold."""
+    """Return the model with its adapter merged; unchanged if it has none, or one that cannot be merged."""
     if isinstance(model, PeftModel) and hasattr(model.base_model, "merge_and_unload"):
         return model.base_model.merge_and_unload()
     return model
 
 
 def load_for_heads(source: Source, dtype: torch.dtype | str, **loading: Unpack[Loading]) -> PreTrainedModel:
-    """As `Source.load`, of a model that heads can be built for.
+    """Load a model that heads can be built for; see `Source.load`.
 
     Raises:
-        ConfigError: before weights are loaded, where heads cannot be built for the model.
+        ConfigError: heads cannot be built for the model; raised before weights are loaded.
     """
     trunk_without_weights(source.config, source.base, source.build)
     return source.load(dtype, **loading)
 
 
 def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model; of an adapter without one its base's."""
+    """Load the tokenizer of a model; for an adapter without one, its base's."""
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError):

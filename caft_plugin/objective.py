@@ -1,4 +1,4 @@
-"""What a trainer does of CAFT: which window a loss belongs to, the heads' part of it, evaluation, what the log says."""
+"""CAFT in a trainer: a loss's accumulation window, the heads' part of the loss, evaluation and log entries."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ HostLoss = Tensor | tuple  # what compute_loss returns: a loss, or a loss and th
 
 
 class AuxiliaryObjective:
-    """The heads' objective in one trainer. `handle` puts the heads on the model and takes them off.
+    """The heads' objective in one trainer. `handle` attaches the heads to the model and detaches them.
 
     Raises:
         ConfigError: the model, the trainer's settings or the heads folder do not fit.
@@ -55,7 +55,7 @@ class AuxiliaryObjective:
             folder.warn_of_model(heads.origin, trunk.model.config)
         if trainer.optimizer is not None and any(p.requires_grad for p in heads.parameters()):
             raise ConfigError(
-                "caft.train_heads: the trainer was given a finished optimizer (optimizers=...), which cannot hold "
+                "caft.train_heads: the trainer was given a finished optimizer (optimizers=...), which cannot contain "
                 "the heads' parameters. Pass optimizer_cls_and_kwargs instead, or set train_heads: frozen."
             )
         self.trainer = trainer
@@ -65,20 +65,22 @@ class AuxiliaryObjective:
         self.handle = AttachedHeads(model, heads, trunk, config)
         self.fused = may_fuse(trainer, trunk.model, config.fused_loss)
         self.start_afresh()
-        self._step: tuple[Window, MicroBatch] | None = None  # what training_step is about, while it runs
-        self._totals: Totals | None = None  # of the evaluation that is open
+        self._step: tuple[Window, MicroBatch] | None = None  # of the current training_step
+        self._totals: Totals | None = None  # of the current evaluation
 
     def start_afresh(self) -> None:
-        """Forgets what was summed: a loop begins, be it the first, one after an interrupt, or one with smaller batches
-        (auto_find_batch_size)."""
+        """Reset the sums at the start of a training loop.
+
+        A loop is the first one, one after an interrupt, or one with smaller batches (auto_find_batch_size).
+        """
         self._window: Window | None = None
         self._tally: Tally | None = None
-        self._ran = False  # whether heads ran since then
+        self._ran = False  # whether heads ran since the reset
 
     # -- training ----------------------------------------------------------------------------------
 
     def begin_window(self, batches: Sequence[Batch]) -> None:
-        """The micro-batches of the next optimisation step. Every process has to call it."""
+        """Open the window of the next optimisation step's micro-batches. Every process must call it."""
         self.end_window()
         if self._tally is None:
             trainer = self.trainer
@@ -104,7 +106,7 @@ class AuxiliaryObjective:
 
     @contextlib.contextmanager
     def training_step(self, inputs: Batch) -> Iterator[None]:
-        """While this is open, losses are about the micro-batch that `inputs` are, in the window that is open."""
+        """Assign losses to the micro-batch `inputs` of the current window."""
         window = self._window
         begun = None if window is None else window.begun(inputs)
         if window is None or begun is None:
@@ -119,8 +121,8 @@ class AuxiliaryObjective:
             return
         if not self._ran:
             raise no_heads_ran(self.trainer)
-        # Joined to the graph for DDP's sake only: no gradient, not one of zeros, so that neither the
-        # gradient norm nor the optimizer sees these heads.
+        # These heads are in the graph only for DDP. Their gradient is None, not zero, so that neither the gradient
+        # norm nor the optimizer includes them.
         for layer, ran in zip(self.heads.layers, window.run, strict=True):
             if not ran:
                 layer.zero_grad(set_to_none=True)
@@ -128,16 +130,16 @@ class AuxiliaryObjective:
     def loss(
         self, model: nn.Module, inputs: Batch, host_loss: Callable[[], HostLoss], items: Tensor | int | None
     ) -> HostLoss:
-        """Return the host's loss with the heads' added, as `compute_loss` does; in evaluation the host's alone.
+        """Return the host's loss plus the heads' loss, for `compute_loss`; in evaluation, only the host's.
 
         Args:
-            model: what `host_loss` calls, the trainer's model or what wraps it.
-            inputs: the batch, with what marks documents in it.
-            host_loss: computes the host's loss, alone or with outputs.
-            items: `num_items_in_batch`, as `compute_loss` got it.
+            model: the model that `host_loss` calls, wrapped or not.
+            inputs: the batch, with the keys that mark documents.
+            host_loss: computes the host's loss, with or without outputs.
+            items: `num_items_in_batch`, as `compute_loss` received it.
 
         Raises:
-            ConfigError: the batch has no `labels`, or the model was called with another text or shape than it has.
+            ConfigError: the batch has no `labels`, or the model was called with other tokens or another shape.
             RuntimeError: `host_loss` did not call the model with gradients.
         """
         training = torch.is_grad_enabled()
@@ -147,7 +149,7 @@ class AuxiliaryObjective:
             return host_loss()
         if not training:
             return host_loss() if self._totals is None else self._evaluated(model, inputs, host_loss, self._totals)
-        if self._step is None:  # asked for by hand
+        if self._step is None:  # called by user code, outside of training_step
             window = self._open_window([inputs])
             micro_batch = window.micro_batches[0]
         else:
@@ -159,7 +161,7 @@ class AuxiliaryObjective:
         if result is None:
             raise RuntimeError(
                 "caft: the trainer computed its loss without calling the model with gradients, so the auxiliary "
-                "heads did not run. CAFT works with trainers whose compute_loss calls the model."
+                "heads did not run. Use a trainer whose compute_loss calls the model."
             )
         self._ran = True
         loss, *outputs = returned if isinstance(returned, tuple) else (returned,)
@@ -172,8 +174,11 @@ class AuxiliaryObjective:
         return window.request(micro_batch, inputs, share, self.fused)
 
     def _share(self, items: Tensor | int | None) -> LossShare:
-        """What the trainer will do to the loss: `training_step` divides it by the accumulation steps, unless the host's
-        loss is already a share of the whole window, or was asked for by hand."""
+        """Return how the trainer scales the loss.
+
+        `training_step` divides it by the accumulation steps, unless the host's loss is already a share of the complete
+        window, or is computed outside of `training_step`.
+        """
         trainer = self.trainer
         counted = items if trainer.model_accepts_loss_kwargs else None
         divides = self._step is not None and counted is None and trainer.compute_loss_func is None
@@ -185,7 +190,7 @@ class AuxiliaryObjective:
     def _evaluated(
         self, model: nn.Module, inputs: Batch, host_loss: Callable[[], HostLoss], totals: Totals
     ) -> HostLoss:
-        """The host's loss alone; the heads' own losses are summed beside it."""
+        """Return the host's loss unchanged, and add the heads' losses to `totals`."""
         num_heads = len(self.heads)
         targets = head_targets(inputs, num_heads)
         request = Request(targets, torch.zeros(num_heads), [True] * num_heads, training=False)
@@ -197,8 +202,10 @@ class AuxiliaryObjective:
 
     @contextlib.contextmanager
     def evaluation(self, prefix: str) -> Iterator[dict[str, float]]:
-        """While this is open, the heads are evaluated beside the model. The dict that it gives has their metrics at its
-        end. Every process has to call it."""
+        """Evaluate the heads together with the model; the yielded dict has their metrics at the end.
+
+        Every process must call it.
+        """
         metrics: dict[str, float] = {}
         totals = self._totals = Totals(len(self.heads), self.trainer.args.device)
         try:
@@ -213,7 +220,7 @@ class AuxiliaryObjective:
     # -- log ---------------------------------------------------------------------------------------
 
     def log_entries(self) -> dict[str, float]:
-        """What the log says since the last one. Every process has to call it."""
+        """Return the log entries since the last call. Every process must call it."""
         self.end_window()
         trainer, tally, self._tally = self.trainer, self._tally, None
         if tally is None:

@@ -1,4 +1,4 @@
-"""How many tokens to draft: what passes of each width cost on this machine, and which guesses were right so far."""
+"""Choose the draft length from measured forward-pass times and from the acceptance of earlier draft tokens."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Concatenate, ParamSpec, TypeVar
 
-BINS = 10  # of a head's own probability of its guess
-FADING = 0.98  # what tokens and seconds of the past count, a round later
-FIRST_ROUNDS = 10  # before drafts are judged
-FIRST_REST, LONGEST_REST = 32, 2048  # tokens
-FIRST_PASSES = 3  # of a width, before their median is what it costs
+BINS = 10  # bins of a head's probability of its draft token
+FADING = 0.98  # decay per step of past tokens and seconds
+FIRST_ROUNDS = 10  # steps before drafting is judged
+FIRST_REST, LONGEST_REST = 32, 2048  # tokens without drafting
+FIRST_PASSES = 3  # forward passes of a width before their median is used
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -30,18 +30,18 @@ def _in_turn(method: Callable[Concatenate[Pace, P], T]) -> Callable[Concatenate[
 
 
 class Pace:
-    """Learns over rounds and texts. A round is a pass of the model over the last token and the drafts behind it.
+    """Statistics of drafting, over steps and texts. A step is a forward pass over the last token and its draft tokens.
 
-    A head's guess counts as right where it and those of the heads before it came true, whether it was sent to the
-    model or not. Its chance is the share of right ones among guesses of about the same probability; before there are
-    any, that probability itself. Texts in several threads may share one.
+    A head's draft token counts as accepted if it and those of all earlier heads match the text, whether they were
+    verified or not. Its estimated acceptance rate is the one among draft tokens with a similar probability; before
+    there are any, that probability. Texts in several threads may share one Pace.
     """
 
     def __init__(self, num_heads: int) -> None:
         self.tried = [[0] * BINS for _ in range(num_heads)]
         self.right = [[0] * BINS for _ in range(num_heads)]
-        self.seconds: list[deque[float]] = [deque(maxlen=9) for _ in range(num_heads + 1)]  # of a pass, by drafts
-        self.rest, self.resting = FIRST_REST, 0  # tokens to be written plainly: the next time, and still
+        self.seconds: list[deque[float]] = [deque(maxlen=9) for _ in range(num_heads + 1)]  # by draft length
+        self.rest, self.resting = FIRST_REST, 0  # tokens without drafting: in the next rest, and left in this one
         self._start_afresh()
         self.turn = threading.RLock()
 
@@ -51,17 +51,23 @@ class Pace:
 
     @_in_turn
     def awake(self) -> bool:
-        """Whether the heads are to draft for the text that begins."""
+        """Return True if heads should draft for the text that starts now."""
         return self.resting <= 0
 
     @_in_turn
     def rested(self, tokens: int) -> None:
-        """So many tokens were written without the heads."""
+        """Record that `tokens` tokens were generated without drafting."""
         self.resting -= tokens
 
     @_in_turn
     def learn(self, probabilities: Sequence[float], guesses: Sequence[int], came: Sequence[int]) -> None:
-        """Of one round: each head's probability of its guess, its guess, and the tokens that came."""
+        """Record one step.
+
+        Args:
+            probabilities: each head's probability of its draft token.
+            guesses: each head's draft token.
+            came: the generated tokens at these positions.
+        """
         for head, (probability, guess, token) in enumerate(zip(probabilities, guesses, came, strict=False)):
             at = _bin(probability)
             self.tried[head][at] += 1
@@ -71,7 +77,7 @@ class Pace:
 
     @_in_turn
     def chance(self, head: int, probability: float) -> float:
-        """Of a head's guess, given that those of the heads before it are right."""
+        """Return the estimated acceptance rate of a head's draft token, given that all earlier ones are accepted."""
         at = _bin(probability)
         return (self.right[head][at] + 2 * probability) / (self.tried[head][at] + 2)
 
@@ -81,15 +87,17 @@ class Pace:
 
     @_in_turn
     def round_took(self, tokens: int, seconds: float) -> None:
-        """A round with heads, the heads' own time included."""
+        """Record a step with drafting: its tokens, and its time including the heads'."""
         self.rounds += 1
         self.recent_tokens = FADING * self.recent_tokens + tokens
         self.recent_seconds = FADING * self.recent_seconds + seconds
 
     @_in_turn
     def cost(self, drafts: int) -> float:
-        """Seconds of a pass; of a width that was hardly tried, at most those of the next one below it, so that it will
-        be."""
+        """Return the median seconds of a forward pass with this draft length.
+
+        A length with few measurements costs at most as much as the next shorter one, so that it is tried.
+        """
         seconds = self.seconds[drafts]
         if len(seconds) >= FIRST_PASSES:
             return statistics.median(seconds)
@@ -98,9 +106,9 @@ class Pace:
 
     @_in_turn
     def how_many(self, probabilities: Sequence[float], most: int) -> int:
-        """How many of the guesses to send: as many as bring more tokens than the time that they cost would."""
+        """Return the draft length with the largest expected gain: tokens gained, minus the tokens its time costs."""
         if len(self.seconds[0]) < FIRST_PASSES:
-            return 0  # what a plain pass costs is what drafts are held against
+            return 0  # a plain forward pass is measured first, for comparison
         tokens_a_second = self.recent_tokens / self.recent_seconds if self.recent_seconds else 0.0
         chances = itertools.accumulate(
             (self.chance(head, p) for head, p in enumerate(probabilities)), lambda a, b: a * b
@@ -115,7 +123,7 @@ class Pace:
 
     @_in_turn
     def worth_it(self) -> bool:
-        """Whether drafts make writing faster, over the newest rounds; if not, heads rest, for longer each time."""
+        """Return True if drafting was faster over recent steps; if not, switch it off for a while, longer each time."""
         if self.rounds < FIRST_ROUNDS:
             return True
         if self.recent_seconds <= self.recent_tokens * self.cost(0):

@@ -1,7 +1,7 @@
-"""Note the last layer's call and the final norm's output in one forward pass, of this thread alone.
+"""Note the last layer's call and the final norm's output in one forward pass of the current thread.
 
-Other threads may use the same model meanwhile, so nothing is kept on its modules and no hook is registered: tables of
-hooks must not change while another thread goes through them, and compiled code does not see later ones.
+Other threads may use the same model at the same time, so nothing is stored on its modules and no hook is registered:
+hook tables must not change while another thread iterates over them, and compiled code ignores later hooks.
 """
 
 from __future__ import annotations
@@ -24,8 +24,10 @@ from caft_plugin.trunk import Trunk
 
 @dataclasses.dataclass
 class PassNotes:
-    """The last layer's call and the final norm's output (batch, length, hidden size) of one forward pass, and whether
-    the model began it without what earlier passes had cached."""
+    """The last layer's call and the final norm's output (batch, length, hidden size) of one forward pass.
+
+    `restart` is True if the model started it without the KV cache of earlier forward passes.
+    """
 
     trunk: Trunk
     call: LayerCall | None = None
@@ -36,17 +38,17 @@ class PassNotes:
         """Return the call that heads repeat, and their input (batch, length, hidden size).
 
         Raises:
-            ConfigError: the pass did not come through these modules.
+            ConfigError: the forward pass did not call these modules.
         """
         source = self.final if head_input == "final" or self.call is None else self.call.hidden_states
         if self.call is None or source is None:
             part = "its last decoder layer" if self.call is None else "its final norm"
             raise ConfigError(
                 f"Drafter: {type(self.trunk.model).__name__} ran a forward pass without calling {part} "
-                f"({type(self.trunk.last_layer).__name__}) as a module, so the heads have nothing to read. The usual "
-                "cause is a forward that was replaced: by torch.compile inside of another wrapper, by torch.jit or "
-                "torch.export, or by a library's fast inference. Undo that (compile the model after the drafter has "
-                "written), or generate without custom_generate."
+                f"({type(self.trunk.last_layer).__name__}) as a module, so the heads have no input. The usual cause is "
+                "a replaced forward: by torch.compile inside another wrapper, by torch.jit or torch.export, or by a "
+                "library's fast inference. Undo that (compile the model after the drafter's first use), or generate "
+                "without custom_generate."
             )
         return self.call, source
 
@@ -56,10 +58,10 @@ _notes: ContextVar[PassNotes | None] = ContextVar("caft_pass_notes", default=Non
 
 @contextlib.contextmanager
 def noted_pass(trunk: Trunk, eager: bool) -> Iterator[PassNotes]:
-    """While this is open, note what this thread's call of the model does with the last layer and the final norm.
+    """Note the calls of the last layer and the final norm in this thread's forward pass.
 
-    With `eager`, for a model that is compiled around its last layer, compiled code runs as it was written meanwhile:
-    what a graph calls cannot be noted, and what it returns may be overwritten by its next run (CUDA graphs).
+    `eager` is for a model that is compiled around its last layer: compiled code then runs eagerly. Calls inside a
+    graph cannot be noted, and its outputs may be overwritten by its next run (CUDA graphs).
     """
     notes = PassNotes(trunk)
     with ExitStack() as stack:
@@ -78,7 +80,7 @@ _open: dict[Hashable, tuple[ExitStack, int]] = {}
 
 @contextlib.contextmanager
 def _shared(key: Hashable, enter: Callable[[], AbstractContextManager[object]]) -> Iterator[None]:
-    """Keep `enter()` open as long as any thread is in here with this key."""
+    """Keep the context `enter()` open while any thread uses this key."""
     with _lock:
         stack, inside = _open.get(key) or (ExitStack(), 0)
         if not inside:
@@ -107,9 +109,9 @@ def _noting(module: nn.Module) -> Iterator[None]:
 
 @functools.cache
 def _noting_class(own: type) -> type:
-    """A subclass of a module's class that notes its call where it is the last layer or the norm of this thread's pass.
+    """Return a subclass of a module's class that notes its call if it is the last layer or norm of this thread's trunk.
 
-    Always the same one for a class, or compiled code would be compiled again for each pass.
+    It is cached by class: a new one would recompile compiled code in each forward pass.
     """
 
     def __call__(self: nn.Module, *args: object, **kwargs: object) -> object:
@@ -122,7 +124,7 @@ def _noting_class(own: type) -> type:
         return output
 
     def __reduce_ex__(self: nn.Module, protocol: int) -> tuple:
-        """A copy or a pickle that another thread makes meanwhile is of the module's own class."""
+        """Give copies and pickles made by another thread the module's own class."""
         make, (first, *rest), *state = super(noting_class, self).__reduce_ex__(protocol)  # type: ignore[arg-type, misc]
         return make, (own if first is noting_class else first, *rest), *state
 
@@ -132,7 +134,7 @@ def _noting_class(own: type) -> type:
 
 
 def compiled_around(trunk: Trunk) -> bool:
-    """Whether a module around the last layer is compiled, by its `compile()` or by `torch.compile` of its forward."""
+    """Return True if a module around the last layer is compiled, by `compile()` or `torch.compile` of its forward."""
     return any(
         _is_compiled(module) and module is not trunk.last_layer and trunk.last_layer in set(module.modules())
         for module in trunk.model.modules()

@@ -1,6 +1,6 @@
-"""Whether to compute in bfloat16 here: a CPU needs instructions for it, and many have none.
+"""Choose bfloat16 or float32 for this machine: many CPUs have no instructions for bfloat16.
 
-python -m caft_plugin.precision     # says which, and prints the option of `axolotl train` that asks for it
+python -m caft_plugin.precision     # prints the choice, and the option of `axolotl train` for it
 """
 
 from __future__ import annotations
@@ -17,15 +17,18 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# What asks oneDNN whether it multiplies bfloat16 matrices: in PyTorch 2.13, and as PyTorch has renamed it since.
+# oneDNN's query for bfloat16 matrix products: the name in PyTorch 2.13, and the one after it.
 QUESTIONS = (("mkldnn", "_is_mkldnn_bf16_supported"), ("onednn", "_is_onednn_bf16_supported"))
-# oneDNN says yes to AVX-512 alone too, where it has to emulate these and float32 is quicker.
+# oneDNN also answers yes for plain AVX-512, where it emulates bfloat16 and float32 is faster.
 INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "avx_ne_convert")
 
 
 def cpu_has_bf16() -> bool:
-    """Whether PyTorch multiplies bfloat16 matrices by instructions of this CPU. Where it does not, one of the products
-    of a backward pass runs in a plain loop: 34 times as long as in float32, measured with AVX2."""
+    """Return True if this CPU has instructions for bfloat16 matrix products that PyTorch uses.
+
+    Without them, one product of the backward pass runs in a plain loop: 34 times as slow as in float32, measured on a
+    CPU with AVX2.
+    """
     questions = [getattr(getattr(torch.ops, space), name, None) for space, name in QUESTIONS]
     if not any(question() for question in questions if question is not None):
         return False
@@ -34,20 +37,23 @@ def cpu_has_bf16() -> bool:
 
 
 def quick_dtype() -> torch.dtype:
-    """bfloat16 where there is an accelerator or the CPU has instructions for it, else float32."""
+    """Return bfloat16 if there is an accelerator or the CPU has instructions for it, else float32."""
     return torch.bfloat16 if torch.accelerator.is_available() or cpu_has_bf16() else torch.float32
 
 
 def choice() -> str:
-    """What `quick_dtype` is, and why, in one line."""
+    """Return one line that names `quick_dtype()` and the reason."""
     if quick_dtype() == torch.float32:
-        return "computing in float32: this CPU has no instructions for bfloat16, which takes about thirty times as long"
-    where = "accelerator" if torch.accelerator.is_available() else "CPU, which has instructions for it"
-    return f"computing in bfloat16, on the {where}"
+        return "computing in float32: this CPU has no bfloat16 instructions, so bfloat16 is about 30 times as slow"
+    where = "accelerator" if torch.accelerator.is_available() else "CPU, which has bfloat16 instructions"
+    return f"computing in bfloat16 on the {where}"
 
 
 def warn_of_slow_bf16(args: TrainingArguments, model: Any) -> None:
-    """Warns, once a process, of training in bfloat16 on a CPU without instructions for it. `args` are a Trainer's."""
+    """Warn, once per process, about training in bfloat16 on a CPU without instructions for it.
+
+    `args` are a Trainer's.
+    """
     if args.device.type != "cpu" or cpu_has_bf16():
         return
     unquantised = next(model.get_input_embeddings().parameters())
@@ -61,9 +67,9 @@ def warn_of_slow_bf16(args: TrainingArguments, model: Any) -> None:
 @functools.cache
 def _warn(found: str) -> None:
     logger.warning(
-        "%s, but this CPU has no instructions for bfloat16: a step takes about thirty times as long as in float32. "
-        "Compute in float32: `bf16: false` in an Axolotl YAML; bf16=False in a Trainer's arguments, and the model "
-        "loaded with dtype=torch.float32 (in 4 bits: bnb_4bit_compute_dtype too); --float32 for `caft pretrain-heads`.",
+        "%s, but this CPU has no bfloat16 instructions: a step takes about 30 times as long as in float32. Use "
+        "float32: `bf16: false` in an Axolotl YAML; bf16=False in a Trainer's arguments, with the model loaded in "
+        "dtype=torch.float32 (in 4 bits: bnb_4bit_compute_dtype too); --float32 for `caft pretrain-heads`.",
         found,
     )
 

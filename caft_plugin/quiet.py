@@ -1,4 +1,4 @@
-"""Import packages, and check configs, without their remarks in between a command's output."""
+"""Silence other packages' warnings while they are imported or configs are checked."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def quiet(level: int = logging.WARNING) -> Iterator[None]:
-    """While this is open, nothing of this level or below is logged, and no warning is shown."""
+    """Suppress log messages up to `level`, and all warnings."""
     before = logging.root.manager.disable
     logging.disable(max(level, before))
     try:

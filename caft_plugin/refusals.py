@@ -1,4 +1,4 @@
-"""Trainers and settings that CAFT and MEAP refuse, in the same words wherever they are met."""
+"""Trainers and settings that CAFT and MEAP do not support, with one error message for each."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from caft_plugin.config import ConfigError, FusedLoss
 
 logger = logging.getLogger(__name__)
 
-# What accelerate's ParallelismConfig can share out among processes besides rows and weights.
+# Sizes in accelerate's ParallelismConfig that split something other than rows and weights among processes.
 CUTTING = {"cp_size": "sequences", "sp_size": "sequences", "tp_size": "layers"}
-# Keys that add parameters to the model, and which.
+# Keys that add parameters to the model, and the name of these parameters.
 ADDS = {"caft": "the heads", "meap.mask_token": "the added vector"}
 
 
 def host_name(trainer: Trainer) -> str:
-    """The name of the class that a user gave to `with_caft`."""
+    """Return the name of the class that the user passed to `with_caft`."""
     return type(trainer).__name__.removeprefix("CAFT")
 
 
 def check_trainer(trainer: Trainer, asks: str = "caft") -> None:
-    """Raises ConfigError where the trainer's settings do not go with what `asks`, a key of ours, adds to the model."""
+    """Raise ConfigError if the trainer's settings do not support the parameters that the key `asks` adds."""
     if trainer.args.n_gpu > 1:
         raise ConfigError(
             f"{asks}: one process drives {trainer.args.n_gpu} GPUs (nn.DataParallel), which is not supported. "
-            "Start one process a GPU with `accelerate launch` or `torchrun`, or show it one GPU with "
+            "Start one process per GPU with `accelerate launch` or `torchrun`, or select one GPU with "
             "CUDA_VISIBLE_DEVICES=0."
         )
     if trainer.model_init is not None:
         raise ConfigError(
-            f"{asks}: model_init makes a new model at every train(), which would lose {ADDS[asks]}. Pass model=..."
+            f"{asks}: model_init creates a new model in every train(), which would lose {ADDS[asks]}. Pass model=..."
         )
     deepspeed = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
     if deepspeed is not None and deepspeed.zero_stage == 3:
@@ -53,8 +53,8 @@ def check_trainer(trainer: Trainer, asks: str = "caft") -> None:
 
 
 def check_optimizer(trainer: Trainer, optimizer: torch.optim.Optimizer, block: str, module: nn.Module) -> None:
-    """Raises ConfigError where the optimizer lacks what `block` is to train of `module`, heads or an added vector."""
-    if isinstance(optimizer, LayerWiseDummyOptimizer):  # each parameter has an optimizer of its own
+    """Raise ConfigError if the optimizer lacks trainable parameters of `module` (heads, or an added vector)."""
+    if isinstance(optimizer, LayerWiseDummyOptimizer):  # each parameter has its own optimizer
         return
     held = {id(p) for group in getattr(optimizer, "param_groups", []) for p in group["params"]}
     trained = [p for p in module.parameters() if p.requires_grad]
@@ -62,53 +62,56 @@ def check_optimizer(trainer: Trainer, optimizer: torch.optim.Optimizer, block: s
     if lacking:
         raise ConfigError(
             f"{block}: the optimizer {type(optimizer).__name__} of {host_name(trainer)} lacks {lacking} of the "
-            f"{len(trained)} tensors that {block} is to train. Let the trainer make its optimizer from all "
-            "parameters of the model that require gradients (optimizer_cls_and_kwargs takes a class and its "
-            "settings), or set caft.train_heads: frozen."
+            f"{len(trained)} tensors that {block} trains. Let the trainer create its optimizer from all parameters of "
+            "the model that require gradients (optimizer_cls_and_kwargs accepts a class and its settings), or set "
+            "caft.train_heads: frozen."
         )
 
 
 def no_labels(trainer: Trainer, keys: Iterable[object]) -> ConfigError:
     return ConfigError(
-        f"caft: the batches of {host_name(trainer)} have no `labels` (batch, length), in which heads would find "
-        f"the tokens ahead; they have {', '.join(map(str, keys))}. Use a trainer of supervised fine-tuning "
-        "or pretraining, such as Trainer or SFTTrainer, or take the `caft:` block out."
+        f"caft: the batches of {host_name(trainer)} have no `labels` (batch, length), from which the heads' targets "
+        f"are made; they have {', '.join(map(str, keys))}. Use a trainer for supervised fine-tuning or pretraining, "
+        "such as Trainer or SFTTrainer, or remove the `caft:` block."
     )
 
 
 def no_heads_ran(trainer: Trainer) -> ConfigError:
     return ConfigError(
-        f"caft: {host_name(trainer)} made its first step without computing its loss through compute_loss with "
-        "gradients, so the heads did not run. Use a trainer whose training_step calls compute_loss, or "
-        "take the `caft:` block out."
+        f"caft: {host_name(trainer)} made its first step without calling compute_loss with gradients, so the heads "
+        "did not run. Use a trainer whose training_step calls compute_loss, or remove the `caft:` block."
     )
 
 
 def why_not_fused(trainer_class: type[Trainer], base: PreTrainedModel, takes_logits: bool) -> str | None:
-    """Why `fused_loss` cannot compute the next-token loss of a model in a class of `with_caft`, None where it can.
+    """Return why `fused_loss` cannot compute a model's next-token loss in a trainer class, or None if it can.
 
-    The class names, in `caft_reads_loss_alone`, the classes whose compute_loss takes of a model's output nothing but
-    its loss.
+    The class lists, in `caft_reads_loss_alone`, the classes whose compute_loss uses only the loss of a model's output.
+
+    Args:
+        trainer_class: a class made by `with_caft`.
+        base: the model without adapters.
+        takes_logits: whether the trainer's settings need logits.
     """
     ours = "caft_reads_loss_alone"
     host = next(c for c in trainer_class.__mro__ if "compute_loss" in vars(c) and not hasattr(c, ours))
     model, text_config = type(base).__name__, base.config.get_text_config()
     if host not in getattr(trainer_class, ours):
-        return f"{host.__name__} computes its loss in a way of its own (TRL's does without logits by itself)"
+        return f"{host.__name__} computes its own loss (TRL's builds no logits either)"
     if takes_logits:
-        return "label smoothing and compute_loss_func take all logits"
+        return "label smoothing and compute_loss_func need all logits"
     if "logits_to_keep" not in inspect.signature(base.forward).parameters:
-        return f"{model} cannot be asked for less than all logits (its forward has no logits_to_keep)"
+        return f"{model} always builds all logits (its forward has no logits_to_keep)"
     if base.loss_type not in (None, "ForCausalLM") or getattr(text_config, "output_router_logits", False):
         return f"{model} computes more than the next-token loss"
     return None
 
 
 def may_fuse(trainer: Trainer, base: PreTrainedModel, fused_loss: FusedLoss) -> bool:
-    """Whether the plugin computes the next-token loss too, as `caft.fused_loss` asks.
+    """Return True if the plugin computes the next-token loss, according to `caft.fused_loss`.
 
     Raises:
-        ConfigError: `on`, and it cannot.
+        ConfigError: it is `on`, and the plugin cannot.
     """
     if fused_loss == "off":
         return False
@@ -123,32 +126,32 @@ def may_fuse(trainer: Trainer, base: PreTrainedModel, fused_loss: FusedLoss) -> 
 
 
 def not_fused(why: str) -> str:
-    return f"caft.fused_loss: got on, but {why}. Use off, or auto for where it can."
+    return f"caft.fused_loss: got on, but {why}. Use off, or auto to use it only if possible."
 
 
 def cut_up(got: str, what: str, asks: str = "caft") -> str:
-    """Why processes may not share one model's sequences, layers or experts, as the setting `got` has it."""
-    why = "targets k ahead would lie on another one" if what == "sequences" else "heads are whole layers"
+    """Return the message for a setting `got` that splits one model's sequences, layers or experts."""
+    why = "targets k ahead would be on another process" if what == "sequences" else "heads are complete layers"
     if asks != "caft":
-        why = f"{ADDS[asks]} was never tried there"
+        why = f"{ADDS[asks]} was never tested there"
     return (
-        f"{asks}: got {got}, but it takes 1: it does not work where processes share the {what} of one model "
-        f"({why}). Leave the key out and share rows and weights among the processes, with DDP or FSDP2."
+        f"{asks}: got {got}, but it accepts 1: splitting the {what} of one model among processes is not supported "
+        f"({why}). Remove the key, and split rows and weights among the processes with DDP or FSDP2."
     )
 
 
 def zero3(got: str, asks: str = "caft") -> str:
-    """Why ZeRO-3, which the setting `got` asks for, cannot be used."""
-    why = "heads are copies of a layer and use the unembedding, which ZeRO-3 has cut up"
+    """Return the message for a setting `got` that selects ZeRO-3."""
+    why = "heads are copies of a layer and use the unembedding, which ZeRO-3 partitions"
     if asks != "caft":
-        why = f"{ADDS[asks]} was never tried with ZeRO-3"
-    return f"{asks}: got {got}, but it takes 0, 1 or 2: {why}. Use stage 2, or FSDP2, which works."
+        why = f"{ADDS[asks]} was never tested with ZeRO-3"
+    return f"{asks}: got {got}, but it accepts 0, 1 or 2: {why}. Use stage 2, or FSDP2."
 
 
 def fsdp1(got: str, asks: str = "caft") -> str:
-    """Why FSDP1, which the setting `got` asks for, cannot be used."""
+    """Return the message for a setting `got` that selects FSDP1."""
     return (
-        f"{asks}: got {got}, which is FSDP1, but it takes FSDP2: FSDP1 hides {ADDS[asks]} in modules of its own. Set "
-        'fsdp_version: 2 (Axolotl) or fsdp_config={"version": 2} (TrainingArguments), and the other keys of '
-        "fsdp_config as FSDP2 has them."
+        f"{asks}: got {got}, which is FSDP1, but it accepts FSDP2: FSDP1 hides {ADDS[asks]} in its own modules. Set "
+        'fsdp_version: 2 (Axolotl) or fsdp_config={"version": 2} (TrainingArguments), and use FSDP2\'s keys in '
+        "fsdp_config."
     )

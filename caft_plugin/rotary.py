@@ -1,7 +1,7 @@
-"""How many tokens a forward pass may have before its rotary embeddings differ from those of passes one token wide.
+"""Limit the draft length where a longer forward pass would change the rotary embeddings.
 
-Two of transformers' rope types follow the longest position of a pass: `longrope` changes its frequencies where the
-model's original length ends, `dynamic` beyond it with each new length. A draft token moves that position.
+Two of transformers' rope types depend on the largest position of a forward pass: `longrope` changes its frequencies at
+the model's original length, `dynamic` changes them beyond it with each new length. Draft tokens move that position.
 """
 
 from __future__ import annotations
@@ -21,22 +21,24 @@ _DECORATED = dynamic_rope_update(lambda: None).__code__
 
 @dataclasses.dataclass(frozen=True)
 class Border:
-    """Passes that reach up to `at` tokens have one set of frequencies; those that reach further have another one
-    (`beyond`), or one for each length."""
+    """A length at which rotary frequencies change.
+
+    Forward passes up to `at` tokens use one set of frequencies; longer ones use one other set (`beyond`), or a
+    different one for each length.
+    """
 
     at: int
     beyond: bool
 
     def room(self, reach: int) -> float:
-        """How many draft tokens may follow in a pass that reaches `reach` tokens without them."""
+        """Return how many draft tokens fit in a forward pass that reaches `reach` tokens without them."""
         if reach > self.at:
             return float("inf") if self.beyond else 0
         return self.at - reach
 
 
 def borders(model: PreTrainedModel) -> list[Border]:
-    """Return the borders of a model's rotary embeddings; where no module is known to follow the longest position, those
-    that its config names."""
+    """Return the borders of a model's rotary embeddings, from its modules, or from its config if none is recognised."""
     modules = [module for module in model.modules() if _follows_the_pass(type(module))]  # type: ignore[arg-type]
     found = [border for module in modules for border in _of_module(module)]
     if not modules:
@@ -71,7 +73,7 @@ def _of_parameters(config: PretrainedConfig, length: int) -> Iterator[Border]:
 
 
 def _each(parameters: object) -> Iterator[Mapping[str, int | str]]:
-    """Rope parameters, or those of each kind of layer."""
+    """Yield rope parameters, or those of each layer type."""
     if isinstance(parameters, Mapping):
         if not any(isinstance(value, Mapping) for value in parameters.values()):
             yield parameters

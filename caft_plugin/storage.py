@@ -1,4 +1,4 @@
-"""What lies on disk and in shards: files are written completely or not at all, tensors are gathered and sharded."""
+"""Write files atomically; gather and shard tensors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from caft_plugin.config import ConfigError
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Lets `write` write to a temporary name beside `path`, then renames: never a half-written file."""
+    """Call `write` with a temporary path in the same folder, then rename it to `path`: never a partial file."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
@@ -38,7 +38,13 @@ def write_json(path: Path, content: object) -> None:
 
 
 def write_png(file: Path, size: tuple[float, float], columns: int, fill: Callable[..., None]) -> None:
-    """Writes a picture of panels side by side, `size` inches large, into which `fill` draws: it is given the axes.
+    """Write a PNG with a row of panels.
+
+    Args:
+        file: the PNG's path; its folder is created.
+        size: width and height in inches.
+        columns: number of panels.
+        fill: draws into the axes that it is called with.
 
     Raises:
         ConfigError: matplotlib is not installed.
@@ -56,9 +62,12 @@ def write_png(file: Path, size: tuple[float, float], columns: int, fill: Callabl
 
 
 def read_text(file: Path, asked_by: str, takes: str) -> str:
-    """The content of a text file that the user named by `asked_by` (an option or a key), which `takes` such a file.
+    """Read a text file, without a byte order mark.
 
-    A byte order mark at its start is left out.
+    Args:
+        file: its path.
+        asked_by: the option or key that named the file, for the message.
+        takes: the kind of file that it accepts, for the message.
 
     Raises:
         ConfigError: there is no such file, or it is not UTF-8.
@@ -67,20 +76,20 @@ def read_text(file: Path, asked_by: str, takes: str) -> str:
         return file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else f"it is not UTF-8: {error.reason}"
-        raise ConfigError(f"{asked_by}: {file} cannot be read ({why}). It takes {takes}.") from None
+        raise ConfigError(f"{asked_by}: {file} cannot be read ({why}). It accepts {takes}.") from None
 
 
 def numbered_lines(text: str) -> list[tuple[int, str]]:
-    """The lines of a text that are not blank, numbered from 1.
+    """Return the lines of a text that are not blank, numbered from 1.
 
-    A line ends at a newline and nowhere else: `str.splitlines` would also cut JSON lines at U+2028, U+0085 and form
-    feeds, which JSON allows inside of texts and which `datasets` reads as part of them.
+    Lines end only at newlines: `str.splitlines` would also split JSON lines at U+2028, U+0085 and form feeds, which
+    JSON allows inside strings and which `datasets` reads as part of them.
     """
     return [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
 
 
 def gather(tensor: Tensor) -> Tensor:
-    """A tensor that may be sharded, all of it, detached, on the CPU. Every process has to call it."""
+    """Return the complete tensor, which may be sharded, detached and on the CPU. Every process must call it."""
     tensor = tensor.detach()
     if hasattr(tensor, "full_tensor"):
         tensor = tensor.full_tensor()
@@ -88,18 +97,18 @@ def gather(tensor: Tensor) -> Tensor:
 
 
 def shard_like(tensor: Tensor, full: Tensor) -> Tensor:
-    """`full`, which every process has, as it is to be copied into a tensor that may be sharded."""
+    """Return `full`, which every process has, sharded like `tensor`."""
     if not isinstance(tensor, DTensor):
         return full
     return distribute_tensor(full.to(tensor.device), tensor.device_mesh, tensor.placements, src_data_rank=None)
 
 
 def give_memory(module: nn.Module) -> None:
-    """Trainable parameters that lie nowhere (on the meta device) get memory of their own, on the CPU.
+    """Give trainable parameters on the meta device memory on the CPU.
 
-    They lie nowhere in every process but the first where that one alone has read the weights; when FSDP2 shards the
-    model, all get the first one's. Before that, accelerate tells the optimizer's parameters apart by their address,
-    which is 0 for each on meta: a process would train one shard in the place of all.
+    With `cpu_ram_efficient_loading`, only rank 0 has real weights; on the other ranks parameters are on `meta` until
+    FSDP2 shards the model. Before that, accelerate distinguishes the optimizer's parameters by their address, which is
+    0 for all of them on meta: a process would train one shard instead of all.
     """
     for owner in module.modules():
         for name, parameter in owner.named_parameters(recurse=False):
@@ -108,13 +117,12 @@ def give_memory(module: nn.Module) -> None:
 
 
 def unsharded_twin(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """`module` with unsharded parameters and without hooks, to be used during one forward and its backward pass.
+    """Return `module` with unsharded parameters and without hooks, for one forward and backward pass.
 
-    Parameters that FSDP2 has gathered are taken as they are, and FSDP2 sends their gradient to the shards. Others are
-    gathered here, once, in `dtype`, and send theirs themselves, averaged over the processes as FSDP2 does it.
-    Every process has to call it.
+    Parameters that FSDP2 has gathered are used directly, and FSDP2 reduces their gradient. Others are gathered here,
+    once, in `dtype`, and their gradient is averaged over the processes, as FSDP2 does. Every process must call it.
     """
-    twin: nn.Module = object.__new__(type(module))  # FSDP2's classes build another module in __new__
+    twin: nn.Module = object.__new__(type(module))  # FSDP2's classes create another module in __new__
     twin.__dict__.update(module.__dict__)
     for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
         twin.__dict__[name] = OrderedDict()
@@ -132,5 +140,5 @@ def _unsharded(parameter: Tensor, dtype: torch.dtype) -> Tensor:
     tensor = parameter.full_tensor(grad_placements=[Partial()] * mesh.ndim)
     if tensor.requires_grad:
         tensor.register_hook(lambda gradient: gradient / mesh.size())
-        tensor = tensor.view_as(tensor)  # the hook is for what goes on to the shards, once
+        tensor = tensor.view_as(tensor)  # the hook runs once, on the gradient for the shards
     return tensor.to(dtype) if tensor.is_floating_point() else tensor

@@ -36,19 +36,17 @@ from caft_plugin.window import over_processes
 
 logger = logging.getLogger(__name__)
 
-# Doors to frameworks whose trainers need more than this file, by the package that defines a trainer. `with_caft` asks
-# the door what to put over such a class (`mixin_of`), and imports it then and not before.
+# Modules for frameworks whose trainers need more than this file, by the package that defines a trainer. `with_caft`
+# imports the module only for such a class, and gets the mixin from its `mixin_of`.
 DOORS = {"trl": "caft_plugin.trl"}
 
 
 def with_caft(trainer_class: type[Trainer]) -> type[Trainer]:
-    """A subclass of `trainer_class` that adds the loss of auxiliary heads to the loss the class computes, masks its
-    training examples, or both.
+    """Return a subclass of `trainer_class` with auxiliary heads (CAFT), masked training examples (MEAP), or both.
 
-    It takes two arguments more than `trainer_class`: `caft`, a CAFTConfig, and `meap`, a MEAPConfig; each may be a dict
-    of its keys, or None (the class then does what it did before). No training loop is touched: `compute_loss` calls the
-    class's own and adds to it. Heads are saved beside the model, in `caft_heads/`; the model's own files stay as they
-    were.
+    It accepts two more arguments: `caft`, a CAFTConfig, and `meap`, a MEAPConfig. Each may be a dict of its keys, or
+    None, which leaves the class unchanged. The training loop is not changed: `compute_loss` calls the class's own and
+    adds to it. Heads are saved next to the model, in `caft_heads/`; the model's own files do not change.
 
     Raises:
         ConfigError: on construction, when the settings or the model do not fit.
@@ -78,11 +76,11 @@ else:
 class CAFTTrainerMixin(_Base):
     """The part of `with_caft` that is the same for every trainer class.
 
-    It overrides methods of Trainer and does no work of its own: `caft`, an AuxiliaryObjective, and `meap`, a
-    MaskedTraining, do that. It has one method for each of Trainer's that these two need, so it has many.
+    It only overrides methods of Trainer; the work is done by `caft`, an AuxiliaryObjective, and `meap`, a
+    MaskedTraining. It has one method for each of Trainer's that these two need, so it has many.
     """
 
-    # Classes whose compute_loss takes of a model's output nothing but its loss, so that `fused_loss` may compute that.
+    # Classes whose compute_loss uses only the loss of a model's output, so that `fused_loss` may compute that.
     caft_reads_loss_alone: tuple[type, ...] = (Trainer,)
     caft_objective: type[AuxiliaryObjective] = AuxiliaryObjective
 
@@ -104,9 +102,9 @@ class CAFTTrainerMixin(_Base):
             self._begin(self.meap)
 
     def attach_caft(self, config: CAFTConfig) -> None:
-        """Builds the heads, which will be on the model while it trains or is evaluated.
+        """Build the heads, which are attached to the model while it is trained or evaluated.
 
-        At beta 0 no head is built: the run is the host's own.
+        With beta 0, no head is built, and the run is the host's own.
 
         Raises:
             ConfigError: the model, the trainer's settings or the heads folder do not fit.
@@ -121,14 +119,15 @@ class CAFTTrainerMixin(_Base):
         self._start_afresh_with_each_loop()
 
     def attach_meap(self, config: MEAPConfig, said: Said = NOTHING_SAID) -> None:
-        """Chooses the mask token; from now on training batches are masked. In mode `sft` the training set has to be
-        duplicated already. `said` is what the user's settings say of tokens.
+        """Choose the mask token and mask training batches from now on.
+
+        In mode `sft`, the training set must already be duplicated. `said` are the user's settings of tokens.
 
         Raises:
-            ConfigError: there is no tokenizer, or no mask token to be had, or masks are drawn already.
+            ConfigError: there is no tokenizer or no mask token, or the trainer already draws masks.
         """
         if self.meap is not None:
-            raise ConfigError("meap: this trainer draws masks already. Give `meap` once, to a trainer of its own.")
+            raise ConfigError("meap: this trainer already draws masks. Pass `meap` once, to a separate trainer.")
         self.meap_config = config
         self.meap = MaskedTraining(self, config)
         self._begin(self.meap, said)
@@ -142,7 +141,7 @@ class CAFTTrainerMixin(_Base):
             self.add_callback(FreshSums(self))
 
     def start_afresh(self) -> None:
-        """Forgets what was summed, because a training loop begins."""
+        """Reset the sums at the start of a training loop."""
         for part in (self.caft, self.meap):
             if part is not None:
                 part.start_afresh()
@@ -150,13 +149,13 @@ class CAFTTrainerMixin(_Base):
     # -- what is ours on the model -----------------------------------------------------------------
 
     def _handles(self) -> dict[str, AttachedHeads | AddedMaskToken]:
-        """What puts parameters of ours on the model, by the block that asks for it."""
+        """Return the handles of parameters that caft_plugin adds to the model, by block."""
         parts = {"caft": self.caft, "meap": self.meap}
         return {block: part.handle for block, part in parts.items() if part is not None and part.handle is not None}
 
     @contextlib.contextmanager
     def _ours_on_model(self) -> Iterator[None]:
-        """While this is open, heads and an added mask token are on the model. Those that are on it already stay."""
+        """Attach the heads and an added mask token; those that are already attached stay attached."""
         handles = [handle for handle in self._handles().values() if not handle.attached]
         with contextlib.ExitStack() as stack:
             for handle in handles:
@@ -168,7 +167,7 @@ class CAFTTrainerMixin(_Base):
             yield
 
     def _ours_out_of_sight(self) -> contextlib.AbstractContextManager[None]:
-        """While this is open, the host's own code finds the model's modules and parameters without ours."""
+        """Hide caft_plugin's modules and parameters from the host's own code."""
         return all_out_of_sight([handle.hidden for handle in self._handles().values()])
 
     def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
@@ -180,7 +179,7 @@ class CAFTTrainerMixin(_Base):
         return optimizer
 
     def detach_ours(self) -> None:
-        """Takes heads and an added mask token off the model, for good."""
+        """Remove the heads and an added mask token from the model permanently."""
         self._taken_off = True
         for handle in self._handles().values():
             handle.detach()
@@ -203,7 +202,7 @@ class CAFTTrainerMixin(_Base):
         return super().get_test_dataloader(*map(self.as_evaluated, args), **kwargs)
 
     def as_evaluated(self, dataset: TrainingSet) -> TrainingSet:
-        """What stands for a data set in evaluation: for the doubled training set, that set without copies."""
+        """Return the data set to evaluate: for the doubled training set, the one without copies."""
         return dataset if self.meap is None else self.meap.as_evaluated(dataset)
 
     def get_batch_samples(
@@ -217,7 +216,7 @@ class CAFTTrainerMixin(_Base):
         return samples, num_items
 
     def _with_plan(self, inputs: Batch) -> Batch:
-        """A training batch as the heads need it; the host's own holds the host's keys only."""
+        """Return a training batch with its plan, for the heads; the host's batch has only the host's keys."""
         if self.meap is None or not torch.is_grad_enabled():
             return inputs
         self.meap.take_plan(inputs)
@@ -301,8 +300,7 @@ class CAFTTrainerMixin(_Base):
             self.start_afresh()
 
     def newest_whole_checkpoint(self) -> str | None:
-        """The newest checkpoint of the output folder that this run can resume from, None where there is none.
-        Newer ones that are not whole, because the run was killed while it wrote them, are warned of."""
+        """Return the newest complete checkpoint of the output folder, or None; warn about newer, incomplete ones."""
         newest = checkpoints.newest_warning_of_others(str(self.args.output_dir), self.checkpoint_parts())
         return None if newest is None else str(newest)
 
@@ -325,8 +323,10 @@ class CAFTTrainerMixin(_Base):
         self.save_ours(output_dir or self.args.output_dir)
 
     def save_ours(self, output_dir: str | None) -> None:
-        """Writes the heads, in `caft_heads/`, and an added mask token, in `caft_meap/`, into `output_dir`; a
-        checkpoint's heads keep what exact resuming needs."""
+        """Save the heads to `caft_heads/` and an added mask token to `caft_meap/` in `output_dir`.
+
+        In a checkpoint, the heads' LoRA stays separate, for exact resuming.
+        """
         if output_dir is None:
             return
         if self.args.should_save:
@@ -339,8 +339,7 @@ class CAFTTrainerMixin(_Base):
             save_heads(output_dir, caft.heads, caft.trunk, caft.config, resumable=resumable, write=write)
 
     def _set_aside_earlier(self, folder: Path) -> None:
-        """Moves heads and a mask token of an earlier run out of a folder where this run, which has none, saves its
-        model: beside it they would pass for its own."""
+        """Rename an earlier run's heads and mask token in a folder where this run saves its model without any."""
         if self._taken_off or not (self.caft_config or self.meap_config):
             return
         ours = {FOLDER: self.caft, MASK_FILE.parent.name: None if self.meap is None else self.meap.handle}
@@ -349,8 +348,10 @@ class CAFTTrainerMixin(_Base):
                 checkpoints.set_aside(folder / name)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """Under FSDP2 this saves the adapter once more: newer accelerate takes every frozen parameter out of the state
-        dict, and so has to find the heads' there."""
+        """Show the heads' frozen parameters in the state dict while FSDP2 saves the adapter again.
+
+        Newer accelerate removes every frozen parameter from the state dict and fails if one is missing.
+        """
         adapter_alone = self.is_fsdp_enabled and isinstance(self.model, PeftModel)
         with contextlib.ExitStack() as stack:
             for handle in self._handles().values() if adapter_alone else ():
@@ -374,13 +375,15 @@ class CAFTTrainerMixin(_Base):
         elif self.caft_config is not None and (Path(folder) / FOLDER).exists():
             raise ConfigError(
                 f"caft.beta: this run has 0 and so no heads, but the checkpoint {folder} was made with heads. Resume "
-                "with the beta it was made with, or start anew."
+                "with the beta it was made with, or start from the beginning."
             )
 
 
 def argument(name: str, method: Callable, as_in: Callable, args: tuple, kwargs: dict) -> str:
-    """The argument `name` of a call of a host's `method`, by position, by name or left out; where the method itself
-    takes anything (*args), by the signature of `as_in`, the function that it overrides."""
+    """Return the argument `name` of a call of a host's `method`, given by position, by name or by default.
+
+    If the method has only *args and **kwargs, the signature of `as_in`, the function that it overrides, is used.
+    """
     signature, given = inspect.signature(method), args
     if name not in signature.parameters:
         signature, given = inspect.signature(as_in), (None, *args)
@@ -390,14 +393,17 @@ def argument(name: str, method: Callable, as_in: Callable, args: tuple, kwargs: 
 
 
 def set_direction_of_best(args: TrainingArguments) -> None:
-    """Correct `greater_is_better` for a metric of ours: TrainingArguments takes every metric whose name does not end in
-    `loss` for one of which more is better, and would keep the checkpoint with the worst heads."""
+    """Correct `greater_is_better` for a caft_plugin metric.
+
+    TrainingArguments assumes that larger is better for every metric whose name does not end in `loss`, and would keep
+    the checkpoint with the worst heads.
+    """
     metric = args.metric_for_best_model
     right = None if metric is None else greater_is_better(metric)
     if right is not None and args.greater_is_better is not None and args.greater_is_better != right:
         args.greater_is_better = right
         logger.warning(
-            "metric_for_best_model: of %s the %s value is the better one, so greater_is_better is set to %s",
+            "metric_for_best_model: for %s, the %s value is better, so greater_is_better was set to %s",
             metric,
             "larger" if right else "smaller",
             right,
@@ -405,7 +411,7 @@ def set_direction_of_best(args: TrainingArguments) -> None:
 
 
 class FreshSums(TrainerCallback):
-    """Whatever starts a training loop starts with empty sums."""
+    """Resets the trainer's sums at the start of each training loop."""
 
     def __init__(self, trainer: CAFTTrainerMixin) -> None:
         self.trainer = trainer

@@ -1,4 +1,4 @@
-"""The TRL door: `CAFTSFTTrainer`, a drop-in for `trl.SFTTrainer` with two arguments more, `caft` and `meap`."""
+"""TRL support: `CAFTSFTTrainer`, a drop-in replacement for `trl.SFTTrainer` with the arguments `caft` and `meap`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ARGUMENTS = inspect.signature(SFTTrainer._prepare_dataset)
 
 
 class SFTMixin(CAFTTrainerMixin):
-    """What is SFTTrainer's own: it tokenises, cuts and packs its data inside its constructor."""
+    """The part for SFTTrainer, which tokenises, truncates and packs its data in its constructor."""
 
     def __init__(self, *args, **kwargs) -> None:
         host = inspect.signature(super(CAFTTrainerMixin, self).__init__)
@@ -35,8 +35,10 @@ class SFTMixin(CAFTTrainerMixin):
         self._model_given = None
 
     def _prepare_dataset(self, dataset: TrainingSet, *args, **kwargs) -> TrainingSet:
-        """Copies come after tokens and before all else. The training set is the first that is prepared, whatever
-        evaluation sets are called."""
+        """Tokenise first, without truncation, add the masked copies, then run the rest of SFTTrainer's preparation.
+
+        Only the first data set named "train" is doubled: evaluation sets may have any name.
+        """
         prepare = super()._prepare_dataset  # type: ignore[misc]
         dataset, meap = self.as_evaluated(dataset), self.meap
         if meap is None or meap.config.mode != "sft" or meap.data is not None:
@@ -53,21 +55,23 @@ class SFTMixin(CAFTTrainerMixin):
         base = base_model(self._model_given, settings)
         doubled = prepare(meap.doubled(dataset, tokenizer, settings, base, settings.max_length), *rest)
         if meap.config.layout == "separate" and settings.max_length is not None and not given["packing"]:
-            doubled = doubled.filter(has_target)  # as SFTTrainer drops rows that were cut before their first target
+            doubled = doubled.filter(has_target)  # as SFTTrainer drops rows truncated before their first target
         meap.data = doubled
         return doubled
 
 
 def base_model(model: object, settings: SFTConfig) -> BaseModel:
-    """What MEAP has to know of the model that SFTTrainer was given, or will load: it prepares its data before it puts
-    the model where a Trainer has it. Nothing where the class makes its model itself."""
+    """Return MEAP's facts about the model that SFTTrainer was given or will load; none if it creates its own model.
+
+    SFTTrainer prepares its data before it sets `self.model`.
+    """
     if isinstance(model, str):
         return BaseModel.named(model, **dict(settings.model_init_kwargs or {}))  # type: ignore[arg-type]
     return BaseModel.of_model(model) if isinstance(model, nn.Module) else BaseModel()
 
 
 def mixin_of(trainer_class: type[Trainer]) -> type[CAFTTrainerMixin]:
-    """What `with_caft` puts over one of TRL's trainers."""
+    """Return the mixin that `with_caft` uses for one of TRL's trainers."""
     return SFTMixin if issubclass(trainer_class, SFTTrainer) else CAFTTrainerMixin
 
 

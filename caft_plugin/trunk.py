@@ -1,6 +1,6 @@
-"""The parts of a base model that heads read from and write through: decoder layers, final norm, unembedding.
+"""Find the parts of a base model that heads use: decoder layers, final norm, unembedding.
 
-Also of a model that is built from its config alone, without memory for its weights.
+This also works for a model built from its config only, without memory for its weights.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from caft_plugin.config import ConfigError, first_line, shown
 
 logger = logging.getLogger(__name__)
 
-# Model types whose layers hand on something that a head cannot take up, and what it is.
+# Model types whose layers pass on more than one hidden state, and what they pass on.
 UNFIT = {
-    "rwkv": "hands a running state from layer to layer",
-    **dict.fromkeys(("gemma3n", "gemma3n_text"), "hands several hidden states for each token from layer to layer"),
+    "rwkv": "passes a running state from layer to layer",
+    **dict.fromkeys(("gemma3n", "gemma3n_text"), "passes several hidden states per token from layer to layer"),
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Trunk:
-    """The parts of a causal language model that heads read from and write through."""
+    """The parts of a causal language model that heads use."""
 
     model: PreTrainedModel
     layers: Sequence[nn.Module]
@@ -55,20 +55,20 @@ class Trunk:
 
     @property
     def layer_class(self) -> str:
-        """The name of the layers' class."""
+        """The class name of the decoder layers."""
         return type(self.last_layer).__name__
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """What the model makes of final hidden states: (..., hidden size) to (..., vocabulary)."""
+        """Return the logits (..., vocabulary) of final hidden states (..., hidden size)."""
         logits = self.unembedding(hidden)
         return logits if self.transform is None else self.transform(logits)
 
 
 def find_trunk(model: nn.Module) -> Trunk:
-    """The trunk of a (PEFT-wrapped) decoder-only transformers model.
+    """Return the trunk of a (PEFT-wrapped) decoder-only transformers model.
 
     Raises:
-        ConfigError: the model is not one that heads can be built for.
+        ConfigError: heads cannot be built for the model.
     """
     refuse_adapters(model)
     base: nn.Module = model
@@ -78,16 +78,16 @@ def find_trunk(model: nn.Module) -> Trunk:
     if not isinstance(base, PreTrainedModel):
         inside = next((f"{at} ({type(m).__name__})" for at, m in base.named_modules() if is_model(m)), None)
         raise ConfigError(
-            f"caft: got a model of class {name}, but CAFT takes a transformers model (PreTrainedModel) itself, or one "
-            "with an adapter of PEFT. "
+            f"caft: got a model of class {name}, but CAFT accepts a transformers model (PreTrainedModel), with or "
+            "without a PEFT adapter. "
             + (f"Pass its {inside} as the model" if inside else "Derive its class from PreTrainedModel")
-            + ", or take the `caft:` block out."
+            + ", or remove the `caft:` block."
         )
     refuse_unfit(base.config, name)
     text_config = base.config.get_text_config()
     layers, norms = None, []
     at = find_layers(base, getattr(text_config, "num_hidden_layers", None))
-    if at is not None:  # the final norm lies beside the layers: the next after them, else the last before
+    if at is not None:  # the final norm is a sibling of the layers: the next one after them, else the last one before
         decoder = base.get_decoder()
         layers = decoder.get_submodule(at)
         children = list(decoder.get_submodule(at.rpartition(".")[0]).children())
@@ -107,10 +107,10 @@ def find_trunk(model: nn.Module) -> Trunk:
         ]
         raise ConfigError(
             f"caft: {name} has no {' and no '.join(missing)} where decoder-only models have it, so CAFT cannot "
-            "build heads for it. Use a decoder-only causal language model, or take the `caft:` block out."
+            "build heads for it. Use a decoder-only causal language model, or remove the `caft:` block."
         )
     if isinstance(layers[-1], BaseTunerLayer):
-        raise unmergeable(layers[-1], "it wraps whole decoder layers")
+        raise unmergeable(layers[-1], "it wraps complete decoder layers")
     return Trunk(
         model=base,
         layers=[in_use(layer) if isinstance(layer, AuxiliaryTrainingWrapper) else layer for layer in layers],
@@ -123,14 +123,14 @@ def find_trunk(model: nn.Module) -> Trunk:
 
 
 def find_layers(base: PreTrainedModel, count: int | None) -> str | None:
-    """The name, in the model's decoder, of the list of decoder layers, or None. `count` is how many the config says
-    there are, if it does.
+    """Return the name, in the model's decoder, of the list of decoder layers, or None.
 
-    It is the list whose modules the model keeps on one device or checkpoints; else one as long as the config says.
-    Lists inside of layers (experts) and lists of modules without children are none.
+    It is the list whose modules are not split over devices or can be checkpointed; else the one whose length is
+    `count`, the number of layers in the config. Lists inside layers (experts) and lists of modules without children
+    are ignored.
 
     Raises:
-        ConfigError: several lists remain.
+        ConfigError: there are several candidates.
     """
     unsplit = set(getattr(base, "_no_split_modules", None) or ())
 
@@ -152,7 +152,7 @@ def find_layers(base: PreTrainedModel, count: int | None) -> str | None:
         named = ", ".join(f"{at} ({len(lists[at])} {type(lists[at][-1]).__name__})" for at in found)
         raise ConfigError(
             f"caft: {type(base).__name__} has several lists that may be its decoder layers: {named}. Name the layers' "
-            "class in the model's `_no_split_modules`, or take the `caft:` block out."
+            "class in the model's `_no_split_modules`, or remove the `caft:` block."
         )
     return found[0] if found else None
 
@@ -161,14 +161,14 @@ def size_of(base: PreTrainedModel, key: str) -> int:
     size = getattr(base.config.get_text_config(), key, None)
     if size is None:
         raise ConfigError(
-            f"caft: {type(base.config).__name__} of {type(base).__name__} has no {key}, which heads are saved and "
-            "checked with. Give the config that name (transformers' `attribute_map`), or take the `caft:` block out."
+            f"caft: {type(base.config).__name__} of {type(base).__name__} has no {key}, which is needed to save and "
+            "check heads. Add that name to the config (transformers' `attribute_map`), or remove the `caft:` block."
         )
     return size
 
 
 def input_embedding(model: nn.Module) -> nn.Embedding:
-    """The input embedding of a (PEFT-wrapped) transformers model: an nn.Embedding, or what stands for one."""
+    """Return the input embedding of a (PEFT-wrapped) transformers model: an nn.Embedding, or its replacement."""
     host: Any = model
     return host.get_input_embeddings()
 
@@ -178,65 +178,65 @@ def is_model(module: nn.Module) -> bool:
 
 
 def inmost(module: nn.Module) -> nn.Module:
-    """What PEFT has wrapped, or `module` itself."""
+    """Return the module that PEFT has wrapped, or `module` itself."""
     if isinstance(module, AuxiliaryTrainingWrapper):
         return inmost(module.original_module)
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
 def active_peft_configs(model: nn.Module) -> list[PeftConfig]:
-    """Configs of the adapters that are active, by `get_peft_model` or by the model's own `add_adapter`."""
+    """Return the configs of active adapters, added by `get_peft_model` or the model's own `add_adapter`."""
     configs = getattr(model, "peft_config", None) or {}
     if isinstance(model, (PeftModel, PeftMixedModel)):
         names = model.active_adapters
     else:
         names = next((m.active_adapters for m in model.modules() if isinstance(m, BaseTunerLayer)), [])
-    # X-LoRA's own is not among the names: those are of the adapters that it mixes.
+    # X-LoRA's own config is not among the active names: these are the adapters that it mixes.
     return [c for name, c in configs.items() if name in names or c.peft_type == PeftType.XLORA]
 
 
 def refuse_adapters(model: nn.Module) -> None:
-    """Raises ConfigError if an adapter is active that heads cannot read beside, or that no copy of a layer can have."""
+    """Raise ConfigError if an active adapter moves positions, or has an effect that a copied layer cannot have."""
     for config in active_peft_configs(model):
         kind = type(config).__name__
         if getattr(config, "alora_invocation_tokens", None):
             kind += " with alora_invocation_tokens"
         if config.is_prompt_learning:
-            why = "whose virtual tokens move the positions that heads read"
+            why = "whose virtual tokens shift the heads' positions"
         elif config.peft_type == PeftType.XLORA or kind.endswith("tokens"):
-            why = "whose effect follows the text, so no copy of a layer can have it"
+            why = "whose effect depends on the text, so it cannot be copied with a layer"
         else:
             continue
         raise ConfigError(
-            f"caft: got an adapter by PEFT's {kind}, {why}. Use an adapter on the layers alone, such as LoRA "
-            "(LoraConfig), or take the `caft:` block out."
+            f"caft: got an adapter of PEFT's {kind}, {why}. Use an adapter that changes only layers, such as LoRA "
+            "(LoraConfig), or remove the `caft:` block."
         )
 
 
 def refuse_unfit(config: PretrainedConfig, name: str) -> None:
-    """Raises ConfigError if `config` is that of a model that heads cannot follow."""
+    """Raise ConfigError if heads cannot be built for a model with this config."""
     refuse_encoder_decoder(config, name)
     if config.model_type in UNFIT:
         raise ConfigError(
-            f"caft: {name} {UNFIT[config.model_type]}, which a head cannot follow. Take the `caft:` block out, or use "
-            "another model."
+            f"caft: {name} {UNFIT[config.model_type]}, which heads do not support. Use another model, or remove the "
+            "`caft:` block."
         )
 
 
 def refuse_encoder_decoder(config: PretrainedConfig, name: str, block: str = "caft") -> None:
-    """Raises ConfigError if `config` is that of an encoder-decoder model."""
+    """Raise ConfigError if `config` is an encoder-decoder model's."""
     if getattr(config, "is_encoder_decoder", False):
         raise ConfigError(
-            f"{block}: {name} is an encoder-decoder model, but {block.upper()} takes decoder-only causal language "
-            f"models (Llama, Qwen, Mistral, Gemma ...). Use one of these, or take the `{block}:` block out."
+            f"{block}: {name} is an encoder-decoder model, but {block.upper()} accepts decoder-only causal language "
+            f"models (Llama, Qwen, Mistral, Gemma ...). Use one of these, or remove the `{block}:` block."
         )
 
 
 def logit_transform(config: PretrainedConfig) -> Callable[[Tensor], Tensor] | None:
-    """What a family does to its logits after the unembedding, or None (most families: nothing).
+    """Return a family's transform of its logits after the unembedding, or None (most families have none).
 
-    Cohere multiplies by `logit_scale`, Falcon-H1 by `lm_head_multiplier`; Granite divides by `logits_scaling`
-    and HyperCLOVA X multiplies by it; Gemma caps softly at `final_logit_softcapping` or `logits_soft_cap`.
+    Cohere multiplies by `logit_scale`, Falcon-H1 by `lm_head_multiplier`; Granite divides by `logits_scaling` and
+    HyperCLOVA X multiplies by it; Gemma soft-caps at `final_logit_softcapping` or `logits_soft_cap`.
     """
     factor = getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None) or 1.0
     scaling = getattr(config, "logits_scaling", None) or 1.0
@@ -253,7 +253,7 @@ def logit_transform(config: PretrainedConfig) -> Callable[[Tensor], Tensor] | No
 
 
 def in_use(wrapper: AuxiliaryTrainingWrapper) -> nn.Module:
-    """What a wrapper of PEFT calls: the trained copy (`modules_to_save`), or the original where adapters are off."""
+    """Return the module that a PEFT wrapper calls: the trained copy (`modules_to_save`), or the disabled original."""
     active = wrapper.active_adapters
     if wrapper.disable_adapters or not active or any(name not in wrapper._adapters for name in active):
         return wrapper.original_module
@@ -265,31 +265,34 @@ def is_model_with_adapter(model: nn.Module) -> bool:
 
 
 def refuse_offloaded(trunk: Trunk) -> None:
-    """Raises ConfigError if accelerate keeps what heads need elsewhere and brings it for each call."""
+    """Raise ConfigError if accelerate offloads a module that heads need."""
     for name, module in trunk.model.named_modules():
         if module not in (trunk.last_layer, trunk.norm, trunk.unembedding):
             continue
         hooked = any(hasattr(part, "_hf_hook") for part in module.modules())
         if hooked and any(tensor.is_meta for tensor in module.parameters()):
             raise ConfigError(
-                f"caft: accelerate keeps {name} of {type(trunk.model).__name__} on disk or in the CPU's memory "
+                f"caft: accelerate offloads {name} of {type(trunk.model).__name__} to disk or CPU memory "
                 f"(device_map: {shown(getattr(trunk.model, 'hf_device_map', None))}), but heads are copies of the last "
-                "layer and use the final norm and the unembedding at each step. Give these three a device in "
-                "device_map (first layers may be elsewhere), or take the `caft:` block out."
+                "layer and use the final norm and the unembedding in each step. Put these three on a device in "
+                "device_map (earlier layers may be offloaded), or remove the `caft:` block."
             )
 
 
 def unmergeable(tuner: object, why: str) -> ConfigError:
     kind = f"{type(tuner).__module__.removeprefix('peft.tuners.').split('.')[0]} ({type(tuner).__name__})"
     return ConfigError(
-        f"caft: the last layer has an adapter of PEFT's {kind}, which no weight can stand for ({why}), so the layer "
-        "cannot be copied into heads. Use an adapter that can be merged, such as LoRA, or take the `caft:` block out."
+        f"caft: the last layer has a PEFT {kind} adapter, which cannot be merged into its weights ({why}), so the "
+        "layer cannot be copied into heads. Use an adapter that can be merged, such as LoRA, or remove the `caft:` "
+        "block."
     )
 
 
 def auto_class(config: PretrainedConfig, whole: bool = False) -> Any:
-    """The class of transformers that builds and loads a model of this config. A vision-language model's text part
-    alone, where there is a class for it; with `whole`, or without such a class, all of it."""
+    """Return the transformers class that builds and loads a model with this config.
+
+    For a vision-language model it is the text part's class; with `whole`, or if there is none, the complete model's.
+    """
     kind = type(config)
     seeing = kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and (whole or kind not in MODEL_FOR_CAUSAL_LM_MAPPING)
     return AutoModelForImageTextToText if seeing else AutoModelForCausalLM
@@ -303,20 +306,25 @@ def empty_trunk(
     whole: bool = False,
     **loading: Any,
 ) -> Trunk:
-    """The trunk of a model built from its config alone, without memory for weights (on the meta device).
+    """Return the trunk of a model built from its config only, on the meta device.
 
-    `key` is what the user said the model with, `overrides` are values in the place of its config's, `whole` is as in
-    `auto_class`; `loading` goes to `from_config` (dtype, attn_implementation).
+    Args:
+        base_model: a model folder or Hub id.
+        key: the option or key that named the model, for messages.
+        revision: of the Hub id.
+        overrides: values that replace those of its config.
+        whole: see `auto_class`.
+        loading: arguments of `from_config` (dtype, attn_implementation).
 
     Raises:
-        ConfigError: the config cannot be had, or is not that of a decoder-only model transformers knows.
+        ConfigError: the config cannot be read, or is not of a decoder-only model that transformers supports.
     """
     options = {} if revision is None else {"revision": revision}
     try:
         config = AutoConfig.from_pretrained(base_model, trust_remote_code=False, **options)
     except Exception as error:  # no such name, offline, no permission, damaged: each library has its own kinds
         raise ConfigError(
-            f"{key}: got {base_model!r}, of which no config can be read ({first_line(error)}). It takes a "
+            f"{key}: got {base_model!r}, whose config could not be read ({first_line(error)}). It accepts a "
             "model folder or a Hub id: check the name, your connection and your Hub token."
         ) from error
     for name, value in (overrides or {}).items():
@@ -327,26 +335,32 @@ def empty_trunk(
             model = auto_class(config, whole).from_config(config, trust_remote_code=False, **loading)
     except Exception as error:  # a config with impossible values fails wherever it is first used
         raise ConfigError(
-            f"{key}: got {base_model!r}, of which transformers can build no language model "
-            f"({first_line(error)}). It takes a decoder-only model that transformers knows without remote code."
+            f"{key}: got {base_model!r}, from which transformers cannot build a language model "
+            f"({first_line(error)}). It accepts a decoder-only model that transformers supports without remote code."
         ) from error
     return find_trunk(model)
 
 
 def trunk_without_weights(config: PretrainedConfig, name: str, build: Callable[[], nn.Module]) -> Trunk | None:
-    """The trunk of a model before its weights are loaded: `build` makes the model from its config, here without memory
-    for weights. None, and a warning, where that fails: whether heads fit is then seen on the loaded model.
+    """Return the trunk of a model before its weights are loaded; None, with a warning, if it cannot be built.
+
+    In that case the loaded model is checked.
+
+    Args:
+        config: the model's config.
+        name: its name in messages.
+        build: builds the model from its config; called on the meta device.
 
     Raises:
-        ConfigError: the model is not one that heads can be built for.
+        ConfigError: heads cannot be built for the model.
     """
     refuse_unfit(config, name)
     try:
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
             model = build()
-    except Exception as error:  # a package that is missing, code of the model's own: loading meets it again
+    except Exception as error:  # a missing package, or the model's own code: loading raises it again
         logger.warning(
-            "caft: whether heads fit %s shows when its weights are loaded: it cannot be built without them (%s)",
+            "caft: heads for %s can be checked only after its weights are loaded: it cannot be built without them (%s)",
             name,
             first_line(error),
         )

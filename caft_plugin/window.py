@@ -1,4 +1,4 @@
-"""One optimisation step: targets, counts, draws, weights, and what is logged of it. Knows no trainer."""
+"""One optimisation step: targets, counts, draws, weights and logged values. Independent of any trainer."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from caft_plugin.loss import IGNORE, Batch, count_targets, gamma, head_targets, 
 
 @dataclasses.dataclass(frozen=True)
 class LossShare:
-    """How a host treats the loss that it is given.
+    """The host's scaling of the loss.
 
-    It divides it by `divisor` (accumulation steps), and gradients become a mean over `processes`. `items` is the number
-    of next tokens by which the model itself divides its summed loss, None where it takes the mean of its batch.
+    The host divides the loss by `divisor` (accumulation steps) and averages gradients over `processes`. `items` is the
+    number of next tokens by which the model divides its summed loss, or None if it uses the batch's mean.
     """
 
     divisor: int
@@ -31,31 +31,33 @@ class LossShare:
 
     @property
     def scale(self) -> int:
-        """Undoes both: a share of the window's mean over all processes, times this, comes out as that mean."""
+        """The factor that undoes both, so that the result is the window's mean over all processes."""
         return self.divisor * self.processes
 
 
 @dataclasses.dataclass(frozen=True)
 class MicroBatch:
-    """One micro-batch of a window. `targets` (num_heads, batch, length) are those of its `labels`, None where it has
-    none; `draws` says how often each head was drawn."""
+    """One micro-batch of a window.
+
+    `targets` (num_heads, batch, length) are made from its `labels` (None without labels); `draws` is how often each
+    head was drawn.
+    """
 
     inputs: Batch
     targets: Tensor | None
     draws: list[int]
 
     def targets_in(self, inputs: Batch) -> Tensor:
-        """The heads' targets in `inputs`, which are these, or what the host has made of them."""
+        """Return the heads' targets in `inputs`, the host's version of this micro-batch."""
         if self.targets is not None and self.inputs["labels"] is inputs["labels"]:
             return self.targets
         return head_targets(inputs, len(self.draws))
 
 
 class Sums:
-    """What the losses of a window added up to, on this process, float64. Heads' losses are summed over their targets.
+    """Sums of a window's losses on this process, float64; heads' losses are summed over their targets.
 
-    The host may ask for a batch's loss more than once, or for that of its parts: `tokens` counts the next tokens of all
-    that it asked for.
+    The host may compute a batch's loss more than once, or in parts: `tokens` counts the next tokens of all its calls.
     """
 
     def __init__(self, num_heads: int, device: torch.device) -> None:
@@ -71,10 +73,10 @@ class Sums:
 
 @dataclasses.dataclass
 class Window:
-    """One accumulation window, that is one optimisation step.
+    """One accumulation window, that is, one optimisation step.
 
-    Counts are over all processes, (num_heads,): `counts` of a head's targets, `drawn_counts` of those in micro-batches
-    where the head was drawn; `next_tokens` counts the model's own targets, `own_tokens` those of this process.
+    `counts` (num_heads,) are each head's targets over all processes, `drawn_counts` those in micro-batches where the
+    head was drawn. `next_tokens` is the number of the model's own targets over all processes, `own_tokens` on this one.
     """
 
     config: CAFTConfig
@@ -99,9 +101,16 @@ class Window:
         device: torch.device,
         over_processes: Callable[[Tensor], Tensor],
     ) -> Window:
-        """The window of optimisation step `step` (0-based) of `total_steps` over this process's micro-batches.
+        """Open the window of an optimisation step. Every process must call it.
 
-        `over_processes` sums a tensor over all processes; every process has to open the window.
+        Args:
+            batches: this process's micro-batches.
+            config: CAFT's settings.
+            step: the optimisation step, 0-based.
+            total_steps: of the run.
+            seed: for drawing heads.
+            device: of the counts.
+            over_processes: sums a tensor over all processes.
         """
         num_heads = config.num_heads
         found = torch.zeros(len(batches), num_heads + 1, dtype=torch.long, device=device)
@@ -128,13 +137,15 @@ class Window:
 
     @property
     def run(self) -> list[bool]:
-        """The heads that run in some micro-batch."""
+        """True for each head that runs in at least one micro-batch."""
         draws = [micro_batch.draws for micro_batch in self.micro_batches]
         return [self.gamma != 0.0 and any(times) for times in zip(*draws, strict=True)]
 
     def begun(self, inputs: Batch) -> MicroBatch | None:
-        """What a `training_step` with `inputs` is about: the micro-batch that they are or whose labels they have; where
-        the host has made other inputs of it, the next one; None where all had their turn."""
+        """Return the micro-batch of a `training_step` with `inputs`, or None if all are used.
+
+        It is the one with these inputs or labels; if the host has changed them, the next one in order.
+        """
         self.steps_begun += 1
         labels = inputs.get("labels") if isinstance(inputs, Mapping) else None
         for micro_batch in self.micro_batches:
@@ -145,8 +156,11 @@ class Window:
         return self.micro_batches[in_turn] if in_turn < len(self.micro_batches) else None
 
     def weights(self, draws: Sequence[int]) -> Tensor:
-        """The weight of each head's summed loss in the window's mean: beta gamma alpha^k / its targets. Of drawn heads
-        beta gamma sum(alpha^j) / draws / its targets for each time, which is the same on average."""
+        """Return the weight of each head's summed loss in the window's mean: beta gamma alpha^k / its targets.
+
+        With `heads_per_step`, it is beta gamma sum(alpha^j) / heads_per_step / its targets for each draw, which has
+        the same expectation.
+        """
         config = self.config
         weights = head_weights(config.beta, config.alpha, self.gamma, config.num_heads)
         if config.heads_per_step is not None:
@@ -154,7 +168,7 @@ class Window:
         return torch.tensor(weights, device=self.counts.device) / self.counts.clamp(min=1)
 
     def request(self, micro_batch: MicroBatch, inputs: Batch, share: LossShare, fused: bool) -> Request:
-        """What the heads are to compute of `inputs`, and with `fused` the next-token loss too."""
+        """Return the request for `inputs`; with `fused`, it includes the next-token loss."""
         request = Request(
             targets=micro_batch.targets_in(inputs),
             weights=self.weights(micro_batch.draws),
@@ -172,7 +186,7 @@ class Window:
 
 
 class Tally:
-    """What was summed since the last log, on this process. Heads' values are shares of the global means."""
+    """Sums since the last log, on this process. Heads' values are shares of the global means."""
 
     def __init__(self, num_heads: int, step: int, device: torch.device) -> None:
         self.since_step = step
@@ -186,7 +200,7 @@ class Tally:
         self.gamma += window.gamma
         for index, count in enumerate(window.drawn_counts.tolist()):
             self.steps_of_head[index] += window.gamma != 0.0 and count > 0
-        # A batch that was asked for twice counts once.
+        # A batch whose loss was computed twice counts once.
         share = (window.own_tokens / window.sums.tokens.clamp(min=1)).clamp(max=1)
         share = torch.where(window.sums.tokens > 0, share, 1.0)
         self.next_token += window.sums.next_token * share
@@ -194,7 +208,7 @@ class Tally:
         self.heads += window.sums.heads * share / window.drawn_counts.clamp(min=1)
 
     def log(self, step: int, processes: int, over_processes: Callable[[Tensor], Tensor]) -> CAFTLog:
-        """What the log says at `step`. Every process has to call it."""
+        """Return the log entries at `step`. Every process must call it."""
         steps = max(step - self.since_step, 1)
         shares = over_processes(torch.cat([self.next_token[None], self.aux[None], self.heads]))
         next_token, aux, *heads = shares.tolist()
@@ -208,8 +222,10 @@ class Tally:
 
 
 class Totals:
-    """What an evaluation summed, on this process, float64: each head's losses, how often it was right, how often it and
-    all heads before it were, and its targets."""
+    """Sums of an evaluation on this process, float64.
+
+    They are, for each head: losses, correct predictions, predictions that are correct in all heads up to it, targets.
+    """
 
     def __init__(self, num_heads: int, device: torch.device) -> None:
         self.figures = torch.zeros(4, num_heads, dtype=torch.float64, device=device)
@@ -221,7 +237,7 @@ class Totals:
             self.figures += torch.stack(figures).to(self.figures)
 
     def means(self, over_processes: Callable[[Tensor], Tensor]) -> HeadsEvaluation:
-        """Every process has to call it."""
+        """Return the means over all processes. Every process must call it."""
         rows = over_processes(self.figures).T.tolist()
         found = {k: row for k, row in enumerate(rows, 1) if row[3]}
         return HeadsEvaluation(
@@ -232,12 +248,12 @@ class Totals:
 
 
 def over_processes(accelerator: Accelerator, tensor: Tensor) -> Tensor:
-    """The sum of what all processes hold."""
+    """Return the sum of a tensor over all processes."""
     return accelerator.reduce(tensor, reduction="sum") if accelerator.num_processes > 1 else tensor
 
 
 def draw_heads(config: CAFTConfig, micro_batches: int, seed: int, step: int) -> list[list[int]]:
-    """How often each head is drawn for each micro-batch of a step; the same on all processes and after a restart."""
+    """Return how often each head is drawn for each micro-batch; the same on all processes and after a restart."""
     if config.heads_per_step is None:
         return [[1] * config.num_heads] * micro_batches
     heads = range(config.num_heads)
@@ -251,11 +267,11 @@ def draw_heads(config: CAFTConfig, micro_batches: int, seed: int, step: int) -> 
 
 
 def has_targets(batch: object) -> bool:
-    """Whether a batch has `labels` (batch, length)."""
+    """Return True if a batch has `labels` (batch, length)."""
     labels = batch.get("labels") if isinstance(batch, Mapping) else None
     return isinstance(labels, Tensor) and labels.dim() == 2
 
 
 def next_tokens_in(batch: Batch) -> Tensor:
-    """How many targets the model itself has in a batch with `labels` (batch, length)."""
+    """Return the number of the model's own targets in a batch with `labels` (batch, length)."""
     return (batch["labels"][:, 1:] != IGNORE).sum()

@@ -67,7 +67,7 @@ DAMAGE = {
     "half a random state": (lambda c: cut(c / "rng_state.pth"), "has a damaged rng_state.pth"),
     "half the heads": (lambda c: cut(c / "caft_heads/heads.safetensors"), "has a damaged caft_heads/heads.safetensors"),
     "no heads": (lambda c: (c / "caft_heads/heads.safetensors").unlink(), "lacks caft_heads/heads.safetensors"),
-    "no record": (lambda c: (c / "caft_heads/config.json").unlink(), "has no whole caft_heads/"),
+    "no record": (lambda c: (c / "caft_heads/config.json").unlink(), "has an incomplete caft_heads/"),
 }
 
 
@@ -79,7 +79,7 @@ def test_a_checkpoint_that_is_not_whole_is_passed_over(run, tmp_path, caplog, ho
     damage(tmp_path / "out" / "checkpoint-4")
     trainer = make(model, tmp_path / "out")
     trainer.train(resume_from_checkpoint=True)
-    assert caplog.text.count("it is passed over") == 1 and f"checkpoint-4 {problem}" in caplog.text
+    assert caplog.text.count("it is skipped") == 1 and f"checkpoint-4 {problem}" in caplog.text
     assert [{**e, "epoch": 0} for e in losses(trainer)] == [{**e, "epoch": 0} for e in expected]
     newest, passed_over = newest_whole(tmp_path / "out", WHOLE)
     # what was damaged is written anew (an index that does not belong there stays)
@@ -96,16 +96,18 @@ def test_one_that_is_asked_for_has_to_be_whole(run, tmp_path, how):
         make(model, tmp_path / "elsewhere").train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-4"))
     message = str(error.value)
     assert message.startswith(f"resume_from_checkpoint: got {tmp_path / 'out' / 'checkpoint-4'}, which {problem}")
-    assert f"give {tmp_path / 'out' / 'checkpoint-2'}, the newest whole one there" in message
+    assert f"use {tmp_path / 'out' / 'checkpoint-2'}, the newest complete one there" in message
 
 
 def test_without_a_whole_one(run, tmp_path):
     model, folder, _ = run
-    with pytest.raises(ConfigError, match="got True, but .* holds no whole checkpoint. Start anew without it"):
+    with pytest.raises(
+        ConfigError, match="got True, but .* has no complete checkpoint. Leave it out to start from the beginning"
+    ):
         make(model, tmp_path).train(resume_from_checkpoint=True)
     shutil.copytree(folder / "checkpoint-2", tmp_path / "checkpoint-2")
     (tmp_path / "checkpoint-2" / "trainer_state.json").unlink()
-    with pytest.raises(ConfigError, match="there is no whole one beside it: start anew"):
+    with pytest.raises(ConfigError, match="that folder has none, so start from the beginning"):
         make(model, tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     with pytest.raises(ConfigError, match="checkpoint-9, which is not a folder"):
         make(model, tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-9"))
@@ -274,7 +276,7 @@ def test_what_an_earlier_run_left_is_set_aside_by_a_run_without_it(tiny_model, t
     plain(tiny_model, tmp_path).save_model()
     assert not (tmp_path / "caft_heads").exists()
     assert (tmp_path / "caft_heads.earlier-run" / "heads.safetensors").read_bytes() == heads
-    assert f"{tmp_path / 'caft_heads'} is of an earlier run" in caplog.text
+    assert f"{tmp_path / 'caft_heads'} belongs to an earlier run" in caplog.text
     make(tiny_model, tmp_path).save_model()
     plain(tiny_model, tmp_path).save_model()
     assert (tmp_path / "caft_heads.earlier-run-2").is_dir() and (tmp_path / "caft_heads.earlier-run").is_dir()

@@ -23,8 +23,8 @@ from caft_plugin import CAFTConfig, ConfigError
         ("train_heads", "all", "one of auto, full, lora, frozen"),
         ("head_input", "last", "one of penultimate, final"),
         ("head_norm", "perhaps", "true or false"),
-        ("heads", "", "a text"),
-        ("heads", 7, "a text"),
+        ("heads", "", "a string"),
+        ("heads", 7, "a string"),
     ],
 )
 def test_bad_value(key, value, takes):
@@ -53,7 +53,7 @@ def test_numbers_as_yaml_writes_them():
 
 @pytest.mark.parametrize("block", [3, "on", ["num_heads"], True])
 def test_block_has_to_be_a_mapping(block):
-    with pytest.raises(ConfigError, match="takes a block of keys"):
+    with pytest.raises(ConfigError, match="accepts a block of keys"):
         CAFTConfig.read(block)
 
 

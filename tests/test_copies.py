@@ -184,7 +184,7 @@ def test_every_method_of_peft(method):
     model = get_peft_model(model, config_of(method)).eval()
     name = type(model.peft_config["default"]).__name__
     if method.name in PROMPTS:
-        with pytest.raises(ConfigError, match=f"adapter by PEFT's {name}, whose virtual tokens .* such as LoRA"):
+        with pytest.raises(ConfigError, match=f"adapter of PEFT's {name}, whose virtual tokens .* such as LoRA"):
             attach(model)
         return
     if NO_MATRIX.get(method.name, True):
@@ -216,10 +216,10 @@ def test_what_follows_the_text_is_refused_by_name(tmp_path):
     mixture = tiny()
     mixture.config.use_cache = False
     config = peft.XLoraConfig(task_type="CAUSAL_LM", hidden_size=32, adapters={"one": str(tmp_path / "one")})
-    with pytest.raises(ConfigError, match="adapter by PEFT's XLoraConfig, whose effect follows the text"):
+    with pytest.raises(ConfigError, match="adapter of PEFT's XLoraConfig, whose effect depends on the text"):
         attach(get_peft_model(mixture, config))
     invoked = LoraConfig(task_type="CAUSAL_LM", target_modules=TARGETS, alora_invocation_tokens=[5, 6])
-    with pytest.raises(ConfigError, match="LoraConfig with alora_invocation_tokens, whose effect follows the text"):
+    with pytest.raises(ConfigError, match="LoraConfig with alora_invocation_tokens, whose effect depends on the text"):
         attach(get_peft_model(tiny(), invoked))
 
 

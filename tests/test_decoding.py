@@ -222,7 +222,7 @@ def test_from_a_folder_and_what_does_not_fit_it(tiny_model, tmp_path):
         ConfigError, match="^heads: .* was made for hidden_size 32 .* but this model has hidden_size 64"
     ):
         Drafter.from_pretrained(other, tmp_path)
-    with pytest.raises(ConfigError, match=r"^heads: got './nowhere', which is not a folder. It takes [^;]*$"):
+    with pytest.raises(ConfigError, match=r"^heads: got './nowhere', which is not a folder. It accepts [^;]*$"):
         Drafter.from_pretrained(tiny_model, "./nowhere")
     for key, wrong in {"num_draft": 5, "confidence": 1.5}.items():
         with pytest.raises(ConfigError, match=f"{key}: got {wrong}, but it takes"):

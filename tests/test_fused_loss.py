@@ -118,9 +118,9 @@ def test_where_it_cannot_be_done(tiny_model, tmp_path, caplog):
         assert "auto leaves the next-token loss to the framework" in caplog.text
         trainer.train()
 
-    refused("OwnLoss computes its loss in a way of its own", trainer_class=with_caft(OwnLoss))
-    refused("label smoothing and compute_loss_func take all logits", label_smoothing_factor=0.1)
-    refused("AllLogits cannot be asked for less than all logits", AllLogits(tiny_model.config))
+    refused("OwnLoss computes its own loss", trainer_class=with_caft(OwnLoss))
+    refused("label smoothing and compute_loss_func need all logits", label_smoothing_factor=0.1)
+    refused("AllLogits always builds all logits", AllLogits(tiny_model.config))
     routed = model_of("Mixtral")
     routed.config.output_router_logits = True
     refused("MixtralForCausalLM computes more than the next-token loss", routed)

@@ -106,7 +106,7 @@ def test_unknown_logit_transform_is_refused():
     inner = model.lm_head.forward
     model.lm_head.register_forward_hook(lambda module, args, out: out * (5.0 if out.dim() == 3 else 1.0))
     assert inner is not None
-    with pytest.raises(ConfigError, match="LlamaForCausalLM makes its logits in a way"):
+    with pytest.raises(ConfigError, match="LlamaForCausalLM computes its logits in a way"):
         read(attached, batch())
 
 
@@ -533,7 +533,7 @@ def test_parts_that_accelerate_brings_for_each_call(tmp_path, part, where):
     if part == "model.layers.0":
         assert_the_models_own_logits(attach(model, num_heads=1), inputs)
         return
-    with pytest.raises(ConfigError, match=rf"accelerate keeps {part} of LlamaForCausalLM on disk .*device_map"):
+    with pytest.raises(ConfigError, match=rf"accelerate offloads {part} of LlamaForCausalLM to disk .*device_map"):
         attach(model)
     assert torch.equal(model(**inputs).logits, wanted)
 

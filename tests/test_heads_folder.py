@@ -56,7 +56,7 @@ def test_a_models_folder_is_told_from_a_heads_folder(tiny_model, folder):
     ):
         HeadsFolder.open(folder.parent / "merged")
     tiny_model.save_pretrained(folder.parent / "elsewhere" / "model")
-    with pytest.raises(ConfigError, match="model's folder without heads. A run leaves its heads in caft_heads/"):
+    with pytest.raises(ConfigError, match="model's folder without heads. A run saves its heads in caft_heads/"):
         HeadsFolder.open(folder.parent / "elsewhere" / "model")
 
 

@@ -240,18 +240,18 @@ def test_a_missing_file(config_only, tmp_path):
 def test_base_models_that_are_refused(state, tmp_path):
     file, out = tmp_path / "heads.pth", tmp_path / "out"
     torch.save(state, file)
-    refused(file, "nobody/no-such-model", out, r"--base-model: got 'nobody/no-such-model', of which no config can be")
+    refused(file, "nobody/no-such-model", out, r"--base-model: got 'nobody/no-such-model', whose config could not be")
     (tmp_path / "empty").mkdir()
-    refused(file, tmp_path / "empty", out, r"--base-model: got '.*empty', of which no config can be read")
+    refused(file, tmp_path / "empty", out, r"--base-model: got '.*empty', whose config could not be read")
     T5Config().save_pretrained(tmp_path / "t5")
-    refused(file, tmp_path / "t5", out, r"t5 is an encoder-decoder model, but CAFT takes decoder-only")
+    refused(file, tmp_path / "t5", out, r"t5 is an encoder-decoder model, but CAFT accepts decoder-only")
     BertConfig(num_hidden_layers=2).save_pretrained(tmp_path / "bert")
     refused(file, tmp_path / "bert", out, r"BertLMHeadModel has no")
     (tmp_path / "remote").mkdir()
     text = json.dumps({"model_type": "unheard_of", "auto_map": {"AutoConfig": "configuration_x.XConfig"}})
     (tmp_path / "remote" / "config.json").write_text(text)
     (tmp_path / "remote" / "configuration_x.py").write_text("raise SystemExit('executed')")
-    refused(file, tmp_path / "remote", out, r"--base-model: got '.*remote', of which no config can be read")
+    refused(file, tmp_path / "remote", out, r"--base-model: got '.*remote', whose config could not be read")
 
 
 def test_an_output_that_is_there_is_left_alone(state, config_only, tmp_path):
@@ -279,7 +279,7 @@ def test_a_failed_write_leaves_nothing(state, config_only, tmp_path, monkeypatch
 
 def test_a_wiring_that_does_not_exist(state, config_only, tmp_path):
     torch.save(state, tmp_path / "heads.pth")
-    with pytest.raises(ConfigError, match=r"caft.head_input: got 'last', but it takes one of penultimate, final"):
+    with pytest.raises(ConfigError, match=r"caft.head_input: got 'last', but it accepts one of penultimate, final"):
         import_heads(tmp_path / "heads.pth", str(config_only), tmp_path / "out", head_input="last")
 
 

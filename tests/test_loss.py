@@ -210,7 +210,7 @@ def test_position_ids_and_such_a_mask_both_count():
 
 @pytest.mark.parametrize("mask", [torch.ones(2, 1, 9, 12), torch.ones(2, 12), object()])
 def test_a_mask_that_cannot_be_read_is_an_error(mask):
-    with pytest.raises(ConfigError, match="attention_mask is .*, by which documents cannot be told apart"):
+    with pytest.raises(ConfigError, match="attention_mask is .*, from which documents cannot be separated"):
         head_targets({"labels": torch.ones(2, 9).long(), "attention_mask": mask}, 2)
 
 

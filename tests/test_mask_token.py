@@ -160,10 +160,10 @@ def test_a_token_named_by_the_user_is_warned_of():
     norms[7] = 0.1
     token = choose_mask_token(7, made, 55, frozenset(), norms)
     assert token.words == (
-        "'w7' (id 7), as asked, but its input vector is untrained: its norm is 0.1, the table's median 2, so the first "
-        "gradients will be large. Take mask_token: add, or another token"
+        "'w7' (id 7), as configured, but its input vector is untrained: its norm is 0.1, the embedding's median is 2, "
+        "so the first gradients will be large. Use mask_token: add, or another token"
     )
-    assert choose_mask_token(8, made, 55, frozenset(), norms).words == "'w8' (id 8), as asked"
+    assert choose_mask_token(8, made, 55, frozenset(), norms).words == "'w8' (id 8), as configured"
 
 
 def test_norms_are_read_where_they_can_be():
@@ -198,7 +198,7 @@ def test_a_placeholder_is_no_mask_token():
     made = FAMILIES["Gemma"][0]()
     unused = made.convert_tokens_to_ids("<unused0>")
     assert choose_mask_token("auto", made, 60, frozenset(), None, {unused}).id == unused + 1
-    with pytest.raises(ConfigError, match=r"got '<unused0>' \(id 6\), but the model's config gives it to images"):
+    with pytest.raises(ConfigError, match=r"got '<unused0>' \(id 6\), but the model's config uses it for images"):
         choose_mask_token("<unused0>", made, 60, frozenset(), None, {unused})
 
 

@@ -65,7 +65,7 @@ def model(tiny_config):
 def test_logs_and_steps(model, tmp_path, layout, caplog):
     trainer = trainer_of(model, tmp_path, meap={"layout": layout}, per_device_train_batch_size=4)
     assert [r.getMessage() for r in caplog.records if "mask_token" in r.getMessage()] == [
-        "meap.mask_token: 'w91' (id 96), as asked"
+        "meap.mask_token: 'w91' (id 96), as configured"
     ]
     seen = Batches(model)
     trainer.train()
@@ -183,9 +183,9 @@ def tokenizer_with(kind):
 
 KINDS = {
     "its own": "mask token",
-    "reserved": "in reserve",
+    "reserved": "a reserved token",
     "a spare row": "embedding rows",
-    "special": "neither the chat",
+    "special": "neither in the chat",
 }
 
 
@@ -289,7 +289,7 @@ def test_what_cannot_work_is_said(model, tmp_path):
     with pytest.raises(ConfigError, match="got add, but the trainer was given a finished optimizer"):
         make(meap={"mask_token": "add"}, optimizers=finished)
     assert not any("caft" in name for name, _ in model.named_modules())
-    with pytest.raises(ConfigError, match="meap: got 3, but it takes a block of keys"):
+    with pytest.raises(ConfigError, match="meap: got 3, but it accepts a block of keys"):
         make(meap=3)
 
     class Stream(IterableDataset):
@@ -331,7 +331,7 @@ def test_what_only_training_can_show_is_said_at_its_end(model, tmp_path, caplog)
 
     stream = Stream.from_generator(lambda: iter(ROWS))
     trainer_of(model, tmp_path, meap={"min_answer_tokens": 1000}, data=stream, max_steps=2).train()
-    assert len(said(caplog)) == 1 and "not one token was masked in 2 steps" in said(caplog)[0]
+    assert len(said(caplog)) == 1 and "no token was masked in 2 steps" in said(caplog)[0]
     caplog.clear()
     ones = [{"input_ids": [7], "labels": [7]}] * 8
     trainer_of(model, tmp_path, meap={"mode": "pretrain"}, data=ones, max_steps=1).train()
@@ -420,13 +420,13 @@ def test_a_training_set_that_is_set_later(model, tmp_path, before, mode):
         assert [entry[key] for entry in losses(at_once)] == [entry[key] for entry in losses(later)]
     assert later.evaluate(later.train_dataset)["eval_loss"] == at_once.evaluate(at_once.train_dataset)["eval_loss"]
     later.train_dataset = [{"input_ids": [5, MASK, 7], "labels": [5, MASK, 7]}]
-    with pytest.raises(ConfigError, match="meap.mask_token: got 96, which chose id 96 before there was this training"):
+    with pytest.raises(ConfigError, match="meap.mask_token: got 96, which chose id 96 before this training"):
         later.train()
 
 
 def test_masks_are_asked_for_once(model, tmp_path):
     trainer = trainer_of(model, tmp_path, meap={})
-    with pytest.raises(ConfigError, match="draws masks already"):
+    with pytest.raises(ConfigError, match="already draws masks"):
         trainer.attach_meap(MEAPConfig(mask_token=MASK))
 
 

@@ -252,7 +252,7 @@ def test_a_set_that_is_doubled_already_is_named(layout):
     double = duplication(layout, max_length=128)
     rows = [row for n in (10, 60, 70) for row in double(example(answer=n, seed=n))]
     for again in (rows, Dataset.from_list(rows)):
-        with pytest.raises(ConfigError, match="has its masked copies already"):
+        with pytest.raises(ConfigError, match="already has masked copies"):
             double.doubled(again)
 
 
@@ -421,7 +421,7 @@ def test_documents_of_a_pretraining_row_draw_on_their_own():
 def test_a_collator_that_makes_its_own_labels_is_named(tokenizer):
     rows = duplication()(example())
     host = DataCollatorForLanguageModeling(tokenizer, mlm=False)
-    with pytest.raises(ConfigError, match="DataCollatorForLanguageModeling makes labels of its own"):
+    with pytest.raises(ConfigError, match="DataCollatorForLanguageModeling replaces the rows' labels"):
         collator(host)(rows)
     with pytest.raises(ConfigError, match="without labels"):
         collator(lambda rows: {"input_ids": torch.tensor([[1]])})(rows)
@@ -437,7 +437,7 @@ def test_a_collator_that_cuts_a_copy_to_nothing_is_not_blamed():
 
 @pytest.mark.parametrize("mode", ["sft", "pretrain"])
 def test_masks_are_never_drawn_twice(mode):
-    with pytest.raises(ConfigError, match="MEAPCollator has drawn masks already"):
+    with pytest.raises(ConfigError, match="MEAPCollator already draws masks"):
         collator(collator(mode=mode), mode=mode)(duplication()(example()))
 
 
@@ -562,10 +562,10 @@ def test_targets_of_heads_are_masked_tokens_and_never_cross_into_the_copy():
 
 @pytest.mark.parametrize("ratio", [0, 1, -0.1, 1.5, math.nan, "x", True])
 def test_ratios_that_are_none(ratio):
-    with pytest.raises(ConfigError, match="meap.mask_ratio: got .*takes a number above 0 and below 1"):
+    with pytest.raises(ConfigError, match="meap.mask_ratio: got .*accepts a number above 0 and below 1"):
         MEAPConfig(mask_ratio=ratio)
 
 
 def test_layout_misspelt():
-    with pytest.raises(ConfigError, match="meap.layout: got 'concta', but it takes one of concat, separate"):
+    with pytest.raises(ConfigError, match="meap.layout: got 'concta', but it accepts one of concat, separate"):
         MEAPConfig(layout="concta")

@@ -107,7 +107,7 @@ def test_a_config_of_another_kind_beside_an_adapter_is_told_and_passed_over(base
     wanted = run(base, tmp_path / "out")
     GPT2Config().save_pretrained(tmp_path / "out")
     torch.testing.assert_close(logits_of(load_model(str(tmp_path / "out"), torch.float32)), wanted)
-    assert "it is of a gpt2, but the adapter's base is a llama" in caplog.text
+    assert "its model type is gpt2, but that of the adapter's base is llama" in caplog.text
 
 
 def test_the_revision_that_an_adapter_names(base, tmp_path, monkeypatch):

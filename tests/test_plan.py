@@ -283,14 +283,17 @@ def encoder_decoder(folder):
     ("change", "message"),
     [
         ({"base_model": None}, "base_model: got None"),
-        ({"base_model": "./nowhere"}, "base_model: got './nowhere', of which no config can be read"),
+        ({"base_model": "./nowhere"}, "base_model: got './nowhere', whose config could not be read"),
         ({"base_model": encoder_decoder}, "is an encoder-decoder model"),
-        ({"caft": {"num_heads": 33}}, "caft.num_heads: got 33, but it takes a whole number at least 1 and at most 32"),
+        (
+            {"caft": {"num_heads": 33}},
+            "caft.num_heads: got 33, but it accepts a whole number at least 1 and at most 32",
+        ),
         ({"caft": {"nun_heads": 3}}, "caft.nun_heads: unknown key"),
         ({"caft": {"heads": "./nowhere"}}, "caft.heads: got './nowhere'"),
-        ({"micro_batch_size": 0}, "micro_batch_size: got 0, but it takes a whole number at least 1"),
+        ({"micro_batch_size": 0}, "micro_batch_size: got 0, but it accepts a whole number at least 1"),
         ({"sequence_len": "long"}, "sequence_len: got 'long'"),
-        ({"adapter": "llama-adapter"}, "adapter: got 'llama-adapter', but plan takes one of lora, qlora, or none"),
+        ({"adapter": "llama-adapter"}, "adapter: got 'llama-adapter', but plan accepts lora, qlora or no adapter"),
         ({**LORA, "lora_target_linear": False, "lora_target_modules": ["no_such"]}, "no LoRA adapter can be put on"),
     ],
 )
@@ -304,8 +307,8 @@ def test_wrong_values(tiny, yml, tmp_path, change, message):
     ("text", "message"),
     [
         ("a: [", "is not YAML"),
-        ("just words", "holds 'just words', but CONFIG takes an Axolotl YAML"),
-        ("base_model: x", "the YAML has no `caft:` block, so it is a plain run and nothing is added to it. Add"),
+        ("just words", "holds 'just words', but CONFIG accepts an Axolotl YAML"),
+        ("base_model: x", "the YAML has no `caft:` block, so it is a plain run without added cost. Add"),
     ],
 )
 def test_wrong_files(yml, text, message):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
@@ -16,10 +17,10 @@ from caft_plugin.precision import cpu_has_bf16
 # What makes any x86 processor one without instructions for bfloat16.
 SLOW = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
 CHOICES = {
-    "--bf16=true": "== computing in bfloat16, on the",
+    "--bf16=true": "== computing in bfloat16 on the",
     "--bf16=false": "== computing in float32: this CPU has no",
 }
-WARNING = "but this CPU has no instructions for bfloat16: a step takes about thirty times as long as in float32"
+WARNING = "but this CPU has no bfloat16 instructions: a step takes about 30 times as long as in float32"
 
 
 def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -127,3 +128,17 @@ def test_a_slow_run_is_warned_of_once(tmp_path):
         "4 bits, float32": [],
     }
     assert "`bf16: false` in an Axolotl YAML" in said
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_the_trl_examples_choose_what_is_quick_here(quick, tmp_path, monkeypatch):
+    pytest.importorskip("trl")
+    monkeypatch.syspath_prepend(ROOT / "trl_examples")
+    sft_caft = importlib.import_module("sft_caft")
+    monkeypatch.setattr(sft_caft, "cpu_has_bf16", lambda: quick)
+
+    def bf16(**arguments):
+        return sft_caft.Training(output_dir=str(tmp_path), use_cpu=True, **arguments).bf16
+
+    assert bf16() is quick
+    assert bf16(bf16=True) is True and bf16(bf16=False) is False

@@ -24,7 +24,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 
 def shown(value: object) -> str:
-    return f"`{str(value).lower() if isinstance(value, bool) else value}`" if value is not None else "left out"
+    return f"`{str(value).lower() if isinstance(value, bool) else value}`" if value is not None else "not set"
 
 
 def table(config_class) -> str:

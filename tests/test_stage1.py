@@ -229,7 +229,9 @@ def test_training_goes_on_from_the_newest_whole_checkpoint(base, tokenizer, tmp_
 
 
 def test_bad_settings():
-    with pytest.raises(ConfigError, match=r"pretrain_heads.targets: got 'teacher', but it takes one of model, dataset"):
+    with pytest.raises(
+        ConfigError, match=r"pretrain_heads.targets: got 'teacher', but it accepts one of model, dataset"
+    ):
         PretrainConfig(targets="teacher")
     with pytest.raises(ConfigError, match="pretrain_heads.tempratur: unknown key"):
         PretrainConfig(tempratur=1)
@@ -290,13 +292,13 @@ def test_vllm_where_it_cannot_run(base, tokenizer, tmp_path):
         load_base(str(tmp_path), torch.float32, vllm=True)
     with pytest.raises(ConfigError, match="and the base is quantised, which vLLM would load unquantised"):
         load_base(str(tmp_path), torch.float32, load_in_4bit=True, vllm=True)
-    with pytest.raises(ConfigError, match="pretrain_heads.vllm: got 'fast', but it takes true or false"):
+    with pytest.raises(ConfigError, match="pretrain_heads.vllm: got 'fast', but it accepts true or false"):
         PretrainConfig(vllm="fast")
 
 
 def test_a_base_that_heads_cannot_follow_is_refused_before_its_weights_are_loaded(tmp_path):
     RwkvConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1).save_pretrained(tmp_path)  # and no weights
-    with pytest.raises(ConfigError, match="hands a running state from layer to layer"):
+    with pytest.raises(ConfigError, match="passes a running state from layer to layer"):
         load_base(str(tmp_path), torch.float32)
 
 

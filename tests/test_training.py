@@ -571,7 +571,7 @@ def test_refusals(tiny_model, tmp_path):
             optimizers=(optimizer, None),
             caft={},
         )
-    with pytest.raises(ConfigError, match="model_init makes a new model"):
+    with pytest.raises(ConfigError, match="model_init creates a new model"):
         CAFTTrainer(model_init=lambda: tiny_model, args=arguments(tmp_path), train_dataset=DATA, caft={})
     several = arguments(tmp_path)
     several._n_gpu = 2

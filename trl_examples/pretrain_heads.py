@@ -3,10 +3,11 @@
     accelerate launch --num_processes 1 trl_examples/pretrain_heads.py \\
         --model_name_or_path Qwen/Qwen3-0.6B --dataset_name rows.jsonl --output_dir outputs/qwen3-heads --bf16
 
-`--dataset_name` is a JSONL file of `messages`, `prompt` and `completion`, or `text`. What heads learn is `--targets`;
-the other options are those of `caft pretrain-heads` and of `transformers.TrainingArguments` (`--help` lists them). It
-computes in float32 without `--bf16`; without a GPU add `--use_cpu`. `--push_to_hub --hub_model_id owner/name` uploads
-the heads. Started again after an interruption, it goes on where it stopped.
+`--dataset_name` is a JSONL file of `messages`, `prompt` and `completion`, or `text`. `--targets` selects the heads'
+targets; the other options are those of `caft pretrain-heads` and of `transformers.TrainingArguments` (`--help` lists
+them). Without a GPU add `--use_cpu`. Without `--bf16` it computes in float32, which is about 30 times as fast as bfloat16
+on a CPU without instructions for it. `--push_to_hub --hub_model_id owner/name` uploads the heads. After an interruption,
+the same command resumes the run.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from caft_plugin.tools.inspect_heads import describe
 
 
 def key_of(config: Any, name: str) -> Any:
-    """An option for a key of a config class; None keeps the class's default."""
+    """Return an option for a key of a config class; None keeps the class's default."""
     return field(default=None, metadata={"help": config.model_fields[name].description})
 
 
@@ -38,7 +39,7 @@ def key_of(config: Any, name: str) -> Any:
 class HeadsArguments:
     model_name_or_path: str = field(metadata={"help": "Folder or Hub id of the base model."})
     dataset_name: str = field(metadata={"help": "JSONL file of messages, prompt and completion, or text."})
-    max_length: int = field(default=1024, metadata={"help": "Longer rows are cut, in tokens."})
+    max_length: int = field(default=1024, metadata={"help": "Maximum length of a row, in tokens; longer rows are truncated."})
     load_in_4bit: bool = field(default=False, metadata={"help": "Keep the base in 4 bits (bitsandbytes NF4)."})
     load_in_8bit: bool = field(default=False, metadata={"help": "Keep the base in 8 bits (bitsandbytes)."})
     attn_implementation: str | None = field(default=None, metadata={"help": "Attention of the base model."})
@@ -49,7 +50,7 @@ class HeadsArguments:
     top_p: float | None = key_of(PretrainConfig, "top_p")
     generation_batch_size: int | None = key_of(PretrainConfig, "generation_batch_size")
     vllm: bool | None = key_of(PretrainConfig, "vllm")
-    heads: str | None = field(default=None, metadata={"help": "Go on from these heads: a folder or a Hub id."})
+    heads: str | None = field(default=None, metadata={"help": "Train these heads further: a folder or a Hub id."})
     num_heads: int | None = key_of(CAFTConfig, "num_heads")
     head_input: str | None = key_of(CAFTConfig, "head_input")
     head_norm: bool | None = key_of(CAFTConfig, "head_norm")

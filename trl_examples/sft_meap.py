@@ -4,17 +4,18 @@
         --model_name_or_path Qwen/Qwen3-0.6B --dataset_name trl-lib/Capybara \\
         --use_peft --output_dir outputs/qwen3-meap --mask_ratio 0.1
 
-`--dataset_name` takes what `datasets.load_dataset` takes, or a JSONL file. Every key of the `meap:` block is an option
-of the same name; `--num_heads` adds CAFT's auxiliary heads. The rest are TRL's own (`--help` lists them). Without a
-GPU add `--use_cpu`.
+`--dataset_name` is a data set for `datasets.load_dataset`, or a JSONL file. Every key of the `meap:` block is an option
+of the same name; `--num_heads` adds CAFT's auxiliary heads. The others are TRL's (`--help` lists them). Without a GPU
+add `--use_cpu`. Without `--bf16` or `--fp16`, training runs in bfloat16 on a GPU or a CPU with instructions for it, and
+in float32 elsewhere.
 """
 
 from __future__ import annotations
 
 import dataclasses
 
-from sft_caft import given, how_to_load, load, options
-from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser, get_peft_config
+from sft_caft import Training, given, how_to_load, load, options
+from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config
 
 from caft_plugin import CAFTConfig, MEAPConfig
 from caft_plugin.trl import CAFTSFTTrainer
@@ -22,11 +23,11 @@ from caft_plugin.trl import CAFTSFTTrainer
 
 @dataclasses.dataclass
 class HeadArguments:
-    num_heads: int | None = dataclasses.field(default=None, metadata={"help": "CAFT too, with this many heads."})
+    num_heads: int | None = dataclasses.field(default=None, metadata={"help": "Use CAFT too, with this many heads."})
 
 
 def main() -> None:
-    kinds = (ScriptArguments, SFTConfig, ModelConfig, options(MEAPConfig, "MEAPArguments"), HeadArguments)
+    kinds = (ScriptArguments, Training, ModelConfig, options(MEAPConfig, "MEAPArguments"), HeadArguments)
     script, training, model, meap, heads = TrlParser(kinds).parse_args_and_config()
     training.model_init_kwargs = how_to_load(model)
     trainer = CAFTSFTTrainer(

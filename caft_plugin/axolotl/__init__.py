@@ -1,1 +1,1 @@
-"""The Axolotl door: the plugin class, and the schema of its YAML block."""
+"""Axolotl support: the plugin class, the schema of its YAML blocks, and readers of Axolotl YAMLs."""

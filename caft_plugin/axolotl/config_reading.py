@@ -1,5 +1,4 @@
-"""An Axolotl YAML, read as Axolotl's own schema does: old names of keys, numbers as text, defaults. Each command that
-takes a YAML reads it here."""
+"""Read an Axolotl YAML as Axolotl's schema does (old key names, numbers as text, defaults), for all commands."""
 
 from __future__ import annotations
 
@@ -21,9 +20,9 @@ if TYPE_CHECKING:
 
 Keys = dict[str, Any]  # of a YAML file
 BLOCKS = ("caft", "meap", "pretrain_heads")
-# What Axolotl's schema asks for and `caft plan` does not need.
+# Keys that Axolotl's schema requires and `caft plan` does not need.
 NOT_NEEDED: Keys = {"learning_rate": 1e-4, "micro_batch_size": 1, "gradient_accumulation_steps": 1}
-# Axolotl's names of attention before `attn_implementation`, by what they say there.
+# Axolotl's old attention keys, and their value of `attn_implementation`.
 OLD_ATTENTION = {
     "flash_attention": "flash_attention_2",
     "sdp_attention": "sdpa",
@@ -36,18 +35,18 @@ WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "of
 
 
 def read_keys(file: Path, command: str) -> Keys:
-    """Read the keys of a YAML file as they are written, for a command that errors name.
+    """Read the keys of a YAML file as written. `command` is named in errors.
 
     Raises:
-        ConfigError: it is not a file, or not YAML, or holds no keys.
+        ConfigError: it is not a file, not YAML, or has no keys.
     """
     try:
         keys = yaml.safe_load(read_text(file, command, "an Axolotl YAML"))
     except yaml.YAMLError as error:
         reason = " ".join(str(error).split())
-        raise ConfigError(f"{command}: {file} is not YAML ({reason}). CONFIG takes an Axolotl YAML.") from error
+        raise ConfigError(f"{command}: {file} is not YAML ({reason}). CONFIG accepts an Axolotl YAML.") from error
     if not isinstance(keys, dict):
-        raise ConfigError(f"{command}: {file} holds {shown(keys)}, but CONFIG takes an Axolotl YAML, keys and values.")
+        raise ConfigError(f"{command}: {file} holds {shown(keys)}, but CONFIG accepts an Axolotl YAML of keys.")
     return keys
 
 
@@ -56,10 +55,10 @@ def has_axolotl() -> bool:
 
 
 def read_config(file: Path, command: str, **keys: object) -> DictDefault:
-    """Read a YAML file as `axolotl train` does, with `keys` in the place of the file's.
+    """Read a YAML file as `axolotl train` does; `keys` replace the file's.
 
     Raises:
-        ConfigError: the file cannot be read, or Axolotl refuses a key.
+        ConfigError: the file cannot be read, or Axolotl rejects a key.
     """
     from axolotl.cli.config import load_cfg
 
@@ -68,30 +67,31 @@ def read_config(file: Path, command: str, **keys: object) -> DictDefault:
         return load_cfg(str(file), **keys)
     except ConfigError:
         raise
-    except Exception as error:  # Axolotl's validators, and what reads the base's config, raise many kinds
+    except Exception as error:  # Axolotl's validators, and readers of the base's config, raise many kinds
         raise _refused(command, error) from error
 
 
 def read_for_plan(file: Path, command: str) -> Keys:
-    """Read a YAML file for a command that needs neither data, weights nor a GPU: by Axolotl's schema where Axolotl is
-    installed, without its checks of this machine. Elsewhere by hand: old names of attention, and numbers and truth
-    values that are texts.
+    """Read a YAML file for a command that needs no data, weights or GPU.
+
+    If Axolotl is installed, its schema is used, without its checks of this machine. Otherwise only old attention keys,
+    and numbers and booleans written as text, are converted.
 
     Raises:
-        ConfigError: the file cannot be read, or Axolotl refuses a key.
+        ConfigError: the file cannot be read, or Axolotl rejects a key.
     """
     keys = read_keys(file, command)
-    whole = isinstance(keys.get("base_model"), str)  # else the command says what it lacks
+    whole = isinstance(keys.get("base_model"), str)  # else the command reports the missing key
     return _by_schema(keys, command) if whole and has_axolotl() else _by_hand(keys)
 
 
 def _by_schema(keys: Keys, command: str) -> Keys:
-    with quiet():  # what packages say of this machine as they are imported
+    with quiet():  # packages log warnings about this machine when imported
         from axolotl.utils.config import prepare_plugins, validate_config
         from axolotl.utils.dict import DictDefault
 
     filled = {**NOT_NEEDED, **copy.deepcopy(keys)}
-    if keys.get("batch_size") is not None:  # two of the three say the third
+    if keys.get("batch_size") is not None:  # two of the three determine the third
         for key in ("gradient_accumulation_steps", "micro_batch_size"):
             if keys.get(key) is None:
                 del filled[key]
@@ -102,13 +102,13 @@ def _by_schema(keys: Keys, command: str) -> Keys:
     try:
         with quiet(logging.INFO):
             prepare_plugins(cfg)
-        with quiet():  # old names, which Axolotl itself tells of when it trains
+        with quiet():  # warnings about old names, which `axolotl train` shows
             read = validate_config(cfg).to_dict()
     except ConfigError:
         raise
     except Exception as error:
         raise _refused(command, error) from error
-    # Only with the plugin listed are the blocks in the schema; a bare one is written without a value.
+    # The schema has the blocks only if the plugin is listed, and drops an empty one.
     return {**read, **{block: keys[block] for block in BLOCKS if block in keys}}
 
 
@@ -121,7 +121,7 @@ def _by_hand(keys: Keys) -> Keys:
 
 
 def _value(value: object) -> object:
-    """A number or a truth value that was written as a text, as Axolotl takes it."""
+    """Convert a number or boolean written as text, as Axolotl does."""
     if not isinstance(value, str):
         return value
     if value.strip().lower() in WORDS:
@@ -140,4 +140,4 @@ def _refused(command: str, error: Exception) -> ConfigError:
             key = ".".join(map(str, found["loc"]))
             lines.append(f"{key}: got {shown(found['input'])}: {found['msg']}" if key else found["msg"])
         said = "; ".join(lines)
-    return ConfigError(f"{command}: Axolotl refuses this YAML: {said}")
+    return ConfigError(f"{command}: Axolotl rejects this YAML: {said}")

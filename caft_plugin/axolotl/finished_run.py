@@ -1,4 +1,4 @@
-"""What a run of `axolotl train` has left, found through its YAML: model, heads, and prompts to try them on."""
+"""Find the results of a run of `axolotl train` from its YAML: model, heads, and prompts to test them with."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class FinishedRun:
-    """A run's config as Axolotl reads it, the model that it has left (a folder) and the folder with its heads."""
+    """A run's config as Axolotl reads it, the folder of its saved model, and the folder with its heads."""
 
     file: Path
     cfg: DictDefault
@@ -41,17 +41,17 @@ class FinishedRun:
         cfg = read_config(file, command)
         if not isinstance(cfg.output_dir, str):
             raise ConfigError(
-                f"output_dir: got {shown(cfg.output_dir)}, but it takes the folder that the run has written to."
+                f"output_dir: got {shown(cfg.output_dir)}, but it accepts the folder that the run was saved to."
             )
         return cls(file, cfg, str(left_in(Path(cfg.output_dir))), cfg.output_dir)
 
     def load(self, tokenizer: PreTrainedTokenizerBase, model: str, dtype: torch.dtype) -> PreTrainedModel:
-        """Load `model` (this run's, or another in its place) by Axolotl's own loader, as the YAML says."""
-        # a merged model is one of its own; an adapter goes over the base that it was trained on, quantised or not
+        """Load `model` (this run's, or another one) with Axolotl's loader and the YAML's settings."""
+        # a merged model is unquantised; an adapter is loaded over the base that it was trained with, quantised or not
         return load_frozen(self.cfg, tokenizer, model, dtype, quantised=base_of(model) != model)
 
     def prompts(self) -> list[list[int]]:
-        """Token ids of the prompts in the YAML's `test_datasets`.
+        """Return token ids of the prompts in the YAML's `test_datasets`.
 
         Raises:
             ConfigError: there are none.
@@ -60,22 +60,21 @@ class FinishedRun:
         prompts = [prompt for prompt in map(prompt_of, data or []) if prompt]
         if not prompts:
             raise ConfigError(
-                f"--prompts: {self.file} has no test_datasets with prompts in them. Give a JSONL file of prompts that "
-                "the model was not trained on."
+                f"--prompts: {self.file} has no test_datasets with prompts. Pass a JSONL file of prompts that the "
+                "model was not trained on."
             )
         return prompts
 
 
 def left_in(folder: Path) -> Path:
-    """The model in a run's folder: merged, where that was done after the adapter was trained; else the adapter, or the
-    model itself."""
+    """Return the folder of a run's model: the merged one if it is newer than the adapter, else the run's folder."""
     merged, adapter = folder / MERGED, folder / ADAPTER_CONFIG_NAME
     if not (merged / CONFIG_NAME).is_file():
         return folder
     if adapter.is_file() and newest(merged) < newest(folder):
         logger.warning(
-            "%s is older than the adapter in %s, so it is the merged model of an earlier run: the adapter is used. Run "
-            "`axolotl merge-lora` again, or give --model",
+            "%s is older than the adapter in %s, so it belongs to an earlier run, and the adapter is used instead. Run "
+            "`axolotl merge-lora` again, or pass --model",
             merged,
             folder,
         )
@@ -84,6 +83,6 @@ def left_in(folder: Path) -> Path:
 
 
 def newest(folder: Path) -> float:
-    """When the newest weights in a folder were written."""
+    """Return the modification time of the newest weights in a folder."""
     files = [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
     return max((file.stat().st_mtime for file in files), default=0.0)

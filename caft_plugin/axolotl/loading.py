@@ -1,4 +1,4 @@
-"""A model as Axolotl's own loader loads it for a YAML, as it is and not to be trained."""
+"""Load a YAML's model with Axolotl's loader, frozen, without preparing it for training."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from transformers.utils import find_adapter_config_file
 
 from caft_plugin.trunk import trunk_without_weights
 
-# Keys of a YAML that say how several processes share a model, how it is trained in little memory, or with which
-# kernels its adapter computes. A frozen model in one process has no use for them.
+# Keys for sharding a model, saving memory in training, or the adapter's kernels. A frozen model in one process does
+# not need them.
 OF_TRAINING = (
     "fsdp",
     "fsdp_config",
@@ -35,8 +35,7 @@ OF_TRAINING = (
 
 
 class FrozenLoader(ModelLoader):
-    """Axolotl's loader without what makes a model ready to be trained: the adapter, and norms and embeddings in another
-    dtype than the layers."""
+    """Axolotl's loader without the preparation for training: no adapter, norms and embeddings in the layers' dtype."""
 
     def _configure_embedding_dtypes(self) -> None:
         pass
@@ -46,7 +45,7 @@ class FrozenLoader(ModelLoader):
 
 
 def frozen(cfg: DictDefault) -> DictDefault:
-    """A copy of a config without the keys that a frozen model has no use for."""
+    """Return a copy of a config without the keys that a frozen model does not need."""
     copied = DictDefault(dict(cfg))
     for key in OF_TRAINING:
         copied[key] = None
@@ -60,16 +59,17 @@ def load_frozen(
     dtype: torch.dtype | None = None,
     quantised: bool = True,
 ) -> PreTrainedModel:
-    """Load the base of a YAML with all that the YAML says of it: tokens that are added, overrides of its config,
-    revision, quantisation, attention.
+    """Load a YAML's base with its settings: added tokens, config overrides, revision, quantisation, attention.
 
     Args:
-        model: what the run has left, in the place of the base: a merged model, or an adapter that is put over it.
-        dtype: in the place of the YAML's.
-        quantised: follow the YAML's quantisation.
+        cfg: the YAML as Axolotl reads it.
+        tokenizer: the YAML's tokenizer.
+        model: a merged model that replaces the base, or an adapter that is loaded over it.
+        dtype: replaces the YAML's.
+        quantised: whether to use the YAML's quantisation.
 
     Raises:
-        ConfigError: before weights are loaded, where heads cannot be built for the model.
+        ConfigError: heads cannot be built for the model; raised before weights are loaded.
     """
     cfg = frozen(cfg)
     if dtype is not None:
@@ -87,7 +87,7 @@ def load_frozen(
 
 
 def build_empty(loader: ModelLoader) -> nn.Module:
-    """The model, of the class that `ModelLoader` will take, from its config."""
+    """Build the model from its config, with the class that `ModelLoader` will use."""
     cfg = loader.cfg
     loader._set_auto_model_loader()
     model_class = loader.auto_model_loader

@@ -1,4 +1,4 @@
-"""The Axolotl plugin: reads the blocks `caft:` and `meap:`, brings the trainer class, duplicates the training set."""
+"""The Axolotl plugin: reads the blocks `caft:` and `meap:`, sets the trainer class, duplicates the training set."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ from caft_plugin.trunk import refuse_encoder_decoder, trunk_without_weights
 
 LOG = get_logger(__name__)
 
-# Keys of an Axolotl config that choose another kind of training than supervised fine-tuning.
+# Keys of an Axolotl config that select training other than supervised fine-tuning.
 OTHER_TRAINING = ("rl", "reward_model", "process_reward_model")
-# What Axolotl works out from the training set, unless the user said it.
+# Keys that Axolotl computes from the training set, unless the user sets them.
 COUNTED = ("total_num_tokens", "total_supervised_tokens", "sample_packing_eff_est")
-# Keys that share out among processes what is needed whole.
+# Keys that split among processes what caft_plugin needs in one piece.
 CUTTING = {
     "context_parallel_size": "sequences",
     "sequence_parallel_degree": "sequences",
@@ -52,7 +52,7 @@ class CAFTPlugin(BasePlugin):
         self._duplicated = False
 
     def register(self, cfg: DictDefault) -> None:
-        """Checks the blocks as the user wrote them, before Axolotl loads anything."""
+        """Check the user's blocks before Axolotl loads anything."""
         refuse_slips(cfg)
         if cfg.get("pretrain_heads"):
             PretrainConfig.read(_as_dict(cfg["pretrain_heads"]))
@@ -60,7 +60,7 @@ class CAFTPlugin(BasePlugin):
             if "pretrain_heads" not in cfg:
                 LOG.warning(
                     "caft_plugin is listed under `plugins:` but the config has neither a `caft:` nor a `meap:` block, "
-                    "so this is a plain run. Add `caft:` (nothing below it is needed) to switch CAFT on."
+                    "so this is a plain run. Add a line `caft:` to enable CAFT with its defaults."
                 )
             return
         for block, config_class in (("caft", CAFTConfig), ("meap", MEAPConfig)):
@@ -70,14 +70,14 @@ class CAFTPlugin(BasePlugin):
             for key in OTHER_TRAINING:
                 if cfg.get(key):
                     raise ConfigError(
-                        f"{block}: cannot be used together with `{key}: {cfg[key]}`; {block.upper()} takes supervised "
-                        f"fine-tuning and pretraining. Take out the `{block}:` block or the key `{key}`."
+                        f"{block}: cannot be used together with `{key}: {cfg[key]}`; {block.upper()} supports "
+                        f"supervised fine-tuning and pretraining. Remove the `{block}:` block or the key `{key}`."
                     )
             if isinstance(config, MEAPConfig) and cfg.get("processor_type"):
                 raise ConfigError(
                     f"meap: cannot be used together with `processor_type: {cfg['processor_type']}`: Axolotl then makes "
-                    "tokens and labels out of images and text in each batch, where no copy can be put behind an "
-                    "example. Take out the `meap:` block, or, for text alone, the key `processor_type`."
+                    "tokens and labels from images and text in each batch, where examples cannot be copied. Remove "
+                    "the `meap:` block or, if the data is text only, the key `processor_type`."
                 )
             if isinstance(config, MEAPConfig) and config.mode == "sft":
                 _refuse_packed_stream(cfg)
@@ -92,8 +92,10 @@ class CAFTPlugin(BasePlugin):
         return "caft_plugin.axolotl.schema.CAFTArgs"
 
     def load_datasets(self, cfg: DictDefault, preprocess: bool = False) -> TrainDatasetMeta | None:
-        """The first hook of a training run alone. What can be known before data and weights are loaded is checked
-        here. Under MEAP, Axolotl's own data, the training set duplicated: prepared data on disk stays as it is."""
+        """Check what can be checked before data and weights are loaded; with MEAP, load and duplicate the data.
+
+        This is the first hook that is called only in training. Prepared data on disk is not changed.
+        """
         caft, meap = caft_config(cfg), meap_config(cfg)
         if preprocess or (caft is None and meap is None):
             return None
@@ -136,7 +138,7 @@ class CAFTPlugin(BasePlugin):
         return axolotl_trainer(AxolotlTrainer)
 
     def get_training_args(self, cfg: DictDefault) -> dict[str, object]:
-        # Without an accelerator Axolotl refuses `bf16: true` unless told to use the CPU, which no key reaches.
+        # Without an accelerator Axolotl rejects `bf16: true` unless use_cpu is set, for which it has no key.
         return {} if torch.accelerator.is_available() else {"use_cpu": True}
 
     def post_trainer_create(self, cfg: DictDefault, trainer: Trainer) -> None:
@@ -150,19 +152,21 @@ class CAFTPlugin(BasePlugin):
         if meap is not None:
             if meap.mode == "sft" and not self._duplicated:
                 raise ConfigError(
-                    "meap: another plugin brings the training data, so examples were not duplicated. Take it out of "
-                    "`plugins:`, or take the `meap:` block out."
+                    "meap: another plugin provides the training data, so examples were not duplicated. Remove it from "
+                    "`plugins:`, or remove the `meap:` block."
                 )
             trainer.attach_meap(meap, said_of_tokens(cfg))
         self._trainer = trainer
         if cfg.auto_resume_from_checkpoints and cfg.resume_from_checkpoint is None:
-            # Axolotl would take the highest number, whole or not; without a whole one the run starts anew.
+            # Axolotl would use the highest number, complete or not. Without a complete one, the run starts over.
             cfg.resume_from_checkpoint = trainer.newest_whole_checkpoint()
             cfg.auto_resume_from_checkpoints = False
 
     def post_train(self, cfg: DictDefault, model: torch.nn.Module) -> None:
-        """Axolotl calls this after training, and again after its final save: what is ours is saved and taken off
-        before it saves the model."""
+        """Save the heads and remove them from the model, before Axolotl saves it.
+
+        Axolotl calls this after training, and again after its final save.
+        """
         if self._trainer is not None:
             self._trainer.save_ours(cfg.output_dir)
             self._trainer.detach_ours()
@@ -178,7 +182,7 @@ def meap_config(cfg: DictDefault) -> MEAPConfig | None:
 
 
 def said_of_tokens(cfg: DictDefault) -> Said:
-    """What an Axolotl config says of tokens. Those of `special_tokens:` with a name are in the tokenizer."""
+    """Return an Axolotl config's settings of tokens. Named ones in `special_tokens:` are in the tokenizer."""
     listed = (cfg.special_tokens or {}).get("additional_special_tokens") or []
     added = [*(cfg.tokens or []), *listed, *(cfg.added_tokens_overrides or {}).values()]
     templates = [dataset.get("chat_template_jinja") for dataset in cfg.datasets or []]
@@ -195,8 +199,10 @@ def _refuse_packed_stream(cfg: DictDefault) -> None:
 
 
 def _refuse_cut_up(cfg: DictDefault, asks: str) -> None:
-    """Raises ConfigError where processes would share what `asks`, a key of ours, needs whole: in the same words as
-    `CAFTTrainerMixin`, which sees it only beside a loaded model."""
+    """Raise ConfigError if processes would split what the key `asks` needs in one piece.
+
+    `check_trainer` raises the same errors, but only after the model is loaded.
+    """
     for key, what in CUTTING.items():
         if str(cfg.get(key) or 1) != "1":
             raise ConfigError(cut_up(f"{key}: {cfg[key]}", what, asks))
@@ -212,7 +218,7 @@ def _refuse_cut_up(cfg: DictDefault, asks: str) -> None:
             "fsdp_config.version": inside.get("version"),
         }
         said = {key: version for key, version in said.items() if version}
-        if not said:  # Axolotl takes version 1 then
+        if not said:  # Axolotl's default is version 1
             raise ConfigError(fsdp1(f"{'fsdp_config' if inside else 'fsdp'} without fsdp_version", asks))
         for key, version in said.items():
             if str(version) != "2":
@@ -220,16 +226,18 @@ def _refuse_cut_up(cfg: DictDefault, asks: str) -> None:
 
 
 def _zero_stage(deepspeed: str | dict) -> str:
-    """The ZeRO stage of a DeepSpeed config: a dict, or a JSON file's path, as Axolotl takes it."""
+    """Return the ZeRO stage of a DeepSpeed config: a dict or the path of a JSON file, as Axolotl accepts it."""
     try:
         return str(HfDeepSpeedConfig(deepspeed).get_value("zero_optimization.stage"))
-    except (ValueError, OSError, AttributeError):  # no such file, or none of JSON: Axolotl itself stops there
+    except (ValueError, OSError, AttributeError):  # no such file, or not JSON: Axolotl stops there itself
         return "unknown"
 
 
 def _check_model(loader: ModelLoader, caft: CAFTConfig, trainer_class: type[CAFTTrainerMixin]) -> None:
-    """Raises ConfigError if heads cannot be built for the model that Axolotl will load, or a heads folder or
-    `fused_loss: on` does not fit it. Of the model only the config is read."""
+    """Raise ConfigError if heads, the heads folder or `fused_loss: on` do not fit the model that Axolotl will load.
+
+    Only the model's config is read.
+    """
     cfg, model_config = loader.cfg, loader.model_config
     trunk = trunk_without_weights(model_config, cfg.base_model, functools.partial(build_empty, loader))
     if caft.heads is not None:
@@ -249,14 +257,14 @@ def _as_dict(block: object) -> object:
 
 def _two_trainers(other: str) -> str:
     return (
-        f"caft_plugin: {other} brings a trainer of its own, so CAFT and MEAP cannot be trained with it. "
-        "Take it out of `plugins:`, or take the `caft:` and `meap:` blocks out."
+        f"caft_plugin: {other} sets its own trainer class, so CAFT and MEAP cannot be used with it. "
+        "Remove it from `plugins:`, or remove the `caft:` and `meap:` blocks."
     )
 
 
 @functools.cache
 def axolotl_trainer(base: type[Trainer]) -> type[Trainer]:
-    """`with_caft(base)`, which also leaves what is ours beside the model when training is interrupted."""
+    """Return `with_caft(base)`, which also saves the heads when training is interrupted."""
     caft_class: Any = with_caft(base)
 
     def train(self, *args, **kwargs):

@@ -1,4 +1,4 @@
-"""What of a YAML bears on memory and time, for `caft plan`."""
+"""Read the settings that affect memory and time from a YAML, for `caft plan`."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from caft_plugin.axolotl.config_reading import Keys
 from caft_plugin.config import CAFTConfig, ConfigError, shown
 from caft_plugin.plan.run import Run
 
-# Keys of a YAML with which Axolotl does not build the logits of the whole batch.
+# Keys with which Axolotl does not build the logits of the complete batch.
 WITHOUT_LOGITS = ("cut_cross_entropy", "liger_fused_linear_cross_entropy", "chunked_cross_entropy")
 
-# Axolotl's keys that are arguments of PEFT's LoraConfig as they are.
+# Axolotl's keys that correspond to arguments of PEFT's LoraConfig.
 PEFT_NAMES = {
     "lora_rank_pattern": "rank_pattern",
     "lora_target_parameters": "target_parameters",
@@ -19,55 +19,55 @@ PEFT_NAMES = {
     "peft_layer_replication": "layer_replication",
     "peft_trainable_token_indices": "trainable_token_indices",
 }
-# Keys that bear on memory or time and are not counted, and what is counted in their place.
+# Keys that affect memory or time and are not modelled, and what is counted instead.
 _OFFLOADED, _ALL = "counted as if nothing left the GPU", "counted as if all of it was trained"
 UNCOUNTED = {
     "activation_offloading": _OFFLOADED,
-    "auto_find_batch_size": "counted with micro_batch_size as it is written",
-    "cls_model_config": "the config is read as transformers reads it by itself",
-    "fp8": "counted as the dtype that bf16 and fp16 say",
+    "auto_find_batch_size": "counted with micro_batch_size as written",
+    "cls_model_config": "the config is read by transformers' AutoConfig",
+    "fp8": "counted in the dtype set by bf16 and fp16",
     "freeze_mm_modules": _ALL,
     "gpu_memory_limit": _OFFLOADED,
     "gptq": "counted as if the base was not quantised",
     "layer_offloading": _OFFLOADED,
     "lisa_n_layers": _ALL,
-    "llama4_linearized_experts": "counted as transformers has the experts",
+    "llama4_linearized_experts": "counted with transformers' experts",
     "lora_on_cpu": _OFFLOADED,
     "max_memory": _OFFLOADED,
     "model_quantization_config": "counted as if the base was not quantised",
-    "optim_target_modules": "the optimizer's states are counted for all that is trained, in full rank",
-    "overrides_of_model_kwargs": "not followed",
+    "optim_target_modules": "the optimizer's states are counted for all trained parameters, in full rank",
+    "overrides_of_model_kwargs": "ignored",
     "ple_cpu_offload": _OFFLOADED,
     "qat": "counted without fake quantisation",
     "quantize_moe_experts": "experts are counted in the base's dtype",
-    "resize_token_embeddings_to_32x": "rows that the embeddings gain are not counted",
-    "selective_checkpointing": "counted as gradient_checkpointing says",
-    "tiled_mlp": "MLPs are counted whole",
-    "tokens": "rows that the embeddings gain are not counted",
+    "resize_token_embeddings_to_32x": "added rows of the embeddings are not counted",
+    "selective_checkpointing": "counted as set by gradient_checkpointing",
+    "tiled_mlp": "MLPs are counted without tiles",
+    "tokens": "added rows of the embeddings are not counted",
     "torch_compile": "counted without",
-    "type_of_model": "counted as the class that transformers takes by itself",
+    "type_of_model": "counted as transformers' default class",
     "use_onebitllms": "counted as if the base was not quantised",
 }
 
 
 def read_run(keys: Keys) -> Run:
-    """What the keys of an Axolotl YAML say, left-out keys being what Axolotl takes them to be.
+    """Return the run described by an Axolotl YAML's keys, with Axolotl's defaults for missing ones.
 
     Raises:
-        ConfigError: there is no model, no `caft:` block, or a value that cannot be followed.
+        ConfigError: there is no model, no `caft:` block, or an unsupported value.
     """
     if not isinstance(keys.get("base_model"), str):
         raise ConfigError(
-            f"base_model: got {shown(keys.get('base_model'))}, but it takes a model folder or a Hub id. Add the key."
+            f"base_model: got {shown(keys.get('base_model'))}, but it accepts a model folder or a Hub id. Add the key."
         )
     if "caft" not in keys:
         raise ConfigError(
-            "plan: the YAML has no `caft:` block, so it is a plain run and nothing is added to it. Add a line `caft:` "
-            "(nothing below it is needed) and `plugins: [caft_plugin]`."
+            "plan: the YAML has no `caft:` block, so it is a plain run without added cost. Add a line `caft:` and "
+            "`plugins: [caft_plugin]`."
         )
     adapter = keys.get("adapter") or None
     if adapter not in (None, "lora", "qlora"):
-        raise ConfigError(f"adapter: got {shown(adapter)}, but plan takes one of lora, qlora, or none.")
+        raise ConfigError(f"adapter: got {shown(adapter)}, but plan accepts lora, qlora or no adapter.")
     if keys.get("bf16", "auto") or keys.get("bfloat16"):
         dtype = torch.bfloat16
     else:
@@ -102,7 +102,7 @@ def read_run(keys: Keys) -> Run:
 
 
 def _lora(keys: Keys) -> dict[str, object]:
-    """Arguments of PEFT's LoraConfig."""
+    """Return the arguments of PEFT's LoraConfig."""
     targets = keys.get("lora_target_modules") or []
     return {
         "r": _count(keys, "lora_r", 8),
@@ -136,5 +136,5 @@ def _count(keys: Keys, key: str, default: int) -> int:
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ConfigError(f"{key}: got {shown(value)}, but it takes a whole number at least 1.")
+        raise ConfigError(f"{key}: got {shown(value)}, but it accepts a whole number at least 1.")
     return value

@@ -1,4 +1,4 @@
-"""What `caft_plugin` adds to Axolotl's configuration."""
+"""The keys that `caft_plugin` adds to Axolotl's configuration."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from caft_plugin.config import CAFTConfig, MEAPConfig, PretrainConfig
 
 
 class CAFTArgs(BaseModel):
-    """Axolotl merges this class into its own config class, so the fields' names are the YAML keys."""
+    """The plugin's fields of Axolotl's config class, into which Axolotl merges them; their names are the YAML keys."""
 
     caft: CAFTConfig | None = Field(
-        default=None, description="Concept-aware fine-tuning; the block's presence switches it on."
+        default=None, description="Concept-aware fine-tuning; enabled by the presence of the block."
     )
     meap: MEAPConfig | None = Field(
-        default=None, description="Mask-enhanced autoregressive prediction; the block's presence switches it on."
+        default=None, description="Mask-enhanced autoregressive prediction; enabled by the presence of the block."
     )
     pretrain_heads: PretrainConfig | None = Field(
-        default=None, description="Settings of `axolotl caft pretrain-heads`; other commands pass over it."
+        default=None, description="Settings of `axolotl caft pretrain-heads`; ignored by other commands."
     )

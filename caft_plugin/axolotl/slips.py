@@ -1,4 +1,4 @@
-"""Slips in a YAML that Axolotl passes over in silence: misspelt blocks, keys outside of their block, plugin names."""
+"""Report mistakes in a YAML that Axolotl ignores: misspelt blocks, keys outside their block, wrong plugin names."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FIX = f"Write:\n\n    plugins:\n      - {NAME}\n"
 
 
 def meant(key: object) -> str | None:
-    """The block of ours that a key of a YAML spells in another way (`CAFT`, `cafft`, `caft.beta`), None if none."""
+    """Return the caft_plugin block that a YAML key misspells (`CAFT`, `cafft`, `caft.beta`), or None."""
     if not isinstance(key, str) or key in BLOCKS:
         return None
     plain = re.sub(r"[^a-z]+", "_", key.lower()).strip("_")
@@ -32,66 +32,66 @@ def meant(key: object) -> str | None:
 
 
 def refuse_slips(cfg: Mapping) -> None:
-    """Raise ConfigError for keys at the top of a YAML that were meant for a block of ours.
+    """Raise ConfigError for top-level keys of a YAML that were meant for a caft_plugin block.
 
-    Keys that Axolotl or a plugin knows are theirs.
+    Keys that Axolotl or another plugin defines are theirs.
     """
     known = known_keys()
     for key in cfg:
         block = meant(key)
         if block is not None and key not in known:
             raise ConfigError(
-                f"{key}: unknown key, which Axolotl passes over. Did you mean `{block}:`? It takes the keys "
-                f"{', '.join(BLOCKS[block].model_fields)}, one on each line below it."
+                f"{key}: unknown key, which Axolotl ignores. Did you mean `{block}:`? It accepts the keys "
+                f"{', '.join(BLOCKS[block].model_fields)}, each on a line below it."
             )
     for name, block_class in BLOCKS.items():
         stray = [key for key in block_class.model_fields if key in cfg and key not in known]
         if stray:
             them = "it" if len(stray) == 1 else "them"
             raise ConfigError(
-                f"{', '.join(stray)}: found at the left margin, where Axolotl passes over {them}. Indent {them} below "
+                f"{', '.join(stray)}: found at the top level, where Axolotl ignores {them}. Indent {them} below "
                 f"`{name}:`."
             )
 
 
 def known_keys() -> set[str]:
-    """Every key that the schema of Axolotl and its plugins takes at the top of a YAML."""
+    """Return the top-level keys of the schema of Axolotl and its plugins."""
     fields = merge_input_args()[1].model_fields
     return {*fields, *(field.alias for field in fields.values() if field.alias)}
 
 
 def ours(name: object) -> bool:
-    """Whether an entry of `plugins:` names caft_plugin, however it is spelt."""
+    """Return True if an entry of `plugins:` names caft_plugin, in any spelling."""
     package = re.sub(r"[^a-z.]", "", str(name).lower()).split(".")[0]
     return bool(difflib.get_close_matches(package, ("caftplugin",), cutoff=0.85))
 
 
 def settle_names(cfg: MutableMapping) -> None:
-    """Leave one of several names of ours in `plugins:`: each would bring the blocks' schema again.
+    """Keep only one of several names of caft_plugin in `plugins:`, because each would add the blocks' schema again.
 
     Raises:
-        ConfigError: `plugins:` is no list of names, and names caft_plugin.
+        ConfigError: `plugins:` mentions caft_plugin, but is not a list of names.
     """
     names = cfg.get("plugins")
     wrong = names if not isinstance(names, list) else next((n for n in names if not isinstance(n, str)), None)
     if wrong is not None and "caft" in str(wrong).lower():
-        raise ConfigError(f"plugins: got {shown(wrong)}, but it takes a list of names. {FIX}")
+        raise ConfigError(f"plugins: got {shown(wrong)}, but it accepts a list of names. {FIX}")
     if wrong is None and names and sum(map(ours, names)) > 1:
         first = next(name for name in names if ours(name))
         cfg["plugins"] = [name for name in names if name is first or not ours(name)]
 
 
 def check_loaded(cfg: Mapping) -> None:
-    """Stop or warn where a YAML asks for CAFT or MEAP and the plugin was not loaded.
+    """Stop or warn if a YAML asks for CAFT or MEAP and the plugin was not loaded.
 
     Raises:
-        ConfigError: the plugin is listed, and failed to load (Axolotl only logs why).
+        ConfigError: the plugin is listed but failed to load (Axolotl only logs the reason).
     """
     if any(type(plugin).__module__.split(".")[0] == NAME for plugin in PluginManager.get_instance().plugins.values()):
         return
     listed = [name for name in cfg.get("plugins") or [] if ours(name)]
     if listed:
-        raise ConfigError(f"plugins: {listed[0]} could not be loaded; the reason is in the lines above. {FIX}")
+        raise ConfigError(f"plugins: {listed[0]} could not be loaded; see the log lines above for the reason. {FIX}")
     blocks = [key for key in cfg if key in BLOCKS or (meant(key) and key not in known_keys())]
     if blocks:
         LOG.warning(
@@ -104,7 +104,7 @@ def check_loaded(cfg: Mapping) -> None:
 
 
 def unknown_name(name: str, known: Iterable[str]) -> ConfigError | None:
-    """The error for a name in `plugins:` that is no plugin; None where it does not resemble a `known` one."""
+    """Return the error for an unknown name in `plugins:`, or None if it does not resemble a `known` one."""
     spelt = {re.sub(r"[^a-z]", "", entry.lower()): entry for entry in known}
     near = difflib.get_close_matches(re.sub(r"[^a-z]", "", name.split(".")[0].lower()), spelt, n=1, cutoff=0.55)
     if not near:

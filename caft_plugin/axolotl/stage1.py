@@ -1,4 +1,4 @@
-"""Stage 1 from an Axolotl YAML: model, tokenizer, chat template, data sets, quantisation and trainer settings."""
+"""Set up stage 1 from an Axolotl YAML: model, tokenizer, chat template, data sets, quantisation, trainer settings."""
 
 from __future__ import annotations
 
@@ -22,13 +22,19 @@ LOG = get_logger(__name__)
 def read_stage1(
     config_file: Path, options: dict[str, object], caft: dict[str, object], model: str | None = None, **keys: object
 ) -> Stage1:
-    """Everything stage 1 needs, from a YAML. What the command line gave goes before it: `options` are keys of
-    `pretrain_heads:`, `caft` of `caft:`, `keys` of the YAML itself; `model` stands in the place of the base.
+    """Return the inputs of stage 1 from a YAML. Values from the command line take precedence.
 
-    The YAML's adapter is left out (the base stays as it is), its quantisation is kept.
+    The YAML's adapter is ignored, because the base is not trained; its quantisation is used.
+
+    Args:
+        config_file: the YAML.
+        options: keys of `pretrain_heads:`.
+        caft: keys of `caft:`.
+        model: replaces the base model.
+        keys: top-level keys.
 
     Raises:
-        ConfigError: a key that stage 1 cannot follow.
+        ConfigError: a key that stage 1 does not support.
     """
     cfg = read_config(config_file, "pretrain-heads", **keys)
     refuse_keys(cfg)
@@ -38,7 +44,7 @@ def read_stage1(
         check_vllm(bool(cfg.load_in_4bit or cfg.load_in_8bit))
     if cfg.sample_packing:
         LOG.warning(
-            "pretrain_heads: sample_packing is not followed: stage 1 pads rows, micro_batch_size of them in a batch."
+            "pretrain_heads: sample_packing is ignored: stage 1 pads rows, with micro_batch_size rows per batch."
         )
     tokenizer = load_tokenizer(cfg)
     meta = load_datasets(cfg=cfg, cli_args=TrainerCliArgs())

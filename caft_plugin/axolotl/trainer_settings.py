@@ -1,4 +1,4 @@
-"""Stage 1's training settings from a YAML: made by Axolotl's own builder, tried out before weights are loaded."""
+"""Make stage 1's training settings from a YAML with Axolotl's builder, and test them before weights are loaded."""
 
 from __future__ import annotations
 
@@ -20,18 +20,17 @@ from caft_plugin.axolotl.loading import frozen
 from caft_plugin.config import ConfigError, first_line, shown
 from caft_plugin.stage1.pretraining import HeadsTrainer
 
-# Keys of a YAML that say how the fine-tuned model is trained or measured, which stage 1 cannot do to heads, and what it
-# can take in their place.
+# Keys for training or evaluating the fine-tuned model that stage 1 does not support for heads, and why.
 REFUSED = {
-    "rl": "it takes supervised fine-tuning",
-    "reward_model": "it takes supervised fine-tuning",
-    "process_reward_model": "it takes supervised fine-tuning",
-    "curriculum_sampling": "it draws rows at random",
-    "early_stopping_patience": "it trains to its end; set max_steps or num_epochs",
+    "rl": "it supports supervised fine-tuning",
+    "reward_model": "it supports supervised fine-tuning",
+    "process_reward_model": "it supports supervised fine-tuning",
+    "curriculum_sampling": "it samples rows at random",
+    "early_stopping_patience": "it always trains to the end; set max_steps or num_epochs",
     "lr_groups": "heads have one learning rate",
     "loraplus_lr_ratio": "heads train fully, without LoRA",
 }
-# Keys that the builder must not see: they are of the fine-tuned model (its repository, its checkpoint, its callbacks).
+# Keys hidden from the builder: they concern the fine-tuned model (its repository, its checkpoint, its callbacks).
 OF_THE_TUNED_MODEL = (
     "hub_model_id",
     "resume_from_checkpoint",
@@ -45,9 +44,9 @@ OF_THE_TUNED_MODEL = (
     "embedding_lr",
     "embedding_lr_scale",
 )
-# What an error names where the optimizer or the scheduler does not work.
+# Keys that are named in the error if the optimizer or the scheduler does not work.
 CHOICES = ("optimizer", "optim_args", "lr_scheduler", "lr_scheduler_kwargs", "warmup_steps", "warmup_ratio")
-# Numbers that some optimizers and schedulers follow, and others pass over without a word.
+# Numbers that some optimizers and schedulers use, and others ignore silently.
 TUNING = (
     "adam_beta1",
     "adam_beta2",
@@ -57,7 +56,7 @@ TUNING = (
     "cosine_min_lr_ratio",
     "cosine_constant_lr_ratio",
 )
-STEPS, RATE = 20, 0.01  # of a rehearsal
+STEPS, RATE = 20, 0.01  # steps and learning rate of a rehearsal
 
 
 class AxolotlHeadsTrainer(HeadsTrainer, OptimizerMixin, SchedulerMixin):  # type: ignore[misc, valid-type]
@@ -65,8 +64,10 @@ class AxolotlHeadsTrainer(HeadsTrainer, OptimizerMixin, SchedulerMixin):  # type
 
 
 class Settings:
-    """What Axolotl's builder has made of a YAML. It stands in the place of a trainer's class there, takes what a
-    trainer would be given, and builds nothing."""
+    """Settings made by Axolotl's builder from a YAML.
+
+    The builder calls this class in place of a trainer's class; it stores the arguments and builds nothing.
+    """
 
     def __init__(
         self,
@@ -83,7 +84,7 @@ class Settings:
 
 
 class SettingsBuilder(HFCausalTrainerBuilder):
-    """Axolotl's builder, up to where it would build the trainer."""
+    """Axolotl's builder, stopped before it builds the trainer."""
 
     def _get_trainer_cls(self) -> type[Settings]:
         return Settings
@@ -98,29 +99,34 @@ class SettingsBuilder(HFCausalTrainerBuilder):
 
 
 def refuse_keys(cfg: DictDefault) -> None:
-    """Raises ConfigError where the YAML has a key that stage 1 cannot follow."""
+    """Raise ConfigError if the YAML has a key that stage 1 does not support."""
     if cfg.pretraining_dataset or cfg.streaming:
         raise ConfigError(
-            "pretrain_heads: streamed data (`pretraining_dataset`, `streaming`) is not supported; give `datasets:`."
+            "pretrain_heads: streamed data (`pretraining_dataset`, `streaming`) is not supported; use `datasets:`."
         )
     if cfg.processor_type:
         raise ConfigError(
-            f"pretrain_heads: got processor_type: {cfg.processor_type}, but it takes rows of text alone, also for a "
-            "vision-language model. Leave out `processor_type` and `skip_prepare_dataset`; give text in `datasets:`."
+            f"pretrain_heads: got processor_type: {cfg.processor_type}, but it accepts only rows of text, also for a "
+            "vision-language model. Remove `processor_type` and `skip_prepare_dataset`; use text in `datasets:`."
         )
     for key, instead in REFUSED.items():
         if cfg[key]:
             raise ConfigError(
-                f"pretrain_heads: cannot follow {key}: {shown(cfg[key])}: {instead}. Take the key out of the YAML of "
-                "stage 1."
+                f"pretrain_heads: does not support {key}: {shown(cfg[key])}: {instead}. Remove the key from stage 1's "
+                "YAML."
             )
 
 
 def trainer_settings(cfg: DictDefault, tokenizer: PreTrainedTokenizerBase, heldout: Dataset | None) -> Settings:
-    """The settings that Axolotl's builder makes of a YAML, whose optimizer and scheduler were tried out.
+    """Return the settings that Axolotl's builder makes from a YAML, after a rehearsal of optimizer and scheduler.
+
+    Args:
+        cfg: the YAML as Axolotl reads it.
+        tokenizer: the YAML's tokenizer.
+        heldout: the evaluation set, or None.
 
     Raises:
-        ConfigError: an optimizer, a scheduler or another setting that does not work here, or one that changes nothing.
+        ConfigError: an optimizer, a scheduler or another setting that does not work here or has no effect.
     """
     cfg = frozen(cfg)
     for key in OF_THE_TUNED_MODEL:
@@ -136,7 +142,7 @@ def trainer_settings(cfg: DictDefault, tokenizer: PreTrainedTokenizerBase, heldo
 
     try:
         settings, outcome = tried(cfg)
-    except Exception as error:  # a package that is missing, a GPU, an adapter that it wants: each has its own kind
+    except Exception as error:  # a missing package, GPU or adapter: each raises its own kind
         said = ", ".join(f"{key}: {shown(cfg[key])}" for key in CHOICES if cfg[key])
         raise ConfigError(
             f"pretrain_heads: heads cannot be trained with {said} ({first_line(error)}). Use another optimizer or "
@@ -147,14 +153,14 @@ def trainer_settings(cfg: DictDefault, tokenizer: PreTrainedTokenizerBase, heldo
         other[key] = 0.5 if cfg[key] != 0.5 else 0.25
         if torch.equal(tried(other)[1], outcome):
             raise ConfigError(
-                f"pretrain_heads: {key}: {shown(cfg[key])} changes nothing with optimizer: {cfg.optimizer} and "
-                f"lr_scheduler: {cfg.lr_scheduler}. Take the key out, or use an optimizer or scheduler that follows it."
+                f"pretrain_heads: {key}: {shown(cfg[key])} has no effect with optimizer: {cfg.optimizer} and "
+                f"lr_scheduler: {cfg.lr_scheduler}. Remove the key, or use an optimizer or scheduler that supports it."
             )
     return settings
 
 
 def with_optim_args(settings: Settings, optim_args: str | dict | None) -> Settings:
-    """`settings` whose optimizer gets all of `optim_args`: transformers passes on those alone that it knows of."""
+    """Return `settings` whose optimizer gets all of `optim_args`: transformers passes on only those that it knows."""
     if not optim_args or settings.optimizer_cls_and_kwargs is not None:
         return settings
     if isinstance(optim_args, str):
@@ -179,7 +185,7 @@ def with_optim_args(settings: Settings, optim_args: str | dict | None) -> Settin
 
 
 class _Layer(nn.Module):
-    """As small as a head can be: names and shapes of weights as decoder layers have them."""
+    """A minimal head: a few weights with the names and shapes of a decoder layer's."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -189,15 +195,14 @@ class _Layer(nn.Module):
 
 
 class _Rehearsal(OptimizerMixin, SchedulerMixin, Trainer):
-    """Makes an optimizer and a scheduler as stage 1's trainer will."""
+    """Creates an optimizer and a scheduler as stage 1's trainer does."""
 
 
 def rehearse(settings: Settings) -> Tensor:
-    """Some steps of the optimizer and the scheduler on a layer of 64 dimensions: whatever they lack shows here, before
-    weights are loaded.
+    """Run some steps of the optimizer and the scheduler on a small layer, so that errors occur before loading weights.
 
     Returns:
-        The layer's weights after them.
+        The layer's weights after these steps.
     """
     arguments = copy.copy(settings.args)
     arguments.report_to, arguments.learning_rate = [], RATE
@@ -214,8 +219,8 @@ def rehearse(settings: Settings) -> Tensor:
         held = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
         left_out = [name for name, parameter in layer.named_parameters() if id(parameter) not in held]
         if left_out and not isinstance(trainer.optimizer, LayerWiseDummyOptimizer):
-            raise ValueError(f"it leaves out {', '.join(left_out)}")
-        if hasattr(trainer.optimizer, "train"):  # schedule-free ones want to be told
+            raise ValueError(f"it does not include {', '.join(left_out)}")
+        if hasattr(trainer.optimizer, "train"):  # schedule-free optimizers need this call
             trainer.optimizer.train()
         for _ in range(min(steps, STEPS)):
             sum(parameter.square().sum() for parameter in layer.parameters()).backward()  # type: ignore[union-attr]

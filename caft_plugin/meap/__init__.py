@@ -1,1 +1,1 @@
-"""Mask-enhanced autoregressive prediction: copies and masks, the mask token, what they did to attention."""
+"""Mask-enhanced autoregressive prediction (MEAP): copies, masks, the mask token, and the attention report."""

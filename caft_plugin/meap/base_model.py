@@ -1,4 +1,4 @@
-"""What MEAP has to know of a base model: how many positions it has, and which tokens its configs give a role."""
+"""MEAP's facts about a base model: its number of positions, and the tokens with a role in its configs."""
 
 from __future__ import annotations
 
@@ -12,13 +12,16 @@ from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 from caft_plugin.meap.roles import placeholder_ids, role_ids
 
 POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length")
-STRETCHED = ("linear", "dynamic", "yarn")  # rope types whose factor may stand beside the length before it
+STRETCHED = ("linear", "dynamic", "yarn")  # rope types whose factor may multiply the original length
 
 
 @dataclasses.dataclass(frozen=True)
 class BaseModel:
-    """`positions` a sequence may have, None where there is no limit; ids of `placeholders` for images or sound, and of
-    tokens with `roles`."""
+    """Facts about a base model.
+
+    `positions` is the maximum sequence length (None: no limit); `placeholders` are the ids of tokens for images or
+    sound, `roles` those of tokens with a role.
+    """
 
     positions: int | None = None
     placeholders: frozenset[int] = frozenset()
@@ -34,19 +37,19 @@ class BaseModel:
 
     @classmethod
     def named(cls, model: str, trust_remote_code: bool = False, **loading: object) -> BaseModel:
-        """Of a folder or Hub id, with what the user loads it with (revision, changes to its config)."""
+        """Read the configs of a folder or Hub id, with the user's loading arguments (revision, config changes)."""
         config, _ = AutoConfig.from_pretrained(
             model, return_unused_kwargs=True, trust_remote_code=trust_remote_code, **loading
         )
         return cls.of(config, generation_config_of(model, cast(str | None, loading.get("revision"))))
 
     def limit(self, host: int | None) -> int | None:
-        """The longest pair: the smaller one of the host's limit and the model's."""
+        """Return the maximum length of a pair: the smaller of the host's limit and the model's."""
         return min((limit for limit in (host, self.positions) if limit is not None), default=None)
 
 
 def generation_config_of(model: str, revision: str | None = None) -> GenerationConfig | None:
-    """The generation config beside a base model, None where there is none."""
+    """Return a base model's generation config, or None if it has none."""
     try:
         return GenerationConfig.from_pretrained(model, revision=revision or "main")
     except (OSError, ValueError):
@@ -54,7 +57,7 @@ def generation_config_of(model: str, revision: str | None = None) -> GenerationC
 
 
 def positions_of(config: PretrainedConfig) -> int | None:
-    """How many positions a model has, stretched by its rotary embeddings where they are; None without a limit."""
+    """Return a model's number of positions, including its rotary embeddings' scaling; None without a limit."""
     text = config.get_text_config()
     length = next((value for name in POSITIONS if isinstance(value := getattr(text, name, None), int)), None)
     if not length or length < 0:

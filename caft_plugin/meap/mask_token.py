@@ -1,4 +1,4 @@
-"""The token that MEAP writes over masked ones: one that is already there, or one vector more, never another shape."""
+"""MEAP's mask token: an existing token, or one extra input vector. The model keeps its shape."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from caft_plugin.meap.roles import Roles
 from caft_plugin.storage import gather, shard_like, write_atomically
 from caft_plugin.trunk import input_embedding
 
-# Names that makers of models give to tokens kept for later use: <|reserved_special_token_0|>, <unused0>, [control_8],
+# Names of tokens that models reserve for later use: <|reserved_special_token_0|>, <unused0>, [control_8],
 # <|placeholder1|>, <|dummy_0|>.
 SPARE_NAME = re.compile(r"[<\[].*(reserved|unused|place.?holder|dummy|control_\d).*[>\]]", re.IGNORECASE)
-# A row of the embedding this far below the table's median norm was never trained: rows that were lie within a factor of
-# a few of each other, those of reserved tokens are often zeros. The model's first norm divides by the row's size, so
-# the first gradients there are as many times too large.
+# An embedding row whose norm is below this fraction of the median was never trained: the norms of trained rows differ
+# by a small factor, while rows of reserved tokens are often zero. The model's first norm divides by the row's size, so
+# the first gradients would be too large by the inverse factor.
 UNTRAINED = 0.1
 MODULE_NAME = "caft_mask_token"
 FILE = Path("caft_meap") / "mask_token.safetensors"
@@ -34,7 +34,7 @@ FILE = Path("caft_meap") / "mask_token.safetensors"
 
 @dataclasses.dataclass(frozen=True)
 class MaskToken:
-    """`id` is what goes into input_ids; `added` says that it is the id after the embedding's last row."""
+    """A mask token. `id` is used in input_ids; `added` is True if it is the id after the embedding's last row."""
 
     id: int
     words: str
@@ -42,7 +42,7 @@ class MaskToken:
 
 
 def row_norms(embedding: nn.Module) -> Tensor | None:
-    """The norm of each row of an input embedding; None where its weight is quantised, sharded or not there."""
+    """Return the norm of each row of an input embedding; None if its weight is quantised, sharded or missing."""
     weight = getattr(embedding, "weight", None)
     if not isinstance(weight, Tensor) or isinstance(weight, DTensor) or weight.is_meta:
         return None
@@ -65,23 +65,26 @@ def choose_mask_token(
     placeholders: Collection[int] = (),
     roles: Roles | None = None,
 ) -> MaskToken:
-    """The mask token for a model whose input embedding has `rows` rows.
+    """Choose the mask token for a model whose input embedding has `rows` rows.
 
-    `auto` takes the first there is of: the tokenizer's mask token; a token with a name of reserve; a row beyond the
-    tokenizer's last id; a special token that the chat template does not contain and the data does not use. It passes
-    over tokens with a role, and over those whose row of the embedding is untrained as long as there is another.
+    `auto` uses the first available of: the tokenizer's mask token; a reserved token, by name; a row beyond the
+    tokenizer's last id; a special token that is neither in the chat template nor in the data. It skips tokens with a
+    role, and tokens with an untrained embedding row if there is another.
 
     Args:
-        used: ids in the training data, None where they cannot be known (streamed data).
-        norms: of the embedding's rows (`row_norms`), None where they cannot be known.
-        placeholders: ids that stand for images or sound (`placeholder_ids`).
-        roles: of the tokenizer, the base model and the user's settings; None: of the tokenizer only.
+        wanted: the value of `meap.mask_token`.
+        tokenizer: the model's tokenizer.
+        rows: number of rows of the input embedding.
+        used: ids in the training data, None if unknown (streamed data).
+        norms: norms of the embedding's rows (`row_norms`), None if unknown.
+        placeholders: ids of tokens for images or sound (`placeholder_ids`).
+        roles: from the tokenizer, the base model and the user's settings; None: from the tokenizer only.
 
     Raises:
-        ConfigError: no such token, or the one that was asked for is missing, in use or has a role.
+        ConfigError: there is no such token, or the requested one is missing, in use or has a role.
     """
     if wanted == "add":
-        return MaskToken(rows, f"added: id {rows}, one more input vector beside the {rows} of the model", added=True)
+        return MaskToken(rows, f"added: id {rows}, one input vector in addition to the model's {rows}", added=True)
     roles = Roles.of(tokenizer) if roles is None else roles
     vocabulary = tokenizer.get_vocab()
     text_of = {id_: text for text, id_ in vocabulary.items()}
@@ -91,25 +94,25 @@ def choose_mask_token(
         words = f"{text_of.get(id_, 'a row without a token')!r} (id {id_}), {why}"
         if norms is not None and untrained(norms, id_):
             words += (
-                f", but its input vector is untrained: its norm is {norms[id_]:.2g}, the table's median "
-                f"{norms.median():.2g}, so the first gradients will be large. Take mask_token: add, or another token"
+                f", but its input vector is untrained: its norm is {norms[id_]:.2g}, the embedding's median is "
+                f"{norms.median():.2g}, so the first gradients will be large. Use mask_token: add, or another token"
             )
         return MaskToken(id_, words)
 
     if wanted != "auto":
-        return found(_as_asked(wanted, vocabulary, rows, used, placeholders, roles), "as asked")
+        return found(_as_asked(wanted, vocabulary, rows, used, placeholders, roles), "as configured")
 
     def candidates() -> Iterator[tuple[int, str]]:
         if tokenizer.mask_token_id is not None:
             yield tokenizer.mask_token_id, "the tokenizer's mask token"
         for id_ in sorted(id_ for text, id_ in vocabulary.items() if SPARE_NAME.fullmatch(text)):
-            yield id_, "a token kept in reserve"
+            yield id_, "a reserved token"
         spare = max(vocabulary.values()) + 1
         for id_ in range(spare, rows):
-            yield id_, f"one of {rows - spare} embedding rows that the tokenizer does not use"
+            yield id_, f"one of {rows - spare} embedding rows without a token"
         if used is not None:
             for id_ in sorted(roles.special):
-                yield id_, "a special token that neither the chat template nor the data uses"
+                yield id_, "a special token that is neither in the chat template nor in the data"
 
     barred = {*(used or ()), *placeholders, *roles.never_chosen}
     free = [
@@ -124,8 +127,8 @@ def choose_mask_token(
         return found(*free[0])
     raise ConfigError(
         "meap.mask_token: auto found no mask token, no reserved token, no spare embedding row and no unused special "
-        f"token{'' if used is not None else ' (streamed data cannot be searched for them)'}. Set mask_token: add, "
-        "which adds one input vector and leaves the model's shape alone, or name a token."
+        f"token{'' if used is not None else ' (streamed data cannot be searched for them)'}. Use mask_token: add, "
+        "which adds one input vector and keeps the model's shape, or name a token."
     )
 
 
@@ -140,39 +143,39 @@ def _as_asked(
     id_ = vocabulary.get(wanted) if isinstance(wanted, str) else wanted
     if id_ is None:
         raise ConfigError(
-            f"meap.mask_token: got {wanted!r}, which is not a token of this tokenizer. It takes auto, add, a token's "
-            "text as the vocabulary has it, or a token id."
+            f"meap.mask_token: got {wanted!r}, which is not a token of this tokenizer. It accepts auto, add, a token's "
+            "text as in the vocabulary, or a token id."
         )
     if not 0 <= id_ < rows:
         raise ConfigError(
-            f"meap.mask_token: got {wanted!r} (id {id_}), but the model's input embedding has {rows} rows. It takes an "
-            f"id from 0 to {rows - 1}, or add."
+            f"meap.mask_token: got {wanted!r} (id {id_}), but the model's input embedding has {rows} rows. It accepts "
+            f"an id from 0 to {rows - 1}, or add."
         )
     if id_ in (used or ()):
         raise ConfigError(
             f"meap.mask_token: got {wanted!r} (id {id_}), but the training data contains it, so the model could not "
-            "tell masks from text. Name a token that the data does not use, or set auto or add."
+            "distinguish masks from text. Name a token that the data does not contain, or use auto or add."
         )
     if id_ in placeholders:
         raise ConfigError(
-            f"meap.mask_token: got {wanted!r} (id {id_}), but the model's config gives it to images, video or sound. "
-            "Name another token, or set auto or add."
+            f"meap.mask_token: got {wanted!r} (id {id_}), but the model's config uses it for images, video or sound. "
+            "Name another token, or use auto or add."
         )
     if id_ in roles.given:
         raise ConfigError(
             f"meap.mask_token: got {wanted!r} (id {id_}), but the chat template, the tokenizer, the model's config or "
-            "eot_tokens gives it a role (it begins, ends or pads a text or a turn). Name another token, or set auto or "
+            "eot_tokens gives it a role (it begins, ends or pads a text or a turn). Name another token, or use auto or "
             "add."
         )
     return id_
 
 
 class AddedMaskToken(nn.Module):
-    """One input vector more, for the id after the embedding's last row; also the handle that puts it on a model and
-    takes it off, and a context manager.
+    """An extra input vector for the id after the embedding's last row.
 
-    It starts as the mean of the table's outputs and trains where the table trains. While it is on, it is the submodule
-    `caft_mask_token` of the outermost model, left out of the model's state dict.
+    It is also the handle that attaches it to a model and detaches it, and a context manager. The vector starts as the
+    mean of the embedding's outputs, and is trained if the embedding is. While attached, it is the submodule
+    `caft_mask_token` of the outermost model, but not in its state dict.
     """
 
     def __init__(self, model: nn.Module, token: MaskToken) -> None:
@@ -185,7 +188,7 @@ class AddedMaskToken(nn.Module):
         self.vector = nn.Parameter(mean.to(embedding.weight.dtype), requires_grad=trainable)
         self.token = token
         self._where: Tensor | None = None
-        self._embedding = (embedding,)  # in a tuple, so that it is no submodule of this one
+        self._embedding = (embedding,)  # in a tuple, so that it is not a submodule of this one
         self.hidden = HiddenSubmodule(model, MODULE_NAME, self)
         self._handles: list[RemovableHandle] = []
 
@@ -194,10 +197,10 @@ class AddedMaskToken(nn.Module):
         return bool(self._handles)
 
     def attach(self) -> AddedMaskToken:
-        """Puts vector and hooks on the model. Doing it twice does no harm.
+        """Attach the vector and its hooks to the model; a no-op if attached.
 
         Raises:
-            ConfigError: another trainer's vector is on it.
+            ConfigError: another trainer's vector is attached.
         """
         if not self.attached:
             (embedding,) = self._embedding
@@ -222,7 +225,7 @@ class AddedMaskToken(nn.Module):
         return torch.where(where[..., None], self.vector.to(output.dtype), output)
 
     def detach(self) -> None:
-        """Takes vector and hooks off the model. Doing it twice does no harm."""
+        """Remove the vector and its hooks from the model; a no-op if detached."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -236,14 +239,14 @@ class AddedMaskToken(nn.Module):
         self.detach()
 
     def save(self, folder: Path, write: bool) -> None:
-        """Writes the vector into `folder`. Every process has to call it; the one with `write` writes."""
+        """Save the vector to `folder`. Every process must call it; the one with `write` writes the file."""
         vector = gather(self.vector)
         if write:
             (folder / FILE).parent.mkdir(parents=True, exist_ok=True)
             write_atomically(folder / FILE, lambda path: save_file({"vector": vector}, path, {"format": "pt"}))
 
     def load(self, folder: Path) -> None:
-        """Puts the vector back as a checkpoint holds it.
+        """Load the vector from a checkpoint.
 
         Raises:
             ConfigError: the checkpoint has none, or one of another size.
@@ -253,7 +256,7 @@ class AddedMaskToken(nn.Module):
         except (OSError, KeyError, SafetensorError) as error:
             raise ConfigError(
                 f"meap.mask_token: {folder / FILE} cannot be read ({error}), so this checkpoint was not made with "
-                "mask_token: add. Resume with the setting it was made with, or start anew."
+                "mask_token: add. Resume with the setting it was made with, or start from the beginning."
             ) from None
         if vector.shape != self.vector.shape:
             raise ConfigError(

@@ -1,9 +1,9 @@
-"""MEAP: training examples get a masked copy, and the masks are drawn anew when a batch is made.
+"""MEAP: add a masked copy to training examples, and draw the masks for each batch.
 
-Two steps. Before the host packs its training set or counts its steps, `Duplication` puts a copy behind each example
-whose answers are long enough. When the host's collator has made a batch, `MEAPCollator` draws the masks. Between the
-two the labels carry what is to be masked, because every host pads, cuts and packs labels beside the tokens and drops
-other columns: see COPY, KEPT, COPY_START, ELIGIBLE and TOO_LONG.
+There are two steps. Before the host packs its training set or counts its steps, `Duplication` adds a copy to each
+example whose answers are long enough. After the host's collator has made a batch, `MEAPCollator` draws the masks. In
+between, the labels encode what may be masked, because every host pads, truncates and packs labels together with the
+tokens and drops other columns: see COPY, KEPT, COPY_START, ELIGIBLE and TOO_LONG.
 """
 
 from __future__ import annotations
@@ -30,29 +30,29 @@ logger = logging.getLogger(__name__)
 
 ArrayOrTensor = TypeVar("ArrayOrTensor", np.ndarray, Tensor)
 
-# What labels say between duplication and collation, all of it gone from a batch:
-COPY = -101  # a token of a copy, outside of its answers
+# Codes of labels between duplication and collation; a batch has none of them:
+COPY = -101  # a token of a copy outside its answers
 KEPT = -102  # a supervised token of a copy that is never masked: special, or an end token
-COPY_START = -103  # the first token of a copy that stands behind its original
+COPY_START = -103  # the first token of a copy after its original
 ELIGIBLE = 2**24  # + token id: a token of a copy that may be masked
-TOO_LONG = 2**25  # + token id: the last supervised token of an example whose pair would have been too long
+TOO_LONG = 2**25  # + token id: the last supervised token of an example whose pair would be too long
 
 
 def runs(inside: np.ndarray) -> Iterator[tuple[int, int]]:
-    """Start and end of each maximal run of True in a boolean row."""
+    """Return start and end of each maximal run of True in a boolean row."""
     edges = np.flatnonzero(np.diff(np.concatenate(([0], inside.astype(np.int8), [0]))))
     return zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True)
 
 
 @dataclasses.dataclass(frozen=True)
 class Duplication:
-    """Puts a copy to be masked behind each example that has a long enough answer (paper, section 3; the rule is the
-    released code's: more than 50 tokens, end tokens not counted).
+    """Adds a copy, to be masked, to each example with a long enough answer.
 
-    An answer is a run of supervised tokens, so a conversation may have several: the rule goes by answer, and one copy
-    serves all of them. `special` are ids that are never masked (`Roles`), `blank` those of white space, which after an
-    answer's end token belongs to the template. `placeholders` are ids that stand for images or sound. `length_column`
-    is the column with each row's number of tokens, where the rows have one.
+    This is section 3 of the paper; the rule is that of the released code: more than 50 tokens, not counting end tokens.
+    An answer is a run of supervised tokens. A conversation may have several: the rule applies to each, and one copy is
+    used for all of them. `special` are ids that are never masked (`Roles`), `blank` those of white space, which after
+    an answer's end token belongs to the template. `placeholders` are ids of tokens for images or sound.
+    `length_column` is the column with each row's number of tokens, if there is one.
     """
 
     layout: str
@@ -73,7 +73,16 @@ class Duplication:
         roles: Roles | None = None,
         length_column: str = "length",
     ) -> Duplication:
-        """`roles` are those of the tokenizer, the base model and the user's settings; None: of the tokenizer only."""
+        """Create the duplication for a config and a tokenizer.
+
+        Args:
+            config: MEAP's settings.
+            tokenizer: the model's tokenizer.
+            max_length: of a pair, in tokens; None: no limit.
+            placeholders: ids of tokens for images or sound.
+            roles: from the tokenizer, the base model and the user's settings; None: from the tokenizer only.
+            length_column: the column with each row's number of tokens.
+        """
         roles = Roles.of(tokenizer) if roles is None else roles
         white = [tokenizer.encode(text, add_special_tokens=False) for text in ("\n", "\n\n", " ", "\r\n")]
         return cls(
@@ -87,7 +96,7 @@ class Duplication:
         )
 
     def copy_labels(self, ids: np.ndarray, labels: np.ndarray) -> np.ndarray | None:
-        """Labels of an example's copy, or None where no answer is long enough. Both (length,), int64."""
+        """Return the labels of an example's copy, or None if no answer is long enough. Arrays are (length,), int64."""
         coded = np.where(labels == IGNORE, COPY, KEPT)
         special = np.isin(ids, self.special)
         blank = np.isin(ids, self.blank)
@@ -106,22 +115,22 @@ class Duplication:
         return coded if found else None
 
     def __call__(self, example: Row) -> list[Row]:
-        """The row or rows that an example becomes.
+        """Return the row or rows made from an example.
 
         Raises:
-            ConfigError: rows that are not tokenised, without labels, doubled already, or with images in a pair.
+            ConfigError: the row is not tokenised, has no labels, is already doubled, or would be a pair with images.
         """
         for key in ("input_ids", "labels"):
             if key not in example:
                 raise ConfigError(
                     f"meap: training rows need `input_ids` and `labels`, but these have {', '.join(example)}. Tokenise "
-                    "them with labels of -100 on the prompt, or use `mode: pretrain`, which takes rows without labels."
+                    "them with labels of -100 on the prompt, or use `mode: pretrain`, which needs no labels in rows."
                 )
         ids, labels = (np.asarray(example[key], dtype=np.int64) for key in ("input_ids", "labels"))
         if codes(labels).any():
             raise ConfigError(
-                "meap: the training rows come from a training set that has its masked copies already (their labels "
-                "hold MEAP's codes). Give the rows as they were before."
+                "meap: the training rows are from a training set that already has masked copies (their labels have "
+                "MEAP's codes). Use the original rows."
             )
         copy = self.copy_labels(ids, labels)
         if copy is None:
@@ -137,8 +146,8 @@ class Duplication:
         if media or np.isin(ids, self.placeholders).any():
             seen = f"the column {media[0]}" if media else f"token id {ids[np.isin(ids, self.placeholders)][0]}"
             raise ConfigError(
-                f"meap.layout: got concat, but a training row holds images, video or sound ({seen}), which would have "
-                "to stand twice in one sequence. Use layout: separate, or mode: pretrain."
+                f"meap.layout: got concat, but a training row contains images, video or sound ({seen}), which would "
+                "occur twice in one sequence. Use layout: separate, or mode: pretrain."
             )
         copy[0] = COPY_START
         pair = {
@@ -158,17 +167,18 @@ class Duplication:
         return {key: [row[key] for row in made] for key in (made[0] if made else batch)}
 
     def doubled(self, dataset: TrainingSet) -> TrainingSet:
-        """A training set of the same kind, doubled: of `datasets` (streamed too), or any map-style one, read once, as
-        a list.
+        """Return the training set with copies.
+
+        A set of `datasets` (also streamed) keeps its type; any other map-style set is read once, into a list.
 
         Raises:
-            ConfigError: the set makes its rows anew each time, or cannot be doubled for another reason.
+            ConfigError: the set makes its rows at each access, or cannot be doubled for another reason.
         """
         if is_of_datasets(dataset, "Dataset") and dataset.format["type"] == "custom":
             raise ConfigError(
                 "meap.mode: got sft, but the training set makes its rows when they are read (with_transform or "
-                "set_transform), so no copies can be put behind them. Make the rows with Dataset.map(...) in place of "
-                "the transform, or use mode: pretrain, which takes such a set."
+                "set_transform), so they cannot be copied. Use Dataset.map(...) instead of the transform, or use "
+                "mode: pretrain, which accepts such a set."
             )
         if is_of_datasets(dataset, "Dataset"):
             from datasets import Sequence, Value
@@ -182,24 +192,24 @@ class Duplication:
             return dataset.map(self.doubled_rows, batched=True)
         if isinstance(dataset, TorchIterableDataset):
             raise ConfigError(
-                f"meap: the training set is a {type(dataset).__name__}, a stream that cannot be doubled. Give a "
+                f"meap: the training set is a {type(dataset).__name__}, a stream that cannot be doubled. Use a "
                 "`datasets.IterableDataset` or a map-style data set."
             )
         return [row for example in rows_of(dataset) for row in self(example)]
 
 
 def codes(labels: ArrayOrTensor) -> ArrayOrTensor:
-    """Where labels, an array or a tensor, say something to the collator that draws masks."""
+    """Return a mask of the labels (an array or a tensor) that are codes for the collator."""
     return (labels < IGNORE) | (labels >= ELIGIBLE)
 
 
 def has_target(row: Row) -> bool:
-    """Whether a row, cut after it was doubled, still has a token that is learned or that may be masked and learned."""
+    """Return True if a doubled and then truncated row still has a token that is, or may be, a target."""
     return any(label >= 0 for label in row["labels"])
 
 
 def nothing_to_mask(dataset: TrainingSet) -> str | None:
-    """Why a doubled training set has no masked copy at all, with counts. None where it has one, or is streamed."""
+    """Return why a doubled training set has no masked copy, with counts; None if it has one or is streamed."""
     if not hasattr(dataset, "__len__"):
         return None
     too_long = 0
@@ -209,14 +219,16 @@ def nothing_to_mask(dataset: TrainingSet) -> str | None:
         too_long += int((labels >= TOO_LONG).sum())
     return (
         f"none of the {len(dataset)} training rows has a masked copy, so this is a plain run: {too_long} examples are "
-        "too long for a pair, the others have no answer that is long enough. Lower meap.min_answer_tokens, or take "
+        "too long for a pair, the others have no answer that is long enough. Lower meap.min_answer_tokens, or use "
         "layout: separate or a longer sequence length"
     )
 
 
 def plain_labels(ids: Tensor, labels: Tensor, layout: str) -> Tensor:
-    """Labels for the evaluation of rows out of a doubled training set: those of before. A copy behind its original is
-    not evaluated again, one that is a row of its own is evaluated as the example that it copies."""
+    """Return the original labels of rows from a doubled training set, for evaluation.
+
+    A copy after its original is not evaluated again; a copy in its own row is evaluated like its original.
+    """
     labels = torch.where(labels >= TOO_LONG, labels - TOO_LONG, labels)
     if layout == "separate":
         labels = torch.where(labels == KEPT, ids, labels)
@@ -225,23 +237,23 @@ def plain_labels(ids: Tensor, labels: Tensor, layout: str) -> Tensor:
 
 
 def like(value: Any, array: np.ndarray) -> Any:
-    """`array` as the kind of thing that `value` is: a tensor, an array or a list."""
+    """Return `array` converted to the type of `value`: a tensor, an array or a list."""
     if isinstance(value, Tensor):
         return torch.from_numpy(array)
     return array if isinstance(value, np.ndarray) else array.tolist()
 
 
 class MEAPCollator:
-    """The host's collator, and masks drawn into the batch that it makes.
+    """Calls the host's collator and draws masks into its batches.
 
-    The draw of an example depends on the seed, the epoch and the example's own tokens alone. `epoch` is shared memory:
-    worker processes that outlive an epoch see it change.
+    An example's masks depend only on the seed, the epoch and its tokens. `epoch` is in shared memory, so that worker
+    processes that live longer than an epoch see it change.
 
-    A batch has one more key, `meap_plan` (batch, length): bits BOUNDARY, MAY_MASK, MASKED, EXAMPLE (one token of each
-    masked example), OVERLONG (one token of each example too long for a pair).
+    A batch has an extra key, `meap_plan` (batch, length), with the bits BOUNDARY, MAY_MASK, MASKED, EXAMPLE (one token
+    of each masked example) and OVERLONG (one token of each example that is too long for a pair).
 
-    Mode pretrain masks neither `placeholders`, ids that stand for images or sound, nor tokens with `roles` (in mode sft
-    the labels say what may be masked). `masked` says, in the main process alone, that a batch of the run had masks.
+    Mode pretrain masks neither `placeholders` (ids for images or sound) nor tokens with `roles`; in mode sft, the
+    labels encode what may be masked. `masked`, only set in the main process, is True if a batch had masks.
     """
 
     def __init__(
@@ -266,17 +278,17 @@ class MEAPCollator:
         batch = self.host(features, *args, **kwargs)
         if PLAN in batch:
             raise ConfigError(
-                f"meap: {self._host_name()} has drawn masks already (it comes from another trainer with `meap`). Give "
-                "the trainer the collator that it had without masks."
+                f"meap: {self._host_name()} already draws masks (it is from another trainer with `meap`). Pass the "
+                "original collator to the trainer."
             )
         if "labels" not in batch:
-            raise ConfigError(f"meap: {self._host_name()} made a batch without labels. Use one that makes them.")
+            raise ConfigError(f"meap: {self._host_name()} made a batch without labels. Use a collator that adds them.")
         ids, labels = batch["input_ids"].clone(), batch["labels"].clone()
         sft = self.config.mode == "sft"
         if sft and not codes(labels).any() and any(carries_codes(row) for row in features):
             raise ConfigError(
-                f"meap: {self._host_name()} makes labels of its own in place of the rows', so masks cannot be drawn. "
-                "Use one that pads the rows' labels, such as transformers.DataCollatorForSeq2Seq(tokenizer)."
+                f"meap: {self._host_name()} replaces the rows' labels with its own, so masks cannot be drawn. Use one "
+                "that pads the rows' labels, such as transformers.DataCollatorForSeq2Seq(tokenizer)."
             )
         plan = torch.zeros_like(labels)
         draw = self._mask_copies if sft else self._mask_documents
@@ -339,14 +351,14 @@ class MEAPCollator:
 
 
 def carries_codes(row: Row | list[Row]) -> bool:
-    """Whether the labels of a row, or of one in a list of rows, say what is to be masked."""
+    """Return True if the labels of a row, or of one in a list of rows, have codes."""
     if isinstance(row, list):
         return any(carries_codes(part) for part in row)
     return "labels" in row and bool(codes(np.asarray(row["labels"])).any())
 
 
 class EpochOfMasks(TrainerCallback):
-    """Tells the collator which epoch begins, also in a run that is resumed, and the user if nothing was masked."""
+    """Sets the collator's epoch, also in a resumed run, and warns at the end if nothing was masked."""
 
     def __init__(self, collator: MEAPCollator) -> None:
         self.collator = collator
@@ -368,10 +380,10 @@ class EpochOfMasks(TrainerCallback):
     ) -> None:
         if not self.collator.masked and state.is_world_process_zero:
             logger.warning(
-                "meap: not one token was masked in %d steps, so this was a plain run. %s",
+                "meap: no token was masked in %d steps, so this was a plain run. %s",
                 state.global_step,
-                "No answer was long enough (meap.min_answer_tokens), no pair fitted, or the data loader read another "
-                "training set than the trainer's own"
+                "No answer was long enough (meap.min_answer_tokens), every pair was too long, or the data loader read "
+                "a training set other than the trainer's"
                 if self.collator.config.mode == "sft"
                 else "No document had two tokens of text",
             )

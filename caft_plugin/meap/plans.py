@@ -1,7 +1,7 @@
-"""The plans of one optimisation step's micro-batches: the host's own batches hold the host's keys only.
+"""Keep the plans of one optimisation step's micro-batches, so that the host's batches have only the host's keys.
 
-A host may ask for the loss of a batch as often as it likes, and of pieces of it: rows, chunks, rows in another order or
-several in one. What a piece's plan is shows in its tokens.
+A host may compute the loss of a batch more than once, and of parts of it: rows, chunks, rows in another order, or
+several rows in one. The plan of a part is found by its tokens.
 """
 
 from __future__ import annotations
@@ -27,7 +27,10 @@ class StepPlans:
         self._other: list[_Planned] = []  # the last one that is not of this step
 
     def take(self, batch: MutableMapping[str, Tensor], of_step: bool) -> Tensor | None:
-        """Take the plan out of a batch, one of this step's or another. Returns it if it was not known."""
+        """Remove the plan from a batch and keep it; return it if it was not known.
+
+        `of_step` is True if the batch belongs to the current step.
+        """
         plan = batch.pop(PLAN, None)
         if plan is None or any(known.plan is plan for known in self._known + self._other):
             return None
@@ -39,7 +42,7 @@ class StepPlans:
         return plan
 
     def of(self, batch: Batch) -> Tensor | None:
-        """Return the plan (batch, length) of a micro-batch, or of what the host made of some; None without a pair."""
+        """Return the plan (batch, length) of a micro-batch or of parts of micro-batches; None without a pair."""
         ids, labels = batch.get("input_ids"), batch.get("labels")
         if labels is None or labels.dim() != 2:
             return None
@@ -75,15 +78,23 @@ class _Planned:
 
 @dataclasses.dataclass(frozen=True)
 class _Pair:
-    """A row that holds a pair: its tokens, labels and plan, each (length,)."""
+    """A row with a pair: its tokens, labels and plan, each (length,)."""
 
     ids: np.ndarray
     labels: np.ndarray
     plan: np.ndarray
 
     def mark(self, plan: np.ndarray, row: np.ndarray, own: np.ndarray) -> bool:
-        """Write the plan into that of `row`, where `own`, this pair's tokens or labels, and the row are parts of each
-        other. Returns whether they are."""
+        """Add this pair's plan to `plan`, the plan of `row`, if one of `own` and `row` contains the other.
+
+        Args:
+            plan: changed in place.
+            row: tokens or labels of the row.
+            own: this pair's tokens or labels.
+
+        Returns:
+            True if one contains the other.
+        """
         end = 1 + int(np.flatnonzero((self.labels != IGNORE) | (self.plan != 0))[-1])  # padding may differ
         cut, at = _offset(own, row), _offset(row, own[:end])
         if cut is None and at is None:
@@ -99,7 +110,7 @@ def _array(tensor: Tensor) -> np.ndarray:
 
 
 def _offset(whole: np.ndarray, part: np.ndarray) -> int | None:
-    """Where `part` begins in `whole`."""
+    """Return the index at which `part` starts in `whole`, or None."""
     inside, wanted, size = whole.tobytes(), part.tobytes(), whole.itemsize
     at = inside.find(wanted)
     while at >= 0 and at % size:

@@ -1,6 +1,6 @@
-"""Tokens that have a role, given by the chat template, the tokenizer, the base model's config or the user's settings.
+"""Tokens with a role in the chat template, the tokenizer, the base model's config or the user's settings.
 
-None of them is masked, and none is taken as the mask token.
+They are never masked, and never used as the mask token.
 """
 
 from __future__ import annotations
@@ -11,20 +11,23 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
-# Keys of a model's or a generation config that give a token a role. A list of end tokens is `eos_token_id` too.
+# Keys of a model's or a generation config that give a token a role. `eos_token_id` may be a list.
 ROLE_KEY = re.compile(r"(?!mask_token)\w+_token_ids?")
-# Keys of a model's config that name the tokens in whose place images, video or sound go, or that stand around them.
+# Keys of a model's config for the tokens that are replaced by, or enclose, images, video or sound.
 PLACEHOLDER_KEY = re.compile(
     r".*(image|img|video|vision|visual|media|audio|speech|[be]o[iav])\w*_(token_ids?|token_index)"
 )
-MARKUP = re.compile(r"<\S+>")  # an added token that looks like this stands for no text
-MARK = re.compile(r"[<\[]\S*\w\S*[>\]]")  # any token that looks like this has a role where a template contains it
+MARKUP = re.compile(r"<\S+>")  # an added token of this form is not text
+MARK = re.compile(r"[<\[]\S*\w\S*[>\]]")  # a token of this form has a role if a template contains it
 
 
 @dataclasses.dataclass(frozen=True)
 class Said:
-    """What the user's settings say of tokens: the texts of those that end a turn, and of others that are added to the
-    tokenizer; and chat templates beside the tokenizer's."""
+    """The user's settings of tokens.
+
+    `ends` are the texts of tokens that end a turn, `added` those of other tokens added to the tokenizer, `templates`
+    chat templates in addition to the tokenizer's.
+    """
 
     ends: Sequence[str] = ()
     added: Sequence[str] = ()
@@ -36,8 +39,11 @@ NOTHING_SAID = Said()
 
 @dataclasses.dataclass(frozen=True)
 class Roles:
-    """Ids of tokens: `given` a role; `listed`, which only the user may choose as the mask; `special`, marked so by the
-    tokenizer, with or without a role; and `markup`, others that stand for no text."""
+    """Ids of tokens that are not ordinary text.
+
+    `given` have a role; `listed` may be the mask token only by the user's choice; `special` are marked special in the
+    tokenizer, with or without a role; `markup` are other tokens that are not text.
+    """
 
     given: frozenset[int]
     listed: frozenset[int]
@@ -48,8 +54,13 @@ class Roles:
     def of(
         cls, tokenizer: PreTrainedTokenizerBase, in_configs: Collection[int] = (), said: Said = NOTHING_SAID
     ) -> Roles:
-        """Return the roles in a tokenizer and its chat template, in the base model's configs (`role_ids`) and in the
-        user's settings."""
+        """Return the roles from a tokenizer and its chat template, the base model's configs and the user's settings.
+
+        Args:
+            tokenizer: the model's tokenizer.
+            in_configs: ids from the configs (`role_ids`).
+            said: the user's settings of tokens.
+        """
         mask, unknown = tokenizer.mask_token_id, tokenizer.unk_token_id
         vocabulary = tokenizer.get_vocab()
         named = {
@@ -74,7 +85,7 @@ class Roles:
 
     @property
     def never_chosen(self) -> frozenset[int]:
-        """Those that `mask_token: auto` passes over."""
+        """Ids that `mask_token: auto` skips."""
         return self.given | self.listed
 
 
@@ -86,12 +97,12 @@ def _ids_of(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterato
 
 
 def role_ids(*configs: PretrainedConfig | GenerationConfig | None) -> frozenset[int]:
-    """Ids to which a base model's configs, parts of them included, give a role."""
+    """Return the ids with a role in a base model's configs, including nested ones."""
     return _ids_under(ROLE_KEY, [config.to_dict() for config in configs if config is not None])
 
 
 def placeholder_ids(config: PretrainedConfig) -> frozenset[int]:
-    """Ids that a model's config gives to images, video and sound, those of its parts included."""
+    """Return the ids that a model's config, including nested ones, uses for images, video and sound."""
     return _ids_under(PLACEHOLDER_KEY, [config.to_dict()])
 
 

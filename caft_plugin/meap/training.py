@@ -1,4 +1,4 @@
-"""What a trainer does of MEAP: its training set is doubled, its batches are masked, and the log says how much."""
+"""MEAP in a trainer: the doubled training set, masked batches and log entries."""
 
 from __future__ import annotations
 
@@ -33,8 +33,7 @@ logger = logging.getLogger(__name__)
 
 
 class MaskTally:
-    """What was masked since the last log, on this process: tokens masked, tokens eligible, examples masked, examples
-    too long."""
+    """Counts since the last log, on this process: masked tokens, eligible tokens, masked examples, too long ones."""
 
     BITS = (MASKED, MAY_MASK, EXAMPLE, OVERLONG)
 
@@ -46,35 +45,36 @@ class MaskTally:
         self.counts += torch.stack([(plan & bit).bool().sum() for bit in self.BITS]).to(self.counts.device)
 
     def log(self, step: int, over_processes: Callable[[Tensor], Tensor]) -> MEAPLog:
-        """What the log says at `step`. Every process has to call it."""
+        """Return the log entries at `step`. Every process must call it."""
         steps = max(step - self.since_step, 1)
         masked, eligible, examples, too_long = over_processes(self.counts).tolist()
         return MEAPLog(masked / eligible if eligible else None, examples / steps, too_long / steps)
 
 
 class MaskedTraining:
-    """MEAP in one trainer. It is made before the trainer's own constructor runs; `attach` begins the masking.
+    """MEAP in one trainer. It is created before the trainer's constructor runs; `attach` starts the masking.
 
-    `data` is the training set that masks are drawn in, in mode sft the doubled one, and `plain` makes that set as it
-    would have been without copies.
+    `data` is the training set that is masked (in mode sft, the doubled one); `plain` returns the same set without
+    copies.
     """
 
     def __init__(self, trainer: Trainer, config: MEAPConfig) -> None:
         self.trainer = trainer
         self.config = config
         self.collator: MEAPCollator | None = None
-        self.handle: AddedMaskToken | None = None  # of an added mask token
+        self.handle: AddedMaskToken | None = None  # for an added mask token
         self.data: TrainingSet = None
         self.plain: Callable[[], TrainingSet] | None = None
         self._tally: MaskTally | None = None
         self._plans = StepPlans()
 
     def attach(self, said: Said = NOTHING_SAID) -> None:
-        """Chooses the mask token; from now on training batches are masked. In mode `sft` the training set is doubled
-        already. `said` is what the user's settings say of tokens.
+        """Choose the mask token and mask training batches from now on.
+
+        In mode `sft`, the training set is already doubled. `said` are the user's settings of tokens.
 
         Raises:
-            ConfigError: there is no tokenizer, or no mask token to be had.
+            ConfigError: there is no tokenizer or no mask token.
         """
         trainer, config = self.trainer, self.config
         model = cast(PreTrainedModel, trainer.model)
@@ -89,14 +89,14 @@ class MaskedTraining:
         norms = row_norms(embedding)
         token = choose_mask_token(config.mask_token, tokenizer, rows, used, norms, base.placeholders, roles)
         if trainer.args.process_index == 0:
-            logger.warning("meap.mask_token: %s", token.words)  # a warning, because nothing less is shown by default
+            logger.warning("meap.mask_token: %s", token.words)  # lower levels are not shown by default
         if token.added:
             check_trainer(trainer, "meap.mask_token")
             added = AddedMaskToken(model, token)
             if trainer.optimizer is not None and added.vector.requires_grad:
                 raise ConfigError(
                     "meap.mask_token: got add, but the trainer was given a finished optimizer (optimizers=...), which "
-                    "cannot hold the new vector. Pass optimizer_cls_and_kwargs instead, or name a token."
+                    "cannot contain the new vector. Pass optimizer_cls_and_kwargs instead, or name a token."
                 )
             self.handle = added
         seed, kept = trainer.args.seed, roles.never_masked
@@ -105,7 +105,7 @@ class MaskedTraining:
         self._mask_from_now_on(trainer.train_dataset)
 
     def double(self) -> None:
-        """Puts the doubled training set in the place of the one that the class was given."""
+        """Replace the trainer's training set with the doubled one."""
         trainer = self.trainer
         dataset, base = trainer.train_dataset, BaseModel.of_model(cast(PreTrainedModel, trainer.model))
         trainer.train_dataset = self.doubled(dataset, trainer.processing_class, trainer.args, base)
@@ -119,7 +119,15 @@ class MaskedTraining:
         base: BaseModel,
         max_length: int | None = None,
     ) -> TrainingSet:
-        """A training set with copies to be masked; pairs are no longer than `max_length` and the base model allow."""
+        """Return a training set with copies to be masked.
+
+        Args:
+            dataset: the training set.
+            processing_class: the trainer's tokenizer or processor.
+            args: the trainer's arguments.
+            base: facts about the base model, which also limits the length of a pair.
+            max_length: of a pair, in tokens; None: no limit of the host's.
+        """
         tokenizer = tokenizer_of(processing_class)
         roles = Roles.of(tokenizer, base.roles)
         limit, column = base.limit(max_length), args.length_column_name
@@ -131,20 +139,21 @@ class MaskedTraining:
         self.data = dataset
         nothing = nothing_to_mask(dataset) if self.config.mode == "sft" and dataset is not None else None
         if nothing is not None and self.collator is not None:
-            self.collator.masked = True  # so that it is said once
+            self.collator.masked = True  # so that the warning appears only once
             if self.trainer.args.process_index == 0:
                 logger.warning("meap: %s", nothing)
 
     def _take_other_data(self, mask_id: int) -> None:
-        """Takes a training set that was set after the trainer was made.
+        """Use a training set that was set after the trainer was created.
 
         Raises:
             ConfigError: it contains the mask token.
         """
         if mask_id in (used_ids(self.trainer.train_dataset) or ()):
             raise ConfigError(
-                f"meap.mask_token: got {self.config.mask_token!r}, which chose id {mask_id} before there was this "
-                "training set, which contains it. Give the set to the trainer when it is made, or name another token."
+                f"meap.mask_token: got {self.config.mask_token!r}, which chose id {mask_id} before this training set "
+                "was set, and the set contains that token. Pass the set to the trainer's constructor, or name another "
+                "token."
             )
         if self.config.mode == "sft":
             self.double()
@@ -152,10 +161,9 @@ class MaskedTraining:
 
     @contextlib.contextmanager
     def collating(self) -> Iterator[None]:
-        """While this is open, the trainer's collator draws masks: every data loader but that of training keeps the
-        collator that it has."""
+        """Use the masking collator as the trainer's collator, for the training data loader only."""
         trainer, ours = self.trainer, self.collator
-        if ours is None or trainer.data_collator is ours:  # a class may ask for its data loader while it makes it
+        if ours is None or trainer.data_collator is ours:  # a class may request its data loader while creating it
             yield
             return
         if trainer.train_dataset is not None and trainer.train_dataset is not self.data:
@@ -168,21 +176,20 @@ class MaskedTraining:
             trainer.data_collator = ours.host
 
     def as_evaluated(self, dataset: TrainingSet) -> TrainingSet:
-        """What stands for a data set in evaluation: for the doubled training set, that set without copies."""
+        """Return the data set to evaluate: for the doubled training set, the one without copies."""
         return dataset if self.plain is None or dataset is not self.data else self.plain()
 
     def put_plain_labels(self, inputs: MutableMapping[str, Tensor]) -> None:
-        """Gives rows out of the doubled training set, say a part of it, the labels that they had before."""
+        """Restore the original labels of rows from the doubled training set, or from a part of it."""
         ids, labels = inputs.get("input_ids"), inputs.get("labels")
         if self.config.mode == "sft" and ids is not None and labels is not None and ids.shape == labels.shape:
             inputs["labels"] = plain_labels(ids, labels, self.config.layout)
 
     def begin_step(self, batches: Sequence[MutableMapping[str, Tensor]]) -> None:
-        """Takes the plans out of the micro-batches of the next optimisation step. Stops a run whose data loader leaves
-        the collator of masks out.
+        """Remove the plans from the micro-batches of the next optimisation step, and keep them.
 
         Raises:
-            ConfigError: a batch did not come from it.
+            ConfigError: a batch has no plan, because the data loader does not use the masking collator.
         """
         if self.collator is None:
             return
@@ -190,17 +197,17 @@ class MaskedTraining:
         for batch in batches:
             if PLAN not in batch:
                 raise ConfigError(
-                    f"meap: a training batch of {type(self.trainer).__name__} was not masked (it holds "
-                    f"{shown(list(batch))}; a masked one holds {PLAN!r} too): its data loader collates rows with "
-                    "something else than the trainer's data_collator, or drops keys. Let get_train_dataloader use "
-                    "self.data_collator as collate_fn and keep every key, or take `meap` out."
+                    f"meap: a training batch of {type(self.trainer).__name__} was not masked (it has "
+                    f"{shown(list(batch))}; a masked one also has {PLAN!r}): its data loader does not use the "
+                    "trainer's data_collator, or drops keys. Let get_train_dataloader use self.data_collator as "
+                    "collate_fn and keep every key, or remove `meap`."
                 )
             if not self.collator.masked:
                 self.collator.masked = bool((batch[PLAN] & MASKED).any())
             self.take_plan(batch, of_step=True)
 
     def take_plan(self, inputs: object, of_step: bool = False) -> None:
-        """Takes out of a batch what only our collator and this class know, and counts it, once."""
+        """Remove the plan from a batch, keep it, and count it once."""
         plan = self._plans.take(inputs, of_step) if isinstance(inputs, MutableMapping) else None
         if plan is not None:
             if self._tally is None:
@@ -208,8 +215,10 @@ class MaskedTraining:
             self._tally.add(plan)
 
     def with_plan(self, inputs: Batch) -> Batch:
-        """A batch, or what the host has made of one, with the boundaries of its pairs, as the heads' targets need them:
-        a copy of it with one key more, or itself."""
+        """Return a batch, or the host's version of one, with the boundaries of its pairs, for the heads' targets.
+
+        It is a copy with an extra key, or the batch itself if it has no pairs.
+        """
         if self.config.mode != "sft" or self.config.layout != "concat":
             return inputs
         plan = self._plans.of(inputs)
@@ -220,12 +229,12 @@ class MaskedTraining:
         self._plans.forget()
 
     def log_entries(self, over_processes: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """What the log says since the last one. Every process has to call it."""
+        """Return the log entries since the last call. Every process must call it."""
         tally, self._tally = self._tally, None
         return {} if tally is None else tally.log(self.trainer.state.global_step, over_processes).entries()
 
     def load(self, folder: str) -> None:
-        """Puts an added vector back as a checkpoint holds it.
+        """Load the added vector from a checkpoint.
 
         Raises:
             ConfigError: the checkpoint was made with another `meap.mask_token`.
@@ -234,20 +243,21 @@ class MaskedTraining:
             self.handle.load(Path(folder))
         elif (Path(folder) / FILE).exists():
             raise ConfigError(
-                f"meap.mask_token: this run has {self.config.mask_token}, but the checkpoint {folder} was made "
-                "with add: its optimizer trains one vector more. Resume with mask_token: add, or start anew."
+                f"meap.mask_token: this run has {self.config.mask_token}, but the checkpoint {folder} was made with "
+                "add, which trains one extra vector. Resume with mask_token: add, or start from the beginning."
             )
 
 
 def tokenizer_of(processing_class: object) -> PreTrainedTokenizerBase:
-    """The tokenizer that a trainer was given, alone or inside of a processor.
+    """Return a trainer's tokenizer, which may be inside a processor.
 
     Raises:
-        ConfigError: the trainer has none.
+        ConfigError: the trainer has no tokenizer.
     """
     tokenizer = cast(PreTrainedTokenizerBase | None, getattr(processing_class, "tokenizer", processing_class))
     if tokenizer is None:
         raise ConfigError(
-            "meap: the trainer has no tokenizer, which says what tokens are special. Pass processing_class=tokenizer."
+            "meap: the trainer has no tokenizer, which is needed to find special tokens. Pass "
+            "processing_class=tokenizer."
         )
     return tokenizer

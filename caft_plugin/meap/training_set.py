@@ -1,4 +1,4 @@
-"""What a training set holds: rows and columns of token ids, whatever kind of data set it is."""
+"""Read rows and columns of token ids from any type of training set."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from typing import Any, Literal
 import numpy as np
 from torch.utils.data import IterableDataset as TorchIterableDataset
 
-Row = Mapping[str, Any]  # lists, arrays or tensors of one value for each token, by column; other columns are the host's
+Row = Mapping[str, Any]  # lists, arrays or tensors with a value per token, by column; other columns are the host's
 TrainingSet = Any  # a Dataset or IterableDataset of `datasets`, a torch Dataset, or a list of rows
 
 
 def is_of_datasets(dataset: TrainingSet, kind: Literal["Dataset", "IterableDataset"]) -> bool:
-    """Whether a data set is one of the package `datasets`, which nobody needs who does not have such a set."""
+    """Return True if a data set is a `datasets` one, without importing `datasets`, which is optional."""
     package = sys.modules.get("datasets")
     return package is not None and isinstance(dataset, getattr(package, kind))
 
 
 def used_ids(dataset: TrainingSet) -> frozenset[int] | None:
-    """Token ids in the `input_ids` of a map-style data set; None where there are none to be looked through."""
+    """Return the token ids in the `input_ids` of a map-style data set; None if they cannot be read."""
     if not hasattr(dataset, "__len__") or isinstance(dataset, TorchIterableDataset):
         return None
     used: set[int] = set()
@@ -33,12 +33,12 @@ def used_ids(dataset: TrainingSet) -> frozenset[int] | None:
 
 
 def rows_of(dataset: TrainingSet) -> Iterator[Row]:
-    """As many rows as a data set says that it has: one that draws its rows at random may never end by itself."""
+    """Yield `len(dataset)` rows: iterating over a set that samples its rows may never end."""
     return itertools.islice(iter(dataset), len(dataset))
 
 
 def column_chunks(dataset: TrainingSet, column: str) -> Iterator[np.ndarray | None]:
-    """All values of a column of whole numbers, many at a time; None where rows do not have it, or make it when read."""
+    """Yield all values of an integer column, in chunks; None if rows lack it, or make it when they are read."""
     if is_of_datasets(dataset, "Dataset"):
         if column not in dataset.column_names or dataset.format["type"] == "custom":
             yield None

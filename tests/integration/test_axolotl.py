@@ -222,10 +222,10 @@ def test_half_a_checkpoint_is_passed_over_or_refused(project):
     code, output = train(resume_from_checkpoint="./auto/checkpoint-5")
     assert code != 0
     assert "resume_from_checkpoint: got ./auto/checkpoint-5, which has no readable trainer_state.json" in output
-    assert "give auto/checkpoint-3, the newest whole one there" in output
+    assert "use auto/checkpoint-3, the newest complete one there" in output
     code, output = train(auto_resume_from_checkpoints=True)
     assert code == 0, output[-3000:]
-    assert "auto/checkpoint-5 has no readable trainer_state.json, which is written last; it is passed over" in output
+    assert "auto/checkpoint-5 has no readable trainer_state.json, which is written last; it is skipped" in output
     keys = ("loss", "grad_norm", *(f"caft/loss_head_{k}" for k in range(1, 5)))
     assert numbers(project.logs("auto"), *keys) == numbers(project.logs("ours"), *keys)
     assert [entry["step"] for entry in project.logs("auto")] == [1, 2, 3, 4, 5]
@@ -388,7 +388,7 @@ def test_qlora_on_the_real_model(project, smollm2):
 BAD = {
     "no number": (
         {"caft": {"num_heads": "four"}},
-        "caft.num_heads: got 'four', but it takes a whole number at least 1",
+        "caft.num_heads: got 'four', but it accepts a whole number at least 1",
     ),
     "with rl": ({"caft": {}, "rl": "dpo"}, "caft: cannot be used together with `rl: dpo`"),
 }
@@ -522,4 +522,4 @@ def test_heads_go_on_over_the_tuned_model_and_draft_for_it(project, monkeypatch)
     del config["test_datasets"]
     Path("drafting.yml").write_text(yaml.safe_dump(config))
     refused = run("speculate")
-    assert refused.exit_code == 1 and "drafting.yml has no test_datasets with prompts in them" in refused.stderr
+    assert refused.exit_code == 1 and "drafting.yml has no test_datasets with prompts." in refused.stderr

@@ -72,16 +72,16 @@ def before_weights(file):
 @pytest.mark.parametrize(
     ("name", "block", "message"),
     [
-        ("caft", {"num_heads": 0}, "caft.num_heads: got 0, but it takes a whole number at least 1 and at most 32."),
-        ("caft", {"num_heads": -1}, "caft.num_heads: got -1, but it takes a whole number at least 1 and at most 32."),
-        ("caft", {"beta": -1}, "caft.beta: got -1, but it takes a number at least 0."),
-        ("caft", {"alpha": 1.5}, "caft.alpha: got 1.5, but it takes a number above 0 and at most 1."),
-        ("caft", {"schedule": "cosine"}, "caft.schedule: got 'cosine', but it takes one of rsine, sine, linear, con"),
-        ("caft", 7, "caft: got 7, but it takes a block of keys"),
-        ("meap", {"mask_ratio": 0}, "meap.mask_ratio: got 0, but it takes a number above 0 and below 1."),
-        ("meap", {"layout": "concta"}, "meap.layout: got 'concta', but it takes one of concat, separate."),
+        ("caft", {"num_heads": 0}, "caft.num_heads: got 0, but it accepts a whole number at least 1 and at most 32."),
+        ("caft", {"num_heads": -1}, "caft.num_heads: got -1, but it accepts a whole number at least 1 and at most 32."),
+        ("caft", {"beta": -1}, "caft.beta: got -1, but it accepts a number at least 0."),
+        ("caft", {"alpha": 1.5}, "caft.alpha: got 1.5, but it accepts a number above 0 and at most 1."),
+        ("caft", {"schedule": "cosine"}, "caft.schedule: got 'cosine', but it accepts one of rsine, sine, linear, con"),
+        ("caft", 7, "caft: got 7, but it accepts a block of keys"),
+        ("meap", {"mask_ratio": 0}, "meap.mask_ratio: got 0, but it accepts a number above 0 and below 1."),
+        ("meap", {"layout": "concta"}, "meap.layout: got 'concta', but it accepts one of concat, separate."),
         ("meap", {"masks": 1}, "meap.masks: unknown key. Accepted keys: mode, mask_ratio, layout, min_answer_tokens"),
-        ("meap", [], "meap: got [], but it takes a block of keys"),
+        ("meap", [], "meap: got [], but it accepts a block of keys"),
     ],
 )
 def test_bad_blocks(config, name, block, message):
@@ -98,18 +98,18 @@ def told(monkeypatch):
     return messages
 
 
-INDENT = "found at the left margin, where Axolotl passes over"
+INDENT = "found at the top level, where Axolotl ignores"
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"CAFT": {"beta": 0.3}, "meap": {}}, "CAFT: unknown key, which Axolotl passes over. Did you mean `caft:`?"),
+        ({"CAFT": {"beta": 0.3}, "meap": {}}, "CAFT: unknown key, which Axolotl ignores. Did you mean `caft:`?"),
         ({"cafft": {"beta": 0.3}, "meap": {}}, "cafft: unknown key"),
         ({"cfat": None, "caft": {}}, "cfat: unknown key"),
         ({"caft_config": {"beta": 0.3}}, "caft_config: unknown key"),
         ({"caft.beta": 0.3, "caft": {}}, "caft.beta: unknown key"),
-        ({"meep": {}, "caft": {}}, "meep: unknown key, which Axolotl passes over. Did you mean `meap:`?"),
+        ({"meep": {}, "caft": {}}, "meep: unknown key, which Axolotl ignores. Did you mean `meap:`?"),
         ({"MEAP": None, "caft": {}}, "MEAP: unknown key"),
         ({"pretrain-heads": {"targets": "model"}, "caft": {}}, "Did you mean `pretrain_heads:`?"),
         ({"caft": None, "num_heads": 2, "beta": 0.3}, f"num_heads, beta: {INDENT} them. Indent them below `caft:`."),
@@ -121,10 +121,10 @@ INDENT = "found at the left margin, where Axolotl passes over"
         ),
         ({"plugins": ["CAFT_Plugin"], "caft": {}}, "Did you mean `caft_plugin`?"),
         ({"plugins": ["caft"], "caft": {}}, "plugins: got 'caft', which is no plugin"),
-        ({"plugins": "caft_plugin", "caft": {}}, "plugins: got 'caft_plugin', but it takes a list of names"),
+        ({"plugins": "caft_plugin", "caft": {}}, "plugins: got 'caft_plugin', but it accepts a list of names"),
         (
             {"plugins": [{"caft_plugin": None}], "caft": {}},
-            "plugins: got {'caft_plugin': None}, but it takes a list of",
+            "plugins: got {'caft_plugin': None}, but it accepts a list of",
         ),
         ({"plugins": ["caftplugin.CAFTPlugin"], "caft": {}}, "plugins: caftplugin.CAFTPlugin could not be loaded"),
         (
@@ -180,7 +180,7 @@ def test_options_for_a_block_are_refused(config, command, option):
 
     rest = [option] if "=" in option else [option, "sft"]
     result = CliRunner().invoke(cli, [command, str(config(caft=None, meap=None)), *rest])
-    assert result.exit_code == 2 and f"Error: {option}: Axolotl takes no options for plugins" in result.output
+    assert result.exit_code == 2 and f"Error: {option}: Axolotl has no options for plugins" in result.output
 
 
 @pytest.mark.parametrize("block", [{"mode": "pretrain"}, None, {"layout": "separate"}])
@@ -213,7 +213,7 @@ SHARED = ["context_parallel_size", "sequence_parallel_degree", "tensor_parallel_
 
 @pytest.mark.parametrize("key", SHARED)
 def test_processes_that_share_one_models_work(config, key):
-    with pytest.raises(ConfigError, match=f"caft: got {key}: 2, but it takes 1"):
+    with pytest.raises(ConfigError, match=f"caft: got {key}: 2, but it accepts 1"):
         load_cfg(str(config(caft={}, **{key: 2})))
 
 
@@ -233,7 +233,7 @@ WRAP = {"transformer_layer_cls_to_wrap": "LlamaDecoderLayer"}
     ],
 )
 def test_fsdp1(config, changes, got):
-    with pytest.raises(ConfigError, match=f"caft: got {got}, which is FSDP1, but it takes FSDP2.* fsdp_version: 2 "):
+    with pytest.raises(ConfigError, match=f"caft: got {got}, which is FSDP1, but it accepts FSDP2.* fsdp_version: 2 "):
         load_cfg(str(config(caft={}, **changes)))
     with pytest.raises(ConfigError, match=f"meap.mask_token: got {got}, which is FSDP1.* hides the added vector"):
         load_cfg(str(config(meap={"mask_token": "add"}, **changes)))
@@ -268,7 +268,7 @@ def test_deepspeed_zero3(config, tmp_path, monkeypatch):
     (tmp_path / "deepspeed_configs").mkdir()
     (tmp_path / "deepspeed_configs" / "zero3.json").write_text(json.dumps(stage3))
     monkeypatch.chdir(tmp_path)
-    words = r"zero_optimization.stage: 3{}, but it takes 0, 1 or 2: heads are copies .* Use stage 2, or FSDP2"
+    words = r"zero_optimization.stage: 3{}, but it accepts 0, 1 or 2: heads are copies .* Use stage 2, or FSDP2"
     for deepspeed, where in ((stage3, ""), ("deepspeed_configs/zero3.json", r" \(deepspeed_configs/zero3.json\)")):
         with pytest.raises(ConfigError, match="caft: got DeepSpeed's " + words.format(where)):
             load_cfg(str(config(caft={}, deepspeed=deepspeed)))
@@ -342,11 +342,11 @@ RWKV = RwkvConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1)
 @pytest.mark.parametrize(
     ("model_config", "changes", "message"),
     [
-        (T5, {}, "caft: .* is an encoder-decoder model, but CAFT takes decoder-only"),
+        (T5, {}, "caft: .* is an encoder-decoder model, but CAFT accepts decoder-only"),
         (T5, {"caft": None, "meap": {}}, "meap: .* is an encoder-decoder model, but MEAP takes .* the `meap:` block"),
-        (RWKV, {}, "hands a running state from layer to layer, which a head cannot follow"),
-        (Gemma3nConfig(), {}, "hands several hidden states for each token from layer to layer"),
-        (Gemma3nTextConfig(), {}, "hands several hidden states for each token from layer to layer"),
+        (RWKV, {}, "passes a running state from layer to layer, which heads do not support"),
+        (Gemma3nConfig(), {}, "passes several hidden states per token from layer to layer"),
+        (Gemma3nTextConfig(), {}, "passes several hidden states per token from layer to layer"),
         (LlamaConfig(**LLAMA), {"type_of_model": "LlamaModel"}, r"LlamaModel has no .*unembedding \(lm_head\)"),
         (LlamaConfig(**LLAMA), {"model_type": "LlamaForSequenceClassification"}, "has no .*unembedding"),
         (BertConfig(num_hidden_layers=1, is_decoder=True), {}, "BertLMHeadModel has no"),
@@ -364,7 +364,7 @@ def test_unfit_models_are_refused_before_weights_load(config, tmp_path, model_co
 def test_fused_loss_that_cannot_be_is_refused_before_weights_load(config, tmp_path):
     on = {"fused_loss": "on"}
     before_weights(config(caft=on))
-    with pytest.raises(ConfigError, match="caft.fused_loss: got on, but label smoothing and compute_loss_func take"):
+    with pytest.raises(ConfigError, match="caft.fused_loss: got on, but label smoothing and compute_loss_func need"):
         before_weights(config(caft=on, use_eaft=True))
     MixtralConfig(**LLAMA, output_router_logits=True).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="got on, but MixtralForCausalLM computes more than the next-token loss"):
@@ -402,7 +402,10 @@ class OwnForCausalLM(LlamaForCausalLM):
         before_weights(file)
     (tmp_path / "own.py").write_text(code.format(line="self.model.norm.weight.sum().item()"))
     before_weights(file)
-    assert "whether heads fit" in caplog.text and "cannot be built without them (RuntimeError: " in caplog.text
+    assert (
+        "can be checked only after its weights are loaded" in caplog.text
+        and "cannot be built without them (RuntimeError: " in caplog.text
+    )
 
 
 @pytest.mark.parametrize("block", [{"caft": {}}, {"meap": {}}])
@@ -418,7 +421,7 @@ class OwnForCausalLM(LlamaForCausalLM):
 def test_another_plugins_trainer_stops_the_run_before_weights_load(config, plugin, changes, first, block):
     """Axolotl takes the trainer of the plugin that is listed first."""
     plugins = [plugin, "caft_plugin"] if first else ["caft_plugin", plugin]
-    with pytest.raises(ConfigError, match=f"{plugin} brings a trainer of its own"):
+    with pytest.raises(ConfigError, match=f"{plugin} sets its own trainer class"):
         before_weights(config(plugins=plugins, **block, **changes))
 
 

@@ -179,7 +179,7 @@ def test_masks_are_refused_by_name(vision):
         vision.train("masked", **vision_run("llava", "lora", **nowhere), plugins=["caft_plugin"], meap="bare")
     said = " ".join((vision.folder / "masked.log").read_text().split())
     assert said.count("ConfigError: meap: cannot be used together with `processor_type: AutoProcessor`: ") == 1
-    assert "Take out the `meap:` block, or, for text alone, the key `processor_type`." in said
+    assert "Remove the `meap:` block or, if the data is text only, the key `processor_type`." in said
 
 
 def test_stage1_takes_text_alone_and_its_heads_serve_images(vision, monkeypatch):
@@ -192,8 +192,8 @@ def test_stage1_takes_text_alone_and_its_heads_serve_images(vision, monkeypatch)
     refused = CliRunner().invoke(commands, ["pretrain-heads", "stage1_images.yml"])
     assert refused.exit_code == 1
     assert refused.output.endswith(
-        "Error: pretrain_heads: got processor_type: AutoProcessor, but it takes rows of text alone, also for a "
-        "vision-language model. Leave out `processor_type` and `skip_prepare_dataset`; give text in `datasets:`.\n"
+        "Error: pretrain_heads: got processor_type: AutoProcessor, but it accepts only rows of text, also for a "
+        "vision-language model. Remove `processor_type` and `skip_prepare_dataset`; use text in `datasets:`.\n"
     )
     vision.config("stage1", **stage1, base_model="./llava", chat_template="llava", max_steps=4, save_steps=4)
     made = CliRunner().invoke(commands, ["pretrain-heads", "stage1.yml"], catch_exceptions=False)

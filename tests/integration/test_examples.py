@@ -40,7 +40,7 @@ def launch(launcher, script, *arguments, check=True):
 def test_sft_caft(smollm2, tmp_path, kind):
     arguments = [
         *("--model_name_or_path", smollm2, "--dataset_name", HELDOUT),
-        *("--output_dir", tmp_path, "--use_cpu", *QUICK, "--report_to", "none", "--num_heads", "2"),
+        *("--output_dir", tmp_path, "--use_cpu", "--report_to", "none", "--num_heads", "2"),
         *("--max_steps", "2", "--logging_steps", "1", "--per_device_train_batch_size", "1"),
         *("--save_steps", "2", "--max_length", "64", *KINDS[kind]),
     ]
@@ -56,7 +56,7 @@ def test_sft_caft(smollm2, tmp_path, kind):
 def test_sft_meap(smollm2, tmp_path, kind):
     arguments = [
         *("--model_name_or_path", smollm2, "--dataset_name", few_molecules(tmp_path)),
-        *("--output_dir", tmp_path / "out", "--use_cpu", *QUICK, "--report_to", "none", "--min_answer_tokens", "8"),
+        *("--output_dir", tmp_path / "out", "--use_cpu", "--report_to", "none", "--min_answer_tokens", "8"),
         *("--max_steps", "2", "--logging_steps", "1", "--per_device_train_batch_size", "1"),
         *("--save_steps", "2", "--max_length", "256", *KINDS[kind], *(["--num_heads", "1"] if kind == "lora" else [])),
     ]
@@ -129,7 +129,7 @@ BAD = {
     "wrong targets": (
         ["accelerate", "launch"],
         {"--targets": "both"},
-        "pretrain_heads.targets: got 'both', but it takes",
+        "pretrain_heads.targets: got 'both', but it accepts",
     ),
     "two processes": (["torchrun", "--nproc_per_node", "2"], {}, "pretrain_heads: 2 processes were started, but"),
 }

@@ -290,7 +290,7 @@ def test_processes_that_share_one_models_work_are_refused(tmp_path):
     folder = run(tmp_path, cases, 2)
     for size in sizes:
         refused = json.loads((folder / f"{size}.json").read_text())["refused"]
-        assert refused.startswith(f"caft: got parallelism_config.{size}: 2, but it takes 1")
+        assert refused.startswith(f"caft: got parallelism_config.{size}: 2, but it accepts 1")
 
 
 def test_fsdp1_is_refused(tmp_path):
@@ -300,12 +300,12 @@ def test_fsdp1_is_refused(tmp_path):
     folder = run(tmp_path, cases, 2)
     for key in cases:
         refused = json.loads((folder / f"{key}.json").read_text())["refused"]
-        assert refused.startswith(f"{key}: got fsdp_config.version: 1, which is FSDP1, but it takes FSDP2")
+        assert refused.startswith(f"{key}: got fsdp_config.version: 1, which is FSDP1, but it accepts FSDP2")
 
 
 def test_deepspeed_zero3_is_refused(zero2_run):
     refused = json.loads((zero2_run / "zero3.json").read_text())["refused"]
-    assert refused.startswith("caft: got DeepSpeed's zero_optimization.stage: 3, but it takes 0, 1 or 2")
+    assert refused.startswith("caft: got DeepSpeed's zero_optimization.stage: 3, but it accepts 0, 1 or 2")
 
 
 @pytest.mark.parametrize("case", [case for case in SAVES if CASES[case]["resume"]])
