@@ -12,98 +12,41 @@ import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from caft_plugin.config import (
-    DEFAULT_HEAD_INPUT,
-    DEFAULT_HEAD_NORM,
-    HEADS_KEY,
-    CAFTConfig,
-    ConfigError,
-    HeadInput,
-    heads_as,
-    named,
-    shown,
-)
+from caft_plugin.config import DEFAULT_HEAD_INPUT, DEFAULT_HEAD_NORM, CAFTConfig, ConfigError, heads_as, named, shown
 from caft_plugin.fingerprint import Fingerprint, Sample, is_sharded, take_sample
 from caft_plugin.heads import MODULE_NAME, AuxiliaryHeads
+from caft_plugin.heads_record import (
+    DRAFTING,
+    FINGERPRINT,
+    FOLDER,
+    LORA,
+    LOSSES,
+    METRICS,
+    RECORD,
+    WEIGHTS,
+    HeadsRecord,
+    LoggedLosses,
+    locate_heads,
+    own_file,
+    read_record,
+)
 from caft_plugin.storage import gather, shard_like, write_atomically, write_json
 from caft_plugin.trunk import Trunk
 
 logger = logging.getLogger(__name__)
 
-FOLDER = MODULE_NAME
-WEIGHTS, LORA, RECORD = "heads.safetensors", "lora.safetensors", "config.json"
-FINGERPRINT = "fingerprint.safetensors"  # of the layer and the final norm that the heads were trained over
 LARGEST_FINGERPRINT = 4_000_000  # bytes
-LONGEST_JSON = 100_000  # bytes
 FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors' names of the types that weights can be read from
-COPIES = "; leave the key out to start from copies of the last layer"
-METRICS, CARD = "metrics.json", "README.md"  # of pretrained heads
-DRAFTING = "drafting.json"  # of heads with which `caft speculate` has written
-
-
-class HeadsRecord(BaseModel):
-    """`config.json` of a heads folder."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    format_version: Annotated[int, Field(ge=1, le=1)] = 1
-    num_heads: Annotated[int, Field(gt=0, le=1000)]
-    head_input: HeadInput
-    head_norm: bool
-    layer_class: str
-    model_type: str
-    hidden_size: PositiveInt
-    vocab_size: PositiveInt
-    base_model: str
-    train_heads: Literal["full", "lora", "frozen"] | None = None  # of a checkpoint's heads
-
-    @classmethod
-    def of(cls, trunk: Trunk, config: CAFTConfig, **more: object) -> HeadsRecord:
-        """The record of `config.num_heads` heads over a model. `config` says how they are wired."""
-        written = {
-            "num_heads": config.num_heads,
-            "head_input": config.head_input,
-            "head_norm": config.head_norm,
-            "layer_class": trunk.layer_class,
-            "model_type": trunk.model.config.model_type,
-            "hidden_size": trunk.hidden_size,
-            "vocab_size": trunk.vocab_size,
-            "base_model": trunk.model.config.name_or_path or trunk.model.config.model_type,
-        }
-        return cls.model_validate({**written, **more})
-
-
-class HeadFigures(BaseModel):
-    """Held-out figures of one head: mean cross-entropy in nats, share of right top-1 predictions (0 to 1)."""
-
-    loss: float
-    accuracy: float
-
-
-class HeadsMetrics(BaseModel):
-    """`metrics.json` of pretrained heads: what they were trained on, and held-out figures of each head after training
-    and before it: untrained, or as they came from the folder `started_from`. The lists are empty where nothing was held
-    out. Other keys in such a file are left alone."""
-
-    targets: str
-    rows: int | None = None
-    steps: int
-    heads: list[HeadFigures]
-    untrained: list[HeadFigures] = []
-    started_from: str | None = None
-    before: list[HeadFigures] = []
-    tokens_per_pass: float | None = None  # with these heads as drafters, on what was held out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,114 +172,6 @@ def resolve_wiring(config: CAFTConfig, record: HeadsRecord | None) -> CAFTConfig
     return config.model_copy(update={"head_input": head_input, "head_norm": head_norm})
 
 
-def locate_heads(heads: str) -> Path:
-    """The local folder of pretrained heads, given a folder (or one with `caft_heads/` in it) or a Hub id.
-
-    Raises:
-        ConfigError: neither a folder with heads nor a Hub id that can be had.
-    """
-    path = Path(heads)
-    if path.is_dir():
-        return path / FOLDER if (path / FOLDER / RECORD).is_file() else path
-    if path.exists() or heads.startswith((".", "/", "~")):
-        raise ConfigError(
-            f"{heads_as()}: got {heads!r}, which is not a folder. It takes a folder with {WEIGHTS} and {RECORD}, "
-            f"or a Hub id (owner/name){COPIES if heads_as() == HEADS_KEY else ''}."
-        )
-    from huggingface_hub import snapshot_download
-
-    files = (WEIGHTS, LORA, FINGERPRINT, RECORD, METRICS, CARD, DRAFTING)
-    patterns = [f"{folder}{name}" for folder in ("", f"{FOLDER}/") for name in files]
-    try:
-        return locate_heads(snapshot_download(heads, allow_patterns=patterns))
-    except Exception as error:  # the Hub's client has a dozen kinds: offline, no such name, no permission
-        raise ConfigError(
-            f"{heads_as()}: got {heads!r}, which is neither a local folder nor a Hub id that can be downloaded "
-            f"({type(error).__name__}: {str(error).splitlines()[0]}). Check the name, your connection and your "
-            "Hub token, or give a folder."
-        ) from error
-
-
-def own_file(folder: Path, name: str) -> Path:
-    """The path of a file in a heads folder. A link may not lead out of the folder, except where the Hub's cache
-    links a snapshot's files to its own `blobs`.
-
-    Raises:
-        ConfigError: there is no such regular file, or it lies elsewhere.
-    """
-    file = folder / name
-    snapshot = next((p for p in folder.absolute().parents if p.name == "snapshots"), None)
-    in_cache = snapshot is not None and snapshot.parent.name.startswith("models--")
-    root = snapshot.parent if snapshot is not None and in_cache else folder
-    try:
-        inside = file.resolve(strict=True).is_relative_to(root.resolve())
-        problem = None if inside and file.is_file() else "not a regular file" if inside else "a link out of the folder"
-    except OSError as error:
-        problem = error.strerror
-    except RuntimeError:
-        problem = "a link to itself"
-    if problem:
-        raise ConfigError(
-            f"{heads_as()}: {folder} has no readable {name} ({problem}). It takes a heads folder with {WEIGHTS} and "
-            f"{RECORD} in it, as training leaves it in {FOLDER}/."
-        )
-    return file
-
-
-def read_small(folder: Path, name: str) -> bytes:
-    """The content of a JSON file in a heads folder.
-
-    Raises:
-        ConfigError: there is no such regular file, or it is too long to be what it should be.
-    """
-    with open(own_file(folder, name), "rb") as opened:
-        content = opened.read(LONGEST_JSON + 1)
-    if len(content) > LONGEST_JSON:
-        raise ConfigError(
-            f"{heads_as()}: {folder / name} is longer than {LONGEST_JSON} bytes, so it is something else. Make the "
-            "folder again, or take the one that came with these heads."
-        )
-    return content
-
-
-def read_record(folder: Path) -> HeadsRecord:
-    """The record of a heads folder.
-
-    Raises:
-        ConfigError: the folder is not a readable heads folder.
-    """
-    content = read_small(folder, RECORD)
-    _refuse_model(folder, content)
-    try:
-        return HeadsRecord.model_validate(json.loads(content.decode(), object_pairs_hook=_once_each), strict=True)
-    except ValidationError as error:
-        problem = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors())
-    except RecursionError:
-        problem = "nested too deeply"
-    except ValueError as error:  # not UTF-8, not JSON, a key twice
-        problem = str(error)
-    raise ConfigError(
-        f"{heads_as()}: {folder / RECORD} is not a heads record this version reads ({shown(problem)}). "
-        "Make the folder again, or take the one that came with these heads."
-    )
-
-
-def _refuse_model(folder: Path, config: bytes) -> None:
-    """Raise ConfigError where a config.json is a model's, and say where its heads are."""
-    if b'"architectures"' not in config or b'"head_input"' in config:
-        return
-    near = folder.parent / FOLDER  # of a merged model
-    heads = f"Its heads are in {near}." if (near / RECORD).is_file() else f"A run leaves its heads in {FOLDER}/."
-    raise ConfigError(f"{heads_as()}: got {folder}, which is a model's folder without heads. {heads}")
-
-
-def _once_each(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    keys = [key for key, _ in pairs]
-    if len(set(keys)) < len(keys):
-        raise ValueError(f"the key {max(keys, key=keys.count)} stands there twice")
-    return dict(pairs)
-
-
 def plain_name(name: str) -> str:
     """A head parameter's name as it would be without PEFT's wrapping."""
     return name.replace(".base_layer.", ".").replace(f".{MODULE_NAME}.", ".")
@@ -376,10 +211,11 @@ def save_heads(
     *,
     resumable: bool,
     write: bool = True,
+    losses: Mapping[str, LoggedLosses] | None = None,
 ) -> Path:
     """Writes `caft_heads/` into `parent`: LoRA merged, or (`resumable`) beside the weights.
 
-    Every process has to call it; the one with `write` writes.
+    Every process has to call it; the one with `write` writes. `losses` are what the run has logged of these heads.
     """
     weights, lora = heads_state(heads)
     after = take_sample(trunk, heads.origin) if write or is_sharded(trunk) else None
@@ -389,7 +225,7 @@ def save_heads(
             weights, lora = merged(heads, weights, lora), {}
         record = HeadsRecord.of(trunk, config, train_heads=heads.how if resumable else None)
         fingerprint = None if heads.origin is None or after is None else Fingerprint(heads.origin, after)
-        write_heads(folder, record, weights, lora, fingerprint)
+        write_heads(folder, record, weights, lora, fingerprint, losses)
     return folder
 
 
@@ -399,12 +235,14 @@ def write_heads(
     weights: Mapping[str, Tensor],
     lora: Mapping[str, Tensor],
     fingerprint: Fingerprint | None = None,
+    losses: Mapping[str, LoggedLosses] | None = None,
 ) -> None:
     """Writes the files of a heads folder. Each file appears complete or not at all, and the record appears last: where
     there is one, all files are of one save."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / RECORD).unlink(missing_ok=True)
-    (folder / DRAFTING).unlink(missing_ok=True)  # of the heads that were here before
+    for of_earlier_heads in (DRAFTING, METRICS, LOSSES):
+        (folder / of_earlier_heads).unlink(missing_ok=True)
     for left_by_a_killed_run in folder.glob(".*.tmp"):
         left_by_a_killed_run.unlink(missing_ok=True)
     for name, tensors in ((LORA, lora), (WEIGHTS, weights)):
@@ -413,6 +251,8 @@ def write_heads(
         else:
             (folder / name).unlink(missing_ok=True)
     write_fingerprint(folder, fingerprint)
+    if losses:
+        write_json(folder / LOSSES, {name: logged.model_dump(exclude_none=True) for name, logged in losses.items()})
     write_json(folder / RECORD, record.model_dump(exclude_none=True))
 
 

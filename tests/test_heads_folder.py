@@ -10,17 +10,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from caft_plugin import CAFTConfig, ConfigError
 from caft_plugin.heads import build_heads
-from caft_plugin.heads_folder import (
-    FOLDER,
-    LORA,
-    RECORD,
-    WEIGHTS,
-    HeadsFolder,
-    load_checkpoint,
-    locate_heads,
-    resolve_wiring,
-    save_heads,
-)
+from caft_plugin.heads_folder import HeadsFolder, load_checkpoint, resolve_wiring, save_heads
+from caft_plugin.heads_record import FOLDER, LORA, RECORD, WEIGHTS, locate_heads
 from caft_plugin.storage import write_atomically
 from caft_plugin.trunk import find_trunk
 

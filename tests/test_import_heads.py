@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from caft_plugin import ConfigError, with_caft
-from caft_plugin.heads_folder import RECORD, WEIGHTS, read_record
+from caft_plugin.heads_record import RECORD, WEIGHTS, read_record
 from caft_plugin.tools.cli import commands
 from caft_plugin.tools.import_heads import import_heads
 from caft_plugin.trunk import find_trunk

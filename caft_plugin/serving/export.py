@@ -28,7 +28,8 @@ from transformers.utils import (
 
 from caft_plugin.config import ConfigError, first_line, named
 from caft_plugin.fingerprint import GRIDS, sample_of
-from caft_plugin.heads_folder import LORA, WEIGHTS, HeadsFolder, own_file, read_fingerprint
+from caft_plugin.heads_folder import HeadsFolder, read_fingerprint
+from caft_plugin.heads_record import LORA, WEIGHTS, own_file
 from caft_plugin.model_loading import IN_ADAPTER, Source
 from caft_plugin.serving.families import ARCHITECTURE, Family, family_of
 from caft_plugin.serving.guide import Format, advice_on, how_to_serve

@@ -14,7 +14,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from caft_plugin.config import ConfigError
-from caft_plugin.heads_folder import DRAFTING, WEIGHTS, own_file, read_small
+from caft_plugin.heads_record import DRAFTING, WEIGHTS, own_file, read_small
 from caft_plugin.storage import write_json
 
 NEARLY = 0.95

@@ -272,7 +272,7 @@ def speculate_command(
 
 def keep_steps(found: Comparison, model: str, heads: str, prompts: int, temperature: float) -> str:
     """Save the tokens per step next to the heads, for `caft export-drafter`. Return the line to print."""
-    from caft_plugin.heads_folder import locate_heads
+    from caft_plugin.heads_record import locate_heads
     from caft_plugin.serving.recommendation import keep
     from caft_plugin.tools.speculate import HEADS
 

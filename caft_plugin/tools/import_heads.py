@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from caft_plugin.config import CAFTConfig, ConfigError, HeadInput, first_line
-from caft_plugin.heads_folder import HeadsRecord, write_heads
+from caft_plugin.heads_folder import write_heads
+from caft_plugin.heads_record import HeadsRecord
 from caft_plugin.trunk import Trunk, empty_trunk
 
 PREFIX = "auxiliary_head."  # of the keys, where a file was cut out of a whole model's state dict

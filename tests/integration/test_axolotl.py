@@ -84,12 +84,14 @@ def test_heads_lie_beside_the_model(project):
         "config.json",
         "fingerprint.safetensors",
         "heads.safetensors",
+        "losses.json",
     ]
     assert sorted(p.name for p in (ours / "checkpoint-3" / "caft_heads").iterdir()) == [
         "config.json",
         "fingerprint.safetensors",
         "heads.safetensors",
         "lora.safetensors",
+        "losses.json",
     ]
     final = load_file(ours / "caft_heads" / "heads.safetensors")
     start = load_file(ours / "checkpoint-3" / "caft_heads" / "heads.safetensors")
