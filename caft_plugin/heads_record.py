@@ -23,6 +23,9 @@ METRICS, CARD = "metrics.json", "README.md"  # of pretrained heads
 DRAFTING = "drafting.json"  # of heads with which `caft speculate` has written
 LOSSES = "losses.json"  # of heads that a run has trained
 TRAINING = "training"  # in it, next to the names of evaluation sets
+# Keys that tell config.json of heads from that of a model, and that from a drafter's.
+OF_RECORD = {"head_input", "head_norm", "layer_class"}
+OF_MODEL, OF_DRAFTER = {"architectures", "model_type"}, {"caft_heads", "eagle_aux_hidden_state_layer_ids"}
 
 
 class HeadsRecord(BaseModel):
@@ -170,10 +173,12 @@ def read_record(folder: Path) -> HeadsRecord:
     Raises:
         ConfigError: the folder is not a readable heads folder.
     """
-    content = read_small(folder, RECORD)
-    _refuse_model(folder, content)
     try:
-        return HeadsRecord.model_validate(json.loads(content.decode(), object_pairs_hook=_once_each), strict=True)
+        content = json.loads(read_small(folder, RECORD).decode(), object_pairs_hook=_once_each)
+        _refuse_model(folder, content)
+        return HeadsRecord.model_validate(content, strict=True)
+    except ConfigError:
+        raise
     except ValidationError as error:
         problem = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors())
     except RecursionError:
@@ -186,10 +191,15 @@ def read_record(folder: Path) -> HeadsRecord:
     )
 
 
-def _refuse_model(folder: Path, config: bytes) -> None:
-    """Raise ConfigError where a config.json is a model's, and say where its heads are."""
-    if b'"architectures"' not in config or b'"head_input"' in config:
+def _refuse_model(folder: Path, config: object) -> None:
+    """Raise ConfigError where a config.json is a model's or a drafter's, and say where the heads are."""
+    if not isinstance(config, dict) or config.keys() & OF_RECORD or not config.keys() & OF_MODEL:
         return
+    if config.keys() & OF_DRAFTER:
+        raise ConfigError(
+            f"{heads_as()}: got {folder}, which is a drafter's folder for an inference engine. Give the heads folder "
+            "that it was made from."
+        )
     near = folder.parent / FOLDER  # of a merged model
     heads = f"Its heads are in {near}." if (near / RECORD).is_file() else f"A run leaves its heads in {FOLDER}/."
     raise ConfigError(f"{heads_as()}: got {folder}, which is a model's folder without heads. {heads}")

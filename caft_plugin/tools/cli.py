@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 import click
 from pydantic import BaseModel
 
-from caft_plugin.config import CAFTConfig, ConfigError, HeadInput, PretrainConfig, Targets, heads_named
+from caft_plugin.config import CAFTConfig, ConfigError, HeadInput, PretrainConfig, Targets, heads_named, on_command_line
 
 if TYPE_CHECKING:
     from caft_plugin.stage1.pretraining import Stage1
@@ -20,7 +20,8 @@ class CAFTCommands(click.Group):
 
     def invoke(self, ctx: click.Context) -> object:
         try:
-            return super().invoke(ctx)
+            with on_command_line():
+                return super().invoke(ctx)
         except ConfigError as error:
             raise click.ClickException(str(error)) from error
 
