@@ -310,7 +310,7 @@ def test_the_command(tmp_path):
     again = CliRunner().invoke(commands, ["export-drafter", "--model", out, "--heads", out, "--output", drafter])
     assert again.exit_code == 1 and "Error: --output: " in again.output
     missing = CliRunner().invoke(commands, ["export-drafter", "--model", out, "--output", drafter])
-    assert missing.exit_code == 2 and "--heads is needed where no CONFIG is given" in missing.output
+    assert missing.exit_code == 2 and "--heads is required if no CONFIG is given" in missing.output
 
 
 @pytest.mark.parametrize("name", ["heads", "model", "num_heads", "output"])

@@ -520,7 +520,7 @@ def test_heads_go_on_over_the_tuned_model_and_draft_for_it(project, monkeypatch)
     assert "vllm serve ours/merged --speculative-config" in exported.stdout
 
     refused = run("pretrain-heads", "--steps", "3")
-    assert refused.exit_code == 2 and "--steps does not go with a CONFIG, which has a key for it" in refused.stderr
+    assert refused.exit_code == 2 and "--steps cannot be used with a CONFIG, which has a key for it" in refused.stderr
     del config["test_datasets"]
     Path("drafting.yml").write_text(yaml.safe_dump(config))
     refused = run("speculate")
