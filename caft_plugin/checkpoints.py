@@ -28,7 +28,7 @@ from transformers.utils import (
 )
 
 from caft_plugin.config import ConfigError
-from caft_plugin.heads_folder import FOLDER, WEIGHTS, read_record
+from caft_plugin.heads_record import FOLDER, WEIGHTS, read_record
 
 logger = logging.getLogger(__name__)
 

@@ -251,6 +251,29 @@ def heads_named(name: str) -> Iterator[None]:
             _heads_as.reset(token)
 
 
+_on_command_line: ContextVar[bool] = ContextVar("caft_on_command_line", default=False)
+
+
+@contextlib.contextmanager
+def on_command_line() -> Iterator[None]:
+    """Let `asked_as` return names of options while this is open."""
+    token = _on_command_line.set(True)
+    try:
+        yield
+    finally:
+        _on_command_line.reset(token)
+
+
+def asked_as(argument: str, option: str | None = None) -> str:
+    """Return the caller's name for an argument: `num_heads` in Python, `--num-heads` on the command line.
+
+    `option` is the option's name where it is not made of the argument's.
+    """
+    if not _on_command_line.get():
+        return argument
+    return f"--{argument.replace('_', '-')}" if option is None else option
+
+
 def named(text: str) -> str:
     """Return a name from a file as text for a message: unchanged, unless it is very long or not printable."""
     return text if text.isprintable() and 0 < len(text) <= 3 * LONGEST else shown(text)

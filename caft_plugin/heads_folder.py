@@ -12,100 +12,41 @@ import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from caft_plugin.config import (
-    DEFAULT_HEAD_INPUT,
-    DEFAULT_HEAD_NORM,
-    HEADS_KEY,
-    CAFTConfig,
-    ConfigError,
-    HeadInput,
-    heads_as,
-    named,
-    shown,
-)
+from caft_plugin.config import DEFAULT_HEAD_INPUT, DEFAULT_HEAD_NORM, CAFTConfig, ConfigError, heads_as, named, shown
 from caft_plugin.fingerprint import Fingerprint, Sample, is_sharded, take_sample
 from caft_plugin.heads import MODULE_NAME, AuxiliaryHeads
+from caft_plugin.heads_record import (
+    DRAFTING,
+    FINGERPRINT,
+    FOLDER,
+    LORA,
+    LOSSES,
+    METRICS,
+    RECORD,
+    WEIGHTS,
+    HeadsRecord,
+    LoggedLosses,
+    locate_heads,
+    own_file,
+    read_record,
+)
 from caft_plugin.storage import gather, shard_like, write_atomically, write_json
 from caft_plugin.trunk import Trunk
 
 logger = logging.getLogger(__name__)
 
-FOLDER = MODULE_NAME
-WEIGHTS, LORA, RECORD = "heads.safetensors", "lora.safetensors", "config.json"
-FINGERPRINT = "fingerprint.safetensors"  # of the last layer and final norm that the heads were trained with
 LARGEST_FINGERPRINT = 4_000_000  # bytes
-LONGEST_JSON = 100_000  # bytes
-FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors' names of the accepted weight types
-COPIES = "; leave the key out to start from copies of the last layer"
-METRICS, CARD = "metrics.json", "README.md"  # written for pretrained heads
-DRAFTING = "drafting.json"  # written by `caft speculate`
-
-
-class HeadsRecord(BaseModel):
-    """`config.json` of a heads folder."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    format_version: Annotated[int, Field(ge=1, le=1)] = 1
-    num_heads: Annotated[int, Field(gt=0, le=1000)]
-    head_input: HeadInput
-    head_norm: bool
-    layer_class: str
-    model_type: str
-    hidden_size: PositiveInt
-    vocab_size: PositiveInt
-    base_model: str
-    train_heads: Literal["full", "lora", "frozen"] | None = None  # only in a checkpoint
-
-    @classmethod
-    def of(cls, trunk: Trunk, config: CAFTConfig, **more: object) -> HeadsRecord:
-        """Return the record of `config.num_heads` heads for a model, wired as in `config`."""
-        written = {
-            "num_heads": config.num_heads,
-            "head_input": config.head_input,
-            "head_norm": config.head_norm,
-            "layer_class": trunk.layer_class,
-            "model_type": trunk.model.config.model_type,
-            "hidden_size": trunk.hidden_size,
-            "vocab_size": trunk.vocab_size,
-            "base_model": trunk.model.config.name_or_path or trunk.model.config.model_type,
-        }
-        return cls.model_validate({**written, **more})
-
-
-class HeadFigures(BaseModel):
-    """Held-out figures of one head: mean cross-entropy in nats, top-1 accuracy (0 to 1)."""
-
-    loss: float
-    accuracy: float
-
-
-class HeadsMetrics(BaseModel):
-    """`metrics.json` of pretrained heads: their training data, and held-out figures of each head.
-
-    `heads` are the figures after training, `untrained` those of untrained heads, `before` those of the heads loaded
-    from the folder `started_from`. Lists are empty if nothing was held out. Other keys of the file are ignored.
-    """
-
-    targets: str
-    rows: int | None = None
-    steps: int
-    heads: list[HeadFigures]
-    untrained: list[HeadFigures] = []
-    started_from: str | None = None
-    before: list[HeadFigures] = []
-    tokens_per_pass: float | None = None  # of these heads as drafters, on held-out text
+FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors' names of the types that weights can be read from
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,115 +179,6 @@ def resolve_wiring(config: CAFTConfig, record: HeadsRecord | None) -> CAFTConfig
     return config.model_copy(update={"head_input": head_input, "head_norm": head_norm})
 
 
-def locate_heads(heads: str) -> Path:
-    """Return the local folder of heads, given a folder (or one with `caft_heads/` in it) or a Hub id.
-
-    Raises:
-        ConfigError: neither a folder with heads nor a Hub id that can be downloaded.
-    """
-    path = Path(heads)
-    if path.is_dir():
-        return path / FOLDER if (path / FOLDER / RECORD).is_file() else path
-    if path.exists() or heads.startswith((".", "/", "~")):
-        raise ConfigError(
-            f"{heads_as()}: got {heads!r}, which is not a folder. It accepts a folder with {WEIGHTS} and {RECORD}, "
-            f"or a Hub id (owner/name){COPIES if heads_as() == HEADS_KEY else ''}."
-        )
-    from huggingface_hub import snapshot_download
-
-    files = (WEIGHTS, LORA, FINGERPRINT, RECORD, METRICS, CARD, DRAFTING)
-    patterns = [f"{folder}{name}" for folder in ("", f"{FOLDER}/") for name in files]
-    try:
-        return locate_heads(snapshot_download(heads, allow_patterns=patterns))
-    except Exception as error:  # the Hub's client raises many kinds: offline, no such name, no permission
-        raise ConfigError(
-            f"{heads_as()}: got {heads!r}, which is neither a local folder nor a Hub id that can be downloaded "
-            f"({type(error).__name__}: {str(error).splitlines()[0]}). Check the name, your connection and your "
-            "Hub token, or give a folder."
-        ) from error
-
-
-def own_file(folder: Path, name: str) -> Path:
-    """Return the path of a file in a heads folder.
-
-    A link must not point outside the folder, except in the Hub's cache, which links a snapshot's files to its `blobs`.
-
-    Raises:
-        ConfigError: there is no such regular file, or it is outside the folder.
-    """
-    file = folder / name
-    snapshot = next((p for p in folder.absolute().parents if p.name == "snapshots"), None)
-    in_cache = snapshot is not None and snapshot.parent.name.startswith("models--")
-    root = snapshot.parent if snapshot is not None and in_cache else folder
-    try:
-        inside = file.resolve(strict=True).is_relative_to(root.resolve())
-        problem = None if inside and file.is_file() else "not a regular file" if inside else "a link out of the folder"
-    except OSError as error:
-        problem = error.strerror
-    except RuntimeError:
-        problem = "a link to itself"
-    if problem:
-        raise ConfigError(
-            f"{heads_as()}: {folder} has no readable {name} ({problem}). It accepts a heads folder with {WEIGHTS} and "
-            f"{RECORD}, which training saves in {FOLDER}/."
-        )
-    return file
-
-
-def read_small(folder: Path, name: str) -> bytes:
-    """Read a JSON file of a heads folder.
-
-    Raises:
-        ConfigError: there is no such regular file, or it is too long.
-    """
-    with open(own_file(folder, name), "rb") as opened:
-        content = opened.read(LONGEST_JSON + 1)
-    if len(content) > LONGEST_JSON:
-        raise ConfigError(
-            f"{heads_as()}: {folder / name} is longer than {LONGEST_JSON} bytes, so it is not a file of caft_plugin. "
-            "Make the folder again, or use the file that was saved with these heads."
-        )
-    return content
-
-
-def read_record(folder: Path) -> HeadsRecord:
-    """Read the record of a heads folder.
-
-    Raises:
-        ConfigError: the folder is not a readable heads folder.
-    """
-    content = read_small(folder, RECORD)
-    _refuse_model(folder, content)
-    try:
-        return HeadsRecord.model_validate(json.loads(content.decode(), object_pairs_hook=_once_each), strict=True)
-    except ValidationError as error:
-        problem = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors())
-    except RecursionError:
-        problem = "nested too deeply"
-    except ValueError as error:  # not UTF-8, not JSON, a key twice
-        problem = str(error)
-    raise ConfigError(
-        f"{heads_as()}: {folder / RECORD} is not a heads record that this version can read ({shown(problem)}). "
-        "Make the folder again, or use the file that was saved with these heads."
-    )
-
-
-def _refuse_model(folder: Path, config: bytes) -> None:
-    """Raise ConfigError if a config.json is a model's, and name the folder of its heads."""
-    if b'"architectures"' not in config or b'"head_input"' in config:
-        return
-    near = folder.parent / FOLDER  # of a merged model
-    heads = f"Its heads are in {near}." if (near / RECORD).is_file() else f"A run saves its heads in {FOLDER}/."
-    raise ConfigError(f"{heads_as()}: got {folder}, which is a model's folder without heads. {heads}")
-
-
-def _once_each(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    keys = [key for key, _ in pairs]
-    if len(set(keys)) < len(keys):
-        raise ValueError(f"the key {max(keys, key=keys.count)} occurs twice")
-    return dict(pairs)
-
-
 def plain_name(name: str) -> str:
     """Return a head parameter's name without the parts that PEFT's wrapping adds."""
     return name.replace(".base_layer.", ".").replace(f".{MODULE_NAME}.", ".")
@@ -386,6 +218,7 @@ def save_heads(
     *,
     resumable: bool,
     write: bool = True,
+    losses: Mapping[str, LoggedLosses] | None = None,
 ) -> Path:
     """Save heads to `caft_heads/` in `parent`. Every process must call it.
 
@@ -396,6 +229,7 @@ def save_heads(
         config: how the heads are wired.
         resumable: keep LoRA factors separate, for a checkpoint, instead of merging them.
         write: whether this process writes the files.
+        losses: the losses that the run has logged of these heads, by data set.
     """
     weights, lora = heads_state(heads)
     after = take_sample(trunk, heads.origin) if write or is_sharded(trunk) else None
@@ -405,7 +239,7 @@ def save_heads(
             weights, lora = merged(heads, weights, lora), {}
         record = HeadsRecord.of(trunk, config, train_heads=heads.how if resumable else None)
         fingerprint = None if heads.origin is None or after is None else Fingerprint(heads.origin, after)
-        write_heads(folder, record, weights, lora, fingerprint)
+        write_heads(folder, record, weights, lora, fingerprint, losses)
     return folder
 
 
@@ -415,11 +249,13 @@ def write_heads(
     weights: Mapping[str, Tensor],
     lora: Mapping[str, Tensor],
     fingerprint: Fingerprint | None = None,
+    losses: Mapping[str, LoggedLosses] | None = None,
 ) -> None:
     """Write the files of a heads folder atomically, the record last: if it exists, all files are of the same save."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / RECORD).unlink(missing_ok=True)
-    (folder / DRAFTING).unlink(missing_ok=True)  # measured with the previous heads
+    for of_earlier_heads in (DRAFTING, METRICS, LOSSES):
+        (folder / of_earlier_heads).unlink(missing_ok=True)
     for left_by_a_killed_run in folder.glob(".*.tmp"):
         left_by_a_killed_run.unlink(missing_ok=True)
     for name, tensors in ((LORA, lora), (WEIGHTS, weights)):
@@ -428,6 +264,8 @@ def write_heads(
         else:
             (folder / name).unlink(missing_ok=True)
     write_fingerprint(folder, fingerprint)
+    if losses:
+        write_json(folder / LOSSES, {name: logged.model_dump(exclude_none=True) for name, logged in losses.items()})
     write_json(folder / RECORD, record.model_dump(exclude_none=True))
 
 

@@ -20,6 +20,11 @@ def greater_is_better(metric: str) -> bool | None:
     return "loss" not in name
 
 
+def evaluated_sets(logs: Mapping[str, float]) -> list[str]:
+    """Return the prefixes (`eval`, `eval_mine`) of the evaluations that have heads' losses in a line of the log."""
+    return sorted({key.rpartition(f"_{HEAD_LOSS}")[0] for key in logs} - {""})
+
+
 def by_head(start: str, values: Mapping[str, float]) -> dict[int, float]:
     """Return the values whose keys are `start` followed by a head's number k, by k."""
     found = {key.removeprefix(start): value for key, value in values.items() if key.startswith(start)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import cast
 
 import torch
@@ -14,7 +14,8 @@ from caft_plugin import heads_folder
 from caft_plugin.attach import AttachedHeads, Request
 from caft_plugin.config import CAFTConfig, ConfigError
 from caft_plugin.heads import build_heads
-from caft_plugin.logs import HeadsEvaluation
+from caft_plugin.heads_record import TRAINING, LoggedLosses
+from caft_plugin.logs import CAFTLog, HeadsEvaluation, evaluated_sets
 from caft_plugin.loss import Batch, count_targets, head_targets
 from caft_plugin.refusals import check_trainer, may_fuse, no_heads_ran, no_labels
 from caft_plugin.trunk import find_trunk
@@ -64,6 +65,7 @@ class AuxiliaryObjective:
         self.heads = heads
         self.handle = AttachedHeads(model, heads, trunk, config)
         self.fused = may_fuse(trainer, trunk.model, config.fused_loss)
+        self.losses: dict[str, LoggedLosses] = {}  # what was logged of these heads last, saved with them
         self.start_afresh()
         self._step: tuple[Window, MicroBatch] | None = None  # of the current training_step
         self._totals: Totals | None = None  # of the current evaluation
@@ -227,6 +229,19 @@ class AuxiliaryObjective:
             return {}
         processes = trainer.accelerator.num_processes
         return tally.log(trainer.state.global_step, processes, self.over_processes).entries()
+
+    def note_log(self, logs: Mapping[str, float]) -> None:
+        """Keep the heads' losses in a line of the log, in the place of those logged before."""
+        step = self.trainer.state.global_step
+        training = CAFTLog.read(logs)
+        if training is not None:
+            before = self.losses[TRAINING].losses if TRAINING in self.losses else {}  # of heads not drawn since
+            self.losses[TRAINING] = LoggedLosses(step=step, losses={**before, **training.head_losses})
+        for name in evaluated_sets(logs):
+            found = HeadsEvaluation.read(logs, name)
+            self.losses[name] = LoggedLosses(
+                step=step, losses=dict(found.losses), tokens_per_pass=found.tokens_per_pass
+            )
 
     def over_processes(self, tensor: Tensor) -> Tensor:
         return over_processes(self.trainer.accelerator, tensor)

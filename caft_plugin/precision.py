@@ -41,6 +41,11 @@ def quick_dtype() -> torch.dtype:
     return torch.bfloat16 if torch.accelerator.is_available() or cpu_has_bf16() else torch.float32
 
 
+def asked_dtype(float32: bool) -> torch.dtype:
+    """Return the dtype in which a command computes: `quick_dtype`, or float32 if asked for."""
+    return torch.float32 if float32 else quick_dtype()
+
+
 def choice() -> str:
     """Return one line that names `quick_dtype()` and the reason."""
     if quick_dtype() == torch.float32:

@@ -20,7 +20,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, Tr
 from caft_plugin import checkpoints
 from caft_plugin.attach import AttachedHeads
 from caft_plugin.config import CAFTConfig, ConfigError, MEAPConfig
-from caft_plugin.heads_folder import FOLDER, load_checkpoint, save_heads
+from caft_plugin.heads_folder import load_checkpoint, save_heads
+from caft_plugin.heads_record import FOLDER, read_losses
 from caft_plugin.hidden import all_out_of_sight, hidden_from, shown_to
 from caft_plugin.logs import greater_is_better
 from caft_plugin.loss import Batch
@@ -280,6 +281,8 @@ class CAFTTrainerMixin(_Base):
                 logs.update(self.caft.log_entries())
             if self.meap is not None:
                 logs.update(self.meap.log_entries(functools.partial(over_processes, self.accelerator)))
+        if self.caft is not None:
+            self.caft.note_log(logs)
         with self._ours_out_of_sight():
             super().log(logs, *args, **kwargs)
 
@@ -336,7 +339,8 @@ class CAFTTrainerMixin(_Base):
         if self.caft is not None:
             caft, write = self.caft, self.args.should_save
             resumable = self._saving_checkpoint
-            save_heads(output_dir, caft.heads, caft.trunk, caft.config, resumable=resumable, write=write)
+            losses = caft.losses
+            save_heads(output_dir, caft.heads, caft.trunk, caft.config, resumable=resumable, write=write, losses=losses)
 
     def _set_aside_earlier(self, folder: Path) -> None:
         """Rename an earlier run's heads and mask token in a folder where this run saves its model without any."""
@@ -372,6 +376,7 @@ class CAFTTrainerMixin(_Base):
             self.meap.load(folder)
         if self.caft is not None:
             load_checkpoint(folder, self.caft.heads, self.caft.config)
+            self.caft.losses = read_losses(Path(folder) / FOLDER)
         elif self.caft_config is not None and (Path(folder) / FOLDER).exists():
             raise ConfigError(
                 f"caft.beta: this run has 0 and so no heads, but the checkpoint {folder} was made with heads. Resume "

@@ -11,7 +11,15 @@ from peft import LoraConfig, get_peft_model
 from tiny import word_tokenizer
 
 from caft_plugin import ConfigError
-from caft_plugin.meap.attention_report import attention, attention_report, on_masked_and_variance_of_rest, read_texts
+from caft_plugin.meap.attention_report import (
+    as_table,
+    attention,
+    attention_report,
+    changed,
+    draw,
+    on_masked_and_variance_of_rest,
+    read_texts,
+)
 from caft_plugin.tools.cli import commands
 
 ROW = {"context": "w1 w2 w3 w4 w5 w6", "answer": "w3 w4", "query": "w7 w8"}
@@ -32,7 +40,14 @@ def folder(tiny_model, tmp_path):
 
 def report(folder, base="base", tuned="tuned", mask_token="95", **changes):
     texts = read_texts(folder / "texts.jsonl")
-    settings = {"mask_ratio": 0.2, "mask_token": mask_token, "max_length": 64, "seed": 0, **changes}
+    settings = {
+        "mask_ratio": 0.2,
+        "mask_token": mask_token,
+        "max_length": 64,
+        "seed": 0,
+        "dtype": torch.float32,
+        **changes,
+    }
     return attention_report(str(folder / base), str(folder / tuned), texts, **settings)
 
 
@@ -71,12 +86,11 @@ def test_report(folder):
     for model in ("base", "tuned"):  # one of the two has segments, and every token of it is in one
         shares = [figures.segments[model, segment] for segment in ("context", "answer", "query")]
         assert sum(shares) == pytest.approx(1, rel=1e-5) and min(shares) > 0
-    assert figures.decay == pytest.approx(1 - figures.masked["tuned", "masked"] / figures.masked["base", "plain"])
     same = report(folder, tuned="base")
     for of in (same.masked, same.variance):
-        assert of["base", "masked"] == of["tuned", "masked"] and of["base", "plain"] == of["tuned", "plain"]
-        assert of["base", "plain"] != of["base", "masked"]
-    assert figures.masked["base", "plain"] == same.masked["base", "plain"]
+        assert of["base", "masked"] == of["tuned", "masked"] and of["base", "unmasked"] == of["tuned", "unmasked"]
+        assert of["base", "unmasked"] != of["base", "masked"]
+    assert figures.masked["base", "unmasked"] == same.masked["base", "unmasked"]
     assert report(folder, seed=1).masked != figures.masked
 
 
@@ -91,7 +105,7 @@ def test_adapters_and_added_tokens(folder, tiny_model):
     lora.peft_config["default"].base_model_name_or_path = str(folder / "base")
     lora.save_pretrained(folder / "adapter")
     word_tokenizer("").save_pretrained(folder / "adapter")
-    assert report(folder, tuned="adapter").masked["tuned", "plain"] != report(folder).masked["base", "plain"]
+    assert report(folder, tuned="adapter").masked["tuned", "unmasked"] != report(folder).masked["base", "unmasked"]
 
     added = AddedMaskToken(lora, choose_mask_token("add", None, 97, None))
     added.vector.data.add_(5)
@@ -108,12 +122,75 @@ def test_command_table_and_picture(folder):
         commands, ["attention-report", *arguments, "--text", str(folder / "texts.jsonl"), "--png", str(picture)]
     )
     assert result.exit_code == 0, result.output
-    assert "attention decay at masked positions" in result.output and "  query" in result.output
+    assert "  attention on masked positions: " in result.output and "  query" in result.output
+    assert "computing attention: 100%" in result.stderr and "computing attention" not in result.stdout
     assert picture.read_bytes().startswith(b"\x89PNG")
     plain = folder / "plain.txt"
     plain.write_text("w1 w2 w3 w4\n\nw5 w6 w7 w8 w9\n")
     result = CliRunner().invoke(commands, ["attention-report", *arguments, "--text", str(plain)])
     assert result.exit_code == 0 and "2 texts" in result.output and "query" not in result.output
+
+
+def test_the_effect_of_masking_and_that_of_tuning_are_apart(folder):
+    """Each model on unmasked and on masked text, the four changes between neighbours, and the paper's across."""
+    figures = report(folder)
+    lines = as_table(figures).splitlines()
+    for title, values in (("Mean attention weight on", figures.masked), ("Variance of", figures.variance)):
+        at = next(number for number, line in enumerate(lines) if line.startswith(title))
+        assert lines[at + 1].split("  ")[-1].strip() == "effect of masking"
+        for line, model in zip(lines[at + 2 : at + 4], ("base", "tuned"), strict=True):
+            unmasked, masked = values[model, "unmasked"], values[model, "masked"]
+            assert line.split()[:3] == [model, f"{unmasked:.3e}", f"{masked:.3e}"]
+            assert line.endswith(changed(unmasked, masked))
+        for given in ("unmasked", "masked"):
+            assert changed(values["base", given], values["tuned", given]) in lines[at + 4]
+    across = changed(figures.masked["base", "unmasked"], figures.masked["tuned", "masked"])
+    assert f"  attention on masked positions: {across}" in lines
+
+
+def test_a_change_says_its_direction():
+    assert changed(4.0, 3.0) == "25.0 % lower" and changed(4.0, 5.0) == "25.0 % higher"
+    assert changed(4.0, 4.0001) == "unchanged" and changed(0.0, 1.0) == "not comparable with 0"
+
+
+def test_axes_of_the_picture_are_labelled(folder, monkeypatch):
+    from matplotlib.figure import Figure
+
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure) or (folder / "x").touch())
+    with pytest.raises(FileNotFoundError):  # nothing was saved
+        draw(report(folder), folder / "report.png")
+    (figure,) = drawn
+    assert len(figure.axes) == 3
+    for axes in figure.axes:
+        assert axes.get_xlabel() and axes.get_ylabel() and axes.get_title() and axes.get_legend() is not None
+
+
+@pytest.mark.parametrize("command", ["pretrain-heads", "speculate", "attention-report"])
+@pytest.mark.parametrize("float32", [False, True])
+def test_all_commands_have_one_rule_of_dtype(folder, monkeypatch, command, float32):
+    """What a model is loaded in: what is quick here, whatever dtype its files have, or float32 where asked for."""
+    quick = torch.bfloat16
+    monkeypatch.setattr("caft_plugin.precision.quick_dtype", lambda: quick)
+    loaded = []
+
+    def load(self, dtype, **_):
+        loaded.append(dtype)
+        raise ConfigError("loaded")
+
+    monkeypatch.setattr("caft_plugin.model_loading.Source.load", load)
+    base, texts = str(folder / "base"), str(folder / "texts.jsonl")
+    options = {
+        "pretrain-heads": ["--model", base, "--data", texts, "--output", str(folder / "out")],
+        "speculate": ["--model", base, "--heads", str(folder / "out"), "--prompts", texts],
+        "attention-report": ["--base", base, "--tuned", base, "--text", texts],
+    }[command]
+    if command != "attention-report":
+        (folder / "texts.jsonl").write_text('{"text": "w1 w2 w3"}\n')
+    for quick in (torch.bfloat16, torch.float32):
+        result = CliRunner().invoke(commands, [command, *options, *(["--float32"] if float32 else [])])
+        assert result.output.endswith("Error: loaded\n"), result.output
+        assert loaded.pop() == (torch.float32 if float32 else quick)
 
 
 @pytest.mark.parametrize(
@@ -123,7 +200,7 @@ def test_command_table_and_picture(folder):
         ("a.jsonl", '{"text": "w1"}\n{"context": "w1"}\n', "line 2 of"),
         ("a.jsonl", "nothing", "line 1 of"),
         ("a.jsonl", "[1]\n", "line 1 of"),
-        ("a.txt", " \n\n ", "holds no text"),
+        ("a.txt", " \n\n ", "has no text in it"),
         ("a.txt", None, "cannot be read"),
     ],
 )

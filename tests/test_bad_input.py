@@ -31,20 +31,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from caft_plugin import CAFTConfig, ConfigError
 from caft_plugin.config import Block, MEAPConfig, PretrainConfig, kinds_of
 from caft_plugin.heads import build_heads
-from caft_plugin.heads_folder import (
-    FINGERPRINT,
-    FOLDER,
-    LORA,
-    METRICS,
-    RECORD,
-    WEIGHTS,
-    HeadsFolder,
-    load_checkpoint,
-    locate_heads,
-    read_fingerprint,
-    resolve_wiring,
-    save_heads,
-)
+from caft_plugin.heads_folder import HeadsFolder, load_checkpoint, read_fingerprint, resolve_wiring, save_heads
+from caft_plugin.heads_record import FINGERPRINT, FOLDER, LORA, METRICS, RECORD, WEIGHTS, locate_heads
 from caft_plugin.tools.inspect_heads import describe
 from caft_plugin.trunk import find_trunk
 

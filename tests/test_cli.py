@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -11,24 +12,34 @@ import click
 import pytest
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
+from transformers import Trainer, TrainingArguments
 
-from caft_plugin import CAFTConfig, ConfigError
+from caft_plugin import CAFTConfig, ConfigError, with_caft
 from caft_plugin.heads import build_heads
-from caft_plugin.heads_folder import FOLDER, METRICS, RECORD, WEIGHTS, resolve_wiring, save_heads
+from caft_plugin.heads_folder import resolve_wiring, save_heads
+from caft_plugin.heads_record import FOLDER, LOSSES, METRICS, RECORD, WEIGHTS
 from caft_plugin.tools.cli import CAFTCommands, commands
 from caft_plugin.trunk import find_trunk
 
-HELP = """
-import sys
+QUICK = """
+import json, sys
 from caft_plugin.tools.cli import commands
-for arguments in (["--help"], ["inspect", "--help"], ["import-heads", "--help"]):
+for arguments in json.loads(sys.argv[1]):
     try:
         commands(arguments)
     except SystemExit as stop:
-        assert stop.code == 0
-slow = {"torch", "transformers", "peft", "safetensors", "huggingface_hub"} & sys.modules.keys()
+        assert stop.code == 0, arguments
+slow = {"torch", "transformers", "peft", "accelerate", "huggingface_hub", "matplotlib"} & sys.modules.keys()
 assert not slow, slow
 """
+
+
+def quickly(*commands_given):
+    """The output of commands that answer at once: nothing that takes seconds is imported for them."""
+    arguments = json.dumps([list(map(str, arguments)) for arguments in commands_given])
+    result = subprocess.run([sys.executable, "-c", QUICK, arguments], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
 
 
 def run(*arguments):
@@ -53,9 +64,14 @@ def metrics(**changes):
 
 
 def test_help_is_fast():
-    result = subprocess.run([sys.executable, "-c", HELP], capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
-    assert "import-heads" in result.stdout and "--head-input [penultimate|final]" in result.stdout
+    output = quickly(["--help"], *([name, "--help"] for name in commands.commands))
+    assert "import-heads" in output and "--head-input [penultimate|final]" in output
+
+
+def test_inspect_is_fast(folder):
+    (folder / METRICS).write_text(metrics())
+    (folder / LOSSES).write_text(json.dumps({"training": {"step": 7, "losses": {"1": 2.5}}}))
+    assert "held-out loss" in quickly(["inspect", folder]) and "training loss" in quickly(["inspect", folder.parent])
 
 
 def test_inspect(tiny_model, folder, tmp_path):
@@ -72,9 +88,9 @@ def test_inspect(tiny_model, folder, tmp_path):
         "Vocabulary   97\n"
         "Heads        2\n"
         "\n"
-        "head  predicts  parameters  dtype     size  held-out loss  held-out accuracy\n"
-        f"   1   2 ahead       {one}              -                  -\n"
-        f"   2   3 ahead       {one}              -                  -\n"
+        "head  predicts  parameters  dtype     size\n"
+        f"   1   2 ahead       {one}\n"
+        f"   2   3 ahead       {one}\n"
         f" all                {both}    F32  {parameters * 8 / 1e6:.2f} MB\n"
     )
     assert run("inspect", tmp_path).output == result.output  # the folder of a run
@@ -90,11 +106,71 @@ def test_inspect_with_held_out_figures(folder):
 
     (folder / METRICS).write_text(metrics(started_from="./run", before=[], tokens_per_pass=2.345))
     output = run("inspect", folder).output
-    assert "Started from ./run\n" in output and "As drafters  2.35 tokens a pass of the model, held out\n" in output
+    assert "Started from ./run\n" in output and "As drafters  2.35 tokens per step (held out)\n" in output
 
     (folder / METRICS).write_text(metrics(heads=[], rows=50, untrained=[]))  # nothing was held out
     output = run("inspect", folder).output
-    assert "50 rows" in output and re.search(r"1   2 ahead .* - +-\n", output)
+    assert "50 rows" in output and "loss" not in output
+
+
+def test_inspect_after_a_fine_tuning(tiny_model, tmp_path):
+    """The figures of the run itself, wherever its heads are moved: in training and on each evaluation set."""
+    rows = [{"input_ids": [*range(k, k + 12)], "labels": [*range(k, k + 12)]} for k in range(8)]
+    arguments = TrainingArguments(
+        str(tmp_path / "run"),
+        use_cpu=True,
+        report_to=[],
+        max_steps=4,
+        logging_steps=2,
+        eval_strategy="steps",
+        eval_steps=3,
+    )
+    sets = {"ours": rows[:4], "theirs": rows[4:]}
+    trainer = with_caft(Trainer)(
+        model=tiny_model, args=arguments, train_dataset=rows, eval_dataset=sets, caft={"num_heads": 2}
+    )
+    trainer.train()
+    trainer.save_model()
+    shutil.move(tmp_path / "run" / FOLDER, tmp_path / "moved")
+    output = run("inspect", tmp_path / "moved").output
+    assert "Logged at    step 4 (training), step 4 (eval_ours), step 4 (eval_theirs)\n" in output
+    history = trainer.state.log_history
+    last = {key: value for line in history for key, value in line.items()}
+    assert f"As drafters  {last['eval_ours_caft/tokens_per_pass']:.2f} tokens per step (eval_ours), " in output
+    assert re.search(r"training loss +eval_ours loss +eval_theirs loss\n", output)
+    for k in (1, 2):
+        found = [last[f"{prefix}caft/loss_head_{k}"] for prefix in ("", "eval_ours_", "eval_theirs_")]
+        assert re.search(rf" {k} +{k + 1} ahead .*" + " +".join(f"{loss:.3f}" for loss in found) + "\n", output)
+
+
+def test_figures_are_those_of_the_heads_that_are_saved(tiny_model, tmp_path):
+    """Of a checkpoint that is loaded again, its own; of heads that were replaced, none."""
+    rows = [{"input_ids": [*range(k, k + 12)], "labels": [*range(k, k + 12)]} for k in range(8)]
+    arguments = TrainingArguments(
+        str(tmp_path),
+        use_cpu=True,
+        report_to=[],
+        max_steps=3,
+        logging_steps=1,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_steps=1,
+        load_best_model_at_end=True,
+        greater_is_better=True,  # the loss falls, so the first evaluation stays the best
+        learning_rate=0.01,
+    )
+    trainer = with_caft(Trainer)(
+        model=tiny_model, args=arguments, train_dataset=rows, eval_dataset=rows, caft={"num_heads": 2}
+    )
+    (tmp_path / FOLDER).mkdir()
+    (tmp_path / FOLDER / METRICS).write_text(metrics())  # of heads that were here before
+    trainer.train()
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-1")
+    trainer.save_model()
+    output = run("inspect", tmp_path).output
+    assert "Logged at    step 1 (training), step 1 (eval)\n" in output and "held-out" not in output
+    first = trainer.state.log_history[0]
+    assert f"{first['caft/loss_head_1']:.3f}" in output
 
 
 def test_inspect_a_checkpoint(tiny_model, tmp_path):
@@ -135,6 +211,8 @@ def damage(folder, how):
             (folder / METRICS).write_text('{"eval_loss": 3.0}')
         case "figures of other heads":
             (folder / METRICS).write_text(metrics(heads=[{"loss": 1.0, "accuracy": 0.5}]))
+        case "damaged losses":
+            (folder / LOSSES).write_text('{"training": {"step": 3}}')
 
 
 @pytest.mark.parametrize(
@@ -143,11 +221,12 @@ def damage(folder, how):
         ("truncated", "heads.safetensors cannot be read as safetensors"),
         ("cut header", "heads.safetensors cannot be read as safetensors"),
         ("no weights", "has no readable heads.safetensors"),
-        ("fewer heads", "heads.safetensors holds heads 0, but config.json beside it says there are 2"),
+        ("fewer heads", "heads.safetensors holds heads 0, but config.json next to it says there are 2"),
         ("no record", "has no readable config.json"),
         ("half-written figures", "metrics.json cannot be read"),
         ("figures of another kind", "metrics.json cannot be read"),
         ("figures of other heads", "metrics.json holds figures of 1 heads, but the folder holds 2"),
+        ("damaged losses", "losses.json cannot be read (Field required). Remove it"),
     ],
 )
 def test_errors_are_one_line(folder, how, message):

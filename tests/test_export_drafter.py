@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -105,7 +106,7 @@ def test_an_adapters_folder(tmp_path, trains_norm):
 
 
 def row(guide, number):
-    """Of the guide's table: tokens a step and speed with so many draft tokens."""
+    """Of the guide's table: tokens per step and speed with this number of draft tokens."""
     found = re.search(rf"^\| {number} \| ([\d.]+) \| ([\d.]+) \|$", guide, re.M)
     return float(found[1]), float(found[2])
 
@@ -129,10 +130,10 @@ def test_the_number_of_draft_tokens_is_recommended_by_what_speculate_found(tmp_p
     speeds = [sum_ / (1 + (n * head + unembedding) / read) for n, sum_ in enumerate(tokens, 1)]
     for number, (brings, speed) in enumerate(zip(tokens, speeds, strict=True), 1):
         assert row(guide, number) == pytest.approx((brings, speed), abs=0.006)  # two digits
-    assert "found, with mine on 7 prompts at temperature 0:" in guide
+    assert "measured, with mine on 7 prompts at temperature 0:" in guide
     few = min(number for number in (1, 2, 3) if speeds[number - 1] >= 0.95 * max(speeds))
     assert f'"num_speculative_tokens": {few}, ' in guide and f"It proposes {few} draft token" in guide
-    assert ("These heads do not pay" in guide) == (max(speeds) <= 1)
+    assert ("Serving with these heads is slower" in guide) == (max(speeds) <= 1)
 
 
 def test_fewer_heads_than_would_be_fastest(tmp_path):
@@ -156,7 +157,7 @@ def test_heads_saved_again_are_not_recommended_by_what_their_predecessors_did(tm
 def test_without_what_speculate_finds_all_heads_draft(tmp_path):
     made(tmp_path / "out")
     guide = export_drafter(str(tmp_path / "out"), str(tmp_path / "out"), tmp_path / "drafter")
-    assert '"num_speculative_tokens": 3, ' in guide and "`caft speculate` finds" in guide
+    assert '"num_speculative_tokens": 3, ' in guide and "To measure it, run" in guide
 
 
 def speculated(folder, content=None, further=False):
@@ -186,7 +187,7 @@ def test_heads_of_a_quantised_model_stay_plain(tmp_path, scheme):
         model.model.norm.weight.mul_(torch.rand_like(model.model.norm.weight))
     model.save_pretrained(tmp_path / "other")
     quantise(tmp_path / "other", scheme)
-    with pytest.raises(ConfigError, match="trained over another last layer or final norm than"):
+    with pytest.raises(ConfigError, match="trained with another last layer or final norm than"):
         export_drafter(str(tmp_path / "other"), str(tmp_path / "out"), tmp_path / "drafter of another")
     assert not (tmp_path / "drafter of another").exists()
 
@@ -216,14 +217,14 @@ def with_unknown_tensor(folder):
 
 # name: (how the model and its heads are made, what is asked for besides, the error)
 BAD = {
-    "no heads": ({}, lambda t: {"heads": str(t / "out" / "nothing")}, "caft.heads: got"),
-    "a folder without heads": ({}, lambda t: {"heads": str(another(t / "other"))}, "caft.heads: "),
-    "heads of another base": ({}, lambda t: {"model": str(another(t / "other"))}, "trained over another last layer"),
+    "no heads": ({}, lambda t: {"heads": str(t / "out" / "nothing")}, "heads: got"),
+    "a folder without heads": ({}, lambda t: {"heads": str(another(t / "other"))}, "heads: got"),
+    "heads of another base": ({}, lambda t: {"model": str(another(t / "other"))}, "trained with another last layer"),
     "a damaged file of heads": ({}, lambda t: {"heads": str(with_unknown_tensor(t / "out"))}, "unknown tensor 9.extra"),
     "heads trained further": (
         {},
         lambda t: {"heads": speculated(t / "out", further=True)},
-        "drafting.json is about other heads than those in",
+        "drafting.json was written for other heads than those in",
     ),
     "damaged figures": (
         {},
@@ -267,7 +268,7 @@ BAD = {
     "no norm in EAGLE-3": (
         {"head_norm": False},
         lambda t: {"form": "eagle3"},
-        "--format: got eagle3, but the heads in",
+        "form: got eagle3, but the heads in",
     ),
     "an unsupported family": (
         {"config": Gemma2Config(**LLAMA, head_dim=8)},
@@ -279,11 +280,11 @@ BAD = {
         lambda t: {},
         "attends to a sliding window",
     ),
-    "more heads than there are": ({}, lambda t: {"num_heads": 4}, "--num-heads: got 4, but it takes 1 to 3"),
-    "two heads in EAGLE-3": ({}, lambda t: {"form": "eagle3", "num_heads": 2}, "--num-heads: got 2, but it takes 1,"),
-    "a folder in use": ({}, lambda t: {"output": full(t / "drafter")}, "is there already and not empty"),
-    "no such model": ({}, lambda t: {"model": str(t / "nothing")}, "--model: got "),
-    "no network": ({}, lambda t: {"model": "nobody/nothing"}, "--model: got 'nobody/nothing', whose files cannot be"),
+    "more heads than there are": ({}, lambda t: {"num_heads": 4}, "num_heads: got 4, but it accepts 1 to 3"),
+    "two heads in EAGLE-3": ({}, lambda t: {"form": "eagle3", "num_heads": 2}, "num_heads: got 2, but it accepts 1,"),
+    "a folder in use": ({}, lambda t: {"output": full(t / "drafter")}, "exists and is not empty"),
+    "no such model": ({}, lambda t: {"model": str(t / "nothing")}, "model: got "),
+    "no network": ({}, lambda t: {"model": "nobody/nothing"}, "model: got 'nobody/nothing', whose files cannot be"),
 }
 
 
@@ -309,4 +310,29 @@ def test_the_command(tmp_path):
     again = CliRunner().invoke(commands, ["export-drafter", "--model", out, "--heads", out, "--output", drafter])
     assert again.exit_code == 1 and "Error: --output: " in again.output
     missing = CliRunner().invoke(commands, ["export-drafter", "--model", out, "--output", drafter])
-    assert missing.exit_code == 2 and "--heads is needed where no CONFIG is given" in missing.output
+    assert missing.exit_code == 2 and "--heads is required if no CONFIG is given" in missing.output
+
+
+@pytest.mark.parametrize("name", ["heads", "model", "num_heads", "output"])
+def test_messages_name_arguments_as_the_caller_does(tmp_path, name):
+    """The command's options, and the function's parameters."""
+    made(tmp_path / "out")
+    out = str(tmp_path / "out")
+    wrong = {"num_heads": 9, "output": out}.get(name, str(tmp_path / "nowhere"))
+    arguments = {"model": out, "heads": out, "output": str(tmp_path / "drafter"), name: wrong}
+    options = [part for key, value in arguments.items() for part in (f"--{key.replace('_', '-')}", str(value))]
+    result = CliRunner().invoke(commands, ["export-drafter", *options])
+    assert result.output.startswith(f"Error: --{name.replace('_', '-')}: "), result.output
+    with pytest.raises(ConfigError, match=f"^{name}: "):
+        export_drafter(**{**arguments, "output": Path(arguments["output"])})
+
+
+def test_damaged_figures_are_named_after_the_heads(tmp_path):
+    """Also in the files that are read after the heads' own."""
+    made(tmp_path / "out")
+    speculated(tmp_path / "out", "{}")
+    out = str(tmp_path / "out")
+    options = ["--model", out, "--heads", out, "--output", str(tmp_path / "drafter")]
+    assert CliRunner().invoke(commands, ["export-drafter", *options]).output.startswith("Error: --heads: ")
+    with pytest.raises(ConfigError, match="^heads: .*drafting.json cannot be read"):
+        export_drafter(out, out, tmp_path / "drafter")

@@ -24,7 +24,8 @@ from transformers import (
 from caft_plugin import CAFTConfig, ConfigError, Drafter, with_caft
 from caft_plugin.fingerprint import Fingerprint, Sample, take_sample
 from caft_plugin.heads import build_heads
-from caft_plugin.heads_folder import FINGERPRINT, FOLDER, read_fingerprint, resolve_wiring, save_heads
+from caft_plugin.heads_folder import read_fingerprint, resolve_wiring, save_heads
+from caft_plugin.heads_record import FINGERPRINT, FOLDER
 from caft_plugin.trunk import find_trunk
 
 BF16 = torch.bfloat16

@@ -10,17 +10,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from caft_plugin import CAFTConfig, ConfigError
 from caft_plugin.heads import build_heads
-from caft_plugin.heads_folder import (
-    FOLDER,
-    LORA,
-    RECORD,
-    WEIGHTS,
-    HeadsFolder,
-    load_checkpoint,
-    locate_heads,
-    resolve_wiring,
-    save_heads,
-)
+from caft_plugin.heads_folder import HeadsFolder, load_checkpoint, resolve_wiring, save_heads
+from caft_plugin.heads_record import FOLDER, LORA, RECORD, WEIGHTS, locate_heads
+from caft_plugin.serving.export import export_drafter
 from caft_plugin.storage import write_atomically
 from caft_plugin.trunk import find_trunk
 
@@ -55,9 +47,39 @@ def test_a_models_folder_is_told_from_a_heads_folder(tiny_model, folder):
         ConfigError, match=rf"merged, which is a model's folder without heads. Its heads are in {folder}"
     ):
         HeadsFolder.open(folder.parent / "merged")
-    tiny_model.save_pretrained(folder.parent / "elsewhere" / "model")
+    elsewhere = folder.parent / "elsewhere" / "model"
+    tiny_model.save_pretrained(elsewhere)
     with pytest.raises(ConfigError, match="model's folder without heads. A run saves its heads in caft_heads/"):
-        HeadsFolder.open(folder.parent / "elsewhere" / "model")
+        HeadsFolder.open(elsewhere)
+    keys = json.loads((elsewhere / "config.json").read_text())
+    # What tells it is the keys, not the text: one without `architectures`, one that speaks of heads somewhere inside.
+    for other in ({"architectures": None}, {"note": '"head_input"'}, {"text_config": {"head_input": "final"}}):
+        (elsewhere / "config.json").write_text(json.dumps({**keys, **other}))
+        with pytest.raises(ConfigError, match="model's folder without heads"):
+            HeadsFolder.open(elsewhere)
+    keys.pop("architectures")
+    (elsewhere / "config.json").write_text(json.dumps(keys))
+    with pytest.raises(ConfigError, match="model's folder without heads"):
+        HeadsFolder.open(elsewhere)
+
+
+def test_a_drafters_folder_is_told_from_a_heads_folder(tiny_model, folder):
+    tiny_model.save_pretrained(folder.parent)
+    for form in ("vllm", "eagle3"):
+        drafter = folder.parent / form
+        export_drafter(str(folder.parent), str(folder), drafter, form, num_heads=1)
+        with pytest.raises(ConfigError, match="which is a drafter's folder for an inference engine. Give the heads"):
+            HeadsFolder.open(drafter)
+
+
+def test_a_damaged_record_is_no_models(folder):
+    """Of a record that lacks a key, the message says which."""
+    record = json.loads((folder / RECORD).read_text())
+    record["architectures"] = ["LlamaForCausalLM"]
+    del record["head_norm"]
+    (folder / RECORD).write_text(json.dumps(record))
+    with pytest.raises(ConfigError, match="is not a heads record that this version can read .*head_norm: Field required"):
+        HeadsFolder.open(folder)
 
 
 def test_a_file_with_more_heads_serves_its_first_ones(tiny_model, folder):

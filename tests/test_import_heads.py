@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from caft_plugin import ConfigError, with_caft
-from caft_plugin.heads_folder import RECORD, WEIGHTS, read_record
+from caft_plugin.heads_record import RECORD, WEIGHTS, read_record
 from caft_plugin.tools.cli import commands
 from caft_plugin.tools.import_heads import import_heads
 from caft_plugin.trunk import find_trunk
@@ -159,7 +159,7 @@ CONTENTS = {
     "an object": (lambda s: {**s, "extra": Executes()}, r"holds an object \(posix.system\), which is refused"),
     "a config beside the tensors": (lambda s: {**s, "alpha": 0.8}, r"holds a float, not a tensor, under 'alpha'"),
     "a state dict in a dict": (lambda s: {"state_dict": dict(s)}, r"holds a dict, not a tensor, under 'state_dict'"),
-    "a key that is a number": (lambda s: {0: s[UP]}, r"holds a key that is not a text under 0"),
+    "a key that is a number": (lambda s: {0: s[UP]}, r"holds a key that is not a string under 0"),
     "a list": (lambda s: list(s.values()), r"holds a list\. import-heads takes the state dict"),
     "a tensor": (lambda s: s[UP], r"holds a Tensor\. import-heads takes the state dict"),
     "nothing": (lambda s: {}, r"holds an empty dict"),
@@ -190,7 +190,7 @@ CONTENTS = {
     ),
     "an unknown tensor": (
         lambda s: {**s, "1.layers.0.mlp.up_proj.bias": torch.ones(64)},
-        r"holds 1.layers.0.mlp.up_proj.bias, which a LlamaDecoderLayer of .*base has not",
+        r"holds 1.layers.0.mlp.up_proj.bias, which a LlamaDecoderLayer of .*base does not have",
     ),
     "a misshapen tensor": (
         lambda s: {**s, UP: torch.ones(48, 32)},
@@ -230,7 +230,7 @@ def test_damaged_files(state, config_only, tmp_path, suffix, damage):
     whole = file.read_bytes()
     parts = {"cut at the end": whole[:-100], "cut at the start": whole[:50], "empty": b"", "text": b"K.layers.0\n"}
     file.write_bytes(parts[damage])
-    refused(file, config_only, tmp_path / "out", r"cannot be read as .* cut off, damaged or of another kind")
+    refused(file, config_only, tmp_path / "out", r"cannot be read as .* incomplete, damaged or of another kind")
 
 
 def test_a_missing_file(config_only, tmp_path):
@@ -257,11 +257,11 @@ def test_base_models_that_are_refused(state, tmp_path):
 def test_an_output_that_is_there_is_left_alone(state, config_only, tmp_path):
     torch.save(state, tmp_path / "heads.pth")
     (tmp_path / "file").write_text("mine")
-    refused(tmp_path / "heads.pth", config_only, tmp_path / "file", r"file exists already")
+    refused(tmp_path / "heads.pth", config_only, tmp_path / "file", r"file exists\.")
     assert (tmp_path / "file").read_text() == "mine"
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes").write_text("mine")
-    with pytest.raises(ConfigError, match="out exists already. Give the name of a new folder"):
+    with pytest.raises(ConfigError, match="out exists. Give the name of a new folder"):
         import_heads(tmp_path / "heads.pth", str(config_only), tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["notes"]
     refused(tmp_path / "heads.pth", config_only, tmp_path / "file" / "out", r"cannot be written \(")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import itertools
 import weakref
 
 import click
@@ -24,6 +26,7 @@ from caft_plugin.axolotl.run import read_run
 from caft_plugin.heads import build_heads
 from caft_plugin.heads_folder import resolve_wiring, save_heads
 from caft_plugin.plan.estimate import expected_heads, make_plan, optimizer_states
+from caft_plugin.plan.ways_out import WaysOut
 from caft_plugin.plan.words import parse_memory
 from caft_plugin.precision import cpu_has_bf16
 from caft_plugin.tools.cli import commands
@@ -267,11 +270,76 @@ def test_memory_sizes(text, amount):
 def test_output(tiny, yml):
     result = run(yml(tiny), "--gpu-memory", "0.0005 GB", "--supervised", "0.5")
     assert result.exit_code == 0, result.output
-    assert "tokens a GPU" in result.output and "The heads add, in GB on each GPU" in result.output
+    assert "tokens per GPU" in result.output and "The heads add, in GB per GPU" in result.output
+    assert "trying changes" in result.stderr
     assert "0.00 GB: does not fit" in result.output and "  caft.train_heads: frozen " in result.output
     group = click.Group("axolotl", commands={"caft": commands})
     result = CliRunner().invoke(group, ["caft", "plan", str(yml(tiny)), "--gpu-memory", "24GB"])
     assert result.exit_code == 0 and "24.00 GB: fits" in result.output
+
+
+def fitting(ways, pool):
+    """All combinations that fit, the smallest and then the cheapest first, each tried."""
+    for size in range(2, len(pool) + 1):
+        for some in itertools.combinations(pool, size):
+            if not any(one.excludes(other) for one, other in itertools.combinations(some, 2)) and ways.fits(some):
+                yield list(some)
+
+
+@pytest.mark.parametrize("keys", [{}, LORA, {"fsdp_version": 2, "fsdp_config": {"x": 1}}], ids=["full", "lora", "fsdp"])
+def test_the_first_combination_that_fits(tiny, keys):
+    """Where no change suffices: the first of all combinations, tried one by one, and one that keeps the heads."""
+    plan = plan_of({**tiny, **keys})
+    with WaysOut(plan, 0, 2, 0.3) as ways:
+        single = ways.single()
+        best, least = (
+            min(ways.peak([change]) for change in single),
+            ways.peak(
+                [c for c in single if not c.caft]  # without heads
+            ),
+        )
+        assert ways.combination(single) is None
+    assert len(single) >= 7 and least < best
+    found = []
+    for memory in (best - 1, (best + least) / 2, least):
+        with WaysOut(plan, memory, 2, 0.3) as ways:
+            single = ways.single()
+            chosen = ways.combination(single)
+            assert ways.fits(chosen) and len(chosen) > 1
+            found.append(len(chosen))
+            keeping = next(fitting(ways, [change for change in single if not change.without_heads]), None)
+            first = keeping or next(fitting(ways, [change for change in single if not change.caft]))
+            amounts = [change.words.partition(": ")[0] for change in first]
+            assert [change.words.partition(": ")[0] for change in chosen] == amounts  # num_heads may be larger
+    assert found == sorted(found)
+
+
+def test_where_nothing_fits_the_plan_says_what_does(tiny, yml):
+    peak = plan_of(tiny).peak / 1e9
+    with WaysOut(plan_of(tiny), 0, 1, 0.3) as ways:
+        best = min(ways.peak([change]) for change in ways.single()) / 1e9
+    output = run(yml(tiny), "--gpu-memory", f"{(best + peak) / 2:.9f}GB").stdout
+    assert "  fits" in output and "combination" not in output
+    output = run(yml(tiny), "--gpu-memory", f"{best * 0.98:.9f}GB").stdout
+    single, together = output.split("The first combination that fits, with a peak of")
+    assert "  fits" not in single and together.count("\n  ") >= 2
+    output = run(yml(tiny), "--gpu-memory", "0.000000001GB").stdout
+    assert "No combination of them fits: the lowest peak is 0.00 GB." in output
+
+
+def test_plans_of_a_search_are_those_of_single_plans(tiny):
+    """Whatever they share: in any order, with any change, the same peak."""
+    plan = plan_of({**tiny, **LORA, "gradient_accumulation_steps": 2})
+    with WaysOut(plan, 0, 1, 0.3) as ways:
+        for size in (1, 2):
+            for some in itertools.combinations(ways.single(), size):
+                run_with, caft = plan.run, plan.run.caft.model_dump(exclude_unset=True)
+                for change in some:
+                    run_with = dataclasses.replace(run_with, **dict(change.run))
+                    caft |= dict(change.caft)
+                caft = {"beta": 0} if any(change.without_heads for change in some) else caft
+                alone = make_plan(dataclasses.replace(run_with, caft=CAFTConfig.read(caft)), 1, 0.3)
+                assert ways.peak(some) == alone.peak, [change.words for change in some]
 
 
 def encoder_decoder(folder):
@@ -319,7 +387,7 @@ def test_wrong_files(yml, text, message):
 def test_missing_file_and_wrong_memory(tiny, yml, tmp_path):
     assert "nowhere.yml cannot be read" in run(tmp_path / "nowhere.yml").output
     result = run(yml(tiny), "--gpu-memory", "much")
-    assert result.exit_code == 1 and "--gpu-memory: got 'much', but it takes gigabytes above 0" in result.output
+    assert result.exit_code == 1 and "--gpu-memory: got 'much', but it accepts gigabytes above 0" in result.output
 
 
 def test_more_heads_than_the_folder_holds(tiny, tiny_model, tmp_path):

@@ -124,13 +124,14 @@ def test_the_command(folder):
     assert re.search(r"^with the heads +[\d.]+ +[\d.]+ +[\d.]+  3 of 3$", table, re.M)
     assert re.search(r"^prompt lookup +[\d.]+ +[\d.]+ +[\d.]+  3 of 3$", table, re.M)
     assert re.search(r"^4 +5 ahead +[\d,]+ +[\d,]+ +(-|[\d.]+%)$", table, re.M)
-    assert re.search(r"^passes that brought 1: \d+%, 2: \d+%, 3: \d+%, 4: \d+%, 5: \d+%$", table, re.M)
+    assert re.search(r"^tokens in a step: 1 in \d+%, 2 in \d+%, 3 in \d+%, 4 in \d+%, 5 in \d+%$", table, re.M)
     assert (folder / "out" / "heads.png").read_bytes().startswith(b"\x89PNG")
-    said = re.search(r"tokens a step 1: ([\d.]+), 2: ([\d.]+), 3: ([\d.]+), 4: ([\d.]+)$", table, re.M)
+    said = re.search(r"number of draft tokens: 1: ([\d.]+), 2: ([\d.]+), 3: ([\d.]+), 4: ([\d.]+)$", table, re.M)
     found = kept(folder / "run" / "caft_heads")
     assert [f"{tokens:.2f}" for tokens in found.tokens_per_step] == list(said.groups())
     assert (found.model, found.prompts, found.temperature) == (str(folder / "model"), 3, 0)
-    assert f"are kept in {folder / 'run' / 'caft_heads' / 'drafting.json'}" in table
+    assert "generating: 100%" in result.stderr and "counting steps: 100%" in result.stderr
+    assert f"Saved the tokens per step in {folder / 'run' / 'caft_heads' / 'drafting.json'}" in table
     assert "2 prompts, runs over them: 1" in run(folder, "--limit", "2", "--runs", "1", "--temperature", "0.5").stdout
 
 
@@ -138,7 +139,7 @@ def test_a_folder_that_cannot_be_written_to(folder):
     (folder / "run" / "caft_heads" / "drafting.json").mkdir()
     result = run(folder, "--max-new-tokens", "4", "--runs", "1")
     assert result.exit_code == 0, result.output
-    assert "Not kept for `caft export-drafter`: " in result.stdout and "drafting.json" in result.stdout
+    assert "Not saved for `caft export-drafter`: " in result.stdout and "drafting.json" in result.stdout
 
 
 @pytest.mark.parametrize(
@@ -147,7 +148,7 @@ def test_a_folder_that_cannot_be_written_to(folder):
         (["--heads", "./nowhere"], "Error: --heads: got './nowhere', which is not a folder"),
         (["--num-draft", "5"], "num_draft: got 5, but it takes 0 to 4, the number of heads, or None"),
         (["--prompts", "nowhere.jsonl"], "--prompts: nowhere.jsonl cannot be read"),
-        (["nowhere.yml"], "speculate: nowhere.yml is not a file. CONFIG takes an Axolotl YAML."),
+        (["nowhere.yml"], "speculate: nowhere.yml is not a file. CONFIG must be an Axolotl YAML."),
     ],
 )
 def test_bad_input(folder, arguments, message):
@@ -158,8 +159,8 @@ def test_bad_input(folder, arguments, message):
 
 def test_bad_prompts(folder):
     for content, message in {
-        "": "--prompts: .* holds no line",
-        '{"prompt": ""}\n': "--prompts: line 1 of .* is not a row .*it asks nothing",
+        "": "--prompts: .* is empty. Give a JSONL file",
+        '{"prompt": ""}\n': "--prompts: line 1 of .* is not a row .*its prompt has no tokens",
         '{"text": "w1"}\n{"question": 1}\n': "--prompts: line 2 of .* is not a row",
     }.items():
         (folder / "bad.jsonl").write_text(content)
@@ -169,4 +170,4 @@ def test_bad_prompts(folder):
 
 def test_what_is_needed_without_a_config():
     result = CliRunner().invoke(commands, ["speculate", "--model", "m", "--heads", "h"])
-    assert result.exit_code == 2 and "--prompts is needed where no CONFIG is given" in result.stderr
+    assert result.exit_code == 2 and "--prompts is required if no CONFIG is given" in result.stderr

@@ -98,6 +98,7 @@ def test_only_the_heads_change(taught, tokenizer, tmp_path, targets):
         "config.json",
         "fingerprint.safetensors",
         "heads.safetensors",
+        "losses.json",
         "metrics.json",
     ]
     checkpoint = next(tmp_path.glob("checkpoint-2"))

@@ -1,18 +1,20 @@
-"""`caft attention-report`: what masked training did to a model's attention (arXiv 2502.07490, section 5)."""
+"""`caft attention-report`: how masked training changed a model's attention (arXiv 2502.07490, section 5)."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import random
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.logging import tqdm
 
-from caft_plugin.config import DEFAULT_MASK_RATIO, ConfigError
+from caft_plugin.config import DEFAULT_MASK_RATIO, ConfigError, asked_as
 from caft_plugin.meap.base_model import BaseModel
 from caft_plugin.meap.mask_token import FILE, AddedMaskToken, MaskToken, choose_mask_token, row_norms
 from caft_plugin.meap.roles import Roles
@@ -21,12 +23,16 @@ from caft_plugin.storage import numbered_lines, read_text, write_png
 from caft_plugin.trunk import input_embedding
 
 SEGMENTS = ("context", "answer", "query")
-MODELS, INPUTS = ("base", "tuned"), ("plain", "masked")
+MODELS, INPUTS = ("base", "tuned"), ("unmasked", "masked")
+COLOURS = {"base": "#9aa5b1", "tuned": "#2f6f9f", "unmasked": "#9aa5b1", "masked": "#2f6f9f"}
+FIRST, LAST = ("base", "unmasked"), ("tuned", "masked")  # the two that the paper compares
+
+ByModelAndInput = Mapping[tuple[str, str], float]
 
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """A text, and for each of its characters the segment it belongs to, "" for none."""
+    """A text, and the segment of each of its characters ("" for none)."""
 
     text: str
     segments: list[str]
@@ -36,43 +42,42 @@ class Text:
 class Figures:
     """Means over texts, layers, heads and queries.
 
-    `masked` and `variance` are by (model, input): the attention weight on positions that the masked input masks, and
-    the variance of the weights on all others (the first token, which takes up what no token needs, left out of both).
-    `segments`, by model and segment: share of the last token's attention, plain input, over texts that have segments.
+    `masked` and `variance` have a value for each model and input: the attention weight on the positions that the masked
+    input masks (the same positions of the unmasked input), and the variance of the weights on all others. Both leave
+    out the first token, which gets the attention that no other token needs. `segments`, by model and segment: share of
+    the last token's attention on unmasked input, over texts with segments.
     """
 
     texts: int
     mask_token: str
-    masked: dict[tuple[str, str], float]
-    variance: dict[tuple[str, str], float]
-    segments: dict[tuple[str, str], float]
+    masked: ByModelAndInput
+    variance: ByModelAndInput
+    segments: ByModelAndInput
 
-    @property
-    def decay(self) -> float:
-        """How much less attention masked positions get: the tuned model on masked input, against the base on plain."""
-        return 1 - self.masked["tuned", "masked"] / self.masked["base", "plain"]
 
-    @property
-    def variance_increase(self) -> float:
-        """How much more attention varies over the other positions, between the same two."""
-        return self.variance["tuned", "masked"] / self.variance["base", "plain"] - 1
+def changed(before: float, after: float) -> str:
+    """Return a change in words: `28.0 % lower`."""
+    if before == 0:
+        return "not comparable with 0"
+    change = round(100 * (after / before - 1), 1)
+    return "unchanged" if change == 0 else f"{abs(change):.1f} % {'lower' if change < 0 else 'higher'}"
 
 
 def read_texts(file: Path) -> list[Text]:
-    """Texts of a file: JSON lines with `text`, or with `context`, `answer` and `query`; or plain text by paragraph.
+    """Read the texts of a file: JSON lines with `text`, or with `context`, `answer` and `query`; or paragraphs.
 
-    An answer that the context contains is a segment there; any other follows the context.
+    An answer that the context contains is a segment there; any other answer follows the context.
 
     Raises:
-        ConfigError: no such file, no text in it, or a line of another kind.
+        ConfigError: the file does not exist, has no text, or has a line of another kind.
     """
-    content = read_text(file, "--text", "JSON lines or plain text")
+    content = read_text(file, asked_as("text"), "JSON lines or plain text")
     if file.suffix not in (".jsonl", ".json"):
         texts = [Text(part.strip(), [""] * len(part.strip())) for part in content.split("\n\n") if part.strip()]
     else:
         texts = [_of_line(file, number, line) for number, line in numbered_lines(content)]
     if not texts:
-        raise ConfigError(f"--text: {file} holds no text.")
+        raise ConfigError(f"{asked_as('text')}: {file} has no text in it. Give a file with at least one text.")
     return texts
 
 
@@ -90,23 +95,40 @@ def _of_line(file: Path, number: int, line: str) -> Text:
         return Text("".join(part for _, part in parts), [name for name, part in parts for _ in part])
     except (ValueError, TypeError, KeyError, AttributeError):
         raise ConfigError(
-            f"--text: line {number} of {file} is not a JSON object with `text`, or with `context`, `answer` and "
-            "`query`, all of them texts."
+            f"{asked_as('text')}: line {number} of {file} is not a JSON object with `text`, or with `context`, "
+            "`answer` and `query`, all of them texts."
         ) from None
 
 
 def attention_report(
-    base: str, tuned: str, texts: list[Text], *, mask_ratio: float | None, mask_token: str, max_length: int, seed: int
+    base: str,
+    tuned: str,
+    texts: list[Text],
+    *,
+    mask_ratio: float | None,
+    mask_token: str,
+    max_length: int,
+    seed: int,
+    dtype: torch.dtype,
 ) -> Figures:
-    """The figures of two models with one tokenizer, over the same masked positions. An adapter's are those of the model
-    that it is merged into.
+    """Compare the attention of two models with one tokenizer, over the same masked positions.
+
+    Args:
+        base: folder or Hub id of the model before tuning.
+        tuned: the model after tuning, or its adapter, which is merged.
+        texts: the texts to read.
+        mask_ratio: fraction of the tokens to mask. None: the default of mode `pretrain`.
+        mask_token: as the key of the `meap:` block.
+        max_length: longer texts are cut, in tokens.
+        seed: of the masked positions.
+        dtype: to compute in.
 
     Raises:
-        ConfigError: no mask token to be had, or texts too short to mask.
+        ConfigError: no mask token is available, or all texts are too short to mask.
     """
     tokenizer = load_tokenizer(tuned)
     models = {
-        name: merged(load_model(of, dtype="auto", attn_implementation="eager")).eval()
+        name: merged(load_model(of, dtype=dtype, attn_implementation="eager")).eval()
         for name, of in zip(MODELS, (base, tuned), strict=True)
     }
     encoded = [
@@ -114,17 +136,19 @@ def attention_report(
     ]
     kept = [(text, e) for text, e in zip(texts, encoded, strict=True) if len(e["input_ids"]) > 2]
     if not kept:
-        raise ConfigError("--text: every text is shorter than three tokens, so nothing can be masked.")
+        raise ConfigError(
+            f"{asked_as('text')}: every text is shorter than three tokens, so nothing can be masked. Give longer texts."
+        )
     token = _mask_token(mask_token, tuned, tokenizer, models, frozenset(i for _, e in kept for i in e["input_ids"]))
     ratio = DEFAULT_MASK_RATIO["pretrain"] if mask_ratio is None else mask_ratio
     generator = random.Random(seed)
     sums: dict[tuple[str, ...], float] = {}
-    for text, row in kept:
+    for text, row in tqdm(kept, unit="text", desc="computing attention"):
         ids = torch.tensor(row["input_ids"])
         drawn = generator.sample(range(1, len(ids) - 1), max(1, int(len(ids) * ratio)))
         masked = torch.zeros(len(ids), dtype=torch.bool)
         masked[drawn] = True
-        inputs = {"plain": ids, "masked": ids.masked_fill(masked, token.id)}
+        inputs = {"unmasked": ids, "masked": ids.masked_fill(masked, token.id)}
         segment_of_token = [text.segments[start] if start < end else "" for start, end in row["offset_mapping"]]
         for model_name, model in models.items():
             for input_name, input_ids in inputs.items():
@@ -132,7 +156,7 @@ def attention_report(
                 on_masked, variance = on_masked_and_variance_of_rest(weights, masked)
                 for key, value in (("masked", on_masked), ("variance", variance)):
                     sums[key, model_name, input_name] = sums.get((key, model_name, input_name), 0.0) + value
-                if input_name == "plain":
+                if input_name == "unmasked":
                     for segment in SEGMENTS:
                         where = torch.tensor([name == segment for name in segment_of_token])
                         share = weights[:, -1, where].sum(-1).mean().item()
@@ -157,7 +181,7 @@ def _mask_token(
     rows = input_embedding(models["tuned"]).num_embeddings
     if wanted == "auto" and (Path(tuned) / FILE).is_file():
         wanted = "add"
-    # As the training run chose it, that is by the rows that the base has.
+    # Choose as the training run did: by the embedding rows of the base.
     norms = row_norms(input_embedding(models["base"]))
     base = BaseModel.of_model(models["base"])
     roles = Roles.of(tokenizer, base.roles)
@@ -173,20 +197,21 @@ def _mask_token(
 
 @torch.no_grad()
 def attention(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """Attention weights (layers * heads, length, length) of one sequence of token ids (length,), float32."""
+    """Return the attention weights (layers * heads, length, length), in float32, of token ids (length,)."""
     layers = model(input_ids=ids[None].to(model.device), output_attentions=True, use_cache=False).attentions
     layers = [layer for layer in layers if layer is not None]  # hybrids have layers without attention
     if not layers:
-        raise ConfigError(f"{type(model).__name__} has no attention weights to report on.")
+        raise ConfigError(f"{type(model).__name__} returns no attention weights. Give a model with attention layers.")
     return torch.cat([layer[0].float().cpu() for layer in layers])
 
 
 def on_masked_and_variance_of_rest(weights: Tensor, masked: Tensor) -> tuple[float, float]:
-    """Mean weight on masked positions, and variance of the weights on all others, over queries that see both.
+    """Return the mean weight on masked positions and the variance of the weights on all others, over the queries that
+    attend to both.
 
     Args:
         weights: (maps, length, length), each row of a map a distribution over positions up to its own.
-        masked: (length,) True where the masked input masks.
+        masked: (length,), True at masked positions.
     """
     length = len(masked)
     earlier = torch.ones(length, length).tril().bool()
@@ -201,55 +226,62 @@ def on_masked_and_variance_of_rest(weights: Tensor, masked: Tensor) -> tuple[flo
 
 
 def as_table(figures: Figures) -> str:
-    lines = [
-        f"{figures.texts} texts, masks written with {figures.mask_token}",
-        "",
-        "attention on masked positions, and variance over the others",
-        "                base, plain  base, masked  tuned, plain  tuned, masked",
-    ]
-    order = [(m, i) for m in MODELS for i in INPUTS]
-    for name, values in (("masked", figures.masked), ("variance", figures.variance)):
-        lines.append(f"  {name:<12}" + "".join(f"{values[key]:>14.3e}" for key in order))
-    lines += [
-        "",
-        f"attention decay at masked positions   {figures.decay:8.2%}   (tuned, masked against base, plain)",
-        f"variance increase elsewhere           {figures.variance_increase:8.2%}",
-    ]
+    """Return the figures as text: each model on unmasked and on masked text, then the paper's comparison."""
+    lines = [f"{figures.texts} texts, masked with {figures.mask_token}"]
+    for title, values in (
+        ("Mean attention weight on the masked positions (of unmasked text: on the same positions)", figures.masked),
+        ("Variance of the attention weights on all other positions", figures.variance),
+    ):
+        lines += ["", title, f"  {'':<18}{'unmasked text':>16}{'masked text':>16}{'effect of masking':>20}"]
+        for model in MODELS:
+            own = [values[model, given] for given in INPUTS]
+            lines.append(f"  {model:<18}" + "".join(f"{value:>16.3e}" for value in own) + f"{changed(*own):>20}")
+        tuning = [changed(*(values[model, given] for model in MODELS)) for given in INPUTS]
+        lines.append(f"  {'effect of tuning':<18}" + "".join(f"{words:>16}" for words in tuning))
     if figures.segments:
-        lines += ["", "attention of the last token", "                base     tuned"]
+        lines += ["", "Share of the last token's attention (unmasked text)", f"  {'':<18}{'base':>16}{'tuned':>16}"]
         for segment in SEGMENTS:
-            lines.append(f"  {segment:<10}" + "".join(f"{figures.segments[m, segment]:>9.2%}" for m in MODELS))
+            lines.append(f"  {segment:<18}" + "".join(f"{figures.segments[m, segment]:>16.2%}" for m in MODELS))
+    lines += ["", "The tuned model on masked text, compared with the base model on unmasked text, as in the paper:"]
+    lines += [f"  {name}: {changed(values[FIRST], values[LAST])}" for name, values in compared(figures).items()]
     return "\n".join(lines)
 
 
+def compared(figures: Figures) -> dict[str, ByModelAndInput]:
+    return {
+        "attention on masked positions": figures.masked,
+        "variance of the attention on other positions": figures.variance,
+    }
+
+
 def draw(figures: Figures, file: Path) -> None:
-    """Writes the figures as a PNG.
+    """Draw the figures into a PNG file.
 
     Raises:
         ConfigError: matplotlib is not installed.
     """
 
     def fill(axes: Any) -> None:
-        bars = [f"{m}\n{i}" for m in MODELS for i in INPUTS]
-        for axis, title, values in (
-            (axes[0], f"on masked positions\ndecay {figures.decay:.1%}", figures.masked),
-            (axes[1], f"variance over the others\nincrease {figures.variance_increase:.1%}", figures.variance),
-        ):
-            axis.bar(
-                bars, [values[m, i] for m in MODELS for i in INPUTS], color=["#9aa5b1", "#9aa5b1", "#2f6f9f", "#2f6f9f"]
-            )
-            axis.set_title(title)
+        labels = ["mean attention weight", "variance of the attention weights"]
+        for axis, (name, values), label in zip(axes, compared(figures).items(), labels, strict=False):
+            bars(axis, MODELS, {given: [values[model, given] for model in MODELS] for given in INPUTS}, "text")
+            axis.set(title=f"{name}:\n{changed(values[FIRST], values[LAST])}", xlabel="model", ylabel=label)
         if figures.segments:
-            for offset, model in ((-0.2, "base"), (0.2, "tuned")):
-                axes[2].bar(
-                    [i + offset for i in range(len(SEGMENTS))],
-                    [figures.segments[model, segment] for segment in SEGMENTS],
-                    width=0.4,
-                    label=model,
-                    color={"base": "#9aa5b1", "tuned": "#2f6f9f"}[model],
-                )
-            axes[2].set_xticks(range(len(SEGMENTS)), SEGMENTS)
-            axes[2].set_title("of the last token")
-            axes[2].legend()
+            bars(
+                axes[2], SEGMENTS, {m: [figures.segments[m, segment] for segment in SEGMENTS] for m in MODELS}, "model"
+            )
+            axes[2].set(title="attention of the last token", xlabel="segment", ylabel="share of the attention")
+        axes[0].figure.suptitle(
+            "Changes: the tuned model on masked text, compared with the base model on unmasked text"
+        )
 
-    write_png(file, (11, 3.6), 3 if figures.segments else 2, fill)
+    write_png(file, (13, 4.4), 3 if figures.segments else 2, fill)
+
+
+def bars(axis: Any, groups: tuple[str, ...], heights: Mapping[str, list[float]], legend: str) -> None:
+    """Draw two bars in each group, one for each key of `heights`."""
+    for offset, (name, values) in zip((-0.2, 0.2), heights.items(), strict=True):
+        axis.bar([at + offset for at in range(len(groups))], values, width=0.4, label=name, color=COLOURS[name])
+    axis.set_xticks(range(len(groups)), groups)
+    axis.margins(y=0.3)  # room for the legend
+    axis.legend(title=legend, ncols=2, loc="upper center")

@@ -119,20 +119,38 @@ class Plan:
         return base.weights + base.states + added.weights + added.states + self.gathered + max(moments)
 
 
-def make_plan(run: Run, gpus: int = 1, supervised: float = 0.3, device: str = "accelerator") -> Plan:
-    """What heads will add to a run.
+Built = tuple[nn.Module, Trunk, dict[Tensor, float], CAFTConfig, AuxiliaryHeads | None]
+
+
+@dataclasses.dataclass
+class Seen:
+    """What plans of the same run with other settings share: models, and what forward passes keep. Both take seconds."""
+
+    built: dict[str, Built] = dataclasses.field(default_factory=dict)
+    kept: dict[str, tuple[Kept, list[str]]] = dataclasses.field(default_factory=dict)
+
+
+def make_plan(
+    run: Run, gpus: int = 1, supervised: float = 0.3, device: str = "accelerator", seen: Seen | None = None
+) -> Plan:
+    """Estimate what heads add to a run.
 
     Args:
-        gpus: over how many FSDP shards; without FSDP every GPU has everything.
-        supervised: share of the tokens that are targets, 0 to 1.
+        run: the run's settings.
+        gpus: number of GPUs over which FSDP shards; without FSDP every GPU has everything.
+        supervised: fraction of the tokens with a label, 0 to 1.
         device: `accelerator` or `cpu`, which differ in the size of a chunk of logits.
+        seen: shared by the plans of a search.
 
     Raises:
-        ConfigError: a model that cannot be built from its config, heads that do not fit.
+        ConfigError: the model cannot be built from its config, or the heads do not fit.
     """
-    model, trunk, quantised = build_model(run)
-    run = dataclasses.replace(run, caft=_checked(run, trunk))
-    heads = None if run.caft.beta == 0 else build_heads(model, trunk, run.caft, seed=0)
+    seen = Seen() if seen is None else seen
+    as_built, as_kept = _keys(run)
+    model, trunk, quantised, caft, heads = seen.built.get(as_built) or _build(run)
+    run = dataclasses.replace(
+        run, caft=run.caft.model_copy(update=caft.model_dump(include={"head_input", "head_norm"}))
+    )
     shards = gpus if run.sharded else 1
     plain, head, saved = multiply_adds(run, trunk, heads, supervised)
     all_heads, drawn = (0.0, 0.0) if heads is None else (len(heads), expected_heads(run.caft))
@@ -141,9 +159,12 @@ def make_plan(run: Run, gpus: int = 1, supervised: float = 0.3, device: str = "a
     counts = [0, 0] if heads is None else [_count(heads), sum(p.numel() for p in heads.parameters() if p.requires_grad)]
     base_parameters, gathered = _count(model), gathered_by_fsdp(trunk, model, quantised) if shards > 1 else 0.0
 
-    kept, guesses = keeps(
-        model, trunk, heads, run.rows, run.length, run.dtype
-    )  # last: the model holds fake tensors from here on
+    if as_kept in seen.kept:
+        seen.built[as_built] = (model, trunk, quantised, caft, heads)
+    else:  # last: the model holds fake tensors from here on
+        seen.built.pop(as_built, None)
+        seen.kept[as_kept] = keeps(model, trunk, heads, run.rows, run.length, run.dtype)
+    kept, guesses = seen.kept[as_kept]
     base = dataclasses.replace(standing[0], activations=kept.base)
     if run.checkpointing:
         inputs = kept.base - sum(kept.layers) + len(kept.layers) * kept.hidden
@@ -174,6 +195,33 @@ def make_plan(run: Run, gpus: int = 1, supervised: float = 0.3, device: str = "a
         ratio_drawn=None if run.caft.heads_per_step is None else (plain - saved + drawn * head) / plain,
         notes=[*_notes(run, gpus, trunk), *optimizer_states(run.optimizer)[1], *guesses],
     )
+
+
+def _build(run: Run) -> Built:
+    model, trunk, quantised = build_model(run)
+    caft = _checked(run, trunk)
+    return model, trunk, quantised, caft, None if caft.beta == 0 else build_heads(model, trunk, caft, seed=0)
+
+
+def _keys(run: Run) -> tuple[str, str]:
+    """Return the settings on which the built model depends, and those on which the bytes of a forward pass do."""
+    caft = run.caft.model_copy(update={"fused_loss": "off", "heads_per_step": None})
+    built = dataclasses.replace(
+        run,
+        caft=caft,
+        rows=1,
+        length=1,
+        accumulation=1,
+        checkpointing=False,
+        sharded=False,
+        optimizer="",
+        builds_logits=False,
+        notes=(),
+    )
+    kept = dataclasses.replace(
+        built, caft=caft.model_copy(update={"num_heads": 1}), rows=run.rows, length=run.length, bits=16
+    )
+    return repr(built), repr(kept)
 
 
 def stands(run: Run, module: nn.Module | None, quantised: dict[Tensor, float], shards: int) -> Share:

@@ -1,11 +1,11 @@
-"""Serve heads as the drafter of an inference engine: what vLLM loads, and the folder that it loads from."""
+"""Serve heads as the drafter of an inference engine: the draft class for vLLM, and the folder that it loads."""
 
 
 def register() -> None:
-    """Tell vLLM of the draft class. vLLM calls this in each of its processes (entry point `vllm.general_plugins`)."""
+    """Register the draft class with vLLM, which calls this in each process (entry point `vllm.general_plugins`)."""
     from vllm import ModelRegistry
 
     from caft_plugin.serving.families import ARCHITECTURE
 
-    # By name: the module is imported in a process that serves such a drafter, and in no other.
+    # By name, so that the module is only imported in processes that serve such a drafter.
     ModelRegistry.register_model(ARCHITECTURE, f"caft_plugin.serving.parallel:{ARCHITECTURE}")

@@ -1,8 +1,8 @@
-"""Write a drafter's folder for vLLM or SGLang from a model's files and its heads'. No model is loaded.
+"""Write a drafter's folder for vLLM or SGLang from the files of a model and of its heads. No model is loaded.
 
-`vllm`: all heads, run by our draft class in one forward pass of vLLM's parallel drafter. `eagle3`: head 1 as the one
-layer of an EAGLE-3 drafter, which reads `[norm(embedding) | norm(hidden state)]`: the embedding's half of q, k and v is
-0, and the projection of the hidden state is the identity.
+`vllm`: all heads, which caft_plugin's draft class runs in one forward pass of vLLM's parallel drafter. `eagle3`: head 1
+as the only layer of an EAGLE-3 drafter. Such a layer's input is `[norm(embedding) | norm(hidden state)]`, so the
+embedding's half of q, k and v is 0, and the projection of the hidden state is the identity.
 """
 
 from __future__ import annotations
@@ -26,16 +26,17 @@ from transformers.utils import (
     cached_file,
 )
 
-from caft_plugin.config import ConfigError, first_line, named
+from caft_plugin.config import ConfigError, asked_as, first_line, heads_as, heads_named, named
 from caft_plugin.fingerprint import GRIDS, sample_of
-from caft_plugin.heads_folder import LORA, WEIGHTS, HeadsFolder, own_file, read_fingerprint
+from caft_plugin.heads_folder import HeadsFolder, read_fingerprint
+from caft_plugin.heads_record import LORA, WEIGHTS, own_file
 from caft_plugin.model_loading import IN_ADAPTER, Source
 from caft_plugin.serving.families import ARCHITECTURE, Family, family_of
 from caft_plugin.serving.guide import Format, advice_on, how_to_serve
 from caft_plugin.serving.recommendation import Cost, kept
 from caft_plugin.storage import write_json, write_text
 
-# Of the model's config: what the shape of a layer, its rotary embedding and its norms depend on.
+# Keys of the model's config on which the shape of a layer, its rotary embedding and its norms depend.
 KEPT = (
     "hidden_size intermediate_size num_attention_heads num_key_value_heads head_dim hidden_act rms_norm_eps "
     "max_position_embeddings vocab_size rope_theta rope_scaling rope_parameters attention_bias mlp_bias bos_token_id "
@@ -46,8 +47,8 @@ NORM = "model.norm.weight"
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """The model that is served, as its files say: its source, where its tensors are, by name, and the bytes of all of
-    them, where that is known."""
+    """The served model, read from its files: its source, the file of each tensor by name, and the size of all tensors
+    in bytes (None: unknown)."""
 
     source: Source
     files: dict[str, str]
@@ -55,10 +56,10 @@ class Target:
 
     @classmethod
     def of(cls, name: str) -> Target:
-        """Read what `name` is: a model, or an adapter with its base.
+        """Read a model's files, or those of an adapter and its base.
 
         Raises:
-            ConfigError: there is no such model, or it has no safetensors files.
+            ConfigError: the model does not exist or has no safetensors files.
         """
         try:
             source = Source.of(name)
@@ -67,8 +68,8 @@ class Target:
             if isinstance(error, ConfigError):
                 raise
             raise ConfigError(
-                f"--model: got {name!r}, whose files cannot be read ({first_line(error)}). It takes the folder or Hub "
-                "id of a model with safetensors files, or of its adapter."
+                f"{asked_as('model')}: got {name!r}, whose files cannot be read ({first_line(error)}). It accepts the "
+                "folder or Hub id of a model with safetensors files, or of its adapter."
             ) from error
 
     @property
@@ -82,13 +83,14 @@ class Target:
     def tensor(self, name: str) -> Tensor:
         if name not in self.files:
             raise ConfigError(
-                f"--model: {self.source.base} has no tensor {name}, so it is no {self.config.model_type}."
+                f"{asked_as('model')}: {self.source.base} has no tensor {name}, which every {self.config.model_type} "
+                "model has. Give a complete model."
             )
         with safe_open(self.files[name], framework="pt") as opened:
             return opened.get_tensor(name)
 
     def norm(self) -> Tensor:
-        """The final norm's weight (hidden size,), the adapter's where that trains it."""
+        """Return the final norm's weight (hidden size,); the adapter's if it trained the norm."""
         if self.is_adapter:
             file = cached_file(self.source.name, ADAPTER_SAFE_WEIGHTS_NAME)
             with safe_open(file, framework="pt") as opened:
@@ -98,7 +100,7 @@ class Target:
         return self.tensor(NORM)
 
     def check(self, heads: HeadsFolder) -> None:
-        """Raise ConfigError where heads were trained over another last layer or final norm than this model has."""
+        """Raise ConfigError if the heads were trained with another last layer or final norm than this model's."""
         fingerprint = read_fingerprint(heads.path)
         if fingerprint is None or self.is_adapter:
             return
@@ -108,19 +110,19 @@ class Target:
         there = {ours: theirs for ours, theirs in names.items() if theirs in self.files or theirs == NORM}
         tensors = {ours: self.tensor(theirs) for ours, theirs in there.items()}
         if len(tensors) < len(names) or any(tensor.dtype not in GRIDS for tensor in tensors.values()):
-            # Quantised weights need scales, and smoothing moves some into the layer's norms. The final norm stays.
+            # Quantised weights need scales, and smoothing changes the layer's norms. Compare only the final norm.
             tensors = {ours: tensor for ours, tensor in tensors.items() if names[ours] == NORM}
         now = sample_of(tensors, fingerprint.before)
         if fingerprint.of(tensors).verdict(now) == "other":
             raise ConfigError(
-                f"--heads: the heads in {heads.path} (base model {named(heads.record.base_model)}) were trained over "
-                f"another last layer or final norm than {self.source.name} has. Give the model that they were trained "
-                "with."
+                f"{heads_as()}: the heads in {heads.path} (base model {named(heads.record.base_model)}) were trained "
+                f"with another last layer or final norm than that of {self.source.name}. Give the model that they were "
+                "trained with."
             )
 
 
 def _where_tensors_are(source: Source) -> tuple[dict[str, str], int | None]:
-    """The files of the tensors of the last layer and the norm, by name, and the bytes of all tensors."""
+    """Return the files of the last layer's and the final norm's tensors, by name, and the size of all tensors."""
     options: dict[str, object] = {} if source.revision is None else {"revision": source.revision}
     index = cached_file(source.base, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False, **options)
     if index is not None:
@@ -131,33 +133,35 @@ def _where_tensors_are(source: Source) -> tuple[dict[str, str], int | None]:
         return {name: at[file] for name, file in near.items()}, content.get("metadata", {}).get("total_size")
     file = str(cached_file(source.base, SAFE_WEIGHTS_NAME, **options))
     with safe_open(file, framework="pt") as opened, open(file, "rb") as raw:
-        header = int.from_bytes(raw.read(8), "little")  # its length, which the file begins with
+        header = int.from_bytes(raw.read(8), "little")  # the file begins with the header's length
         return dict.fromkeys(opened.keys(), file), os.path.getsize(file) - header - 8
 
 
 def last_layer_in(source: Source) -> str:
-    """What the names of the last layer's tensors begin with."""
+    """Return the prefix of the last layer's tensor names."""
     return f"model.layers.{source.config.get_text_config().num_hidden_layers - 1}."
 
 
+@heads_named("heads")
 def export_drafter(model: str, heads: str, output: Path, form: Format = "vllm", num_heads: int | None = None) -> str:
     """Write a drafter's folder.
 
     Args:
-        model: folder or Hub id of the model that is served, or of its adapter.
-        heads: its heads: a heads folder, a run's folder or a Hub id.
-        output: the folder to write, which is not there yet or empty.
-        num_heads: write the first heads only; None: all of them.
+        model: folder or Hub id of the served model, or of its adapter.
+        heads: the model's heads: a heads folder, a run's folder or a Hub id.
+        output: the folder to write, which must be new or empty.
+        form: `vllm` (all heads) or `eagle3` (head 1).
+        num_heads: number of heads to write, from head 1 on. None: all heads.
 
     Returns:
-        What the folder's README says: how to serve it.
+        The text of the folder's README: how to serve the drafter.
 
     Raises:
-        ConfigError: heads or a model that the engine cannot serve or that do not fit each other, or an output folder
-            with something in it. Nothing is written then.
+        ConfigError: the engine cannot serve the heads or the model, they do not fit each other, or the output folder is
+            not empty. In that case nothing is written.
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ConfigError(f"--output: {output} is there already and not empty. Give a folder of its own.")
+        raise ConfigError(f"{asked_as('output')}: {output} exists and is not empty. Give a new folder.")
     folder = HeadsFolder.open(heads)
     target = Target.of(model)
     family = family_of(target.config)
@@ -182,33 +186,34 @@ def _check(folder: HeadsFolder, target: Target, family: Family, form: Format, nu
         folder.check_layers(family.layer_class)
     if record.hidden_size != config.hidden_size:
         raise ConfigError(
-            f"--heads: {folder.path} was made for hidden_size {record.hidden_size}, but {target.source.name} has "
-            f"{config.hidden_size}. Give the model that they were trained with."
+            f"{heads_as()}: {folder.path} was made for hidden_size {record.hidden_size}, but {target.source.name} has "
+            f"{config.hidden_size}. Give the model that the heads were trained with."
         )
     if num_heads is not None and not 1 <= num_heads <= (1 if form == "eagle3" else record.num_heads):
-        most = "1, since EAGLE-3 has one layer" if form == "eagle3" else f"1 to {record.num_heads}, the heads there are"
-        raise ConfigError(f"--num-heads: got {num_heads}, but it takes {most}.")
+        most = f"1 to {record.num_heads}, the number of heads in the folder"
+        most = "1, since an EAGLE-3 drafter has one layer" if form == "eagle3" else most
+        raise ConfigError(f"{asked_as('num_heads')}: got {num_heads}, but it accepts {most}.")
     if form == "eagle3" and not record.head_norm:
         raise ConfigError(
-            f"--format: got eagle3, but the heads in {folder.path} have head_norm: false, and an EAGLE-3 drafter "
-            "always applies a norm. Use --format vllm."
+            f"{asked_as('form', '--format')}: got eagle3, but the heads in {folder.path} have head_norm: false, and an "
+            "EAGLE-3 drafter always applies a norm. Use vllm."
         )
     target.check(folder)
 
 
 def _head_weights(folder: HeadsFolder) -> list[dict[str, Tensor]]:
-    """The weights of each head, by the layer's own names."""
+    """Return the weights of each head, by their names in the layer."""
     try:
         with safe_open(own_file(folder.path, WEIGHTS), framework="pt") as opened:
             found = {key: opened.get_tensor(key) for key in opened.keys()}
     except (OSError, SafetensorError) as error:
-        raise ConfigError(f"--heads: {folder.path / WEIGHTS} cannot be read ({first_line(error)}).") from error
+        raise ConfigError(f"{heads_as()}: {folder.path / WEIGHTS} cannot be read ({first_line(error)}).") from error
     heads: dict[str, dict[str, Tensor]] = {str(k): {} for k in range(folder.record.num_heads)}
     for key, tensor in found.items():
         number, _, name = key.partition(".")
         if number not in heads:
             raise ConfigError(
-                f"--heads: {folder.path / WEIGHTS} has an unknown tensor {named(key)}. Make or download the heads "
+                f"{heads_as()}: {folder.path / WEIGHTS} has an unknown tensor {named(key)}. Make or download the heads "
                 "folder again."
             )
         heads[number][name] = tensor
@@ -216,7 +221,14 @@ def _head_weights(folder: HeadsFolder) -> list[dict[str, Tensor]]:
 
 
 def as_eagle3(heads: list[dict[str, Tensor]], norm: Tensor, family: Family, normed_input: bool) -> dict[str, Tensor]:
-    """Head 1 as an EAGLE-3 drafter's only layer. `normed_input`: the head reads the normed final hidden state."""
+    """Return head 1 as the only layer of an EAGLE-3 drafter.
+
+    Args:
+        heads: the weights of each head, by their names in the layer.
+        norm: the model's final norm (hidden size,).
+        family: the model's family.
+        normed_input: the head's input is the normalised final hidden state.
+    """
     size, weights = norm.numel(), {}
     for name, tensor in heads[0].items():
         if name in [f"self_attn.{part}_proj.weight" for part in "qkv"]:
@@ -225,23 +237,23 @@ def as_eagle3(heads: list[dict[str, Tensor]], norm: Tensor, family: Family, norm
     if family.qkv_bias:  # the engine's layer has a bias on all four projections or on none
         out = weights["midlayer.self_attn.o_proj.weight"]
         weights["midlayer.self_attn.o_proj.bias"] = out.new_zeros(out.shape[0])
-    weights["midlayer.input_layernorm.weight"] = torch.ones(size, dtype=norm.dtype)  # of the embedding, times 0
+    weights["midlayer.input_layernorm.weight"] = torch.ones(size, dtype=norm.dtype)  # for the embedding, times 0
     weights["fc.weight"] = torch.eye(size, dtype=norm.dtype)
     weights["norm.weight"] = norm
     return weights | ({"input_norm.weight": norm.clone()} if normed_input else {})
 
 
 def as_heads(heads: list[dict[str, Tensor]], norm: Tensor, count: int) -> dict[str, Tensor]:
-    """The first `count` heads as layers 0, 1, ..."""
+    """Return the first `count` heads as layers 0, 1, ..."""
     weights = {f"layers.{k}.{name}": t.contiguous() for k, head in enumerate(heads[:count]) for name, t in head.items()}
-    # vLLM's parallel drafter asks for the hidden state of a mask slot, which heads do not read.
+    # vLLM's parallel drafter needs a hidden state for mask slots, which heads do not use.
     return weights | {"norm.weight": norm, "mask_hidden": torch.zeros(1, norm.numel(), dtype=norm.dtype)}
 
 
 def _config(target: Target, family: Family, folder: HeadsFolder, form: Format, count: int) -> dict[str, object]:
     theirs, record = target.config.to_dict(), folder.record
     layers = target.config.num_hidden_layers
-    read = layers if record.head_input == "final" else layers - 1  # the output of so many layers
+    read = layers if record.head_input == "final" else layers - 1  # the heads' input: the output of this many layers
     config = {key: theirs[key] for key in KEPT if theirs.get(key) is not None}
     config |= {
         "model_type": target.config.model_type,
@@ -254,8 +266,8 @@ def _config(target: Target, family: Family, folder: HeadsFolder, form: Format, c
         return config | _as_eagle3_reads(family, record.head_input == "final", read)
     return config | {
         "architectures": [ARCHITECTURE],
-        "mask_token_id": target.config.vocab_size,  # no real token has it
-        "caft_heads": {  # vLLM puts a model type of its own around the rest
+        "mask_token_id": target.config.vocab_size,  # not the id of any token
+        "caft_heads": {  # vLLM replaces the outer model_type
             "model_type": target.config.model_type,
             "head_input": record.head_input,
             "head_norm": record.head_norm,
@@ -269,9 +281,9 @@ def _as_eagle3_reads(family: Family, final: bool, read: int) -> dict[str, object
     return {
         "model_type": model_type,
         "architectures": [family.eagle3],
-        "draft_vocab_size": None,  # SGLang takes the target's lm_head only where this is null
+        "draft_vocab_size": None,  # SGLang uses the target's lm_head only if this is null
         **({"attention_bias": True} if family.qkv_bias else {}),
-        # SGLang counts layers from one less, and reads them here.
+        # SGLang reads the layers here, counted from one less.
         "eagle_config": {
             "use_aux_hidden_state": True,
             "eagle_aux_hidden_state_layer_ids": [read - 1],
@@ -286,12 +298,12 @@ def _cost(target: Target, head: Mapping[str, Tensor], norm: Tensor) -> Cost:
     matrix = config.vocab_size * config.hidden_size * norm.itemsize
     if target.size is None:
         return Cost(config.num_hidden_layers * of_head + matrix, of_head, matrix)
-    embedding = 0 if config.tie_word_embeddings else matrix  # of which a pass reads a few rows
+    embedding = 0 if config.tie_word_embeddings else matrix  # a forward pass reads only a few of its rows
     return Cost(target.size - embedding, of_head, matrix)
 
 
 def _write(output: Path, config: Mapping[str, object], tensors: dict[str, Tensor], guide: str) -> None:
-    """Write the folder under another name and rename it: there is all of it or nothing."""
+    """Write the folder under a temporary name and rename it, so that it is never incomplete."""
     output.parent.mkdir(parents=True, exist_ok=True)
     unfinished = output.with_name(f".{output.name}.{os.getpid()}.tmp")
     unfinished.mkdir()

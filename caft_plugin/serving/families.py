@@ -1,4 +1,4 @@
-"""The model families whose heads an engine can run, and what it calls their layers. Knows no engine."""
+"""The model families whose heads an engine can run, and the engine's names for their layers. Imports no engine."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import dataclasses
 
 from transformers import PretrainedConfig
 
-from caft_plugin.config import ConfigError
+from caft_plugin.config import ConfigError, asked_as
 
-# vLLM leaves a name alone that ends with "Eagle3", so its parallel drafter finds our class by it.
+# vLLM does not rewrite architecture names that end with "Eagle3", so its parallel drafter finds the draft class.
 ARCHITECTURE = "CaftHeadsEagle3"
 LAYERS = "vllm.model_executor.models"
 QKV_BIAS = tuple(f"self_attn.{name}_proj.bias" for name in "qkv")
@@ -16,8 +16,11 @@ QKV_BIAS = tuple(f"self_attn.{name}_proj.bias" for name in "qkv")
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """`layer_class` is transformers' name, `vllm_layer` vLLM's (module and class), `eagle3` the EAGLE-3 architecture
-    that has such a layer. `takes_vllm_config` says which of vLLM's two constructors the layer has."""
+    """A model family.
+
+    `layer_class` is the layer's class in transformers, `vllm_layer` its module and class in vLLM, `eagle3` the EAGLE-3
+    architecture with such a layer. `takes_vllm_config` says which of vLLM's two constructors the layer has.
+    """
 
     layer_class: str
     vllm_layer: tuple[str, str]
@@ -38,23 +41,22 @@ FAMILIES = {
 
 
 def family_of(config: PretrainedConfig) -> Family:
-    """The family of a model.
+    """Return the family of a model.
 
     Raises:
-        ConfigError: an engine cannot run its heads.
+        ConfigError: no engine can run this model's heads.
     """
     family = FAMILIES.get(config.model_type)
     if family is None:
         raise ConfigError(
-            f"--model: got a model of type {config.model_type}, but heads can be served for {', '.join(FAMILIES)}. "
-            "Other models draft with Drafter, in transformers."
+            f"{asked_as('model')}: got a model of type {config.model_type}, but heads can be served for "
+            f"{', '.join(FAMILIES)}. For other models use Drafter, in transformers."
         )
     kinds = getattr(config, "layer_types", None) or []
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     if "sliding_attention" in kinds[-1:] or (window is not None and not kinds):
         raise ConfigError(
-            f"--model: the last layer of this {config.model_type} attends to a sliding window "
-            f"(sliding_window: {window}), which the engine's drafter does not follow. Other models draft with Drafter, "
-            "in transformers."
+            f"{asked_as('model')}: the last layer of this {config.model_type} attends to a sliding window "
+            f"(sliding_window: {window}), which the engine's drafter does not support. Use Drafter, in transformers."
         )
     return family

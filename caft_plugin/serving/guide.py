@@ -1,4 +1,4 @@
-"""What a drafter's folder says of itself: the commands that serve it, and how many draft tokens a step should have."""
+"""The README of a drafter's folder: the commands that serve it, and the recommended number of draft tokens."""
 
 from __future__ import annotations
 
@@ -16,46 +16,53 @@ Format = Literal["vllm", "eagle3"]
 
 @dataclasses.dataclass(frozen=True)
 class Advice:
-    """How many draft tokens a step should have, and the lines that say why."""
+    """The recommended number of draft tokens per step, and the lines that explain it."""
 
     draft_tokens: int
     why: list[str]
 
 
 def advice_on(found: Drafting | None, cost: Cost, count: int) -> Advice:
-    """Advice on a drafter with `count` heads, by what `caft speculate` found with them."""
+    """Return advice for a drafter with `count` heads, from the results of `caft speculate` (None: not known)."""
     if found is None:
         return Advice(
             count,
             [
-                "How many draft tokens are best depends on the model and on what it writes. `caft speculate` finds",
-                "out: run it with these heads, then export them again.",
+                "The best number of draft tokens depends on the model and on the text. To measure it, run",
+                "`caft speculate` with these heads, then export them again.",
             ],
         )
     tokens = found.tokens_per_step[:count]
     against_plain = speeds(tokens, cost)
     lines = [
-        f"`caft speculate` found, with {named(found.model)} on {found.prompts} prompts at temperature "
+        f"`caft speculate` measured, with {named(found.model)} on {found.prompts} prompts at temperature "
         f"{found.temperature:g}:",
         "",
-        "| draft tokens in every step | tokens a step | speed against plain serving |",
+        "| draft tokens per step | tokens per step | speed compared with plain serving |",
         "| --- | --- | --- |",
         *(
-            f"| {number} | {brings:.2f} | {speed:.2f} |"
-            for number, (brings, speed) in enumerate(zip(tokens, against_plain, strict=True), 1)
+            f"| {number} | {per_step:.2f} | {speed:.2f} |"
+            for number, (per_step, speed) in enumerate(zip(tokens, against_plain, strict=True), 1)
         ),
         "",
-        "The last column is an estimate for one request at a time, where reading weights takes a step's time. With",
-        "many requests at a time each draft token costs more, so the recommended number is the smallest that is within",
-        "5 % of the fastest.",
+        "The last column is an estimate for one request at a time, when a step takes as long as reading the weights.",
+        "With many requests at a time each draft token costs more, so the recommended number is the smallest that is",
+        "within 5 % of the fastest.",
     ]
     if max(against_plain) <= 1:
-        lines += ["", "These heads do not pay. Train them further: `caft pretrain-heads --targets model`."]
+        lines += ["", "Serving with these heads is slower. Train them further: `caft pretrain-heads --targets model`."]
     return Advice(recommended(tokens, cost), lines)
 
 
 def how_to_serve(source: Source, output: Path, form: Format, advice: Advice) -> str:
-    """The README of a drafter's folder: the commands that serve it."""
+    """Return the README of a drafter's folder.
+
+    Args:
+        source: the served model, or its adapter with the base.
+        output: the drafter's folder.
+        form: its format.
+        advice: the recommended number of draft tokens.
+    """
     count = advice.draft_tokens
     speculative: dict[str, object] = {"method": "eagle3", "model": str(output), "num_speculative_tokens": count}
     if form == "vllm":
@@ -76,16 +83,16 @@ def how_to_serve(source: Source, output: Path, form: Format, advice: Advice) -> 
     if adapter:
         lines += [
             "",
-            "Requests name the adapter as their model (`tuned`). `--max-lora-rank` is needed for a rank above 16. All",
-            "adapters of a server share one drafter, which drafts well for this one only. To serve the merged model,",
-            "give its folder in place of the base model, and leave the options for LoRA out.",
+            "In requests, `tuned` is the model's name. For a LoRA rank above 16 add `--max-lora-rank`. All adapters of",
+            "a server share one drafter, which drafts well only for this one. To serve the merged model instead, give",
+            "its folder in place of the base model and leave out the LoRA options.",
         ]
     if form == "eagle3":
         lines += [
             "",
-            "SGLang (its source was read, it was not run), with the merged model:"
+            "SGLang, with the merged model (written from SGLang's source, not tested):"
             if adapter
-            else "SGLang (its source was read, it was not run):",
+            else "SGLang (written from SGLang's source, not tested):",
             "",
             f"    python -m sglang.launch_server --model-path {'MERGED' if adapter else source.name} \\",
             f"        --speculative-algorithm EAGLE3 --speculative-draft-model-path {output} \\",

@@ -1,10 +1,10 @@
 """All heads in one forward pass of vLLM's parallel drafter (`"method": "eagle3", "parallel_drafting": true`).
 
-vLLM gives its parallel drafter, per request, the target's hidden states at the new positions and, after the last of
-them, `num_speculative_tokens - 1` mask slots; what the drafter returns at the last position and at the mask slots are
-the draft tokens. A head reads the last position, not a mask: all heads run over all slots, and mask slot j returns head
-j+1's output at the last real position before it. Keys and values that mask slots write stand after every real position,
-so no real query attends to them, and later steps overwrite them.
+Per request, vLLM gives its parallel drafter the target's hidden states at the new positions, followed by
+`num_speculative_tokens - 1` mask slots. The drafter's outputs at the last position and at the mask slots are the draft
+tokens. Heads draft from the last position and not from mask slots. Therefore all heads run over all slots, and mask
+slot j returns head j+1's output at the last real position before it. The keys and values of mask slots come after every
+real position, so no real query attends to them, and later steps overwrite them.
 
 Only vLLM imports this module. It was tested with the versions in TESTED.
 """
@@ -31,9 +31,9 @@ TESTED = ("0.32.0", "0.33")  # from, to below
 
 if not Version(TESTED[0]) <= Version(vllm.__version__.split("+")[0]) < Version(TESTED[1]):
     raise RuntimeError(
-        f"caft_plugin: this is vLLM {vllm.__version__}, but its drafter of CAFT heads was tested with vLLM >= "
-        f"{TESTED[0]}, < {TESTED[1]}. Install such a version, or serve head 1 without a plugin: caft export-drafter "
-        "--format eagle3."
+        f"caft_plugin: this is vLLM {vllm.__version__}, but the drafter of CAFT heads was tested with vLLM >= "
+        f"{TESTED[0]}, < {TESTED[1]}. Install one of these versions, or serve head 1 without the plugin: caft "
+        "export-drafter --format eagle3."
     )
 
 
@@ -56,10 +56,10 @@ class Heads(nn.Module):
         asked = vllm_config.speculative_config.num_speculative_tokens
         self.layers = nn.ModuleList(build(f"{prefix}.layers.{first + k}") for k in range(asked))
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.embed_tokens = nn.Embedding(1, config.hidden_size)  # vLLM puts the target's in its place; heads read none
+        self.embed_tokens = nn.Embedding(1, config.hidden_size)  # vLLM replaces it by the target's; heads use none
 
     def forward(self, positions: Tensor, hidden_states: Tensor) -> Tensor:
-        """The heads' outputs (heads, slots, hidden size), as the unembedding reads them."""
+        """Return the heads' outputs (heads, slots, hidden size), the unembedding's input."""
         source = self.norm(hidden_states) if self.normed_input else hidden_states
         return torch.stack([self._finished(*layer(positions, source.clone(), None)) for layer in self.layers])
 
@@ -68,7 +68,7 @@ class Heads(nn.Module):
 
 
 def _builder_of(family: Family, vllm_config: VllmConfig, config: PretrainedConfig) -> Callable[[str], nn.Module]:
-    """A function that builds a layer with a given prefix. Heads are plain, also where the target is quantised."""
+    """Return a function that builds a layer with a given prefix. Heads are not quantised, even if the target is."""
     module, name = family.vllm_layer
     layer_class = getattr(import_module(module), name)
     quantisation = get_draft_quant_config(vllm_config)
@@ -83,10 +83,10 @@ def _builder_of(family: Family, vllm_config: VllmConfig, config: PretrainedConfi
 
 
 class CaftHeadsEagle3(Eagle3LlamaForCausalLM):
-    """The draft model. Of its base class it has the type, which vLLM's proposer asks for.
+    """The draft model. It only has its base class because vLLM's proposer checks the type.
 
     Raises:
-        ValueError: the folder is of heads of another model than the one that is served, or lacks a weight.
+        ValueError: the heads were made for another model than the served one, or a weight is missing.
     """
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
@@ -125,26 +125,26 @@ class CaftHeadsEagle3(Eagle3LlamaForCausalLM):
         missing = {name for name, _ in self.named_parameters()} - loaded - {"model.embed_tokens.weight"}
         if missing:
             raise ValueError(
-                f"caft_plugin: the drafter's model.safetensors lacks {len(missing)} weights, the first is "
+                f"caft_plugin: the drafter's model.safetensors lacks {len(missing)} weights, the first of them "
                 f"{min(missing)}. Write the folder again with caft export-drafter."
             )
 
 
 def _check(config: PretrainedConfig, target: PretrainedConfig, layers: int, num_speculative_tokens: int) -> None:
-    """Raise ValueError where a drafter is of another model than the target, or has fewer heads than are asked for."""
+    """Raise ValueError if a drafter was made for another model than the target, or has too few heads."""
     made_for = {
         "num_hidden_layers": (config.caft_heads["target_layers"], layers),
         "hidden_size": (config.hidden_size, target.hidden_size),
         "vocab_size": (config.vocab_size, target.vocab_size),
     }
-    for key, (theirs, ours) in made_for.items():
-        if theirs != ours:
+    for key, (of_drafter, of_target) in made_for.items():
+        if of_drafter != of_target:
             raise ValueError(
-                f"caft_plugin: this drafter was made for a model with {key} {theirs}, but the model that is served has "
-                f"{ours}. Make one from this model's heads: caft export-drafter."
+                f"caft_plugin: this drafter was made for a model with {key} {of_drafter}, but the served model has "
+                f"{of_target}. Make a drafter from this model's heads: caft export-drafter."
             )
     if num_speculative_tokens > config.num_hidden_layers:
         raise ValueError(
             f"caft_plugin: num_speculative_tokens is {num_speculative_tokens}, but this drafter has "
-            f"{config.num_hidden_layers} heads. Give at most {config.num_hidden_layers}."
+            f"{config.num_hidden_layers} heads. Use at most {config.num_hidden_layers}."
         )

@@ -1,7 +1,7 @@
-"""How many draft tokens a step should have: what `caft speculate` found, saved next to those heads.
+"""The recommended number of draft tokens: results of `caft speculate`, saved next to the heads.
 
-The file is read by `caft export-drafter`. It names the weights it is about, so heads that were trained further are not
-judged by what their predecessors did.
+`caft export-drafter` reads the file. It holds a digest of the heads' weights, so that results of earlier heads are not
+used for heads that were trained further.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from caft_plugin.config import ConfigError
-from caft_plugin.heads_folder import DRAFTING, WEIGHTS, own_file, read_small
+from caft_plugin.config import ConfigError, heads_as
+from caft_plugin.heads_record import DRAFTING, WEIGHTS, own_file, read_small
 from caft_plugin.storage import write_json
 
 NEARLY = 0.95
 
 
 class Drafting(BaseModel):
-    """`drafting.json` in a heads folder. `tokens_per_step` is with 1, 2, ... draft tokens in each step."""
+    """`drafting.json` in a heads folder. `tokens_per_step` has a value for 1, 2, ... draft tokens per step."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -33,7 +33,18 @@ class Drafting(BaseModel):
 
 
 def keep(folder: Path, model: str, prompts: int, temperature: float, tokens_per_step: list[float]) -> Path:
-    """Write what was found into a heads folder. Raises OSError where that cannot be written to."""
+    """Write results into a heads folder and return the file.
+
+    Args:
+        folder: the heads folder.
+        model: the model's name.
+        prompts: number of prompts.
+        temperature: sampling temperature, 0 for greedy decoding.
+        tokens_per_step: tokens per step with 1, 2, ... draft tokens.
+
+    Raises:
+        OSError: the folder is not writable.
+    """
     rounded = [round(tokens, 4) for tokens in tokens_per_step]
     found = Drafting(
         model=model, weights=digest(folder), prompts=prompts, temperature=temperature, tokens_per_step=rounded
@@ -43,10 +54,10 @@ def keep(folder: Path, model: str, prompts: int, temperature: float, tokens_per_
 
 
 def kept(folder: Path) -> Drafting | None:
-    """Return what was found with the heads in this folder, None where that is not known.
+    """Return the results for the heads in this folder, None if there are none.
 
     Raises:
-        ConfigError: the file is damaged, or about other weights than the folder's.
+        ConfigError: the file is damaged, or was written for other weights.
     """
     if not (folder / DRAFTING).exists():
         return None
@@ -55,41 +66,45 @@ def kept(folder: Path) -> Drafting | None:
         found = Drafting.model_validate_json(read_small(folder, DRAFTING))
     except ValidationError as error:
         raise ConfigError(
-            f"--heads: {folder / DRAFTING} cannot be read ({error.errors()[0]['msg']}). {again}"
+            f"{heads_as()}: {folder / DRAFTING} cannot be read ({error.errors()[0]['msg']}). {again}"
         ) from error
     if found.weights != digest(folder):
-        raise ConfigError(f"--heads: {folder / DRAFTING} is about other heads than those in {folder}. {again}")
+        raise ConfigError(
+            f"{heads_as()}: {folder / DRAFTING} was written for other heads than those in {folder}. {again}"
+        )
     return found
 
 
 def digest(folder: Path) -> str:
-    """SHA-256 of the heads' weights."""
+    """Return the SHA-256 of the heads' weights."""
     with open(own_file(folder, WEIGHTS), "rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """Bytes of weights that a forward pass of the model reads, and of one head and the unembedding, which draft."""
+    """Bytes of weights: those that the model reads in a forward pass, one head's, and the unembedding's."""
 
     model: int
     head: int
     unembedding: int
 
     def of_step(self, draft_tokens: int) -> float:
-        """What a step with so many draft tokens takes, against a step without: at one request at a time the time is
-        that of reading weights."""
+        """Return the time of a step with draft tokens, as a multiple of a step without: for one request at a time, the
+        time to read the weights."""
         return 1 + (draft_tokens * self.head + self.unembedding) / self.model
 
 
 def speeds(tokens_per_step: list[float], cost: Cost) -> list[float]:
-    """How many times as fast as plain serving 1, 2, ... draft tokens in every step would be."""
+    """Return the estimated speed with 1, 2, ... draft tokens per step, as a multiple of plain serving."""
     return [tokens / cost.of_step(number) for number, tokens in enumerate(tokens_per_step, 1)]
 
 
 def recommended(tokens_per_step: list[float], cost: Cost) -> int:
-    """The smallest number of draft tokens that is nearly as fast as the fastest at one request at a time. With more
-    requests at a time each draft token costs more."""
+    """Return the smallest number of draft tokens that is nearly as fast as the fastest, for one request at a time.
+
+    With more requests at a time each draft token costs more.
+    """
     found = speeds(tokens_per_step, cost)
     enough = NEARLY * max(found)
     return next(number for number, speed in enumerate(found, 1) if speed >= enough)

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.logging import tqdm
 
 from caft_plugin.config import ConfigError, PretrainConfig
 
@@ -143,7 +143,7 @@ def write_answers(
     try:
         done = len(file.answers)
         if done < len(prompts):
-            with tqdm(total=len(prompts), initial=done, unit="answer", desc="the base model answers") as bar:
+            with tqdm(total=len(prompts), initial=done, unit="answer", desc="generating answers") as bar:
                 tokens, start = 0, time.monotonic()
                 vllm = start_vllm(model, name) if config.vllm else None
                 for first in range(done, len(prompts), config.generation_batch_size):

@@ -1,4 +1,4 @@
-"""Stage 1's rows: read from a file, padded into batches, split into what is asked and what is answered."""
+"""Rows of stage 1: read from a file, padded into batches, split into prompt and answer."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.logging import tqdm
 
 from caft_plugin.config import ConfigError
 from caft_plugin.loss import IGNORE
@@ -22,7 +23,7 @@ Row = dict[str, list[int]]  # input_ids, and labels with -100 where there is no 
 
 
 def prompt_of(row: Row) -> list[int]:
-    """The tokens before the first supervised one: what the base model is asked."""
+    """Return the tokens before the first one with a label: the prompt."""
     first = next((i for i, label in enumerate(row["labels"]) if label != IGNORE), len(row["labels"]))
     return list(row["input_ids"][:first])
 
@@ -32,42 +33,48 @@ def supervised(row: Row) -> bool:
 
 
 def with_answer(prompt: Sequence[int], answer: Sequence[int]) -> Row:
-    """A training row: the loss is on the answer alone."""
+    """Return a training row with a loss only on the answer."""
     return {"input_ids": [*prompt, *answer], "labels": [IGNORE] * len(prompt) + list(answer)}
 
 
 def read_rows(file: Path, tokenizer: PreTrainedTokenizerBase, max_length: int, option: str = "--data") -> list[Row]:
-    """Token rows of a JSONL file: `messages` (the first assistant's turn is the answer), `prompt` and `completion`, or
-    plain `text` (all of it supervised), one kind a line. Longer rows are cut at `max_length`. Errors name `option`, by
-    which the file was given.
+    """Read the rows of a JSONL file. Each line has `messages` (the first assistant turn is the answer), `prompt` and
+    `completion`, or plain `text` (all of it has labels).
+
+    Args:
+        file: the JSONL file.
+        tokenizer: of the model.
+        max_length: longer rows are cut, in tokens.
+        option: the file's name in messages.
 
     Raises:
-        ConfigError: no such file, or a line that is none of these.
+        ConfigError: the file does not exist, or a line is none of these.
     """
     rows = [with_answer(*parts) for parts in _read_lines(file, option, lambda c: _prompt_and_answer(c, tokenizer))]
     return [{key: values[:max_length] for key, values in row.items()} for row in rows]
 
 
 def read_prompts(file: Path, tokenizer: PreTrainedTokenizerBase, option: str = "--prompts") -> list[list[int]]:
-    """Token ids of what a model is asked in a JSONL file: `messages` up to the first assistant's turn, `prompt`, or
-    `text`, of which it writes the rest. Whatever else a line holds is left alone.
+    """Read the prompts (token ids) of a JSONL file: `messages` up to the first assistant turn, `prompt`, or `text` to
+    continue. Other keys of a line are ignored. `option` is the file's name in messages.
 
     Raises:
-        ConfigError: no such file, a line that is none of these, or no line at all.
+        ConfigError: the file does not exist or is empty, or a line is none of these.
     """
     prompts = list(_read_lines(file, option, lambda content: _prompt(content, tokenizer)))
     if not prompts:
-        raise ConfigError(f"{option}: {file} holds no line.")
+        raise ConfigError(f"{option}: {file} is empty. Give a JSONL file with a prompt on each line.")
     return prompts
 
 
 def _read_lines(file: Path, option: str, read: Callable[[dict[str, Any]], T]) -> Iterator[T]:
-    for number, line in numbered_lines(read_text(file, option, "a JSONL file")):
+    lines = numbered_lines(read_text(file, option, "a JSONL file"))
+    for number, line in tqdm(lines, unit="row", desc="tokenizing", delay=1):
         try:
             yield read(json.loads(line))
         except (ValueError, KeyError, TypeError, StopIteration) as error:
             raise ConfigError(
-                f"{option}: line {number} of {file} is not a row ({type(error).__name__}: {error}). A line takes "
+                f"{option}: line {number} of {file} is not a row ({type(error).__name__}: {error}). A line is "
                 '{"messages": [...]}, {"prompt": "...", "completion": "..."} or {"text": "..."}.'
             ) from None
 
@@ -78,7 +85,7 @@ def _prompt(content: dict[str, Any], tokenizer: Any) -> list[int]:
         return tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=True, return_dict=False)
     ids = tokenizer(content["prompt"] if "prompt" in content else content["text"]).input_ids
     if not ids:
-        raise ValueError("it asks nothing")
+        raise ValueError("its prompt has no tokens")
     return ids
 
 
@@ -90,7 +97,7 @@ def _prompt_and_answer(content: dict[str, Any], tokenizer: Any) -> tuple[list[in
         prompt = template(messages[:turn], add_generation_prompt=True)
         conversation = template(messages[: turn + 1])
         if conversation[: len(prompt)] != prompt:
-            raise ValueError("the chat template gives the prompt other tokens once the answer follows")
+            raise ValueError("the chat template changes the prompt's tokens when an answer follows")
         return prompt, conversation[len(prompt) :]
     end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     if "prompt" in content:
@@ -100,7 +107,7 @@ def _prompt_and_answer(content: dict[str, Any], tokenizer: Any) -> tuple[list[in
 
 
 def pad_rows(rows: Sequence[Row], pad: int) -> dict[str, Tensor]:
-    """A batch: input_ids, labels and attention_mask (batch, longest row), padded on the right."""
+    """Return a batch, padded on the right: input_ids, labels and attention_mask (batch, longest row)."""
     length = max(len(row["input_ids"]) for row in rows)
 
     def padded(values: Sequence[Sequence[int]], fill: int) -> Tensor:

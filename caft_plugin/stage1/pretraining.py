@@ -29,16 +29,8 @@ from transformers import (
 from caft_plugin.attach import LAST_POSITION, Request
 from caft_plugin.checkpoints import Parts
 from caft_plugin.config import CAFTConfig, ConfigError, PretrainConfig
-from caft_plugin.heads_folder import (
-    CARD,
-    FOLDER,
-    METRICS,
-    HeadFigures,
-    HeadsFolder,
-    HeadsMetrics,
-    HeadsRecord,
-    read_record,
-)
+from caft_plugin.heads_folder import HeadsFolder
+from caft_plugin.heads_record import CARD, FOLDER, METRICS, HeadFigures, HeadsMetrics, HeadsRecord, read_record
 from caft_plugin.logs import HeadsEvaluation
 from caft_plugin.loss import Batch, RowLoss, divergence_of
 from caft_plugin.model_loading import Loading, Source, load_for_heads

@@ -1,1 +1,1 @@
-"""Commands: the command line, what is in a heads folder, import of the authors' file."""
+"""The command line: inspect a heads folder, import the authors' file, measure the speed of drafting."""

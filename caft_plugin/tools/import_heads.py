@@ -1,4 +1,4 @@
-"""The authors' published heads file (`heads.pth`, a state dict `K.layers.J.*`) becomes a heads folder."""
+"""Convert the authors' published heads file (`heads.pth`, a state dict `K.layers.J.*`) into a heads folder."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from caft_plugin.config import CAFTConfig, ConfigError, HeadInput, first_line
-from caft_plugin.heads_folder import HeadsRecord, write_heads
+from caft_plugin.heads_folder import write_heads
+from caft_plugin.heads_record import HeadsRecord
 from caft_plugin.trunk import Trunk, empty_trunk
 
-PREFIX = "auxiliary_head."  # of the keys, where a file was cut out of a whole model's state dict
+PREFIX = "auxiliary_head."  # of the keys, if a file was cut out of a complete model's state dict
 KEY = re.compile(r"(0|[1-9]\d*)\.(?:layers\.(0|[1-9]\d*)|lm_head)\.(.+)")
 LINEAR_BLOCK = {"linear.weight", "linear.bias"}
-IT_TAKES = (
-    "import-heads takes the state dict of the authors' heads, `K.layers.0.*` with K counting from 0, one decoder "
-    "layer a head."
+ACCEPTED = (
+    "import-heads accepts the state dict of the authors' heads, `K.layers.0.*` with K counting from 0, one decoder "
+    "layer per head."
 )
 
 
@@ -36,24 +37,24 @@ def import_heads(
     head_input: HeadInput = "final",
     head_norm: bool = False,
 ) -> Path:
-    """Writes the heads of the authors' file as a heads folder, and returns the folder.
+    """Write the heads of the authors' file as a heads folder, and return the folder.
 
     Args:
         file: a torch.save file, read with weights_only, or a `.safetensors` file. Its keys are
             `K.layers.0.<name in the decoder layer>`, all with or without a leading `auxiliary_head.`.
-        base_model: folder or Hub id of the model the heads were trained on; only its config is read.
-        out: the folder to make. It appears complete or not at all.
-        head_input: what the heads read; the default, and that of head_norm, is what the authors fine-tune with.
-        head_norm: whether the base model's final norm is applied to a head's output.
+        base_model: folder or Hub id of the model that the heads were trained with; only its config is read.
+        out: the folder to create. It is never incomplete.
+        head_input: the heads' input; the defaults of head_input and head_norm are those of the authors' fine-tuning.
+        head_norm: apply the base model's final norm to the heads' output.
 
     Raises:
-        ConfigError: the file holds other things than such heads, or heads that do not fit the base model; the
-            base model's config cannot be had; `out` exists or cannot be written.
+        ConfigError: the file does not contain such heads, or they do not fit the base model; the base model's config
+            cannot be read; `out` exists or cannot be written.
     """
     file, out = Path(file), Path(out)
     wiring = CAFTConfig(head_input=head_input, head_norm=head_norm)
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
-        raise ConfigError(f"import-heads: {out} exists already. Give the name of a new folder, or remove it first.")
+        raise ConfigError(f"import-heads: {out} exists. Give the name of a new folder, or remove it first.")
     heads = split_heads(read_state(file), file)
     trunk = empty_trunk(base_model)
     check_heads(heads, trunk, file, base_model)
@@ -64,93 +65,99 @@ def import_heads(
 
 
 def read_state(file: Path) -> dict[str, Tensor]:
-    """The tensors of a file by their keys, `auxiliary_head.` taken off. Nothing in the file is executed.
+    """Read the tensors of a file by their keys, without `auxiliary_head.`. Nothing in the file is executed.
 
     Raises:
-        ConfigError: the file cannot be read, or holds anything but a dict of plain floating-point tensors.
+        ConfigError: the file cannot be read or is not a dict of plain floating-point tensors.
     """
     if not file.is_file():
-        raise ConfigError(f"import-heads: got {str(file)!r}, which is not a file. {IT_TAKES}")
+        raise ConfigError(f"import-heads: got {str(file)!r}, which is not a file. {ACCEPTED}")
     state: Any = None
     try:
         if file.suffix == ".safetensors":
             state = load_file(file)
         else:
-            # Zip files, torch.save's format since PyTorch 1.6, can stay on disk until they are copied.
+            # Zip files, torch.save's format since PyTorch 1.6, are mapped and copied later.
             state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except Exception as error:  # damage shows in a dozen kinds: EOFError, KeyError, OSError, RuntimeError ...
+    except Exception as error:  # damaged files raise a dozen types: EOFError, KeyError, OSError, RuntimeError ...
         found = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
         if found:
             raise ConfigError(
                 f"import-heads: {file} holds an object ({found[1]}), which is refused: only tensors are loaded, "
-                f"nothing in the file was executed. {IT_TAKES}"
+                f"nothing in the file was executed. {ACCEPTED}"
             ) from None
         kind = "safetensors" if file.suffix == ".safetensors" else "a torch.save file"
         raise ConfigError(
-            f"import-heads: {file} cannot be read as {kind} ({type(error).__name__}). It is cut off, damaged or of "
-            "another kind: download or make it again."
+            f"import-heads: {file} cannot be read as {kind} ({type(error).__name__}). It is incomplete, damaged "
+            "or of another kind: download or make it again."
         ) from error
     if not isinstance(state, dict) or not state:
         held = "an empty dict" if isinstance(state, dict) else f"a {type(state).__name__}"
-        raise ConfigError(f"import-heads: {file} holds {held}. {IT_TAKES}")
+        raise ConfigError(f"import-heads: {file} holds {held}. {ACCEPTED}")
     for key, value in state.items():
-        problem = None if isinstance(key, str) else "a key that is not a text"
+        problem = None if isinstance(key, str) else "a key that is not a string"
         problem = problem or describe_unless_plain(value)
         if problem:
-            raise ConfigError(f"import-heads: {file} holds {problem} under {key!r}. {IT_TAKES}")
+            raise ConfigError(f"import-heads: {file} holds {problem} under {key!r}. {ACCEPTED}")
     if all(key.startswith(PREFIX) for key in state):
         state = {key.removeprefix(PREFIX): value for key, value in state.items()}
     return {key: value.detach() for key, value in state.items()}
 
 
 def describe_unless_plain(value: Any) -> str | None:
-    """None for a dense floating-point tensor with its data in memory, else what it is, in words."""
+    """Return None for a dense floating-point tensor with its data in memory, else a description of the value."""
     if type(value) not in (Tensor, nn.Parameter):
         return f"a {type(value).__name__}, not a tensor,"
     if not value.is_floating_point() or value.layout != torch.strided or value.device.type != "cpu":
-        return f"a tensor that is no plain weight ({value.dtype}, {value.layout}, {value.device.type})"
+        return f"a tensor that is not a plain weight ({value.dtype}, {value.layout}, {value.device.type})"
     return None
 
 
 def split_heads(state: Mapping[str, Tensor], file: Path) -> list[dict[str, Tensor]]:
-    """The decoder layer's tensors of each head, by the names they have in the layer.
+    """Return the decoder layer's tensors of each head, by their names in the layer.
 
     Raises:
-        ConfigError: keys that are not the authors', several layers a head, `linear` blocks, separate
-            unembeddings, or gaps in the heads' numbers.
+        ConfigError: keys that are not the authors', several layers per head, `linear` blocks, separate unembeddings, or
+            gaps in the heads' numbers.
     """
     heads: dict[int, dict[str, Tensor]] = {}
     for key, tensor in state.items():
         match = KEY.fullmatch(key)
         if match is None:
-            raise ConfigError(f"import-heads: {file} holds the unknown key {key!r}. {IT_TAKES}")
+            raise ConfigError(f"import-heads: {file} holds the unknown key {key!r}. {ACCEPTED}")
         head, layer, name = match.groups()
         if layer is None:
             raise ConfigError(
                 f"import-heads: {file} holds {key}, a separate unembedding for head {head}, which is not supported. "
-                "Take heads that share the base model's lm_head (the authors' default, without -sepunembed)."
+                "Use heads that share the base model's lm_head (the authors' default, without -sepunembed)."
             )
         if layer != "0":
             raise ConfigError(
-                f"import-heads: {file} holds {key}, several layers for head {head}, which is not supported. Take "
-                "heads of one layer each (the authors' default, --caft-num-layers 1)."
+                f"import-heads: {file} holds {key}, several layers for head {head}, which is not supported. Use "
+                "heads with one layer each (the authors' default, --caft-num-layers 1)."
             )
         if name in LINEAR_BLOCK:
             raise ConfigError(
                 f"import-heads: {file} holds {key}, a `linear` residual block in place of a decoder layer, which is "
-                "not supported. Take heads of the authors' default architecture (--head-arch transformer)."
+                "not supported. Use heads of the authors' default architecture (--head-arch transformer)."
             )
         heads.setdefault(int(head), {})[name] = tensor
     if sorted(heads) != list(range(len(heads))):
         raise ConfigError(
-            f"import-heads: {file} holds heads numbered {', '.join(map(str, sorted(heads)))}, but they have to be "
-            f"numbered from 0 without gaps. The file is not whole: download or make it again."
+            f"import-heads: {file} holds heads numbered {', '.join(map(str, sorted(heads)))}, but they must be "
+            f"numbered from 0 without gaps. The file is incomplete: download or make it again."
         )
     return [heads[k] for k in range(len(heads))]
 
 
 def check_heads(heads: list[dict[str, Tensor]], trunk: Trunk, file: Path, base_model: str) -> None:
-    """Holds every head against the base model's decoder layer.
+    """Check every head against the base model's decoder layer.
+
+    Args:
+        heads: the tensors of each head, by their names in the layer.
+        trunk: of the base model, without weights.
+        file: the heads' file, for messages.
+        base_model: the base model's name, for messages.
 
     Raises:
         ConfigError: another hidden size; missing, unknown or misshapen tensors. The first one is named.
@@ -168,20 +175,25 @@ def check_heads(heads: list[dict[str, Tensor]], trunk: Trunk, file: Path, base_m
         elif missing:
             problem = f"lacks {k}.layers.0.{missing[0]}, which {layer} has"
         elif unknown:
-            problem = f"holds {k}.layers.0.{unknown[0]}, which {layer} has not"
+            problem = f"holds {k}.layers.0.{unknown[0]}, which {layer} does not have"
         elif misshapen:
             name = misshapen[0]
             problem = f"holds {k}.layers.0.{name} with shape {shapes[name]}, but {layer} has shape {wanted[name]}"
         else:
             continue
-        raise ConfigError(f"import-heads: {file} {problem}. Give the model that the heads were trained on.")
+        raise ConfigError(f"import-heads: {file} {problem}. Give the model that the heads were trained with.")
 
 
 def recognised_hidden_size(
     shapes: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]], hidden_size: int
 ) -> int:
-    """The hidden size of a head's model, where one of the layer's own norms (`input_layernorm.weight`) tells it;
-    `hidden_size`, the base model's, where none does."""
+    """Return the hidden size of a head's model, as one of the layer's norms (`input_layernorm.weight`) shows it.
+
+    Args:
+        shapes: the shapes of the head's tensors.
+        wanted: the shapes of the base model's layer.
+        hidden_size: the base model's, returned if no norm shows one.
+    """
     for name, shape in wanted.items():
         if name.count(".") == 1 and shape == (hidden_size,) and len(shapes.get(name, ())) == 1:
             return shapes[name][0]
@@ -189,10 +201,10 @@ def recognised_hidden_size(
 
 
 def write_folder(out: Path, tensors: dict[str, Tensor], record: HeadsRecord) -> None:
-    """Writes a heads folder under a temporary name, then renames it.
+    """Write a heads folder under a temporary name, then rename it.
 
     Raises:
-        ConfigError: the disk is full, no permission, `out` has come into being meanwhile.
+        ConfigError: the disk is full, permission is missing, or `out` was created in the meantime.
     """
     temporary = out.absolute().with_name(f".{out.absolute().name}.{os.getpid()}.tmp")
     try:
@@ -205,12 +217,12 @@ def write_folder(out: Path, tensors: dict[str, Tensor], record: HeadsRecord) -> 
 
 
 def unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors, each contiguous and alone in its memory, as safetensors needs them."""
+    """Return the same tensors, each contiguous and in its own memory, as safetensors requires."""
     seen: set[int] = set()
     result = {}
     for name, tensor in tensors.items():
         storage = tensor.untyped_storage()
-        alone = storage.nbytes() == tensor.nbytes and storage.data_ptr() not in seen
+        owns = storage.nbytes() == tensor.nbytes and storage.data_ptr() not in seen
         seen.add(storage.data_ptr())
-        result[name] = tensor.contiguous() if alone else tensor.clone(memory_format=torch.contiguous_format)
+        result[name] = tensor.contiguous() if owns else tensor.clone(memory_format=torch.contiguous_format)
     return result

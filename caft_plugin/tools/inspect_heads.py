@@ -1,4 +1,4 @@
-"""`caft inspect`: a heads folder in words and a table."""
+"""`caft inspect`: a heads folder in words and a table. It is used interactively, so it imports no torch."""
 
 from __future__ import annotations
 
@@ -9,33 +9,38 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 
 from caft_plugin.config import ConfigError, named
-from caft_plugin.heads_folder import (
+from caft_plugin.heads_record import (
     LORA,
-    METRICS,
     RECORD,
+    TRAINING,
     WEIGHTS,
-    HeadFigures,
-    HeadsFolder,
     HeadsMetrics,
     HeadsRecord,
+    LoggedLosses,
+    locate_heads,
     own_file,
-    read_small,
+    read_losses,
+    read_metrics,
+    read_record,
 )
+
+SETS = 8  # evaluation sets that are shown
 
 
 def describe(heads: str | os.PathLike[str]) -> str:
-    """The heads in a heads folder, a run's folder or a Hub id; of the weights only the file's header is read.
+    """Describe the heads in a heads folder, a run's folder or a Hub id. Of the weights only the file's header is read.
 
     Raises:
         ConfigError: the folder is not a complete heads folder.
     """
-    opened = HeadsFolder.open(heads)
-    folder, record = opened.path, opened.record
-    metrics = read_metrics(folder, record)
+    folder = locate_heads(os.fspath(heads))
+    record = read_record(folder)
+    metrics, losses = read_metrics(folder, record), read_losses(folder)
+    if metrics is not None:  # of stage 1, which evaluates after its last step
+        losses = {name: logged for name, logged in losses.items() if name == TRAINING}
     tensors = tensors_of_heads(folder, record)
     facts = {
         "Folder": str(folder),
@@ -48,43 +53,73 @@ def describe(heads: str | os.PathLike[str]) -> str:
     }
     if (folder / LORA).exists():
         facts["LoRA"] = f"not merged, in {LORA}: this is a checkpoint's folder; {WEIGHTS} is without it"
-    if metrics is not None:
-        counts = {"rows": metrics.rows, "steps": metrics.steps}
-        said = [f"{count:,} {what}" for what, count in counts.items() if count is not None]
-        facts["Trained on"] = ", ".join([f"targets {named(metrics.targets)}", *said])
-        if metrics.started_from is not None:
-            facts["Started from"] = named(metrics.started_from)
-        if metrics.tokens_per_pass is not None:
-            facts["As drafters"] = f"{metrics.tokens_per_pass:.2f} tokens a pass of the model, held out"
-
-    table = [["head", "predicts", "parameters", "dtype", "size", "held-out loss", "held-out accuracy"]]
-    for k, own in enumerate(tensors):
-        figures = held_out(metrics.heads[k]) if metrics and metrics.heads else ["-", "-"]
-        table.append([str(k + 1), f"{k + 2} ahead", *sizes(own), *figures])
-    table.append(["all", "", *sizes([tensor for own in tensors for tensor in own]), "", ""])
+    facts |= facts_of_training(metrics, losses)
+    table = [["head", "predicts", "parameters", "dtype", "size"]]
+    table += [[str(k), f"{k + 1} ahead", *sizes(own)] for k, own in enumerate(tensors, 1)]
+    table.append(["all", "", *sizes([tensor for own in tensors for tensor in own])])
+    for title, cells in figures_of_heads(metrics, losses, record.num_heads).items():
+        for row, cell in zip(table, [title, *cells, ""], strict=True):
+            row.append(cell)
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = [f"{name:<12} {value}" for name, value in facts.items()]
     rows = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in table]
     return "\n".join(line.rstrip() for line in [*lines, "", *rows])
 
 
+def facts_of_training(metrics: HeadsMetrics | None, losses: dict[str, LoggedLosses]) -> dict[str, str]:
+    """Return what the heads were trained on and how well they draft, line by line."""
+    facts = {}
+    if metrics is not None:
+        counts = {"rows": metrics.rows, "steps": metrics.steps}
+        said = [f"{count:,} {what}" for what, count in counts.items() if count is not None]
+        facts["Trained on"] = ", ".join([f"targets {named(metrics.targets)}", *said])
+        if metrics.started_from is not None:
+            facts["Started from"] = named(metrics.started_from)
+    elif losses:
+        steps = {name: f"{logged.step:,}" for name, logged in losses.items()}
+        facts["Logged at"] = ", ".join(f"step {step} ({label(name)})" for name, step in list(steps.items())[:SETS])
+    drafting = {"held out": metrics} if metrics is not None else {label(name): of for name, of in losses.items()}
+    found = [
+        f"{of.tokens_per_pass:.2f} tokens per step ({name})"
+        for name, of in drafting.items()
+        if of.tokens_per_pass is not None
+    ]
+    if found:
+        facts["As drafters"] = ", ".join(found[:SETS])
+    return facts
+
+
+def label(name: str) -> str:
+    return "training" if name == TRAINING else named(name)
+
+
+def figures_of_heads(
+    metrics: HeadsMetrics | None, losses: dict[str, LoggedLosses], num_heads: int
+) -> dict[str, list[str]]:
+    """Return a column for each figure that is known of the heads: its title, and a cell for each head."""
+    columns = {}
+    for name, logged in list(losses.items())[:SETS]:
+        found = [logged.losses.get(k) for k in range(1, num_heads + 1)]
+        columns[f"{label(name)} loss"] = ["-" if loss is None else f"{loss:.3f}" for loss in found]
+    if metrics is not None and metrics.heads:
+        columns["held-out loss"] = [f"{head.loss:.3f}" for head in metrics.heads]
+        columns["held-out accuracy"] = [f"{head.accuracy:.1%}" for head in metrics.heads]
+    return columns
+
+
 def sizes(tensors: list[dict[str, Any]]) -> list[str]:
-    """Parameters, dtypes and size of tensors, given by their entries in a safetensors header."""
+    """Return parameters, dtypes and size of tensors, given by their entries in a safetensors header."""
     parameters = sum(math.prod(tensor["shape"]) for tensor in tensors)
     dtypes = sorted({tensor["dtype"] for tensor in tensors})
     size = sum(end - start for start, end in (tensor["data_offsets"] for tensor in tensors))
     return [f"{parameters:,}", ", ".join(dtypes), f"{size / 1e6:,.2f} MB"]
 
 
-def held_out(figures: HeadFigures) -> list[str]:
-    return [f"{figures.loss:.3f}", f"{figures.accuracy:.1%}"]
-
-
 def tensors_of_heads(folder: Path, record: HeadsRecord) -> list[list[dict[str, Any]]]:
-    """For each head the entries (`dtype`, `shape`, `data_offsets`) of its tensors in the weights' header.
+    """Return for each head the entries (`dtype`, `shape`, `data_offsets`) of its tensors in the weights' header.
 
     Raises:
-        ConfigError: the file is damaged, or does not hold the heads its record speaks of.
+        ConfigError: the file is damaged, or does not hold the heads that its record names.
     """
     file = own_file(folder, WEIGHTS)
     try:
@@ -105,31 +140,7 @@ def tensors_of_heads(folder: Path, record: HeadsRecord) -> list[list[dict[str, A
     wanted = [str(k) for k in range(record.num_heads)]
     if set(heads) != set(wanted):
         raise ConfigError(
-            f"{file} holds heads {', '.join(map(named, sorted(heads)[:20])) or 'none'}, but {RECORD} beside it says "
+            f"{file} holds heads {', '.join(map(named, sorted(heads)[:20])) or 'none'}, but {RECORD} next to it says "
             f"there are {record.num_heads}, counted from 0. Make or download the heads folder again."
         )
     return [heads[k] for k in wanted]
-
-
-def read_metrics(folder: Path, record: HeadsRecord) -> HeadsMetrics | None:
-    """The held-out figures, or None where the folder has none.
-
-    Raises:
-        ConfigError: the file is damaged, or speaks of another number of heads.
-    """
-    file = folder / METRICS
-    if not os.path.lexists(file):
-        return None
-    try:
-        metrics = HeadsMetrics.model_validate_json(read_small(folder, METRICS))
-    except (OSError, ValidationError) as error:
-        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error.strerror
-        raise ConfigError(
-            f"{file} cannot be read ({reason}). Remove it, or make or download the heads folder again."
-        ) from error
-    if len(metrics.heads) not in (0, record.num_heads):
-        raise ConfigError(
-            f"{file} holds figures of {len(metrics.heads)} heads, but the folder holds {record.num_heads}. Remove "
-            "it, or make or download the heads folder again."
-        )
-    return metrics

@@ -1,4 +1,4 @@
-"""`caft speculate`: how much faster the heads make a model write, beside plain generation and prompt lookup."""
+"""`caft speculate`: the speed of generation with heads, compared with plain generation and prompt lookup."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.logging import tqdm
 
 from caft_plugin.decoding import Drafted, Drafter
 from caft_plugin.stage1.answers import end_tokens
@@ -24,15 +24,18 @@ from caft_plugin.tools.steps import Steps, steps_with
 from caft_plugin.trunk import find_trunk
 
 PLAIN, HEADS, LOOKUP = "plain", "with the heads", "prompt lookup"
-LOOKUP_TOKENS = 10  # that transformers' prompt lookup copies at most, as its documentation has it
+LOOKUP_TOKENS = 10  # copied at most by transformers' prompt lookup, as in its documentation
 BLUE, GREY = "#2f6f9f", "#9aa5b1"
 
 
 @dataclasses.dataclass
 class Way:
-    """One way to write all texts: in each run over the prompts its tokens and seconds, in all of them its passes of the
-    model, how many texts were those of plain generation; with heads, what came of their guesses, and the steps of an
-    engine."""
+    """Results of one way to generate.
+
+    `tokens` and `seconds` are by run over the prompts; `passes`, the model's forward passes, and `same`, the number of
+    texts identical to plain generation's, are sums. With heads, `drafted` counts draft tokens and `steps` has the steps
+    that an inference engine would need.
+    """
 
     tokens: list[int]
     seconds: list[float]
@@ -42,11 +45,11 @@ class Way:
     steps: Steps | None = None
 
     def speeds(self) -> list[float]:
-        """Tokens a second, of each run."""
+        """Return the tokens per second of each run."""
         return [tokens / seconds for tokens, seconds in zip(self.tokens, self.seconds, strict=True)]
 
     def against(self, other: Way) -> float:
-        """How many times as fast as the other way: the median over the runs."""
+        """Return the speed as a multiple of the other way's: the median over the runs."""
         return statistics.median(own / its for own, its in zip(self.speeds(), other.speeds(), strict=True))
 
     @property
@@ -56,7 +59,10 @@ class Way:
 
 @dataclasses.dataclass
 class Comparison:
-    """So many texts, each written in all ways; `written` says how. `at_limit` of the plain ones ended at the limit."""
+    """The results of all ways, for `texts` generated texts each; `written` describes the settings and the machine.
+
+    `at_limit` of the plain texts ended at `max_new_tokens`, before an end token.
+    """
 
     ways: dict[str, Way]
     texts: int
@@ -77,10 +83,19 @@ def speculate(
     seed: int = 0,
     lookup: bool = True,
 ) -> Comparison:
-    """Writes a text to each prompt (token ids) in each way, the ways in turn, `runs` times over: plain, with each of
-    the drafters, and with prompt lookup.
+    """Generate a text for each prompt in several ways, in turn: plain, with each drafter, and with prompt lookup.
 
-    With a temperature of 0 the likeliest token is taken. Each text has a random seed of its own, the same for all ways.
+    Args:
+        model: the model.
+        tokenizer: its tokenizer.
+        drafters: drafters by name.
+        prompts: token ids of each prompt.
+        max_new_tokens: maximum length of a text, in tokens.
+        runs: repetitions of all prompts.
+        temperature: sampling temperature; 0: greedy decoding.
+        top_p: nucleus sampling.
+        seed: sampling seed. Each text has its own, the same for all ways.
+        lookup: include prompt lookup.
     """
     ways: dict[str, dict[str, object]] = {PLAIN: {}}
     ways |= {name: {"custom_generate": drafter} for name, drafter in drafters.items()}
@@ -104,8 +119,8 @@ def speculate(
         return out[0, ids.shape[1] :]
 
     model.eval()
-    write(0, 8, {})  # the first text of a process takes longer
-    with count_passes(model) as passes, tqdm(total=runs * len(prompts), unit="prompt", desc="writing") as bar:
+    write(0, 8, {})  # warm-up: a process is slower at its first text
+    with count_passes(model) as passes, tqdm(total=runs * len(prompts), unit="prompt", desc="generating") as bar:
         for run in range(runs):
             for number in range(len(prompts)):
                 texts = {}
@@ -125,7 +140,7 @@ def speculate(
                 at_limit += len(plain[number]) == max_new_tokens and plain[number][-1] not in ends
                 bar.update()
     for name, drafter in drafters.items():
-        figures[name].steps = steps_with(drafter, ((prompts[at], text) for at, text in plain.items()))
+        figures[name].steps = steps_with(drafter, [(prompts[at], text) for at, text in plain.items()])
     how = "greedy" if temperature == 0 else f"sampled at temperature {temperature:g}, top_p {top_p:g}"
     written = (
         f"{len(prompts)} prompts, runs over them: {runs}, {how}, at most {max_new_tokens} tokens\n"
@@ -137,7 +152,7 @@ def speculate(
 
 @contextlib.contextmanager
 def count_passes(model: PreTrainedModel) -> Iterator[Callable[[], int]]:
-    """While it is open, a function says how often the model was called."""
+    """Yield a function that returns the number of forward passes since the start."""
     passes = [0]
 
     def note(*_: object) -> None:
@@ -160,7 +175,7 @@ def named_dtype(model: PreTrainedModel) -> str:
 
 
 def processor(device: torch.device) -> str:
-    """What a figure of speed is about."""
+    """Return the device's name, which every figure of speed needs."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     has = torch.cpu.get_capabilities()
@@ -171,45 +186,46 @@ def processor(device: torch.device) -> str:
 
 def as_table(found: Comparison) -> str:
     plain = found.ways[PLAIN]
-    lines = [found.written, "", f"{'':<20}{'tokens a second':>17}{'against plain':>15}{'tokens a pass':>15}  same text"]
+    """Return the results as text."""
+    lines = [found.written, "", f"{'':<20}{'tokens/s':>10}{'speed-up':>10}{'tokens/step':>13}  identical texts"]
     for name, way in found.ways.items():
         same = "" if name == PLAIN else f"  {way.same} of {found.texts}"
         lines.append(
-            f"{name:<20}{statistics.median(way.speeds()):>17.1f}{way.against(plain):>15.2f}"
-            f"{way.tokens_per_pass:>15.2f}{same}"
+            f"{name:<20}{statistics.median(way.speeds()):>10.1f}{way.against(plain):>10.2f}"
+            f"{way.tokens_per_pass:>13.2f}{same}"
         )
     for name, way in found.ways.items():
         if way.drafted is None:
             continue
-        lines += ["", f"{'head':<6}{'predicts':<10}{'sent':>8}{'right':>8}{'share':>9}   ({name})"]
+        lines += ["", f"{'head':<6}{'predicts':<10}{'proposed':>10}{'accepted':>10}{'rate':>9}   ({name})"]
         for k, (sent, right) in enumerate(zip(way.drafted.drafted, way.drafted.accepted, strict=True), 1):
             share = f"{right / sent:.1%}" if sent else "-"
-            lines.append(f"{k:<6}{f'{k + 1} ahead':<10}{sent:>8,}{right:>8,}{share:>9}")
-        lines.append("passes that brought " + ", ".join(f"{n}: {share:.0%}" for n, share in lengths(way.drafted)))
+            lines.append(f"{k:<6}{f'{k + 1} ahead':<10}{sent:>10,}{right:>10,}{share:>9}")
+        lines.append("tokens in a step: " + ", ".join(f"{n} in {share:.0%}" for n, share in lengths(way.drafted)))
         if way.steps is not None:
             tokens = ", ".join(f"{n}: {tokens:.2f}" for n, tokens in enumerate(way.steps.tokens_per_step(), 1))
-            lines.append(f"served with so many draft tokens in every step, tokens a step {tokens}")
+            lines.append(f"tokens per step in an inference engine, by its number of draft tokens: {tokens}")
         if not any(way.drafted.accepted):
             lines.append(
-                "No draft token was accepted: these heads are of another model, or hardly trained. Train them on what\n"
-                "this model writes: caft pretrain-heads --targets model --help"
+                "No draft token was accepted: these heads belong to another model or were hardly trained. Train them\n"
+                "on answers of this model: caft pretrain-heads --targets model --help"
             )
     if any(way.drafted is not None and way.same < found.texts for way in found.ways.values()):
         lines += [
             "",
-            "A text can differ where two tokens are nearly as likely as each other: a pass of several tokens rounds\n"
-            "otherwise than a pass of one. In float32 that hardly ever shows.",
+            "A text can differ where two tokens are almost equally likely, since a forward pass of several tokens\n"
+            "rounds differently from a pass of one token. In float32 this is rare.",
         ]
     return "\n".join(lines)
 
 
 def lengths(drafted: Drafted) -> list[tuple[int, float]]:
-    """Of all passes the share that brought so many tokens."""
+    """Return the fraction of steps with 1, 2, ... tokens."""
     return [(length, passes / max(drafted.passes, 1)) for length, passes in enumerate(drafted.lengths, 1)]
 
 
 def draw(found: Comparison, file: Path) -> None:
-    """Writes acceptance by head, and how many tokens a pass brought, as a PNG.
+    """Draw the acceptance rate of each head and the distribution of tokens per step into a PNG file.
 
     Raises:
         ConfigError: matplotlib is not installed.
@@ -220,10 +236,12 @@ def draw(found: Comparison, file: Path) -> None:
 
     def fill(axes: Any) -> None:
         axes[0].bar([str(k) for k in range(1, len(shares) + 1)], shares, color=BLUE)
-        axes[0].set(title="guesses that were right", xlabel="head", ylim=(0, 1))
+        axes[0].set(title="draft tokens accepted", xlabel="head", ylabel="acceptance rate", ylim=(0, 1))
         axes[1].bar(*zip(*((str(n), share) for n, share in lengths(drafted)), strict=True), color=GREY)
         axes[1].set(
-            title=f"passes, {way.tokens_per_pass:.2f} tokens each on average", xlabel="tokens that a pass brought"
+            title=f"{way.tokens_per_pass:.2f} tokens per step on average",
+            xlabel="tokens in a step",
+            ylabel="fraction of steps",
         )
 
     write_png(file, (8, 3.6), 2, fill)

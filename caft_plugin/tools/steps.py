@@ -1,16 +1,17 @@
-"""How many tokens a step of serving brings with 1, 2, ... draft tokens in each: computed from texts that are written.
+"""Tokens per step of an inference engine with 1, 2, ... draft tokens, computed from generated texts.
 
-An engine sends the same number of draft tokens in every step. What each head would have proposed at each position of a
-text takes one forward pass over the whole of it, so all numbers of draft tokens are known at once.
+An engine uses the same number of draft tokens in every step. One forward pass over a text gives each head's proposals
+at every position, so the steps for all numbers of draft tokens can be counted at once.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import nn
+from transformers.utils.logging import tqdm
 
 from caft_plugin.decoding import Drafter
 from caft_plugin.heads import replay, turn_with
@@ -19,26 +20,28 @@ from caft_plugin.pass_notes import compiled_around, noted_pass
 
 @dataclasses.dataclass
 class Steps:
-    """Tokens of texts, and the steps that they take with 1, 2, ... draft tokens in each, as many as there are heads."""
+    """The tokens of texts, and the steps they take with 1, 2, ... draft tokens (up to the number of heads)."""
 
     tokens: int
     steps: list[int]
 
     def __iadd__(self, other: Steps) -> Steps:
         self.tokens += other.tokens
-        self.steps = [ours + theirs for ours, theirs in zip(self.steps, other.steps, strict=True)]
+        self.steps = [own + its for own, its in zip(self.steps, other.steps, strict=True)]
         return self
 
     def tokens_per_step(self) -> list[float]:
         return [self.tokens / max(steps, 1) for steps in self.steps]
 
 
-def steps_with(drafter: Drafter, texts: Iterable[tuple[Sequence[int], Sequence[int]]]) -> Steps:
-    """What a drafter's heads would bring in an engine. `texts` are pairs of a prompt and what the model has written to
-    it, both token ids."""
+def steps_with(drafter: Drafter, texts: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Steps:
+    """Return the steps that an engine would need with a drafter's heads.
+
+    `texts` are pairs of a prompt and the text that the model has generated for it, both token ids.
+    """
     numbers = range(1, len(drafter.heads) + 1)
     found = Steps(0, [0 for _ in numbers])
-    for prompt, text in texts:
+    for prompt, text in tqdm(texts, unit="text", desc="counting steps"):
         proposed = proposals(drafter, prompt, text)
         found += Steps(len(text), [steps_of(text, proposed, number) for number in numbers])
     return found
@@ -46,8 +49,8 @@ def steps_with(drafter: Drafter, texts: Iterable[tuple[Sequence[int], Sequence[i
 
 @torch.no_grad()
 def proposals(drafter: Drafter, prompt: Sequence[int], text: Sequence[int]) -> list[list[int]]:
-    """What each head proposes at each position of the text but the last, the prompt's last position first: (heads,
-    tokens of the text) token ids."""
+    """Return each head's proposals (heads, tokens of the text), token ids: at the prompt's last position and at every
+    position of the text except the last."""
     model: nn.Module = drafter.model
     trunk, config = drafter.trunk, drafter.config
     ids = torch.tensor([[*prompt, *text[:-1]]], device=next(trunk.last_layer.parameters()).device)
@@ -65,11 +68,11 @@ def proposals(drafter: Drafter, prompt: Sequence[int], text: Sequence[int]) -> l
 
 
 def steps_of(text: Sequence[int], proposed: Sequence[Sequence[int]], number: int) -> int:
-    """Steps that a text takes with `number` draft tokens in each, its prompt's step among them, which has none."""
+    """Return the steps that a text takes with `number` draft tokens, including the prompt's step, which has none."""
     written, steps = 1, 1
     while written < len(text):
         right = 0
-        # At the last position that the model has read, head 1 proposes the token behind the newest one.
+        # At the last position that the model has read, head 1 proposes the token after the newest one.
         while right < number and text[written + right : written + right + 1] == [proposed[right][written - 1]]:
             right += 1
         written += right + 1

@@ -84,12 +84,14 @@ def test_heads_lie_beside_the_model(project):
         "config.json",
         "fingerprint.safetensors",
         "heads.safetensors",
+        "losses.json",
     ]
     assert sorted(p.name for p in (ours / "checkpoint-3" / "caft_heads").iterdir()) == [
         "config.json",
         "fingerprint.safetensors",
         "heads.safetensors",
         "lora.safetensors",
+        "losses.json",
     ]
     final = load_file(ours / "caft_heads" / "heads.safetensors")
     start = load_file(ours / "checkpoint-3" / "caft_heads" / "heads.safetensors")
@@ -518,7 +520,7 @@ def test_heads_go_on_over_the_tuned_model_and_draft_for_it(project, monkeypatch)
     assert "vllm serve ours/merged --speculative-config" in exported.stdout
 
     refused = run("pretrain-heads", "--steps", "3")
-    assert refused.exit_code == 2 and "--steps does not go with a CONFIG, which has a key for it" in refused.stderr
+    assert refused.exit_code == 2 and "--steps cannot be used with a CONFIG, which has a key for it" in refused.stderr
     del config["test_datasets"]
     Path("drafting.yml").write_text(yaml.safe_dump(config))
     refused = run("speculate")

@@ -109,11 +109,11 @@ def of_another_model(drafter: Path) -> None:
 
 # name: (what is done to the drafter, the draft tokens asked for, vLLM's message)
 DAMAGED = {
-    "a weight is missing": (lacking, 4, "lacks 1 weights, the first is model.layers.2.mlp.down_proj.weight"),
+    "a weight is missing": (lacking, 4, "lacks 1 weights, the first of them model.layers.2.mlp.down_proj.weight"),
     "another model": (
         of_another_model,
         4,
-        "was made for a model with num_hidden_layers 4, but the model that is served",
+        "was made for a model with num_hidden_layers 4, but the served model has",
     ),
     "more tokens than heads": (lambda drafter: None, 5, "num_speculative_tokens is 5, but this drafter has 4 heads"),
 }
