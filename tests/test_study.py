@@ -8,6 +8,7 @@ import json
 import math
 import random
 import re
+import subprocess
 import time
 
 import numpy as np
@@ -64,7 +65,7 @@ STUDY = Study(
     questions=(
         Question("Do heads help?", "task", "loss", "caft", "ntp"),
         Question("Do masks help?", "task", "loss", "meap", "ntp"),
-        Question("Do heads find?", "task", "found", "caft", "ntp", learnt=0.9),
+        Question("Do heads find?", "task", "found", "caft", "ntp", learned=0.9),
     ),
     ready=ready,
     settings=settings,
@@ -282,6 +283,7 @@ def threads(tmp_path, monkeypatch):
     monkeypatch.setattr(
         concurrent.futures, "ProcessPoolExecutor", lambda n, mp_context: concurrent.futures.ThreadPoolExecutor(n)
     )
+    monkeypatch.setattr(queue.gc, "collect", lambda: 0)  # slow where much is loaded
     before = dict(queue.os.environ)
     yield tmp_path / "results.jsonl"
     queue.os.environ.clear()
@@ -331,6 +333,26 @@ def test_a_deleted_line_is_the_run_that_is_done_again(threads):
     assert begun == [Run("task", "caft", 3)]
     queue.work_through(study, lambda run: True, 2, deadline=0.0)
     assert len(results.read(threads)) == len(lines)
+
+
+def say(run, settings):
+    queue.sys.stdout.write(f"this is {run}\n")
+    queue.sys.stdout.flush()
+    subprocess.run(["echo", "and its child"], check=True)
+    return {"metrics": {"loss": float(queue.os.environ["OMP_NUM_THREADS"])}}
+
+
+@pytest.mark.slow
+def test_a_worker_is_a_process_whose_output_is_in_a_log(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(queue, "LOGS", tmp_path / "logs")
+    monkeypatch.setattr(Study, "file", tmp_path / "results.jsonl")
+    for name, value in queue.environment(1).items():
+        monkeypatch.setenv(name, value)
+    assert queue.work_through(with_do(say), lambda run: run.arm == "high", 1, math.inf) == []
+    (found,) = results.read(tmp_path / "results.jsonl")
+    assert found["metrics"] == {"loss": 2.0} and found["settings"] == {"rate": 2}
+    assert (tmp_path / "logs" / "pilot-high-0.log").read_text() == "this is pilot high seed 0\nand its child\n"
+    assert "this is" not in capfd.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,7 @@ class Metric:
 
 @dataclass(frozen=True)
 class Question:
-    """A primary comparison: one metric, one arm against another. With `learnt`, the seeds whose metric is above it are
+    """A primary comparison: one metric, one arm against another. With `learned`, the seeds whose metric is above it are
     counted, and compared by Fisher's exact test."""
 
     asks: str
@@ -75,7 +75,7 @@ class Question:
     metric: str
     arm: str
     against: str
-    learnt: float | None = None
+    learned: float | None = None
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ def work_through(study: Study, wanted: Callable[[Run], bool], workers: int, dead
             bar.total = bar.n + len(running) + len(waiting)
             bar.set_postfix_str(f"{len(running)} running, {left(study, [*running.values(), *waiting], lines)}")
             for run in waiting[: workers - len(running)] if time.monotonic() < deadline else ():
-                running[pool.submit(work, study.do, run, study.settings(run, lines))] = run
+                running[pool.submit(work, study.do, run, study.settings(run, lines), log_of(run))] = run
             if not running:
                 return failed
             done, _ = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
@@ -64,9 +64,9 @@ def work_through(study: Study, wanted: Callable[[Run], bool], workers: int, dead
                     results.add(future.result(), study.file)
 
 
-def work(do: Callable[[Run, Settings], Line], run: Run, settings: Settings) -> Line:
-    """Do a run in a worker and return its line."""
-    with log_of(run).open("w") as log, printed_to(log.fileno()):
+def work(do: Callable[[Run, Settings], Line], run: Run, settings: Settings, log: Path) -> Line:
+    """Do a run in a worker, with its output in a log, and return its line."""
+    with log.open("w") as opened, printed_to(opened.fileno()):
         try:
             start = time.perf_counter()
             figures = do(run, settings)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import json
 import os
@@ -144,8 +145,9 @@ def processor() -> str:
     return next((line.split(":", 1)[1].strip() for line in text.splitlines() if line.startswith("model name")), "")
 
 
+@functools.cache
 def commit() -> str:
-    """Return the commit of the code, marked where the code has changed since."""
+    """Return the commit of the code that this process runs, marked where the code has changed since."""
 
     def git(*words: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)

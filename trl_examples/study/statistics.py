@@ -137,20 +137,20 @@ def pairs_of(lines: Lines, question: Question) -> Pairs:
 
 
 def p_value(question: Question, pairs: Pairs) -> float:
-    """Two-sided, of a paired t-test, or of Fisher's exact test where seeds that have learnt are counted."""
+    """Two-sided, of a paired t-test, or of Fisher's exact test where seeds that have learned are counted."""
     if len(pairs) < 2:
         return 1.0
-    if question.learnt is not None:
-        return fisher(*learnt(question, pairs), len(pairs))
+    if question.learned is not None:
+        return fisher(*learned(question, pairs), len(pairs))
     apart = np.array([ours - theirs for ours, theirs in pairs])
     if np.ptp(apart) == 0:
         return 1.0 if apart[0] == 0 else 0.0
     return float(stats.ttest_1samp(apart, 0.0).pvalue)
 
 
-def learnt(question: Question, pairs: Pairs) -> tuple[int, int]:
-    """Count the seeds of each arm that have learnt."""
-    ours, theirs = (sum(pair[side] > (question.learnt or 0.0) for pair in pairs) for side in (0, 1))
+def learned(question: Question, pairs: Pairs) -> tuple[int, int]:
+    """Count the seeds of each arm that have learned."""
+    ours, theirs = (sum(pair[side] > (question.learned or 0.0) for pair in pairs) for side in (0, 1))
     return ours, theirs
 
 
@@ -160,7 +160,7 @@ def fisher(ours: int, theirs: int, seeds: int) -> float:
 
 def enough(question: Question, pairs: Pairs) -> int | None:
     """Return how many seeds would have to learn for Fisher's test to show a difference; None: not even all."""
-    seeds, (_, theirs) = len(pairs), learnt(question, pairs)
+    seeds, (_, theirs) = len(pairs), learned(question, pairs)
     shown = [ours for ours in range(theirs, seeds + 1) if fisher(ours, theirs, seeds) < 1 - CONFIDENCE]
     return shown[0] if shown else None
 

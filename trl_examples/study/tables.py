@@ -13,7 +13,7 @@ from study.statistics import (
     detectable,
     difference,
     enough,
-    learnt,
+    learned,
     mean,
     resampled,
     rounded_up,
@@ -90,9 +90,9 @@ def questions_table(study: Study, lines: Lines, **more: Callable[[Answer], str])
         question, metric = one.question, study.metrics[one.question.metric]
         measured, apart, least = title(metric), with_interval(one.difference, metric, sign=True), "-"
         means = [number(sum(side) / len(side), metric) for side in zip(*one.pairs, strict=True)]
-        if question.learnt is not None:
-            measured, apart = f"seeds with more than {100 * question.learnt:.0f} % {metric.title} ↑", "-"
-            means = [f"{count} of {len(one.pairs)}" for count in learnt(question, one.pairs)] if one.pairs else []
+        if question.learned is not None:
+            measured, apart = f"seeds with more than {100 * question.learned:.0f} % {metric.title} ↑", "-"
+            means = [f"{count} of {len(one.pairs)}" for count in learned(question, one.pairs)] if one.pairs else []
             least = f"{count} of {len(one.pairs)} seeds" if (count := enough(question, one.pairs)) else "-"
         elif one.difference:
             least = effect(one.difference, metric)

@@ -27,7 +27,7 @@ FEW, FEWER = 500, 250  # molecules; the latter where the pilot does not overfit 
 MORE = 1.3  # times as many molecules, for comparison
 HEADROOM = (0.25, 0.75)  # of the questions have to be found by next-token training
 CONTROL = 0.95  # of the paths have to be found by the control
-LEARNT = 0.9  # of the paths right: a seed that has learnt them
+LEARNED = 0.9  # of the paths right: a seed that has learned them
 CONFIDENCE_TO_STOP = 0.8
 
 # -- the methods: every key written out, so that a later change of a default changes nothing here -------
@@ -363,6 +363,6 @@ METRICS: dict[str, Metric] = {
 QUESTIONS = (
     Question("A. Does CAFT help where data are few?", "few", "heldout_loss", "caft", "ntp"),
     Question("A. Does MEAP help where data are few?", "few", "heldout_loss", "meap", "ntp"),
-    Question("B. Does CAFT learn to look ahead?", "graphs", "paths", "caft-1", "ntp", learnt=LEARNT),
+    Question("B. Does CAFT learn to look ahead?", "graphs", "paths", "caft-1", "ntp", learned=LEARNED),
     Question("C. Does MEAP help retrieval where there is room?", "documents", "found", "meap-separate", "ntp"),
 )

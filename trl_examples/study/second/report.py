@@ -105,7 +105,7 @@ def settings_table() -> str:
         ("B", "arms of a graph; nodes of an arm, with the start", f"{GRAPHS['arms']}; {GRAPHS['length']}"),
         ("B", "layers; width", f"{GRAPHS['layers']}; {GRAPHS['width']}"),
         ("B", "steps; fresh graphs in each", f"{GRAPHS['steps']:,}; {GRAPHS['batch']}"),
-        ("B", "paths right, above which a seed has learned them", f"{100 * protocol.LEARNT:.0f} %"),
+        ("B", "paths right, above which a seed has learned them", f"{100 * protocol.LEARNED:.0f} %"),
         ("C", "documents of a training question", ", ".join(map(str, DOCUMENTS["documents"]))),
         ("C", "batch; LoRA rank; alpha", f"{DOCUMENTS['batch']}; {DOCUMENTS['lora_r']}; {DOCUMENTS['lora_alpha']}"),
         ("C", "held-out questions; documents of each", f"{SIZES.questions}; 7"),

@@ -95,7 +95,7 @@ def make_heads(settings: Settings, rows: Sequence[data.Row], out: Path, float32:
         for k, head in enumerate(heads, 1)
         for what in ("loss", "accuracy")
     }
-    return {"metrics": metrics, "marks": [], "curve": [], "tokens": None, "train_seconds": round(seconds, 1)}
+    return {"metrics": metrics, "curve": [], "tokens": None, "train_seconds": round(seconds, 1)}
 
 
 STUDY = Study(
