@@ -134,12 +134,14 @@ report: merge
 
 # --- the study, on SmolLM2-135M whatever BASE_MODEL says
 
-study: $(VENV)/.package  ## do the runs that trl_examples/study/results.jsonl lacks (all: about 30 hours on two free cores; STUDY_ARGS='--workers 11' on a GPU)
-	@"$(BIN)/python" axolotl_configs/make_base_model.py --out $(SMOLLM2) --cache $(CACHE)
-	@PATH="$(abspath $(BIN)):$$PATH" "$(BIN)/python" trl_examples/study/study.py $(STUDY_ARGS)
+STUDY := PATH="$(abspath $(BIN)):$$PATH" PYTHONPATH=trl_examples "$(BIN)/python" -m study
 
-study-report: $(VENV)/.package  ## write trl_examples/study/README.md, study-1.md and their figures from results.jsonl
-	@"$(BIN)/python" trl_examples/study/report.py
+study: $(VENV)/.package  ## do the runs that trl_examples/study lacks (all: about 17 hours on two free cores; STUDY_ARGS='--workers 11' on a GPU)
+	@"$(BIN)/python" axolotl_configs/make_base_model.py --out $(SMOLLM2) --cache $(CACHE)
+	@$(STUDY) run $(STUDY_ARGS)
+
+study-report: $(VENV)/.package  ## write the tables and the figure of trl_examples/study from the results
+	@$(STUDY) report
 
 # --- development
 

