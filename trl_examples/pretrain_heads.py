@@ -24,6 +24,7 @@ from caft_plugin import CAFTConfig
 from caft_plugin.config import PretrainConfig
 from caft_plugin.model_loading import load_tokenizer
 from caft_plugin.stage1.data import read_rows
+from caft_plugin.stage1.figures import before_and_after
 from caft_plugin.stage1.pretraining import Stage1, heads_block, load_base, pretrain_heads
 from caft_plugin.tools.cli import push_heads
 from caft_plugin.tools.inspect_heads import describe
@@ -82,7 +83,7 @@ def main() -> None:
     repo = (training.hub_model_id or Path(training.output_dir).name) if training.push_to_hub else None
     training.push_to_hub = False  # the Trainer would upload the answers and the checkpoints' remains too
     folder = pretrain_heads(Stage1(model, tokenizer, rows, None, training, caft, config, given.model_name_or_path))
-    print(describe(folder))
+    print(f"{describe(folder)}\n\n{before_and_after(folder)}")
     if repo:
         push_heads(folder, repo, training.hub_token)
 
