@@ -56,11 +56,14 @@ class CAFTLog:
 @dataclasses.dataclass(frozen=True)
 class MEAPLog:
     """Over the steps since the last log and all processes: masked over eligible tokens of masked examples (None where
-    no token was eligible), and examples a step."""
+    no token was eligible), examples a step, and the mean next-token loss of masked and of other targets, in nats (None
+    where there was none, or where it cannot be read)."""
 
     masked_fraction: float | None
     examples_masked: float
     examples_too_long: float
+    loss_masked: float | None = None
+    loss_original: float | None = None
 
     def entries(self) -> dict[str, float]:
         values = dataclasses.asdict(self)
