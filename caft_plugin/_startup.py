@@ -8,9 +8,13 @@ it when Python starts, unless the environment variable CAFT_PLUGIN_NO_STARTUP is
 - `prepare_plugins` warns if a YAML asks for CAFT or MEAP without listing the plugin;
 - `cli` rejects options such as `--caft.beta=0.6`, which Axolotl would pass to its launcher.
 
+The last two also repeat an error as the last line: when training stops with a ConfigError, its launcher
+(`accelerate launch`) prints a traceback of its own below it, and then `axolotl` prints the error's message again.
+
 The finder removes itself when all of them have been imported.
 """
 
+import os
 import sys
 
 GROUP = "axolotl.plugins"
@@ -78,10 +82,64 @@ def with_options_refused(main):  # type: ignore[no-untyped-def]
     main.cli.resolve_command = resolve
 
 
+# In the environment: the process that `axolotl` is, which becomes its launcher, and a name that nobody can guess.
+LAUNCHER = "CAFT_PLUGIN_LAUNCHER"
+
+
+def _is_launcher() -> bool:
+    return os.environ.get(LAUNCHER, "").partition("-")[0] == str(os.getpid())
+
+
+def _last_word_file() -> str:
+    from tempfile import gettempdir
+
+    return os.path.join(gettempdir(), f"caft_plugin-{os.environ[LAUNCHER]}")
+
+
+def with_last_word_passed_on(config):  # type: ignore[no-untyped-def]
+    """A process that reads an Axolotl config leaves the ConfigError that stops it to its launcher, in a file."""
+    excepthook = sys.excepthook
+
+    def hook(kind, error, trace):  # type: ignore[no-untyped-def]
+        excepthook(kind, error, trace)
+        ours = kind.__name__ == "ConfigError" and kind.__module__.partition(".")[0] == "caft_plugin"
+        if ours and LAUNCHER in os.environ and not _is_launcher():
+            try:
+                file = os.open(_last_word_file(), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            except OSError:  # another process of the same run was faster
+                return
+            with open(file, "w", encoding="utf-8") as opened:
+                opened.write(str(error))
+
+    sys.excepthook = hook
+
+
+def with_last_word(main):  # type: ignore[no-untyped-def]
+    """The `axolotl` command announces itself to the processes that it starts."""
+    from secrets import token_hex
+
+    os.environ[LAUNCHER] = f"{os.getpid()}-{token_hex(16)}"
+    _speak_last()
+
+
+def _speak_last() -> None:
+    import atexit
+
+    @atexit.register
+    def speak() -> None:
+        try:
+            with open(_last_word_file(), encoding="utf-8") as opened:
+                message = opened.read()
+            os.unlink(opened.name)
+        except OSError:  # the usual case: nothing was left
+            return
+        sys.stderr.write(f"\n{message}\n")
+
+
 CHANGES = {
-    "axolotl.integrations.base": with_bare_names,
-    "axolotl.cli.config": with_slips_told,
-    "axolotl.cli.main": with_options_refused,
+    "axolotl.integrations.base": (with_bare_names,),
+    "axolotl.cli.config": (with_slips_told, with_last_word_passed_on),
+    "axolotl.cli.main": (with_options_refused, with_last_word),
 }
 
 
@@ -92,7 +150,7 @@ class _Finder:
             return None
         from importlib.util import find_spec
 
-        change = CHANGES.pop(name)
+        changes = CHANGES.pop(name)
         if not CHANGES:
             sys.meta_path.remove(_Finder)  # type: ignore[arg-type]
         spec = find_spec(name)
@@ -102,13 +160,16 @@ class _Finder:
 
         def exec_module(module):  # type: ignore[no-untyped-def]
             execute(module)
-            change(module)
+            for change in changes:
+                change(module)
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
 
 
 def install() -> None:
+    if _is_launcher():  # `axolotl train` has become `accelerate launch`
+        _speak_last()
     if _Finder not in sys.meta_path and not CHANGES.keys() & sys.modules.keys():
         sys.meta_path.insert(0, _Finder)  # type: ignore[arg-type]
 

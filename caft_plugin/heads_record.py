@@ -82,6 +82,8 @@ class HeadsMetrics(BaseModel):
     started_from: str | None = None
     before: list[HeadFigures] = []
     tokens_per_pass: float | None = None  # of these heads as drafters, on held-out text
+    tokens_per_pass_before: float | None = None  # the same of the heads that training started with
+    positions: int | None = None  # held out, with a target of the first head
 
 
 class LoggedLosses(BaseModel):

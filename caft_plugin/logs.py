@@ -61,11 +61,14 @@ class CAFTLog:
 @dataclasses.dataclass(frozen=True)
 class MEAPLog:
     """Over the steps since the last log and all processes: masked over eligible tokens of masked examples (None where
-    no token was eligible), and examples a step."""
+    no token was eligible), examples a step, and the mean next-token loss of masked and of other targets, in nats (None
+    where there was none, or where it cannot be read)."""
 
     masked_fraction: float | None
     examples_masked: float
     examples_too_long: float
+    loss_masked: float | None = None
+    loss_original: float | None = None
 
     def entries(self) -> dict[str, float]:
         values = dataclasses.asdict(self)
@@ -77,22 +80,32 @@ class HeadsEvaluation:
     """Each head's mean loss in nats and share of right top-1 predictions over an evaluation set, by k; heads without a
     target there are left out.
 
-    `tokens_per_pass` is 1 plus the mean number of heads in a row, from the first on, that are right, over the positions
-    where the first head has a target: about what a drafter of these heads brings (None where there is no target)."""
+    `tokens_per_pass` is 1 plus the mean number of heads in a row, from the first on, that are right, over the
+    `positions` where the first head has a target: about what a drafter of these heads brings (None where there is no
+    target)."""
 
     losses: Mapping[int, float]
     accuracies: Mapping[int, float]
     tokens_per_pass: float | None = None
+    positions: int | None = None
 
-    def entries(self, prefix: str, accuracies: bool = False) -> dict[str, float]:
+    def entries(self, prefix: str, details: bool = False) -> dict[str, float]:
         found = {f"{prefix}_{HEAD_LOSS}{k}": loss for k, loss in self.losses.items()}
         if self.tokens_per_pass is not None:
             found[f"{prefix}_{CAFT}tokens_per_pass"] = self.tokens_per_pass
-        if accuracies:
+        if details:
             found.update({f"{prefix}_{HEAD_ACCURACY}{k}": share for k, share in self.accuracies.items()})
+        if details and self.positions is not None:
+            found[f"{prefix}_{CAFT}positions"] = self.positions
         return found
 
     @classmethod
     def read(cls, metrics: Mapping[str, float], prefix: str) -> HeadsEvaluation:
         losses, accuracies = by_head(f"{prefix}_{HEAD_LOSS}", metrics), by_head(f"{prefix}_{HEAD_ACCURACY}", metrics)
-        return cls(losses, accuracies, metrics.get(f"{prefix}_{CAFT}tokens_per_pass"))
+        positions = metrics.get(f"{prefix}_{CAFT}positions")
+        return cls(
+            losses,
+            accuracies,
+            metrics.get(f"{prefix}_{CAFT}tokens_per_pass"),
+            None if positions is None else int(positions),
+        )

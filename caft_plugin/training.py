@@ -30,6 +30,7 @@ from caft_plugin.meap.mask_token import AddedMaskToken
 from caft_plugin.meap.roles import NOTHING_SAID, Said
 from caft_plugin.meap.training import MaskedTraining
 from caft_plugin.meap.training_set import TrainingSet
+from caft_plugin.model_card import FrameworkCard, section
 from caft_plugin.objective import AuxiliaryObjective, HostLoss
 from caft_plugin.precision import warn_of_slow_bf16
 from caft_plugin.refusals import check_optimizer
@@ -161,6 +162,9 @@ class CAFTTrainerMixin(_Base):
         with contextlib.ExitStack() as stack:
             for handle in handles:
                 stack.enter_context(handle)
+            losses = None if self.meap is None else self.meap.losses
+            if losses is not None and not losses.attached:
+                stack.enter_context(losses)
             if handles:
                 parts = [handle.hidden for handle in handles]
                 stack.enter_context(shown_to(self.accelerator, parts))
@@ -186,7 +190,7 @@ class CAFTTrainerMixin(_Base):
             handle.detach()
         self.caft = None
         if self.meap is not None:
-            self.meap.handle = None
+            self.meap.handle = self.meap.losses = None
 
     # -- data --------------------------------------------------------------------------------------
 
@@ -236,9 +240,10 @@ class CAFTTrainerMixin(_Base):
             self.meap.take_plan(inputs)
 
         def host_loss() -> HostLoss:
-            return super(CAFTTrainerMixin, self).compute_loss(
-                model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
-            )
+            with contextlib.nullcontext() if self.meap is None else self.meap.reading(inputs):
+                return super(CAFTTrainerMixin, self).compute_loss(
+                    model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
+                )
 
         if self.caft is None:
             with self._ours_out_of_sight():
@@ -322,8 +327,21 @@ class CAFTTrainerMixin(_Base):
             self._saving_checkpoint = False
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        card = self.framework_card(output_dir)
         super().save_model(output_dir, _internal_call)
         self.save_ours(output_dir or self.args.output_dir)
+        if self.args.should_save:
+            card.complete()  # PEFT writes one with each adapter
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        card = self.framework_card()
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            card.complete()
+
+    def framework_card(self, folder: str | None = None) -> FrameworkCard:
+        """The card that the framework is about to write into a folder, by default the run's own."""
+        return FrameworkCard(Path(folder or str(self.args.output_dir)), section(self.caft_config, self.meap_config))
 
     def save_ours(self, output_dir: str | None) -> None:
         """Save the heads to `caft_heads/` and an added mask token to `caft_meap/` in `output_dir`.

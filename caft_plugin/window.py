@@ -244,6 +244,7 @@ class Totals:
             losses={k: total / count for k, (total, _, _, count) in found.items()},
             accuracies={k: right / count for k, (_, right, _, count) in found.items()},
             tokens_per_pass=1 + sum(run for _, _, run, _ in rows) / rows[0][3] if 1 in found else None,
+            positions=int(rows[0][3]),
         )
 
 

@@ -14,10 +14,10 @@ def test_a_log_is_read_as_it_was_written():
 
 
 def test_an_evaluation_is_read_as_it_was_written():
-    evaluation = HeadsEvaluation({1: 3.0, 2: 4.0}, {1: 0.5, 2: 0.25}, 1.625)
+    evaluation = HeadsEvaluation({1: 3.0, 2: 4.0}, {1: 0.5, 2: 0.25}, 1.625, 8)
     losses = {"eval_caft/loss_head_1": 3.0, "eval_caft/loss_head_2": 4.0}
     assert evaluation.entries("eval") == {**losses, "eval_caft/tokens_per_pass": 1.625}
-    entries = evaluation.entries("test", accuracies=True)
+    entries = evaluation.entries("test", details=True)
     assert HeadsEvaluation.read({"test_loss": 1.0, **entries}, "test") == evaluation
     assert HeadsEvaluation.read(entries, "eval") == HeadsEvaluation({}, {})
 

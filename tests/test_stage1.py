@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
+from click.testing import CliRunner
 from datasets import load_dataset
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
@@ -19,7 +21,9 @@ from caft_plugin.meap.attention_report import read_texts
 from caft_plugin.stage1 import answers as answers_room
 from caft_plugin.stage1.answers import ANSWERS, AnswerFile, write_answers
 from caft_plugin.stage1.data import pad_rows, prompt_of, read_prompts, read_rows, with_answer
+from caft_plugin.stage1.figures import before_and_after
 from caft_plugin.stage1.pretraining import HeadsTrainer, Stage1, heads_block, load_base, pretrain_heads
+from caft_plugin.tools.cli import commands
 
 TEMPLATE = (
     "{% for m in messages %}{{ m.role }} {{ m.content }} </s> {% endfor %}"
@@ -114,7 +118,7 @@ def test_training_lowers_the_held_out_loss_of_every_head(taught, tokenizer, tmp_
         assert after["loss"] < 0.5 * before["loss"]
         assert after["accuracy"] > before["accuracy"] + 0.2
     card = (folder / "README.md").read_text()
-    assert f"targets `{targets}`" in card and f"| 4 | {metrics['heads'][3]['loss']:.4f} |" in card
+    assert f"targets `{targets}`" in card and f" | {metrics['heads'][3]['loss']:.4f} | " in card
 
 
 def test_distribution_is_the_divergence_from_the_base_k_ahead(base, tokenizer, tmp_path):
@@ -422,3 +426,51 @@ def test_answers_of_a_model_that_was_trained_again_are_not_taken(taught, tokeniz
         taught.model.layers[1].mlp.up_proj.weight[0, 3] += 0.1
     with pytest.raises(ConfigError, match="holds answers made with another weights"):
         write_answers(taught, tokenizer, prompts, config, tmp_path / "a.jsonl", "tiny")
+
+
+# -- what is printed and written at the end ----------------------------------------------------------------
+
+
+def test_figures_before_and_after_are_printed_and_in_the_card(taught, tokenizer, tmp_path):
+    """By the command, over a tuned model, first with new heads and then with theirs."""
+    taught.save_pretrained(tmp_path / "out")
+    tokenizer.save_pretrained(tmp_path / "out")
+    lines = [
+        {"prompt": f"w{i} w{i + 1}", "completion": " ".join(f"w{j}" for j in range(i + 2, i + 9))} for i in range(40)
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, lines)))
+
+    def run(output, *more):
+        command = ["pretrain-heads", "--model", tmp_path / "out", "--data", tmp_path / "rows.jsonl"]
+        command += ["--output", tmp_path / output, "--targets", "dataset", "--float32", "--steps", "12", *more]
+        result = CliRunner().invoke(commands, [*map(str, command), "--learning-rate", "0.01"], catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+        folder = tmp_path / output / "caft_heads"
+        return result.output, json.loads((folder / "metrics.json").read_text()), (folder / "README.md").read_text()
+
+    run("first")
+    printed, metrics, card = run("second", "--heads", tmp_path / "first")
+    assert metrics["positions"] == 2 * (7 + 1)  # the words and the end of two rows that were held out
+    for k, (before, after) in enumerate(zip(metrics["before"], metrics["heads"], strict=True), 1):
+        cells = [
+            f"{before['loss']:.4f}",
+            f"{after['loss']:.4f}",
+            f"{before['accuracy']:.2%}",
+            f"{after['accuracy']:.2%}",
+        ]
+        assert re.search(rf"^ *{k} +{k + 1} ahead +{' +'.join(cells)}$", printed, re.MULTILINE)
+        assert f"| {k} | {k + 1} ahead | {' | '.join(cells)} |" in card
+    assert metrics["tokens_per_pass_before"] != metrics["tokens_per_pass"]
+    said = (
+        f"As drafters these heads give {metrics['tokens_per_pass']:.2f} tokens per step "
+        f"({metrics['tokens_per_pass_before']:.2f} before this training), estimated at {metrics['positions']} held-out "
+        "positions. Plain generation gives 1."
+    )
+    assert said in printed and said in card
+    assert "Drafter.from_pretrained" in card and "caft speculate --model" in card
+
+
+def test_without_held_out_rows_it_says_that_there_are_no_figures(base, tokenizer, tmp_path):
+    folder = pretrain_heads(job(base, tokenizer, tmp_path, data=rows(1), steps=1))
+    assert before_and_after(folder) == "No figures before and after: no held-out row has a target of every head."
+    assert "## Figures" not in (folder / "README.md").read_text()

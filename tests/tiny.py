@@ -54,7 +54,7 @@ def parameters_with_ours(model):
     host's own code do not find there."""
     yield from model.named_parameters()
     copier = copier_of(model)
-    for handle in [] if copier is None else copier.handles:
+    for handle in [] if copier is None else (h for h in copier.handles if hasattr(h, "hidden")):
         for name, parameter in handle.hidden.module.named_parameters():
             yield f"{handle.hidden.name}.{name}", parameter
 

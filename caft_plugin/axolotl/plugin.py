@@ -24,6 +24,7 @@ from caft_plugin.heads_folder import HeadsFolder
 from caft_plugin.meap.base_model import BaseModel, generation_config_of
 from caft_plugin.meap.masking import Duplication
 from caft_plugin.meap.roles import Roles, Said
+from caft_plugin.model_card import FrameworkCard
 from caft_plugin.refusals import cut_up, fsdp1, not_fused, why_not_fused, zero3
 from caft_plugin.training import CAFTTrainerMixin, with_caft
 from caft_plugin.trunk import refuse_encoder_decoder, trunk_without_weights
@@ -49,6 +50,7 @@ class CAFTPlugin(BasePlugin):
     def __init__(self) -> None:
         super().__init__()
         self._trainer: CAFTTrainerMixin | None = None
+        self._card: FrameworkCard | None = None
         self._duplicated = False
 
     def register(self, cfg: DictDefault) -> None:
@@ -163,14 +165,18 @@ class CAFTPlugin(BasePlugin):
             cfg.auto_resume_from_checkpoints = False
 
     def post_train(self, cfg: DictDefault, model: torch.nn.Module) -> None:
-        """Save the heads and remove them from the model, before Axolotl saves it.
+        """Save the heads and remove them from the model, before Axolotl saves it; complete the model card afterwards.
 
         Axolotl calls this after training, and again after its final save.
         """
-        if self._trainer is not None:
-            self._trainer.save_ours(cfg.output_dir)
-            self._trainer.detach_ours()
-        self._trainer = None
+        trainer, card = self._trainer, self._card
+        self._trainer = self._card = None
+        if trainer is not None:
+            trainer.save_ours(cfg.output_dir)
+            trainer.detach_ours()
+            self._card = trainer.framework_card(cfg.output_dir) if trainer.is_world_process_zero() else None
+        elif card is not None:
+            card.complete()
 
 
 def caft_config(cfg: DictDefault) -> CAFTConfig | None:
@@ -268,10 +274,13 @@ def axolotl_trainer(base: type[Trainer]) -> type[Trainer]:
     caft_class: Any = with_caft(base)
 
     def train(self, *args, **kwargs):
+        card = self.framework_card()
         try:
             return caft_class.train(self, *args, **kwargs)
         except SystemExit:  # Ctrl-C: Axolotl's handler has saved the model into the output folder
             self.save_ours(self.args.output_dir)
+            if self.is_world_process_zero():
+                card.complete()
             raise
 
     from axolotl.core.trainers import AxolotlTrainer

@@ -16,6 +16,7 @@ from caft_plugin.config import ConfigError, MEAPConfig, shown
 from caft_plugin.logs import MEAPLog
 from caft_plugin.loss import EXAMPLE, MASKED, MAY_MASK, OVERLONG, PLAN, Batch
 from caft_plugin.meap.base_model import BaseModel
+from caft_plugin.meap.losses import LossesByKind
 from caft_plugin.meap.mask_token import (
     FILE,
     AddedMaskToken,
@@ -33,13 +34,23 @@ logger = logging.getLogger(__name__)
 
 
 class MaskTally:
-    """Counts since the last log, on this process: masked tokens, eligible tokens, masked examples, too long ones."""
+    """Counts and losses since the last log, on this process.
+
+    Counts of masked tokens, eligible tokens, masked examples and too long ones; the summed loss of masked and of other
+    targets, and the number of each.
+    """
 
     BITS = (MASKED, MAY_MASK, EXAMPLE, OVERLONG)
 
     def __init__(self, step: int, device: torch.device) -> None:
         self.since_step = step
         self.counts = torch.zeros(len(self.BITS), dtype=torch.long, device=device)
+        self.losses = torch.zeros(2, device=device)
+        self.targets = torch.zeros(2, dtype=torch.long, device=device)
+
+    def add_losses(self, sums: Tensor, targets: Tensor) -> None:
+        self.losses += sums.to(self.losses)
+        self.targets += targets.to(self.targets)
 
     def add(self, plan: Tensor) -> None:
         self.counts += torch.stack([(plan & bit).bool().sum() for bit in self.BITS]).to(self.counts.device)
@@ -47,8 +58,11 @@ class MaskTally:
     def log(self, step: int, over_processes: Callable[[Tensor], Tensor]) -> MEAPLog:
         """Return the log entries at `step`. Every process must call it."""
         steps = max(step - self.since_step, 1)
-        masked, eligible, examples, too_long = over_processes(self.counts).tolist()
-        return MEAPLog(masked / eligible if eligible else None, examples / steps, too_long / steps)
+        counts = over_processes(torch.cat([self.counts, self.targets])).tolist()
+        masked, eligible, examples, too_long, *targets = counts
+        losses = zip(over_processes(self.losses).tolist(), targets, strict=True)
+        means = [total / count if count else None for total, count in losses]
+        return MEAPLog(masked / eligible if eligible else None, examples / steps, too_long / steps, *means)
 
 
 class MaskedTraining:
@@ -65,6 +79,7 @@ class MaskedTraining:
         self.handle: AddedMaskToken | None = None  # for an added mask token
         self.data: TrainingSet = None
         self.plain: Callable[[], TrainingSet] | None = None
+        self.losses: LossesByKind | None = None
         self._tally: MaskTally | None = None
         self._plans = StepPlans()
 
@@ -102,6 +117,7 @@ class MaskedTraining:
         seed, kept = trainer.args.seed, roles.never_masked
         self.collator = MEAPCollator(trainer.data_collator, config, token.id, seed, base.placeholders, kept)
         trainer.add_callback(EpochOfMasks(self.collator))
+        self.losses = LossesByKind(model, token.id, self._add_losses)
         self._mask_from_now_on(trainer.train_dataset)
 
     def double(self) -> None:
@@ -213,6 +229,16 @@ class MaskedTraining:
             if self._tally is None:
                 self._tally = MaskTally(self.trainer.state.global_step, self.trainer.args.device)
             self._tally.add(plan)
+
+    def _add_losses(self, sums: Tensor, targets: Tensor) -> None:
+        if self._tally is not None:
+            self._tally.add_losses(sums, targets)
+
+    def reading(self, inputs: Batch) -> contextlib.AbstractContextManager[None]:
+        """While this is open, the losses of masked and of other tokens in a training batch are read."""
+        if self.losses is None or not torch.is_grad_enabled():
+            return contextlib.nullcontext()
+        return self.losses.reading(inputs)
 
     def with_plan(self, inputs: Batch) -> Batch:
         """Return a batch, or the host's version of one, with the boundaries of its pairs, for the heads' targets.

@@ -38,6 +38,7 @@ from caft_plugin.objective import AuxiliaryObjective, HostLoss
 from caft_plugin.precision import warn_of_slow_bf16
 from caft_plugin.stage1.answers import ANSWERS, check_vllm, write_answers
 from caft_plugin.stage1.data import Row, pad_rows, prompt_of, supervised, with_answer
+from caft_plugin.stage1.figures import drafting, figures_as_markdown
 from caft_plugin.storage import write_json, write_text
 from caft_plugin.training import with_caft
 from caft_plugin.window import LossShare, MicroBatch, Window
@@ -122,7 +123,7 @@ class Stage1Objective(AuxiliaryObjective):
     def metrics(self, evaluation: HeadsEvaluation, prefix: str) -> dict[str, float]:
         losses = evaluation.losses.values()
         mean = sum(losses) / max(len(losses), 1)
-        return {**evaluation.entries(prefix, accuracies=True), f"{prefix}_loss": mean}
+        return {**evaluation.entries(prefix, details=True), f"{prefix}_loss": mean}
 
 
 class DistributionObjective(Stage1Objective):
@@ -232,13 +233,16 @@ def pretrain_heads(stage1: Stage1) -> Path:
     trainer.save_model(str(out))
     folder = out / FOLDER
     first = figures_of(before, len(trainer.caft.heads))
+    held_out = HeadsEvaluation.read(after, "eval")
     metrics = HeadsMetrics(
         targets=config.targets,
         rows=len(rows),
         steps=trainer.state.global_step,
         heads=figures_of(after, len(trainer.caft.heads)),
         started_from=caft.heads,
-        tokens_per_pass=HeadsEvaluation.read(after, "eval").tokens_per_pass,
+        tokens_per_pass=held_out.tokens_per_pass,
+        tokens_per_pass_before=HeadsEvaluation.read(before, "eval").tokens_per_pass,
+        positions=held_out.positions,
         **{"untrained" if caft.heads is None else "before": first},  # type: ignore[arg-type]
     )
     write_json(folder / METRICS, metrics.model_dump(exclude_none=True))
@@ -255,7 +259,7 @@ def figures_of(metrics: dict[str, float], num_heads: int) -> list[HeadFigures]:
 
 
 def model_card(record: HeadsRecord, name: str, metrics: HeadsMetrics) -> str:
-    """README.md of a heads folder."""
+    """Return README.md of a heads folder."""
     lines = [
         "---",
         "library_name: caft_plugin",
@@ -265,7 +269,8 @@ def model_card(record: HeadsRecord, name: str, metrics: HeadsMetrics) -> str:
         f"# CAFT heads for {name}",
         "",
         f"{record.num_heads} auxiliary heads ({record.layer_class}) for concept-aware fine-tuning. Head k predicts",
-        "the token k+1 ahead. They serve fine-tuning with caft_plugin (`caft: {heads: THIS_FOLDER}`).",
+        "the token k+1 ahead. Fine-tuning with caft_plugin can start from them (`caft: {heads: THIS_FOLDER}`).",
+        "They draft for the model over which they were trained.",
         "",
         f"- wiring: head_input `{record.head_input}`, head_norm `{str(record.head_norm).lower()}`",
         f"- trained on: {metrics.rows} rows, targets `{metrics.targets}`, {metrics.steps} steps, base frozen",
@@ -273,8 +278,22 @@ def model_card(record: HeadsRecord, name: str, metrics: HeadsMetrics) -> str:
         "",
     ]
     if metrics.heads:
-        lines += ["| head | held-out loss | top-1 accuracy |", "| --- | --- | --- |"]
-        lines += [f"| {k} | {head.loss:.4f} | {head.accuracy:.2%} |" for k, head in enumerate(metrics.heads, 1)]
-    if metrics.tokens_per_pass is not None:
-        lines += ["", f"As drafters: {metrics.tokens_per_pass:.2f} tokens a pass of the model, on what was held out."]
+        lines += ["## Figures", "", *figures_as_markdown(metrics), "", drafting(metrics), ""]
+    lines += [
+        "## Drafting",
+        "",
+        "```python",
+        "from caft_plugin import Drafter",
+        "",
+        'drafter = Drafter.from_pretrained(model, "THIS_FOLDER")',
+        "model.generate(**inputs, custom_generate=drafter)",
+        "```",
+        "",
+        "- measure it: `caft speculate --model MODEL --heads THIS_FOLDER --prompts FILE`",
+        "- serve it with vLLM: `caft export-drafter --model MODEL --heads THIS_FOLDER --output DRAFTER`",
+        "",
+        "## Papers",
+        "",
+        "CAFT: [arXiv 2506.07833](https://arxiv.org/abs/2506.07833)",
+    ]
     return "\n".join(lines) + "\n"

@@ -139,11 +139,12 @@ def pretrain_heads_command(
         keys = {"output_dir": str(given["output"])} if "output" in given else {}
         stage1 = read_stage1(config, settings, caft, given.get("model"), **keys)
 
+    from caft_plugin.stage1.figures import before_and_after
     from caft_plugin.stage1.pretraining import pretrain_heads
     from caft_plugin.tools.inspect_heads import describe
 
     folder = pretrain_heads(stage1)
-    click.echo(describe(folder))
+    click.echo(f"{describe(folder)}\n\n{before_and_after(folder)}")
     if push_to_hub:
         push_heads(folder, push_to_hub)
 

@@ -407,6 +407,21 @@ def test_bad_config_stops_before_anything_is_loaded(project, case):
     assert not (project.folder / "bad" / "adapter_config.json").exists()
 
 
+@pytest.mark.parametrize("launcher", ["accelerate", "torchrun", "python"])
+def test_our_error_is_the_last_that_is_said(project, launcher):
+    """Below the tracebacks of the training process and of what has launched it; nothing of it stays on disk."""
+    project.config(f"wrong_{launcher}", **PLUGIN, caft={"beta": -1, "alpha": 2})
+    temporary = project.folder / f"temporary_{launcher}"
+    temporary.mkdir()
+    command = ("train", f"wrong_{launcher}.yml", "--launcher", launcher)
+    result = project.axolotl(*command, check=False, TMPDIR=str(temporary))
+    assert result.returncode != 0
+    last = result.stderr.rstrip("\n").splitlines()[-2:]
+    assert last[0].endswith("caft.beta: got -1, but it takes a number at least 0.")
+    assert last[1].startswith("caft.alpha: got 2, but it takes a number above 0")
+    assert not list(temporary.glob("caft_plugin-*"))
+
+
 def test_what_heads_cannot_follow_stops_before_weights_are_loaded(project):
     """A model without an unembedding, of which there are no weights to load."""
     folder = project.folder / "no weights"

@@ -1,0 +1,132 @@
+"""The next-token loss under MEAP, of masked tokens and of the others apart, read from the forward pass of training."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils.hooks import RemovableHandle
+
+from caft_plugin.attach import without_dropout
+from caft_plugin.config import ConfigError
+from caft_plugin.hidden import copies_hold_again, copies_leave_out
+from caft_plugin.loss import IGNORE, LOGITS_AT_A_TIME
+from caft_plugin.storage import unsharded_twin
+from caft_plugin.trunk import Trunk, find_trunk
+
+HALF = (torch.bfloat16, torch.float16)
+
+
+class LossesByKind:
+    """Hooks on a model that read what it predicts in training; also the handle that puts them on and takes them off.
+
+    A token is masked where the model's input has the mask token in its place and its label is another. The logits are
+    the model's own where it makes them, else those of its final hidden states at supervised positions.
+    """
+
+    def __init__(self, model: nn.Module, mask_id: int, found: Callable[[Tensor, Tensor], None]) -> None:
+        """`found` takes the summed loss of masked and of other tokens, float32 (2,), and how many these are, (2,)."""
+        self.model, self.mask_id, self.found = model, mask_id, found
+        try:
+            self.trunk: Trunk | None = find_trunk(model)
+        except ConfigError:  # then the model's own logits are all there is
+            self.trunk = None
+        self._handles: list[RemovableHandle] = []
+        self._final: Tensor | None = None
+        self._batch: Mapping[str, Any] | None = None
+
+    @property
+    def attached(self) -> bool:
+        return bool(self._handles)
+
+    @property
+    def _modules(self) -> list[nn.Module]:
+        return [self.model] if self.trunk is None else [self.model, self.trunk.norm]
+
+    def attach(self) -> LossesByKind:
+        """Put the hooks on the model. Doing it twice does no harm."""
+        if self.attached:
+            return self
+        self._handles = [self.model.register_forward_hook(self._after_forward, with_kwargs=True)]
+        if self.trunk is not None:
+            self._handles.append(self.trunk.norm.register_forward_hook(self._after_norm))
+        copies_leave_out(self, *self._modules)
+        return self
+
+    def __enter__(self) -> LossesByKind:
+        return self.attach()
+
+    def __exit__(self, *_: object) -> None:
+        self.detach()
+
+    def detach(self) -> None:
+        """Take them off. Doing it twice does no harm."""
+        for handle in self._handles:
+            handle.remove()
+        copies_hold_again(self, *self._modules)
+        self._handles, self._final = [], None
+
+    @contextlib.contextmanager
+    def reading(self, inputs: Mapping[str, Any]) -> Iterator[None]:
+        """While this is open, forward passes with gradients are about the batch `inputs`, or about parts of it."""
+        self._batch = {key: inputs.get(key) for key in ("input_ids", "labels")}
+        try:
+            yield
+        finally:
+            self._batch = self._final = None
+
+    def _after_norm(self, norm: nn.Module, args: tuple, output: Tensor) -> None:
+        self._final = output
+
+    @torch.compiler.disable
+    def _after_forward(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        final, self._final = self._final, None
+        if self._batch is None or not torch.is_grad_enabled():
+            return
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        labels = kwargs.get("labels")
+        labels = self._batch["labels"] if labels is None else labels
+        if not isinstance(ids, Tensor) or not isinstance(labels, Tensor) or ids.shape != labels.shape:
+            return
+        with torch.no_grad(), contextlib.ExitStack() as stack:
+            logits_of = self._logits_of(getattr(output, "logits", None), final, ids.shape, stack)
+            if logits_of is not None:
+                self._read(ids, labels, logits_of)
+
+    def _logits_of(
+        self, logits: Tensor | None, final: Tensor | None, shape: torch.Size, stack: contextlib.ExitStack
+    ) -> Callable[[Tensor, Tensor], Tensor] | None:
+        """Return what gives the logits of positions (rows, places); None where nothing can."""
+        if isinstance(logits, Tensor) and not isinstance(logits, DTensor) and logits.shape[:-1] == shape:
+            return lambda rows, places: logits[rows, places]
+        if self.trunk is None or final is None or final.shape[:-1] != shape:
+            return None
+        # Every process comes here, whatever its batch: gathering a sharded unembedding waits for all of them.
+        unembedding = unsharded_twin(self.trunk.unembedding, final.dtype)
+        held = next((p.dtype for p in unembedding.parameters() if p.is_floating_point()), final.dtype)
+        half = next((dtype for dtype in (final.dtype, held) if dtype in HALF), None)
+        stack.enter_context(torch.autocast(final.device.type, dtype=half, enabled=half is not None))
+        stack.enter_context(without_dropout(unembedding))
+        transform = self.trunk.transform or (lambda made: made)
+        return lambda rows, places: transform(unembedding(final[rows, places]))
+
+    def _read(self, ids: Tensor, labels: Tensor, logits_of: Callable[[Tensor, Tensor], Tensor]) -> None:
+        targets = labels[:, 1:]
+        masked = (ids[:, 1:].to(targets.device) == self.mask_id) & (targets != self.mask_id)
+        rows, places = (targets != IGNORE).nonzero(as_tuple=True)
+        sums, counts = torch.zeros(2, device=targets.device), torch.zeros(2, dtype=torch.long, device=targets.device)
+        vocabulary = self.trunk.vocab_size if self.trunk is not None else 2**16
+        size = max(64, LOGITS_AT_A_TIME["cpu" if targets.device.type == "cpu" else "accelerator"] // vocabulary)
+        for start in range(0, len(rows), size):
+            at = rows[start : start + size], places[start : start + size]
+            logits = logits_of(*at).float()
+            losses = F.cross_entropy(logits, targets[at].to(logits.device), reduction="none").to(targets.device)
+            kind = 1 - masked[at].long()  # masked tokens come first
+            sums.index_add_(0, kind, losses)
+            counts.index_add_(0, kind, torch.ones_like(kind))
+        self.found(sums, counts)

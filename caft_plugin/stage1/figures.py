@@ -1,0 +1,52 @@
+"""Held-out figures of heads, before and after they were trained: as a table, and as what they mean for drafting."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from caft_plugin.heads_record import METRICS, HeadFigures, HeadsMetrics, read_small
+
+HEADER = ["head", "predicts", "loss before", "loss after", "accuracy before", "accuracy after"]
+
+
+def before_and_after(folder: Path) -> str:
+    """Return the figures of a folder that stage 1 has written, as it prints them."""
+    metrics = HeadsMetrics.model_validate_json(read_small(folder, METRICS))
+    if not metrics.heads:
+        return "No figures before and after: no held-out row has a target of every head."
+    table = [HEADER, *_cells(metrics)]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    rows = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in table]
+    return "\n".join([*rows, "", drafting(metrics)])
+
+
+def figures_as_markdown(metrics: HeadsMetrics) -> list[str]:
+    """Return the lines of the same table, for the heads' card."""
+    rows = [HEADER, ["---"] * len(HEADER), *_cells(metrics)]
+    return [f"| {' | '.join(row)} |" for row in rows]
+
+
+def drafting(metrics: HeadsMetrics) -> str:
+    """Say what the figures mean for speed; empty where they do not say it."""
+    if metrics.tokens_per_pass is None:
+        return ""
+    before = metrics.tokens_per_pass_before
+    compared = "" if before is None else f" ({before:.2f} before this training)"
+    places = "" if metrics.positions is None else f", estimated at {metrics.positions:,} held-out positions"
+    return (
+        f"As drafters these heads give {metrics.tokens_per_pass:.2f} tokens per step{compared}{places}. Plain "
+        "generation gives 1. The speed-up is smaller, since drafting takes time too: `caft speculate` measures it."
+    )
+
+
+def _cells(metrics: HeadsMetrics) -> list[list[str]]:
+    before = metrics.untrained or metrics.before
+    cells = []
+    for k, after in enumerate(metrics.heads, 1):
+        pair = [_words(before[k - 1]) if before else ("-", "-"), _words(after)]
+        cells.append([str(k), f"{k + 1} ahead", *(pair[i][j] for j in range(2) for i in range(2))])
+    return cells
+
+
+def _words(figures: HeadFigures) -> tuple[str, str]:
+    return f"{figures.loss:.4f}", f"{figures.accuracy:.2%}"
