@@ -116,20 +116,35 @@ class Answers:
     why_not_drafted: str = ""
 
 
-def ask(model_path: str, questions: list[str], label: str, heads: Path | None = None) -> Answers:
-    """Return the model's greedy answer to each question, in float32 and through the model's own chat template. With a
-    folder of `heads`, each answer is written a second time with draft tokens."""
+def ask(
+    model_path: str, questions: list[str], label: str, adapter: Path | None = None, heads: Path | None = None
+) -> Answers:
+    """Return a model's greedy answers, in float32 and through its own chat template.
+
+    Args:
+        model_path: folder or Hub id of the model.
+        questions: what the user says, one chat each.
+        label: the model's name on the screen.
+        adapter: folder of a PEFT adapter to merge into the model.
+        heads: folder of heads; each answer is then written a second time with their draft tokens.
+
+    Raises:
+        ReportError: if the model or the adapter does not load.
+    """
     import torch
+    from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from caft_plugin import ConfigError, Drafter
 
-    print(f"loading the {label} model {model_path}", file=sys.stderr, flush=True)
+    print(f"loading the {label} model {adapter or model_path}", file=sys.stderr, flush=True)
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(model_path)
         model: Any = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
+        if adapter is not None:
+            model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
     except (OSError, ValueError) as error:
-        raise ReportError(f"the {label} model {model_path} does not load: {error}") from error
+        raise ReportError(f"the {label} model {adapter or model_path} does not load: {error}") from error
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
     def answer(question: str, drafter: Drafter | None = None, longest: int = NEW_TOKENS) -> Answer:
@@ -205,7 +220,7 @@ def draft_table(answers: Answers) -> str:
     lines.append(
         f"\nSame text in {sum(same)} of {len(same)}; {drafted.passes} forward passes instead of {plain.passes}, "
         f"{plain.seconds / drafted.seconds:.2f} x the speed.\n"
-        "Heads of so short a run are weak: `caft pretrain-heads` trains them further (README.md, the recipe for speed)."
+        "Heads of so short a run are weak drafters. README.md, 'Make the model write faster', trains them further."
     )
     if not all(same):
         lines.append(
@@ -234,10 +249,10 @@ def main(arguments: list[str] | None = None) -> int:
             raise ReportError(f"no merged model in {merged}: run `axolotl merge-lora` with this config first")
         rows = read_questions(options.heldout, options.functions)
         questions = [question for question, _ in rows]
-        models = {"base": options.base_model or config["base_model"]}
+        base_model = options.base_model or config["base_model"]
+        texts = {"base": ask(base_model, questions, "base").plain}
         if options.plain:
-            models["plain"] = str(options.plain)
-        texts = {name: ask(path, questions, name).plain for name, path in models.items()}
+            texts["plain"] = ask(base_model, questions, "plain", adapter=options.plain).plain
         tuned = ask(str(merged), questions, "CAFT", heads=output_dir / "caft_heads")
         texts["CAFT"] = tuned.plain
     except (ReportError, OSError) as error:
