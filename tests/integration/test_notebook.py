@@ -123,7 +123,7 @@ def shown(output) -> bool:
 
 
 def write() -> None:
-    sys.path.insert(0, str(ROOT / "axolotl_configs"))
+    sys.path.insert(0, str(ROOT / "axolotl_configs" / "demo"))
     from make_base_model import make_base_model
 
     model = ROOT / ".cache" / "smollm2-135m-instruct"

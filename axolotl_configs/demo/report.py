@@ -1,10 +1,10 @@
-"""Show what a finished run of one of these configs did: losses, and a few held-out answers.
+"""Show the result of a finished run: its losses, its answers to held-out questions, and the speed with its heads.
 
-    python demo_report.py --config axolotl_configs/quickstart-cpu.yml
+    python report.py --config axolotl_configs/quickstart-cpu.yml [--plain outputs/quickstart-cpu-plain]
 
-Reads the newest checkpoint's trainer_state.json in the config's output_dir, and lets the base model and the
-merged model (output_dir/merged) answer the same held-out questions: the merged model is an ordinary model of
-transformers. Run it from the repository root, where the paths in the configs start.
+Reads the newest checkpoint's trainer_state.json in the config's output_dir. The base model, the plain fine-tuned model
+(an adapter's folder, with `--plain`) and the merged model (output_dir/merged) answer the same questions; the merged
+model is an ordinary transformers model. Run it from the repository root, where the paths in the configs start.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import argparse
 import dataclasses
 import json
 import sys
-import textwrap
 import time
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,8 @@ from typing import Any
 from caft_plugin.logs import HEAD_LOSS, CAFTLog
 
 WIDTH = 100
-NEW_TOKENS = 80
-HELDOUT = Path(__file__).parent / "data" / "molecules-heldout.jsonl"
+NEW_TOKENS = 48
+HELDOUT = Path(__file__).parent / "docstrings-heldout.jsonl"
 
 
 class ReportError(Exception):
@@ -30,7 +29,7 @@ class ReportError(Exception):
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The YAML, checked for the keys that the report uses."""
+    """Return the YAML, checked for the keys that the report uses."""
     try:
         import yaml
     except ImportError as error:
@@ -45,7 +44,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def read_log(output_dir: Path) -> tuple[Path, list[dict[str, Any]]]:
-    """The newest checkpoint that has a trainer state, and everything that training logged up to it."""
+    """Return the newest checkpoint that has a trainer state, and everything that training logged up to it."""
     states = list(output_dir.glob("checkpoint-*/trainer_state.json"))
     if not states:
         raise ReportError(f"no checkpoint in {output_dir}: run `axolotl train` with this config first")
@@ -53,13 +52,9 @@ def read_log(output_dir: Path) -> tuple[Path, list[dict[str, Any]]]:
     return newest.parent, json.loads(newest.read_text(encoding="utf-8"))["log_history"]
 
 
-def loss_table(log: list[dict[str, Any]]) -> str:
-    """First and last logged value of each loss."""
-    training = [entry for entry in log if "loss" in entry]
-    if not training:
-        raise ReportError("the newest checkpoint has logged no loss: set logging_steps below max_steps")
-    columns = (training[0], training[-1])
-
+def loss_table(log: list[dict[str, Any]], plain_log: list[dict[str, Any]] | None = None) -> str:
+    """Return the first and last logged value of each loss, and of the plain run's loss."""
+    columns = ends(log)
     lines = [
         " " * 24 + "".join(f"{'step ' + str(entry['step']):>14}" for entry in columns),
     ]
@@ -68,6 +63,8 @@ def loss_table(log: list[dict[str, Any]]) -> str:
     heads = sorted({k for found in read for k in found.head_losses})
     if heads:
         rows["caft/next_token_loss"] = [found.next_token_loss for found in read]
+    if plain_log is not None:
+        rows["loss of the plain run"] = [entry["loss"] for entry in ends(plain_log)]
     for k in heads:
         rows[f"{HEAD_LOSS}{k}"] = [found.head_losses.get(k) for found in read]
     for name, values in rows.items():
@@ -80,10 +77,18 @@ def loss_table(log: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def ends(log: list[dict[str, Any]]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the first and the last entry that training logged."""
+    training = [entry for entry in log if "loss" in entry]
+    if not training:
+        raise ReportError("the newest checkpoint has logged no loss: set logging_steps below max_steps")
+    return training[0], training[-1]
+
+
 def read_questions(path: Path, count: int) -> list[tuple[str, str]]:
-    """(question, reference answer) of the first held-out rows."""
+    """Return (question, reference answer) of the first held-out rows."""
     if not path.is_file():
-        raise ReportError(f"--heldout {path}: no such file; `make_molecules.py` beside it makes one")
+        raise ReportError(f"--heldout {path}: no such file; `make_docstrings.py` makes one")
     questions = []
     # not str.splitlines, which also cuts a row at U+2028 and its like inside of a text
     for line in path.read_text(encoding="utf-8-sig").rstrip("\n").split("\n")[:count]:
@@ -94,37 +99,52 @@ def read_questions(path: Path, count: int) -> list[tuple[str, str]]:
 
 @dataclasses.dataclass
 class Answer:
-    """A greedy answer: its text, what it was made of, and what it took."""
+    """A greedy answer: its text, its tokens, and the forward passes and seconds it took."""
 
     text: str
     tokens: list[int]
-    passes: int  # of the model; plainly one a token
+    passes: int  # without draft tokens: one for each token
     seconds: float
 
 
 @dataclasses.dataclass
 class Answers:
-    """A model's answers to the questions, and the same once more with the heads' drafts, or why there are none."""
+    """A model's answers to the questions, and the same with the heads' draft tokens, or why there are none."""
 
     plain: list[Answer]
     drafted: list[Answer] = dataclasses.field(default_factory=list)
     why_not_drafted: str = ""
 
 
-def ask(model_path: str, questions: list[str], label: str, dtype: str, heads: Path | None = None) -> Answers:
-    """The model's greedy answer to each question, through its own chat template; with a folder of `heads`, each plain
-    answer is followed by a drafted one."""
+def ask(
+    model_path: str, questions: list[str], label: str, adapter: Path | None = None, heads: Path | None = None
+) -> Answers:
+    """Return a model's greedy answers, in float32 and through its own chat template.
+
+    Args:
+        model_path: folder or Hub id of the model.
+        questions: what the user says, one chat each.
+        label: the model's name on the screen.
+        adapter: folder of a PEFT adapter to merge into the model.
+        heads: folder of heads; each answer is then written a second time with their draft tokens.
+
+    Raises:
+        ReportError: if the model or the adapter does not load.
+    """
     import torch
+    from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from caft_plugin import ConfigError, Drafter
 
-    print(f"loading the {label} model {model_path}", file=sys.stderr, flush=True)
+    print(f"loading the {label} model {adapter or model_path}", file=sys.stderr, flush=True)
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(model_path)
-        model: Any = AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype)
+        model: Any = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
+        if adapter is not None:
+            model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
     except (OSError, ValueError) as error:
-        raise ReportError(f"the {label} model {model_path} does not load: {error}") from error
+        raise ReportError(f"the {label} model {adapter or model_path} does not load: {error}") from error
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
     def answer(question: str, drafter: Drafter | None = None, longest: int = NEW_TOKENS) -> Answer:
@@ -144,7 +164,7 @@ def ask(model_path: str, questions: list[str], label: str, dtype: str, heads: Pa
     if heads is not None:
         try:
             if not heads.is_dir():
-                raise ConfigError(f"no heads in {heads}; a run with the caft: block leaves them there.")
+                raise ConfigError(f"no heads in {heads}; a run with the caft: block saves them there.")
             drafter = Drafter.from_pretrained(model, heads)
             for warm_up in (None, drafter):
                 answer(questions[0], warm_up, longest=8)
@@ -159,8 +179,8 @@ def ask(model_path: str, questions: list[str], label: str, dtype: str, heads: Pa
 
 
 def answer_block(question: str, named_answers: dict[str, str]) -> str:
-    """A question and under it one line for each answer, cut where it would run beyond the page."""
-    lines = [textwrap.shorten(question, WIDTH)]
+    """Return a question and under it the answers, each cut at the page's width."""
+    lines = question.replace("```python\n", "").replace("```", "").rstrip().splitlines()
     for name, answer in named_answers.items():
         line = f"  {name:<11}" + (" ".join(answer.split()) or "(nothing)")
         lines.append(line if len(line) <= WIDTH else line[: WIDTH - 4] + " ...")
@@ -177,7 +197,7 @@ def total(answers: list[Answer]) -> Answer:
 
 
 def draft_table(answers: Answers) -> str:
-    """The plain answers beside the drafted ones: whether the text is the same, passes and seconds."""
+    """Return the cost of the answers without and with the heads: forward passes, tokens per step, seconds."""
     if not answers.drafted:
         return f"The heads draft nothing here: {answers.why_not_drafted}"
     pairs = list(zip(answers.plain, answers.drafted, strict=True))
@@ -189,55 +209,68 @@ def draft_table(answers: Answers) -> str:
     plain, drafted = total(answers.plain), total(answers.drafted)
     rows.append(("all", f"{sum(same)} of {len(same)}", plain, drafted))
     lines = [
-        f"{'passes of the model':>39}{'tokens':>10}{'seconds':>17}",
-        f"{'molecule':>10}{'text':>10}{'plain':>9}{'drafted':>10}{'a pass':>10}{'plain':>8}{'drafted':>9}",
+        f"{'':>20}{'forward passes':>20}{'tokens per step':>18}{'seconds':>20}",
+        f"{'function':>10}{'text':>10}{'no heads':>10}{'heads':>10}{'heads':>18}{'no heads':>10}{'heads':>10}",
     ]
     for name, text, one, other in rows:
         lines.append(
-            f"{name:>10}{text:>10}{one.passes:>9}{other.passes:>10}{len(other.tokens) / other.passes:>10.2f}"
-            f"{one.seconds:>8.2f}{other.seconds:>9.2f}"
+            f"{name:>10}{text:>10}{one.passes:>10}{other.passes:>10}{len(other.tokens) / other.passes:>18.2f}"
+            f"{one.seconds:>10.2f}{other.seconds:>10.2f}"
         )
-    lines.append(f"\nSame text in {sum(same)} of {len(same)}; {drafted.passes} passes in place of {plain.passes}.")
+    lines.append(
+        f"\nSame text in {sum(same)} of {len(same)}; {drafted.passes} forward passes instead of {plain.passes}, "
+        f"{plain.seconds / drafted.seconds:.2f} x the speed.\n"
+        "Heads of so short a run are weak drafters. README.md, 'Make the model write faster', trains them further."
+    )
     if not all(same):
         lines.append(
-            "A pass over several tokens rounds otherwise than a pass over one. Where two tokens are as good as\n"
-            "equally likely, the other one may come out: in bfloat16 now and then, in float32 hardly ever."
+            "A forward pass over several tokens rounds differently from one over a single token. Where two tokens are\n"
+            "almost equally likely, the other one can be chosen: in bfloat16 now and then, in float32 very rarely."
         )
     return "\n".join(lines)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Losses and held-out answers of a finished run.")
+    parser = argparse.ArgumentParser(description="Show losses, held-out answers and speed of a finished run.")
     parser.add_argument("--config", type=Path, required=True, help="the YAML that was trained and merged")
     parser.add_argument("--base-model", help="the same option that axolotl was given, if it was")
     parser.add_argument("--output-dir", help="the same option that axolotl was given, if it was")
-    parser.add_argument("--bf16", choices=("true", "false"), default="true", help="the same option, if axolotl had it")
-    parser.add_argument("--molecules", type=int, default=5, help="questions to ask (default: %(default)s)")
+    parser.add_argument("--plain", type=Path, help="output folder of the same run without caft:")
+    parser.add_argument("--functions", type=int, default=5, help="questions to ask (default: %(default)s)")
     parser.add_argument("--heldout", type=Path, default=HELDOUT, help="chat rows to ask (default: %(default)s)")
     options = parser.parse_args(arguments)
     try:
         config = read_config(options.config)
         output_dir = Path(options.output_dir or config["output_dir"])
         checkpoint, log = read_log(output_dir)
-        table = loss_table(log)
+        table = loss_table(log, read_log(options.plain)[1] if options.plain else None)
         merged = output_dir / "merged"
         if not (merged / "config.json").is_file():
             raise ReportError(f"no merged model in {merged}: run `axolotl merge-lora` with this config first")
-        rows = read_questions(options.heldout, options.molecules)
+        rows = read_questions(options.heldout, options.functions)
         questions = [question for question, _ in rows]
-        dtype = "bfloat16" if options.bf16 == "true" else "float32"
-        base = ask(options.base_model or config["base_model"], questions, "base", dtype)
-        tuned = ask(str(merged), questions, "merged", "float32", heads=output_dir / "caft_heads")
+        base_model = options.base_model or config["base_model"]
+        texts = {"base": ask(base_model, questions, "base").plain}
+        if options.plain:
+            texts["plain"] = ask(base_model, questions, "plain", adapter=options.plain).plain
+        tuned = ask(str(merged), questions, "CAFT", heads=output_dir / "caft_heads")
+        texts["CAFT"] = tuned.plain
     except (ReportError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
 
     print(f"\nLosses, from {checkpoint}\n")
     print(table)
-    print(f"\n{len(rows)} held-out molecules, greedy decoding\n")
-    for (question, reference), before, after in zip(rows, base.plain, tuned.plain, strict=True):
-        print(answer_block(question, {"reference": reference, "base": before.text, "merged": after.text}) + "\n")
-    print("The merged model's answers in float32, written plainly and with the heads' guesses, which it checks\n")
+    print(f"\n{len(rows)} held-out functions, greedy decoding in float32")
+    print(
+        "base: before fine-tuning; plain: fine-tuned without caft:; CAFT: the merged model\n"
+        if options.plain
+        else "base: before fine-tuning; CAFT: the merged model\n"
+    )
+    for number, (question, reference) in enumerate(rows):
+        written = {name: answers[number].text for name, answers in texts.items()}
+        print(answer_block(question, {"reference": reference, **written}) + "\n")
+    print("The merged model's answers in float32, without heads and with the heads' draft tokens, which it verifies\n")
     print(draft_table(tuned))
     print(f"\nThe merged model is an ordinary transformers folder: {merged}")
     return 0
