@@ -49,7 +49,7 @@ def do(run: Run, settings: Settings, sizes: protocol.Sizes = protocol.SIZES) -> 
     from study.second.fine_tuning import Places
 
     if not (MODEL / "config.json").is_file():
-        raise ValueError(f"{MODEL} is not there: python axolotl_configs/make_base_model.py --out {MODEL}")
+        raise ValueError(f"{MODEL} is not there: python axolotl_configs/demo/make_base_model.py --out {MODEL}")
     if settings.get("heads") is not None and not heads_are_there(settings["heads"]):
         raise ValueError(f"heads are not in {HEADS / settings['heads']}: python -m study run --tasks {MAKE_HEADS.task}")
     digest = data.prepare()
