@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from pathlib import Path
@@ -28,6 +29,7 @@ from caft_plugin.meap.roles import NOTHING_SAID, Roles, Said
 from caft_plugin.meap.training_set import TrainingSet, used_ids
 from caft_plugin.refusals import check_trainer
 from caft_plugin.trunk import input_embedding
+from caft_plugin.window import over_processes
 
 logger = logging.getLogger(__name__)
 
@@ -177,7 +179,7 @@ class MaskedTraining:
         if self.config.mode == "sft" and ids is not None and labels is not None and ids.shape == labels.shape:
             inputs["labels"] = plain_labels(ids, labels, self.config.layout)
 
-    def begin_step(self, batches: Sequence[MutableMapping[str, Tensor]]) -> None:
+    def begin_window(self, batches: Sequence[MutableMapping[str, Tensor]]) -> None:
         """Takes the plans out of the micro-batches of the next optimisation step. Stops a run whose data loader leaves
         the collator of masks out.
 
@@ -219,10 +221,16 @@ class MaskedTraining:
         self._tally = None
         self._plans.forget()
 
-    def log_entries(self, over_processes: Callable[[Tensor], Tensor]) -> dict[str, float]:
+    def log_entries(self) -> dict[str, float]:
         """What the log says since the last one. Every process has to call it."""
         tally, self._tally = self._tally, None
-        return {} if tally is None else tally.log(self.trainer.state.global_step, over_processes).entries()
+        gathered = functools.partial(over_processes, self.trainer.accelerator)
+        return {} if tally is None else tally.log(self.trainer.state.global_step, gathered).entries()
+
+    def save(self, folder: Path, *, resumable: bool) -> None:
+        """Write an added mask token's vector. It is the same in a checkpoint and in the final folder."""
+        if self.handle is not None:
+            self.handle.save(folder, write=self.trainer.args.should_save)
 
     def load(self, folder: str) -> None:
         """Puts an added vector back as a checkpoint holds it.
