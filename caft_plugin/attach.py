@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -18,7 +19,17 @@ from transformers.utils import ModelOutput
 from caft_plugin.config import CAFTConfig, ConfigError
 from caft_plugin.heads import MODULE_NAME, NOTING, AuxiliaryHeads, LayerCall, refuse_taken, run_head
 from caft_plugin.hidden import HiddenSubmodule, copies_hold_again, copies_leave_out
-from caft_plugin.loss import IGNORE, RowLoss, cross_entropy_and_hit_of, cross_entropy_of, weighted_sum
+from caft_plugin.loss import (
+    IGNORE,
+    TOKENS,
+    TOKENS_AND_HITS,
+    Batch,
+    Lesson,
+    RowLoss,
+    cross_entropy_of,
+    head_targets,
+    weighted_sum,
+)
 from caft_plugin.storage import unsharded_twin
 from caft_plugin.trunk import Trunk
 
@@ -33,28 +44,29 @@ class Request:
     """The heads' work during one loss of the host.
 
     `targets` is (num_heads, batch, length), `weights` (num_heads,) the weight of each head's summed loss, and `run`
-    selects the heads that run. In training, the result is part of the graph; in evaluation, it says where heads were
-    right. With `next_tokens` (batch, length), the model's own targets, the model is called without labels and builds
-    no logits; the loss in its output is their summed cross-entropy times `next_token_weight`.
+    selects the heads that run. In training, the result is part of the graph and `lesson` defines what heads learn; in
+    evaluation, the result says where heads were right. With `next_tokens` (batch, length), the model's own targets, the
+    model is called without labels and builds no logits; the loss in its output is their summed cross-entropy times
+    `next_token_weight`.
     """
 
     targets: Tensor
     weights: Tensor
     run: list[bool]
     training: bool
+    lesson: Lesson = TOKENS
     next_tokens: Tensor | None = None
     next_token_weight: Tensor | float = 1.0
 
-    def row_loss(self, unembed: Callable[[Tensor], Tensor]) -> RowLoss:
-        """Return the loss of each row (a head's hidden state and its target) for `weighted_sum`."""
-        return cross_entropy_of(unembed) if self.training else cross_entropy_and_hit_of(unembed)
+    @classmethod
+    def for_evaluation(cls, inputs: Batch, num_heads: int) -> Request:
+        """Return the request that evaluates all heads on a batch."""
+        return cls(head_targets(inputs, num_heads), torch.zeros(num_heads), [True] * num_heads, training=False)
 
-    def learned(self, index: int, positions: Tensor, final: Tensor | None) -> Tensor:
-        """Return the targets (n,) of head `index` at `positions` (n,) of the flattened batch.
-
-        `final` is the model's final hidden state (batch, length, hidden size), or None if its norm was not called.
-        """
-        return self.targets[index].to(positions.device).flatten()[positions]
+    def with_next_tokens(self, labels: Tensor, weight: Tensor | float) -> Request:
+        """Return this request with the model's own loss: `weight` times the cross-entropy of each next token."""
+        next_tokens = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
+        return dataclasses.replace(self, next_tokens=next_tokens, next_token_weight=weight)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -333,6 +345,7 @@ class AttachedHeads:
             )
         _check_shape(self.trunk.model, source, request.targets[0])
         device, num_heads = source.device, len(self.heads)
+        lesson = request.lesson if request.training else TOKENS_AND_HITS
         checkpointing = bool(getattr(self.trunk.model, "is_gradient_checkpointing", False))
         zero = source.new_zeros((), dtype=torch.float32)
         rows: list[Tensor] = []
@@ -345,7 +358,7 @@ class AttachedHeads:
                 continue
             positions = (request.targets[index].to(device).flatten() != IGNORE).nonzero().squeeze(1)
             rows.append(run_head(layer, source, call, positions, checkpointing))
-            learned.append(request.learned(index, positions, final))
+            learned.append(lesson.learned(request.targets[index], index, positions, final))
             numbers.append(torch.full_like(positions, index))
             places.append(positions)
         loss, sums = zero, zero.new_zeros(num_heads)
@@ -357,7 +370,7 @@ class AttachedHeads:
             if self.apply_norm:
                 hidden = trunk.norm(hidden)
             weights = request.weights.to(device)[number]
-            row_loss = request.row_loss(trunk.logits)
+            row_loss = lesson.row_loss(trunk.logits)
             total, figures = _weighted_loss(row_loss, weights, hidden, torch.cat(learned), trunk)
             loss = zero + total
             sums = sums.index_add(0, number, figures[:, 0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -221,6 +222,38 @@ def divergence_of(unembed: Callable[[Tensor], Tensor]) -> RowLoss:
         return F.kl_div(log_q, wanted, reduction="none", log_target=True).sum(-1, keepdim=True)
 
     return row_loss
+
+
+@dataclasses.dataclass(frozen=True)
+class Lesson:
+    """The kind of target that heads learn.
+
+    `row_loss` makes the loss of each row from an unembedding. `learned` returns the targets (n,) of head `index` at
+    `positions` (n,) of the flattened batch, from the head's target tokens (batch, length) and the model's final hidden
+    state (batch, length, hidden size), or None if its norm was not called.
+    """
+
+    row_loss: Callable[[Callable[[Tensor], Tensor]], RowLoss]
+    learned: Callable[[Tensor, int, Tensor, Tensor | None], Tensor]
+
+
+def tokens_at(targets: Tensor, index: int, positions: Tensor, final: Tensor | None) -> Tensor:
+    return targets.to(positions.device).flatten()[positions]
+
+
+def distributions_at(targets: Tensor, index: int, positions: Tensor, final: Tensor | None) -> Tensor:
+    """Return the final hidden states (n, hidden size) from which the model predicts the targets."""
+    if final is None:
+        raise ConfigError(
+            "pretrain_heads.targets: got distribution, but the model did not call its final norm, from which its "
+            "distribution is computed. Use targets: model or dataset."
+        )
+    return final.detach().roll(-(index + 1), dims=1).flatten(0, 1)[positions]
+
+
+TOKENS = Lesson(cross_entropy_of, tokens_at)
+TOKENS_AND_HITS = Lesson(cross_entropy_and_hit_of, tokens_at)
+DISTRIBUTIONS = Lesson(divergence_of, distributions_at)
 
 
 def weighted_sum(

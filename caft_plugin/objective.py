@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import cast
 
 import torch
@@ -14,9 +16,9 @@ from caft_plugin import heads_folder
 from caft_plugin.attach import AttachedHeads, Request
 from caft_plugin.config import CAFTConfig, ConfigError
 from caft_plugin.heads import build_heads
-from caft_plugin.heads_record import TRAINING, LoggedLosses
+from caft_plugin.heads_record import FOLDER, TRAINING, LoggedLosses, read_losses
 from caft_plugin.logs import CAFTLog, HeadsEvaluation, evaluated_sets
-from caft_plugin.loss import Batch, count_targets, head_targets
+from caft_plugin.loss import TOKENS, Batch, Lesson, count_targets
 from caft_plugin.refusals import check_trainer, may_fuse, no_heads_ran, no_labels
 from caft_plugin.trunk import find_trunk
 from caft_plugin.window import (
@@ -40,7 +42,7 @@ class AuxiliaryObjective:
         ConfigError: the model, the trainer's settings or the heads folder do not fit.
     """
 
-    def __init__(self, trainer: Trainer, config: CAFTConfig) -> None:
+    def __init__(self, trainer: Trainer, config: CAFTConfig, lesson: Lesson = TOKENS) -> None:
         check_trainer(trainer)
         model = cast(nn.Module, trainer.model)
         trunk = find_trunk(model)
@@ -60,6 +62,7 @@ class AuxiliaryObjective:
                 "the heads' parameters. Pass optimizer_cls_and_kwargs instead, or set train_heads: frozen."
             )
         self.trainer = trainer
+        self.lesson = lesson
         self.config = config
         self.trunk = trunk
         self.heads = heads
@@ -84,6 +87,8 @@ class AuxiliaryObjective:
     def begin_window(self, batches: Sequence[Batch]) -> None:
         """Open the window of the next optimisation step's micro-batches. Every process must call it."""
         self.end_window()
+        if not batches:
+            return
         if self._tally is None:
             trainer = self.trainer
             self._tally = Tally(len(self.heads), trainer.state.global_step, trainer.args.device)
@@ -157,7 +162,9 @@ class AuxiliaryObjective:
         else:
             window, micro_batch = self._step
         share, tokens = self._share(items), next_tokens_in(inputs)
-        request = self.request(window, micro_batch, inputs, share)
+        request = dataclasses.replace(window.request(micro_batch, inputs), lesson=self.lesson)
+        if self.fused:
+            request = request.with_next_tokens(inputs["labels"], window.mean_weight(share))
         ids = inputs.get("input_ids")
         returned, result = self.handle.answer(request, host_loss, called=model, input_ids=ids)
         if result is None:
@@ -171,9 +178,6 @@ class AuxiliaryObjective:
         total = loss + aux
         window.sums.add(loss.double() / share.divisor, aux.double() / share.divisor, result.sums, tokens)
         return (total, *outputs) if isinstance(returned, tuple) else total
-
-    def request(self, window: Window, micro_batch: MicroBatch, inputs: Batch, share: LossShare) -> Request:
-        return window.request(micro_batch, inputs, share, self.fused)
 
     def _share(self, items: Tensor | int | None) -> LossShare:
         """Return how the trainer scales the loss.
@@ -193,13 +197,11 @@ class AuxiliaryObjective:
         self, model: nn.Module, inputs: Batch, host_loss: Callable[[], HostLoss], totals: Totals
     ) -> HostLoss:
         """Return the host's loss unchanged, and add the heads' losses to `totals`."""
-        num_heads = len(self.heads)
-        targets = head_targets(inputs, num_heads)
-        request = Request(targets, torch.zeros(num_heads), [True] * num_heads, training=False)
+        request = Request.for_evaluation(inputs, len(self.heads))
         ids = inputs.get("input_ids")
         returned, result = self.handle.answer(request, host_loss, called=model, input_ids=ids)
         if result is not None:
-            totals.add(result, count_targets(targets))
+            totals.add(result, count_targets(request.targets))
         return returned
 
     @contextlib.contextmanager
@@ -219,7 +221,24 @@ class AuxiliaryObjective:
     def metrics(self, evaluation: HeadsEvaluation, prefix: str) -> dict[str, float]:
         return evaluation.entries(prefix)
 
-    # -- log ---------------------------------------------------------------------------------------
+    # -- files and log -----------------------------------------------------------------------------
+
+    def save(self, folder: Path, *, resumable: bool) -> None:
+        """Save the heads, and for exact resuming (`resumable`) their LoRA factors. Every process must call it."""
+        heads_folder.save_heads(
+            folder,
+            self.heads,
+            self.trunk,
+            self.config,
+            resumable=resumable,
+            write=self.trainer.args.should_save,
+            losses=self.losses,
+        )
+
+    def load(self, folder: str) -> None:
+        """Load the heads from a checkpoint."""
+        heads_folder.load_checkpoint(folder, self.heads, self.config)
+        self.losses = read_losses(Path(folder) / FOLDER)
 
     def log_entries(self) -> dict[str, float]:
         """Return the log entries since the last call. Every process must call it."""

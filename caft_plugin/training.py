@@ -20,8 +20,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, Tr
 from caft_plugin import checkpoints
 from caft_plugin.attach import AttachedHeads
 from caft_plugin.config import CAFTConfig, ConfigError, MEAPConfig
-from caft_plugin.heads_folder import load_checkpoint, save_heads
-from caft_plugin.heads_record import FOLDER, read_losses
+from caft_plugin.heads_record import FOLDER
 from caft_plugin.hidden import all_out_of_sight, hidden_from, shown_to
 from caft_plugin.logs import greater_is_better
 from caft_plugin.loss import Batch
@@ -34,7 +33,6 @@ from caft_plugin.model_card import FrameworkCard, section
 from caft_plugin.objective import AuxiliaryObjective, HostLoss
 from caft_plugin.precision import warn_of_slow_bf16
 from caft_plugin.refusals import check_optimizer
-from caft_plugin.window import over_processes
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +82,7 @@ class CAFTTrainerMixin(_Base):
 
     # Classes whose compute_loss uses only the loss of a model's output, so that `fused_loss` may compute that.
     caft_reads_loss_alone: tuple[type, ...] = (Trainer,)
-    caft_objective: type[AuxiliaryObjective] = AuxiliaryObjective
+    caft_objective: Callable[[Trainer, CAFTConfig], AuxiliaryObjective] = AuxiliaryObjective
 
     def __init__(
         self, *args, caft: CAFTConfig | dict | None = None, meap: MEAPConfig | dict | None = None, **kwargs
@@ -144,16 +142,19 @@ class CAFTTrainerMixin(_Base):
 
     def start_afresh(self) -> None:
         """Reset the sums at the start of a training loop."""
-        for part in (self.caft, self.meap):
-            if part is not None:
-                part.start_afresh()
+        for part in self._parts:
+            part.start_afresh()
 
     # -- what is ours on the model -----------------------------------------------------------------
 
+    @property
+    def _parts(self) -> list[AuxiliaryObjective | MaskedTraining]:
+        """The objectives of this run. Both have handle, begin_window, start_afresh, log_entries, save and load."""
+        return [part for part in (self.caft, self.meap) if part is not None]
+
     def _handles(self) -> dict[str, AttachedHeads | AddedMaskToken]:
         """Return the handles of parameters that caft_plugin adds to the model, by block."""
-        parts = {"caft": self.caft, "meap": self.meap}
-        return {block: part.handle for block, part in parts.items() if part is not None and part.handle is not None}
+        return {part.config.block: part.handle for part in self._parts if part.handle is not None}
 
     @contextlib.contextmanager
     def _ours_on_model(self) -> Iterator[None]:
@@ -214,9 +215,9 @@ class CAFTTrainerMixin(_Base):
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
     ) -> tuple[list[Batch], Tensor | int | None]:
         samples, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if self.meap is not None:
-            self.meap.begin_step(samples)
-        if self.caft is not None and samples:
+        if self.meap is not None:  # first: it takes its plans out of the batches, which tell heads where pairs end
+            self.meap.begin_window(samples)
+        if self.caft is not None:
             self.caft.begin_window([self._with_plan(batch) for batch in samples])
         return samples, num_items
 
@@ -282,10 +283,8 @@ class CAFTTrainerMixin(_Base):
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         if "loss" in logs:
-            if self.caft is not None:
-                logs.update(self.caft.log_entries())
-            if self.meap is not None:
-                logs.update(self.meap.log_entries(functools.partial(over_processes, self.accelerator)))
+            for part in self._parts:
+                logs.update(part.log_entries())
         if self.caft is not None:
             self.caft.note_log(logs)
         with self._ours_out_of_sight():
@@ -352,13 +351,8 @@ class CAFTTrainerMixin(_Base):
             return
         if self.args.should_save:
             self._set_aside_earlier(Path(output_dir))
-        if self.meap is not None and self.meap.handle is not None:
-            self.meap.handle.save(Path(output_dir), write=self.args.should_save)
-        if self.caft is not None:
-            caft, write = self.caft, self.args.should_save
-            resumable = self._saving_checkpoint
-            losses = caft.losses
-            save_heads(output_dir, caft.heads, caft.trunk, caft.config, resumable=resumable, write=write, losses=losses)
+        for part in self._parts:
+            part.save(Path(output_dir), resumable=self._saving_checkpoint)
 
     def _set_aside_earlier(self, folder: Path) -> None:
         """Rename an earlier run's heads and mask token in a folder where this run saves its model without any."""
@@ -390,12 +384,9 @@ class CAFTTrainerMixin(_Base):
             self._load_ours(self.state.best_model_checkpoint)
 
     def _load_ours(self, folder: str) -> None:
-        if self.meap is not None:
-            self.meap.load(folder)
-        if self.caft is not None:
-            load_checkpoint(folder, self.caft.heads, self.caft.config)
-            self.caft.losses = read_losses(Path(folder) / FOLDER)
-        elif self.caft_config is not None and (Path(folder) / FOLDER).exists():
+        for part in self._parts:
+            part.load(folder)
+        if self.caft is None and self.caft_config is not None and (Path(folder) / FOLDER).exists():
             raise ConfigError(
                 f"caft.beta: this run has 0 and so no heads, but the checkpoint {folder} was made with heads. Resume "
                 "with the beta it was made with, or start from the beginning."

@@ -7,7 +7,6 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor
 
@@ -39,19 +38,12 @@ class LossShare:
 class MicroBatch:
     """One micro-batch of a window.
 
-    `targets` (num_heads, batch, length) are made from its `labels` (None without labels); `draws` is how often each
-    head was drawn.
+    `draws` is how often each head was drawn, `request` the heads' work on its `labels` (None without labels).
     """
 
     inputs: Batch
-    targets: Tensor | None
     draws: list[int]
-
-    def targets_in(self, inputs: Batch) -> Tensor:
-        """Return the heads' targets in `inputs`, the host's version of this micro-batch."""
-        if self.targets is not None and self.inputs["labels"] is inputs["labels"]:
-            return self.targets
-        return head_targets(inputs, len(self.draws))
+    request: Request | None
 
 
 class Sums:
@@ -85,8 +77,8 @@ class Window:
     drawn_counts: Tensor
     next_tokens: Tensor
     own_tokens: Tensor
-    micro_batches: list[MicroBatch]
     sums: Sums
+    micro_batches: list[MicroBatch] = dataclasses.field(default_factory=list)
     steps_begun: int = 0
 
     @classmethod
@@ -124,16 +116,18 @@ class Window:
         found = over_processes(found)
         draws = draw_heads(config, len(batches), seed, step)
         drawn = found[:, :-1] * torch.tensor(draws, device=device).clamp(max=1)
-        return cls(
+        window = cls(
             config,
             gamma(config.schedule, step, total_steps),
             counts=found[:, :-1].sum(0),
             drawn_counts=drawn.sum(0),
             next_tokens=found[:, -1].sum(),
             own_tokens=own_tokens,
-            micro_batches=[MicroBatch(*parts) for parts in zip(batches, targets, draws, strict=True)],
             sums=Sums(num_heads, device),
         )
+        for batch, own, times in zip(batches, targets, draws, strict=True):
+            window.micro_batches.append(MicroBatch(batch, times, None if own is None else window.ask(own, times)))
+        return window
 
     @property
     def run(self) -> list[bool]:
@@ -167,22 +161,20 @@ class Window:
             weights = [count * sum(weights) / config.heads_per_step for count in draws]
         return torch.tensor(weights, device=self.counts.device) / self.counts.clamp(min=1)
 
-    def request(self, micro_batch: MicroBatch, inputs: Batch, share: LossShare, fused: bool) -> Request:
-        """Return the request for `inputs`; with `fused`, it includes the next-token loss."""
-        request = Request(
-            targets=micro_batch.targets_in(inputs),
-            weights=self.weights(micro_batch.draws),
-            run=[self.gamma != 0.0 and count > 0 for count in micro_batch.draws],
-            training=True,
-        )
-        if not fused:
-            return request
-        mean = share.scale / self.next_tokens.clamp(min=1)
-        return dataclasses.replace(
-            request,
-            next_tokens=F.pad(inputs["labels"][:, 1:], (0, 1), value=IGNORE),
-            next_token_weight=mean if share.items is None else 1.0 / share.items,
-        )
+    def ask(self, targets: Tensor, draws: Sequence[int]) -> Request:
+        """Return the request for these targets, with `draws`, how often each head was drawn."""
+        run = [self.gamma != 0.0 and count > 0 for count in draws]
+        return Request(targets, self.weights(draws), run, training=True)
+
+    def request(self, micro_batch: MicroBatch, inputs: Batch) -> Request:
+        """Return the request for `inputs`: the micro-batch's own, or a new one if the host has changed its labels."""
+        if micro_batch.request is not None and micro_batch.inputs["labels"] is inputs["labels"]:
+            return micro_batch.request
+        return self.ask(head_targets(inputs, len(micro_batch.draws)), micro_batch.draws)
+
+    def mean_weight(self, share: LossShare) -> Tensor | float:
+        """Return the weight of each next token in the model's own loss."""
+        return share.scale / self.next_tokens.clamp(min=1) if share.items is None else 1.0 / share.items
 
 
 class Tally:

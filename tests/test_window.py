@@ -22,9 +22,9 @@ def batch(*rows):
     return {"input_ids": labels.clamp(min=0), "labels": labels, "attention_mask": mask}
 
 
-def opened(batches, processes=1, **settings):
+def opened(batches, processes=1, step=3, **settings):
     config = CAFTConfig(**{"num_heads": 2, "beta": 0.5, "alpha": 0.8, **settings})
-    more = {"step": 3, "total_steps": 10, "seed": 0, "device": CPU}
+    more = {"step": step, "total_steps": 10, "seed": 0, "device": CPU}
     return Window.open(batches, config, over_processes=lambda tensor: tensor * processes, **more)
 
 
@@ -87,32 +87,32 @@ def test_begun_knows_a_micro_batch_by_what_it_is_or_by_its_labels_or_by_its_turn
     assert window.begun(made_anew) is None  # all had their turn
 
 
-def test_targets_of_inputs_that_the_host_has_made_anew_are_its_own():
-    (micro_batch,) = opened([BATCHES[0]]).micro_batches
-    assert micro_batch.targets_in(BATCHES[0]) is micro_batch.targets
+def test_a_request_for_labels_that_the_host_has_made_is_for_these():
+    window = opened([BATCHES[0]])
+    (micro_batch,) = window.micro_batches
+    assert window.request(micro_batch, {**BATCHES[0]}) is micro_batch.request
     fewer = {**BATCHES[0], "labels": BATCHES[0]["labels"].clone()}
     fewer["labels"][0, 3] = IGNORE
-    assert (micro_batch.targets_in(fewer) != IGNORE).sum() < (micro_batch.targets != IGNORE).sum()
+    made = window.request(micro_batch, fewer)
+    assert (made.targets != IGNORE).sum() < (micro_batch.request.targets != IGNORE).sum()
+    assert torch.equal(made.weights, micro_batch.request.weights) and made.run == micro_batch.request.run
 
 
 def test_a_request_undoes_what_the_host_will_do():
     window = opened(BATCHES)
-    micro_batch = window.micro_batches[0]
-    share = LossShare(divisor=4, processes=2)
-    assert window.request(micro_batch, BATCHES[0], share, fused=False).next_tokens is None
-    fused = window.request(micro_batch, BATCHES[0], share, fused=True)
+    request, labels = window.request(window.micro_batches[0], BATCHES[0]), BATCHES[0]["labels"]
+    assert request.next_tokens is None
+    fused = request.with_next_tokens(labels, window.mean_weight(LossShare(divisor=4, processes=2)))
     assert fused.run == [True, True] and fused.training
     assert fused.next_tokens.tolist() == [[5, 6, 7, 8, IGNORE], [IGNORE, 9, IGNORE, IGNORE, IGNORE]]
     assert float(fused.next_token_weight) == pytest.approx(4 * 2 / 7)  # 7 next tokens in the window
-    counted = window.request(micro_batch, BATCHES[0], LossShare(divisor=1, processes=2, items=5), fused=True)
-    assert counted.next_token_weight == pytest.approx(1 / 5)
+    assert window.mean_weight(LossShare(divisor=1, processes=2, items=5)) == pytest.approx(1 / 5)
 
 
 def test_no_head_runs_where_gamma_is_0():
-    window = opened(BATCHES, schedule="linear")
-    window.gamma = 0.0
+    window = opened(BATCHES, step=0, schedule="linear")
     assert window.run == [False, False]
-    assert window.request(window.micro_batches[0], BATCHES[0], LossShare(1, 1), fused=False).run == [False, False]
+    assert window.request(window.micro_batches[0], BATCHES[0]).run == [False, False]
 
 
 def test_the_log_has_means_over_steps_and_a_batch_asked_for_twice_counts_once():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from pathlib import Path
@@ -29,6 +30,7 @@ from caft_plugin.meap.roles import NOTHING_SAID, Roles, Said
 from caft_plugin.meap.training_set import TrainingSet, used_ids
 from caft_plugin.refusals import check_trainer
 from caft_plugin.trunk import input_embedding
+from caft_plugin.window import over_processes
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +71,7 @@ class MaskedTraining:
     """MEAP in one trainer. It is created before the trainer's constructor runs; `attach` starts the masking.
 
     `data` is the training set that is masked (in mode sft, the doubled one); `plain` returns the same set without
-    copies.
+    copies. It has a method for each place where a trainer meets masks (data, batches, log, files), so it has many.
     """
 
     def __init__(self, trainer: Trainer, config: MEAPConfig) -> None:
@@ -201,7 +203,7 @@ class MaskedTraining:
         if self.config.mode == "sft" and ids is not None and labels is not None and ids.shape == labels.shape:
             inputs["labels"] = plain_labels(ids, labels, self.config.layout)
 
-    def begin_step(self, batches: Sequence[MutableMapping[str, Tensor]]) -> None:
+    def begin_window(self, batches: Sequence[MutableMapping[str, Tensor]]) -> None:
         """Remove the plans from the micro-batches of the next optimisation step, and keep them.
 
         Raises:
@@ -254,10 +256,16 @@ class MaskedTraining:
         self._tally = None
         self._plans.forget()
 
-    def log_entries(self, over_processes: Callable[[Tensor], Tensor]) -> dict[str, float]:
+    def log_entries(self) -> dict[str, float]:
         """Return the log entries since the last call. Every process must call it."""
         tally, self._tally = self._tally, None
-        return {} if tally is None else tally.log(self.trainer.state.global_step, over_processes).entries()
+        gathered = functools.partial(over_processes, self.trainer.accelerator)
+        return {} if tally is None else tally.log(self.trainer.state.global_step, gathered).entries()
+
+    def save(self, folder: Path, *, resumable: bool) -> None:
+        """Save an added mask token's vector, in checkpoints and in the final folder alike."""
+        if self.handle is not None:
+            self.handle.save(folder, write=self.trainer.args.should_save)
 
     def load(self, folder: str) -> None:
         """Load the added vector from a checkpoint.

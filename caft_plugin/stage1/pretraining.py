@@ -12,6 +12,7 @@ learning what it writes.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Unpack
@@ -26,13 +27,13 @@ from transformers import (
     TrainingArguments,
 )
 
-from caft_plugin.attach import LAST_POSITION, Request
+from caft_plugin.attach import LAST_POSITION
 from caft_plugin.checkpoints import Parts
 from caft_plugin.config import CAFTConfig, ConfigError, PretrainConfig
 from caft_plugin.heads_folder import HeadsFolder
 from caft_plugin.heads_record import CARD, FOLDER, METRICS, HeadFigures, HeadsMetrics, HeadsRecord, read_record
 from caft_plugin.logs import HeadsEvaluation
-from caft_plugin.loss import Batch, RowLoss, divergence_of
+from caft_plugin.loss import DISTRIBUTIONS, TOKENS, Batch
 from caft_plugin.model_loading import Loading, Source, load_for_heads
 from caft_plugin.objective import AuxiliaryObjective, HostLoss
 from caft_plugin.precision import warn_of_slow_bf16
@@ -41,7 +42,6 @@ from caft_plugin.stage1.data import Row, pad_rows, prompt_of, supervised, with_a
 from caft_plugin.stage1.figures import drafting, figures_as_markdown
 from caft_plugin.storage import write_json, write_text
 from caft_plugin.training import with_caft
-from caft_plugin.window import LossShare, MicroBatch, Window
 
 
 def load_base(
@@ -100,22 +100,6 @@ class TrunkTrainer(Trainer):
         return (loss, {"loss": loss}) if return_outputs else loss
 
 
-class DistributionRequest(Request):
-    """A head learns the base model's own next-token distribution at the position whose next token is its target,
-    instead of that token."""
-
-    def row_loss(self, unembed: Callable[[Tensor], Tensor]) -> RowLoss:
-        return divergence_of(unembed)
-
-    def learned(self, index: int, positions: Tensor, final: Tensor | None) -> Tensor:
-        if final is None:
-            raise ConfigError(
-                "pretrain_heads.targets: got distribution, but the model did not call its final norm, from which its "
-                "distribution is computed. Use targets: model or dataset."
-            )
-        return final.detach().roll(-(index + 1), dims=1).flatten(0, 1)[positions]
-
-
 class Stage1Objective(AuxiliaryObjective):
     """The heads' objective where nothing else trains: evaluation has the accuracy of heads too, and their summed loss
     as its own. Heads are measured against tokens, whatever they learn."""
@@ -126,19 +110,11 @@ class Stage1Objective(AuxiliaryObjective):
         return {**evaluation.entries(prefix, details=True), f"{prefix}_loss": mean}
 
 
-class DistributionObjective(Stage1Objective):
-    """In training the heads learn distributions."""
-
-    def request(self, window: Window, micro_batch: MicroBatch, inputs: Batch, share: LossShare) -> Request:
-        request = super().request(window, micro_batch, inputs, share)
-        return DistributionRequest(request.targets, request.weights, request.run, training=True)
-
-
 class HeadsTrainer(with_caft(TrunkTrainer)):  # type: ignore[misc]
     """Trains heads on a frozen base. Checkpoints hold the heads alone, the base stays as it is."""
 
     def __init__(self, *args, distribution: bool = False, **kwargs) -> None:
-        self.caft_objective = DistributionObjective if distribution else Stage1Objective
+        self.caft_objective = functools.partial(Stage1Objective, lesson=DISTRIBUTIONS if distribution else TOKENS)
         super().__init__(*args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
