@@ -5,9 +5,9 @@
 
 `--dataset_name` is a JSONL file of `messages`, `prompt` and `completion`, or `text`. `--targets` selects the heads'
 targets; the other options are those of `caft pretrain-heads` and of `transformers.TrainingArguments` (`--help` lists
-them). Without a GPU add `--use_cpu`. Without `--bf16` it computes in float32, which is about 30 times as fast as bfloat16
-on a CPU without instructions for it. `--push_to_hub --hub_model_id owner/name` uploads the heads. After an interruption,
-the same command resumes the run.
+them). Without a GPU add `--use_cpu`. Without `--bf16` it computes in float32, which is about 30 times as fast as
+bfloat16 on a CPU without instructions for it. `--push_to_hub --hub_model_id owner/name` uploads the heads. After an
+interruption, the same command resumes the run.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def key_of(config: Any, name: str) -> Any:
 class HeadsArguments:
     model_name_or_path: str = field(metadata={"help": "Folder or Hub id of the base model."})
     dataset_name: str = field(metadata={"help": "JSONL file of messages, prompt and completion, or text."})
-    max_length: int = field(default=1024, metadata={"help": "Maximum length of a row, in tokens; longer rows are truncated."})
+    max_length: int = field(default=1024, metadata={"help": "Longer rows are truncated, in tokens."})
     load_in_4bit: bool = field(default=False, metadata={"help": "Keep the base in 4 bits (bitsandbytes NF4)."})
     load_in_8bit: bool = field(default=False, metadata={"help": "Keep the base in 8 bits (bitsandbytes)."})
     attn_implementation: str | None = field(default=None, metadata={"help": "Attention of the base model."})
