@@ -25,7 +25,6 @@ from caft_plugin import CAFTConfig
 from caft_plugin.config import PretrainConfig
 from caft_plugin.model_loading import load_tokenizer
 from caft_plugin.stage1.data import read_rows
-from caft_plugin.stage1.figures import before_and_after
 from caft_plugin.stage1.pretraining import Stage1, heads_block, load_base, pretrain_heads
 from caft_plugin.tools.cli import push_heads
 from caft_plugin.tools.inspect_heads import describe
@@ -40,7 +39,7 @@ def key_of(config: Any, name: str) -> Any:
 class HeadsArguments:
     model_name_or_path: str = field(metadata={"help": "Folder or Hub id of the base model."})
     dataset_name: str = field(metadata={"help": "JSONL file of messages, prompt and completion, or text."})
-    max_length: int = field(default=1024, metadata={"help": "Length in tokens at which rows are truncated."})
+    max_length: int = field(default=1024, metadata={"help": "Longer rows are truncated, in tokens."})
     load_in_4bit: bool = field(default=False, metadata={"help": "Keep the base in 4 bits (bitsandbytes NF4)."})
     load_in_8bit: bool = field(default=False, metadata={"help": "Keep the base in 8 bits (bitsandbytes)."})
     attn_implementation: str | None = field(default=None, metadata={"help": "Attention of the base model."})
@@ -84,7 +83,7 @@ def main() -> None:
     repo = (training.hub_model_id or Path(training.output_dir).name) if training.push_to_hub else None
     training.push_to_hub = False  # the Trainer would upload the answers and the checkpoints' remains too
     folder = pretrain_heads(Stage1(model, tokenizer, rows, None, training, caft, config, given.model_name_or_path))
-    print(f"{describe(folder)}\n\n{before_and_after(folder)}")
+    print(describe(folder))
     if repo:
         push_heads(folder, repo, training.hub_token)
 

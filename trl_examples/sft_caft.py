@@ -4,8 +4,8 @@
         --model_name_or_path Qwen/Qwen3-0.6B --dataset_name trl-lib/Capybara \\
         --use_peft --output_dir outputs/qwen3-caft --num_heads 4 --beta 0.01
 
-`--dataset_name` is a data set for `datasets.load_dataset`, or a JSONL file. Every key of the `caft:` block is an option
-of the same name; the others are TRL's (`--help` lists them). Without a GPU add `--use_cpu`. Without `--bf16` or
+`--dataset_name` is a data set for `datasets.load_dataset`, or a JSONL file. Every key of the `caft:` block is an
+option of the same name; the others are TRL's (`--help` lists them). Without a GPU add `--use_cpu`. Without `--bf16` or
 `--fp16`, training runs in bfloat16 on a GPU or a CPU with instructions for it, and in float32 elsewhere.
 """
 

@@ -344,7 +344,7 @@ RWKV = RwkvConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1)
     ("model_config", "changes", "message"),
     [
         (T5, {}, "caft: .* is an encoder-decoder model, but CAFT accepts decoder-only"),
-        (T5, {"caft": None, "meap": {}}, "meap: .* is an encoder-decoder model, but MEAP takes .* the `meap:` block"),
+        (T5, {"caft": None, "meap": {}}, "meap: .* is an encoder-decoder model, but MEAP accepts .* the `meap:` block"),
         (RWKV, {}, "passes a running state from layer to layer, which heads do not support"),
         (Gemma3nConfig(), {}, "passes several hidden states per token from layer to layer"),
         (Gemma3nTextConfig(), {}, "passes several hidden states per token from layer to layer"),
