@@ -372,7 +372,7 @@ def test_a_run_that_is_not_declared_is_refused(words, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_the_command_does_the_runs_that_are_asked_for(monkeypatch):
+def test_the_command_does_the_runs_that_are_asked_for(monkeypatch, capsys):
     asked = []
 
     def work_through(study, wanted, workers, deadline):
@@ -382,7 +382,11 @@ def test_the_command_does_the_runs_that_are_asked_for(monkeypatch):
     monkeypatch.setattr(queue, "work_through", work_through)
     assert command.main(["run", "--tasks", "few", "--arms", "caft", "ntp", "--seeds", "2"]) == 0
     assert asked == [[Run("few", "ntp", 2), Run("few", "caft", 2)]]
-    assert command.main(["run"]) == 0 and asked[1] == [run for one in command.STUDIES for run in one.declared()]
+    assert "not done" not in capsys.readouterr().out
+    assert command.main(["run", "--tasks", "few", "--arms", "meap", "--seeds", "3", "4"]) == 0
+    told = "not done, because of a rule or because they wait for other runs or for time: few meap seed 4\n"
+    assert capsys.readouterr().out == told
+    assert command.main(["run"]) == 0 and asked[2] == [run for one in command.STUDIES for run in one.declared()]
 
 
 # -- the pages --------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import math
@@ -253,6 +254,21 @@ def test_documents_stand_in_every_place_and_tests_ask_for_the_middle(folder):
         assert [row["completion"].strip() in text for text in shown] == [False] * 3 + [True] + [False] * 3
     with pytest.raises(ValueError, match="need 4200 records, and there are 4000"):
         documents.middle_questions(data.read("records-heldout"), 600)
+
+
+def test_a_seed_draws_what_it_drew_when_the_runs_were_done(folder):
+    """Digests of rows as they were at the commits in results.jsonl: a deleted line is the same run again."""
+    lines = results.read(study.STUDY.file)
+    few, documents_ = (second.settings(Run(*run), lines) for run in (("few", "ntp-more", 0), ("documents", "ntp", 0)))
+    drawn = [
+        molecules.rows_of(few, seed=3),
+        documents.rows_of(documents_, seed=3),
+        documents.middle_questions(data.read("records-heldout"), 400),
+    ]
+    texts = [[[row["prompt"], row["completion"]] for row in rows] for rows in drawn]
+    texts.append(graphs.make(second.GRAPHS, 256, [1, 3, 7]).tolist())
+    digests = [hashlib.sha256(json.dumps(one).encode()).hexdigest()[:12] for one in texts]
+    assert digests == ["b9ec6066ab03", "dc333182be20", "8b96b1e0602d", "78b8b9e18f1d"]
 
 
 @pytest.mark.parametrize("reverse", [False, True])

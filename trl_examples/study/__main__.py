@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from study import queue
+from study import queue, results
 from study.protocol import Run
 from study.report import report
 from study.second import study as second
@@ -43,6 +43,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nstopped; make study does the interrupted run again", file=sys.stderr)
         return 130
+    missing = [run for study in STUDIES for run in results.missing(study.declared(), results.read(study.file))]
+    if left := [str(run) for run in missing if wanted(run) and run not in failed]:
+        print(f"not done, because of a rule or because they wait for other runs or for time: {', '.join(left)}")
     return int(bool(failed))
 
 
@@ -56,9 +59,9 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--workers", type=int, default=1, help="runs side by side (default: %(default)s)")
     run.add_argument("--minutes", type=float, default=float("inf"), help="start no run after so many")
     tasks = [task for study in STUDIES for task in study.tasks]
-    run.add_argument("--tasks", nargs="+", choices=tasks, help="only these tasks")
-    run.add_argument("--arms", nargs="+", help="only these arms")
-    run.add_argument("--seeds", nargs="+", type=int, help="only these seeds")
+    run.add_argument("--tasks", nargs="+", choices=tasks, metavar="TASK", help=f"only these of {', '.join(tasks)}")
+    run.add_argument("--arms", nargs="+", metavar="ARM", help="only these arms")
+    run.add_argument("--seeds", nargs="+", metavar="SEED", type=int, help="only these seeds")
     return described
 
 
