@@ -54,7 +54,7 @@ help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*##  ?(.*)/  make \1|\2/' | \
 		awk -F'|' '{ printf "%-19s %s\n", $$1, $$2 }'
 
-# --- the environment, in three steps, each done again only when what it depends on has changed
+# --- the environments, in steps, each done again only when what it depends on has changed
 
 venv: $(VENV)/.package  ## build what the demo needs in .venv (4 GB, a few minutes)
 
@@ -201,7 +201,7 @@ soak: $(VENV)/.development  ## kill runs with SIGKILL at random moments, 72 time
 
 BENCH := "$(BIN)/python" tests/benchmarks/cost.py --model $(SMOLLM2) --newest "$(abspath $(TRL_VENV))/bin/python"
 
-bench: model $(TRL_VENV)/.package  ## time and memory beside plain fine-tuning, and how they grow (about an hour)
+bench: model $(VENV)/.development $(TRL_VENV)/.package  ## time and memory beside plain fine-tuning, and how they grow (about an hour)
 	@$(BENCH) $(BENCH_ARGS)
 
 # The authors' package with what it pins. The package index has this torch with CUDA alone: 5 GB of disk.
@@ -210,7 +210,7 @@ $(VENV)-official/.ready:
 	@"$(VENV)-official/bin/pip" install torch==2.5.1 transformers==4.51.3 peft==0.17.1 caft-llm==0.0.1 accelerate 'numpy<2'
 	@touch $@
 
-bench-official: model $(TRL_VENV)/.package $(VENV)-official/.ready  ## the same, and beside the authors' package
+bench-official: model $(VENV)/.development $(TRL_VENV)/.package $(VENV)-official/.ready  ## the same, and beside the authors' package
 	@$(BENCH) --official "$(abspath $(VENV)-official)/bin/python" $(BENCH_ARGS)
 
 bench-decoding: model  ## what heads bring as drafters: fine-tunes, trains heads further, measures (an hour and a half on two cores)
