@@ -124,8 +124,8 @@ def test_vision_language_models_are_counted_whole(family, tmp_path):
     heads = build_heads(model, find_trunk(model), resolve_wiring(CAFTConfig(num_heads=2), None), seed=0)
     assert plan.base_parameters == sum(p.numel() for p in model.parameters())
     assert plan.base.weights == bytes_of(model.parameters()) and plan.added.weights == bytes_of(heads.parameters())
-    assert [note for note in plan.notes if "guess" in note] == []
-    assert "Rows are counted as text: weights of the vision part are in" in " ".join(plan.notes)
+    assert [note for note in plan.notes if "rough estimate" in note] == []
+    assert "Rows are counted as text: the weights of the vision part are included" in " ".join(plan.notes)
     trained_on_text = plan_of({**BASE, **LORA, "base_model": str(tmp_path / "model")})
     assert trained_on_text.how == "lora" and 1 < trained_on_text.ratio < 2
 
@@ -247,7 +247,7 @@ def test_unfrozen_parameters(tiny):
         ("lion_8bit", (1, 1), None),
         ("sgd", (0, None), "without states"),
         ("adafactor", (0, None), "without states"),
-        ("of_tomorrow", (2, None), "not known here, counted as AdamW"),
+        ("of_tomorrow", (2, None), "unknown, counted as AdamW"),
     ],
 )
 def test_optimizers(name, values, said):
