@@ -1,4 +1,4 @@
-"""The heads draft, the model checks: the text that the model would have written, in fewer passes of the model."""
+"""Speculative decoding with the heads: the same text as plain generation, in fewer forward passes of the model."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ from caft_plugin.rotary import borders
 from caft_plugin.storage import unsharded_twin
 from caft_plugin.trunk import Trunk, find_trunk
 
-ASKED = 2  # heads at a time: the next ones only where their guesses may be worth sending
-LONGEST_LAG = 32  # passes that a head has not read
+ASKED = 2  # heads that run at a time; the next ones run only if their draft tokens may pay off
+LONGEST_LAG = 32  # forward passes that a head may leave unread
 
-Kwargs = dict[str, Any]  # of the model, as `generate` hands them on from pass to pass
+Kwargs = dict[str, Any]  # the model's keyword arguments, which `generate` updates after each forward pass
 
 
 @dataclasses.dataclass(repr=False)
 class Drafted:
-    """What came of one text: of each head how often its guess was sent to the model and how often it was right there,
-    and how many passes of the model brought 1, 2, ... tokens."""
+    """The draft tokens of one text: how many each head proposed and how many were accepted, and the number of forward
+    passes (`lengths`) that gave 1, 2, ... tokens."""
 
     drafted: list[int]
     accepted: list[int]
@@ -54,8 +54,8 @@ class Drafted:
 
     def __iadd__(self, other: Drafted) -> Drafted:
         for name in ("drafted", "accepted", "lengths"):
-            ours, theirs = getattr(self, name), getattr(other, name)
-            setattr(self, name, [a + b for a, b in zip(ours, theirs, strict=True)])
+            pairs = zip(getattr(self, name), getattr(other, name), strict=True)
+            setattr(self, name, [a + b for a, b in pairs])
         return self
 
     def __repr__(self) -> str:
@@ -63,11 +63,11 @@ class Drafted:
         return f"<{self.tokens} tokens in {self.passes} forward passes, draft tokens accepted by head: {accepted}>"
 
     def note(self, sent: list[int], came: list[int]) -> None:
-        """A pass that checked the draft tokens `sent` and brought the tokens `came`."""
+        """Count a forward pass that verified the draft tokens `sent` and gave the tokens `came`."""
         self.lengths[len(came) - 1] += 1
-        for head, guess in enumerate(sent):
+        for head, token in enumerate(sent):
             self.drafted[head] += 1
-            self.accepted[head] += came[head : head + 1] == [guess]
+            self.accepted[head] += came[head : head + 1] == [token]
 
     @property
     def tokens(self) -> int:
@@ -83,26 +83,25 @@ class Drafted:
 
 
 class Drafter:
-    """Makes `generate` faster by the heads that a model was fine-tuned with: pass it as `custom_generate`.
+    """Speeds up `generate` with the heads that a model was fine-tuned with: pass it as `custom_generate`.
 
-    Head k predicts the token k+1 ahead. The model checks all draft tokens in one forward pass, and what it would not
-    have written is dropped, so the text is that of plain `generate`: greedy or sampled, the latter with the same random
-    numbers. (Passes of several tokens round otherwise than passes of one: where two tokens are almost equally likely,
-    the other one may be written. In float32 that hardly ever happens.)
+    Head k predicts the token k+1 ahead. The model verifies all draft tokens in one forward pass, and tokens that it
+    would not have generated are dropped. So the text is that of plain `generate`, greedy or sampled, the latter with
+    the same random numbers. (A forward pass over several tokens rounds differently from one over a single token: where
+    two tokens are almost equally likely, the other one may be chosen. In float32 this is rare.)
 
     Args:
-        model: a decoder-only model, or one with an adapter of PEFT.
-        heads: heads over it.
-        config: how the heads are wired, `head_input` and `head_norm` filled in.
-        num_draft: draft tokens a pass, at most as many as there are heads. None: chosen in every round, from what
-            passes of each width cost on this machine and from which draft tokens were accepted so far. Where drafts do
-            not pay, the text is written without them.
-        confidence: only draft tokens of at least this probability, and those before them, are checked; between 0 and 1.
-            None: no such limit.
+        model: a decoder-only model, or one with a PEFT adapter.
+        heads: heads for this model.
+        config: the heads' wiring, with `head_input` and `head_norm` filled in.
+        num_draft: draft tokens per step, at most the number of heads. None: chosen each step from measured
+            forward-pass times and recent acceptance rates; if drafting does not pay off, it is switched off.
+        confidence: verify only draft tokens with at least this probability, and those before them; between 0 and 1.
+            None: no limit.
 
-    A drafter may write in several threads at once, and several drafters may share a model or heads. Each text has one
-    prompt: batches, beams and caches that cannot be cropped are refused with a ConfigError. The model may be changed
-    between texts (adapters set, merged or unloaded, modules replaced, `compile`): each text finds its parts anew.
+    A drafter can generate in several threads at the same time, and several drafters can share a model or heads. Each
+    call has one prompt: batches, beams and caches that cannot be cropped are refused with a ConfigError. The model may
+    change between texts (adapters set, merged or unloaded, modules replaced, `compile`).
     """
 
     __signature__ = TakesModeArguments()
@@ -118,10 +117,10 @@ class Drafter:
     ) -> None:
         if num_draft is not None and not 0 <= num_draft <= len(heads):
             raise ConfigError(
-                f"num_draft: got {num_draft}, but it takes 0 to {len(heads)}, the number of heads, or None."
+                f"num_draft: got {num_draft}, but it accepts 0 to {len(heads)}, the number of heads, or None."
             )
         if confidence is not None and not 0 <= confidence <= 1:
-            raise ConfigError(f"confidence: got {confidence}, but it takes a probability, 0 to 1, or None.")
+            raise ConfigError(f"confidence: got {confidence}, but it accepts a probability, 0 to 1, or None.")
         self.model = find_trunk(model).model
         self.heads = heads
         self.config = config
@@ -143,7 +142,7 @@ class Drafter:
         """Load heads from a folder, a run's folder with `caft_heads/` in it, or a Hub id.
 
         Raises:
-            ConfigError: no such folder, or heads that do not fit this model.
+            ConfigError: the folder does not exist, or the heads do not fit this model.
         """
         with heads_named("heads"):
             trunk = find_trunk(model)
@@ -163,19 +162,19 @@ class Drafter:
 
     @property
     def trunk(self) -> Trunk:
-        """The parts of the model as it is now."""
+        """Return the parts of the model in its current state."""
         return find_trunk(self.model)
 
     @property
     def last(self) -> Drafted:
-        """What came of this thread's last text; in a thread that has written none, of the last text of any thread."""
+        """Return the counts of this thread's last text; in a thread without one, those of any thread's last text."""
         return getattr(self._own, "last", self._newest)
 
     def generate(self, model: Any, *inputs: Tensor, **settings: object) -> Tensor | GenerateDecoderOnlyOutput:
-        """Write a text: `model.generate(*inputs, **settings)` with this drafter as its `custom_generate`.
+        """Generate a text: `model.generate(*inputs, **settings)` with this drafter as its `custom_generate`.
 
         Raises:
-            ConfigError: a batch, beams, or another setting that drafts do not go with.
+            ConfigError: a batch, beams, or another setting that drafting does not support.
         """
         return model.generate(*inputs, custom_generate=self, **settings)
 
@@ -192,13 +191,13 @@ class Drafter:
         tokenizer: object = None,
         **model_kwargs: object,
     ) -> Tensor | GenerateDecoderOnlyOutput:
-        """Write a text for `generate`, which calls this: the prompt (1, length) in, the whole text out.
+        """Generate a text when `generate` calls this: takes the prompt (1, length), returns the complete text.
 
-        `begun_streamer` is what `generate` was given as `streamer` and has put the prompt into; a `text_streamer` lacks
-        the prompt still. `tokenizer` is for `generate` alone, which needs it for `stop_strings`.
+        `begun_streamer` is the `streamer` of `generate`, which already has the prompt; a `text_streamer` does not have
+        it yet. `tokenizer` is only used by `generate`, for `stop_strings`.
 
         Raises:
-            ConfigError: a batch, beams, or another setting that drafts do not go with.
+            ConfigError: a batch, beams, or another setting that drafting does not support.
         """
         trunk = self._trunk_of(model)
         _refuse_settings(model, input_ids, generation_config)
@@ -215,7 +214,7 @@ class Drafter:
         return text.result(passes.end())
 
     def _write(self, text: _Text, passes: _Passes, drafted: Drafted, max_length: int) -> None:
-        """Write in rounds: a pass checks the draft tokens, then heads propose the next ones."""
+        """Generate step by step: a forward pass verifies the draft tokens, then heads propose the next ones."""
         side = _Side(self, passes.trunk) if self.num_draft != 0 and self.pace.awake() else None
         sent: list[int] = []
         while True:
@@ -234,23 +233,23 @@ class Drafter:
                 self.pace.rested(len(came))
                 continue
             room = passes.room(text.length)
-            sent = side.guess(notes, wrong, came, int(min(room, max_length - text.length - 1)))
+            sent = side.propose(notes, wrong, came, int(min(room, max_length - text.length - 1)))
             if not first and room:
                 self.pace.round_took(len(came), time.perf_counter() - began)
                 if self.num_draft is None and not self.pace.worth_it():
                     side, sent = None, []
 
     def _trunk_of(self, model: nn.Module) -> Trunk:
-        """The parts of the model as it is now. Raises ConfigError where it is another model, or in training mode."""
+        """Return the parts of the model. Raise ConfigError if it is another model, or in training mode."""
         trunk = find_trunk(model)
         if trunk.model is not self.model:
             raise ConfigError(
                 f"Drafter: called by {type(model).__name__}, but made for another model "
-                f"({type(self.model).__name__}). Make a drafter for each: Drafter.from_pretrained(model, heads)."
+                f"({type(self.model).__name__}). Make a drafter for each model: Drafter.from_pretrained(model, heads)."
             )
         if model.training:
             raise ConfigError(
-                "Drafter: the model is in training mode, where dropout changes each pass. Call model.eval()."
+                "Drafter: the model is in training mode, where dropout changes each forward pass. Call model.eval()."
             )
         device = next(trunk.last_layer.parameters()).device
         if next(self.heads.parameters()).device != device:  # the model was moved
@@ -259,7 +258,7 @@ class Drafter:
 
 
 class _Passes:
-    """The model's forward passes over one text, with the cache and what `generate` hands on from one to the next."""
+    """The model's forward passes for one text, with its cache and keyword arguments."""
 
     def __init__(self, model: Any, trunk: Trunk, kwargs: Kwargs) -> None:
         self.model = model
@@ -272,10 +271,11 @@ class _Passes:
         self.first = True
 
     def run(self, ids: Tensor, sent: list[int]) -> tuple[Tensor, PassNotes, list[int]]:
-        """The model over the tokens that its cache lacks and the draft tokens behind them.
+        """Run the model over the tokens that are not in its cache and the draft tokens after them.
 
-        Returns the logits (1, draft tokens + 1, vocabulary) at the last of these tokens, what the pass called, and the
-        draft tokens that were in it: none where the model throws its cache away, which may be because of them.
+        Returns:
+            The logits (1, draft tokens + 1, vocabulary) at the last of these tokens, the notes of the forward pass, and
+            the draft tokens that were in it: none if the model discards its cache, which can be because of them.
         """
         inputs = self._inputs(ids, sent)
         if sent and self._thrown_away(inputs):
@@ -305,14 +305,14 @@ class _Passes:
         return not any(value is self.cache for value in inputs.values())
 
     def _restart(self, inputs: Kwargs) -> None:
-        """Phi-3 throws its cache away where its rotary embeddings change: it gets one that can be cropped."""
+        """Give the model a new cache that can be cropped. Phi-3 discards its own when its rotary embeddings change."""
         name = next(name for name, value in self.kwargs.items() if value is self.cache)
         self.cache = DynamicCache(config=self.model.config.get_text_config())
         self.cache.activate_past_recording()
         inputs[name] = self.cache
 
     def keep(self, came: int, wrong: int) -> None:
-        """Go on behind the `came` tokens of this pass, without what is cached of its `wrong` draft tokens."""
+        """Keep the `came` tokens of this forward pass, and remove its `wrong` draft tokens from the cache."""
         self.kwargs = self._lengthened(self.kwargs, came - 1)
         if self.first:
             _refuse_recurrent(self.model, self.cache)
@@ -320,18 +320,20 @@ class _Passes:
         self.first = False
 
     def _lengthened(self, kwargs: Kwargs, tokens: int, outputs: object = None) -> Kwargs:
-        for _ in range(tokens):  # one by one: several at a time repeat several token types instead of the last one
+        for _ in range(
+            tokens
+        ):  # one by one, since several at a time repeat several token types instead of the last one
             kwargs = self.model._update_model_kwargs_for_generation(outputs or {}, kwargs, is_encoder_decoder=False)
         return kwargs
 
     def room(self, length: int) -> float:
-        """How many draft tokens the next pass may have, with `length` tokens written, for the text to be the same."""
+        """Return how many draft tokens the next forward pass may have without changing the text, at this length."""
         positions = self.kwargs.get("position_ids") if self.borders else None
         reach = length if positions is None else int(positions.max()) + 1
         return min((border.room(reach) for border in self.borders), default=math.inf)
 
     def end(self) -> DynamicCache:
-        """The cache as plain `generate` leaves it: one that is used on without a drafter is not cropped."""
+        """Return the cache as plain `generate` does, so that it can be used without a drafter."""
         for layer in self.cache.layers:
             if getattr(layer, "record_past", False):
                 layer.record_past = False  # type: ignore[union-attr]
@@ -340,8 +342,8 @@ class _Passes:
 
 @dataclasses.dataclass(frozen=True)
 class _Pass:
-    """What a head needs of a pass of the model: the call of the last layer, the heads' input (1, length, hidden size),
-    the last position that counts, (1,), and how many behind it were wrong draft tokens."""
+    """The data of a forward pass that a head needs: the call of the last layer, the heads' input (1, length, hidden
+    size), the last valid position, (1,), and the number of rejected draft tokens after it."""
 
     call: LayerCall
     source: Tensor
@@ -350,15 +352,15 @@ class _Pass:
 
 
 class _Side:
-    """The drafting state of one text: a cache for each head, and the draft tokens that are not verified yet.
+    """The drafting state of one text: a KV cache for each head, and the draft tokens that are not verified yet.
 
-    A head is asked only where its draft token may be worth sending. It then reads the passes since it was last asked,
-    one after the other; a head that is not asked for long is out for the rest of the text, and those behind it.
+    A head runs only if its draft token may pay off. It then reads the forward passes since its last run, one after the
+    other. A head that has not run for too long is switched off for the rest of the text, with all later heads.
     """
 
     def __init__(self, drafter: Drafter, trunk: Trunk) -> None:
         self.drafter = drafter
-        dtype = trunk.model.dtype  # no hooks in what the heads use: it is no pass of the model
+        dtype = trunk.model.dtype  # copies without hooks, since this is not a forward pass of the model
         norm, unembedding = (unsharded_twin(module, dtype) for module in (trunk.norm, trunk.unembedding))
         self.trunk = dataclasses.replace(trunk, norm=norm, unembedding=unembedding)
         self.open: list[tuple[list[float], list[int], list[int]]] = []
@@ -370,24 +372,30 @@ class _Side:
             cache.activate_past_recording()
         self.unread: list[list[_Pass]] = [[] for _ in self.caches]  # by head
 
-    def guess(self, notes: PassNotes, wrong: int, came: list[int], most: int) -> list[int]:
-        """The draft tokens to check next, `most` at most. `came` are the tokens of this round, which had `wrong` draft
-        tokens more than were accepted; `notes` are of its pass."""
+    def propose(self, notes: PassNotes, wrong: int, came: list[int], most: int) -> list[int]:
+        """Return the draft tokens to verify next.
+
+        Args:
+            notes: of this step's forward pass.
+            wrong: number of this step's draft tokens that were rejected.
+            came: the tokens of this step.
+            most: maximum number of draft tokens.
+        """
         self._learn(came)
         self._note_pass(notes, wrong)
         probabilities: list[float] = []
-        guesses: list[int] = []
+        tokens: list[int] = []
         most = min(max(most, 0), len(self.unread))
-        while len(guesses) < most and self._how_many([*probabilities, *[1.0] * ASKED], most) > len(guesses):
-            asked = range(len(guesses), min(len(guesses) + ASKED, most))
+        while len(tokens) < most and self._how_many([*probabilities, *[1.0] * ASKED], most) > len(tokens):
+            asked = range(len(tokens), min(len(tokens) + ASKED, most))
             hidden = torch.cat([self._read(head) for head in asked])
             if self.drafter.config.head_norm:
                 hidden = self.trunk.norm(hidden)
             best = self.trunk.logits(hidden).float().softmax(-1).max(-1)
             probabilities += best.values.tolist()
-            guesses += best.indices.tolist()
-        self.open.append((probabilities, guesses, []))
-        return guesses[: self._how_many(probabilities, most)]
+            tokens += best.indices.tolist()
+        self.open.append((probabilities, tokens, []))
+        return tokens[: self._how_many(probabilities, most)]
 
     def _note_pass(self, notes: PassNotes, wrong: int) -> None:
         call, source = notes.read_by(self.drafter.config.head_input)
@@ -400,13 +408,13 @@ class _Side:
         del self.unread[next(asleep, len(self.unread)) :]
 
     def _read(self, head: int) -> Tensor:
-        """A head's output (1, hidden size) at the newest position that counts."""
+        """Return a head's output (1, hidden size) at the newest valid position."""
         layer, cache = self.drafter.heads.layers[head], self.caches[head]
         last = len(self.trunk.layers) - 1
         with turn_with(self.drafter.heads):
             for a_pass in self.unread[head]:
                 output = replay(layer, a_pass.source, a_pass.call, a_pass.at, cache)
-                for own in cache.layers[last : last + 1]:  # none where the last layer reads another one's
+                for own in cache.layers[last : last + 1]:  # none if the last layer uses another layer's cache
                     own.crop(-a_pass.wrong)  # type: ignore[union-attr]
         self.unread[head].clear()
         return output
@@ -414,9 +422,9 @@ class _Side:
     def _learn(self, came: list[int]) -> None:
         for _, _, answered in self.open:
             answered.extend(came)
-        for probabilities, guesses, answered in self.open:
-            if len(answered) >= len(guesses):
-                self.drafter.pace.learn(probabilities, guesses, answered)
+        for probabilities, tokens, answered in self.open:
+            if len(answered) >= len(tokens):
+                self.drafter.pace.learn(probabilities, tokens, answered)
         self.open = [entry for entry in self.open if len(entry[2]) < len(entry[1])]
 
     def _how_many(self, probabilities: list[float], most: int) -> int:
@@ -430,7 +438,7 @@ class _Side:
 
 
 class _Text:
-    """A text while it is written: token by token, as plain `generate` picks or draws them."""
+    """A text during generation: tokens are chosen one by one, as plain `generate` does."""
 
     def __init__(
         self,
@@ -455,11 +463,13 @@ class _Text:
         return self.ids.shape[1]
 
     def check(self, logits: Tensor, sent: list[int]) -> list[int]:
-        """Adds the model's own tokens, one after the other, up to the first that is not the guess that was sent for it.
-        `logits` (1, guesses + 1, vocabulary). Returns the tokens."""
+        """Append the model's tokens up to the first that differs from its draft token, and return them.
+
+        `logits` has the shape (1, draft tokens + 1, vocabulary).
+        """
         logits = logits.to(copy=True, dtype=torch.float32, device=self.ids.device)
         came: list[int] = []
-        for row, guess in enumerate([*sent, None]):
+        for row, draft in enumerate([*sent, None]):
             scores = self.processors(self.ids, logits[:, row])  # type: ignore[arg-type]
             if self.scores is not None:
                 self.scores += (scores,)
@@ -474,7 +484,7 @@ class _Text:
                 self.streamer.put(token[0].cpu())
             came.append(int(token))
             self.done = bool(self.stopping(self.ids, self.scores).all())
-            if self.done or came[-1] != guess:
+            if self.done or came[-1] != draft:
                 break
         return came
 
@@ -489,42 +499,45 @@ class _Text:
 
 
 def _refuse_settings(model: nn.Module, input_ids: Tensor, config: GenerationConfig) -> None:
-    """Raises ConfigError for settings of `generate` that drafts do not go with."""
+    """Raise ConfigError for settings of `generate` that drafting does not support."""
     if len(input_ids) > 1:
         raise ConfigError(
-            f"Drafter: got {len(input_ids)} texts at a time, but it takes 1: as soon as one text takes fewer "
-            "guesses than another, their rows no longer line up. Generate one after the other, with "
+            f"Drafter: got a batch of {len(input_ids)} texts, but it accepts 1: when texts accept different numbers of "
+            "draft tokens, their rows no longer line up. Generate one text after the other, with "
             "num_return_sequences=1."
         )
     mode = config.get_generation_mode()
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
-        raise ConfigError(f"Drafter: got {mode.value}, but it takes greedy search and sampling (num_beams: 1).")
+        raise ConfigError(f"Drafter: got {mode.value}, but it accepts greedy search and sampling (num_beams=1).")
     for key in ("output_attentions", "output_hidden_states", "prefill_chunk_size"):
         if getattr(config, key, None):
-            raise ConfigError(f"Drafter: {key} does not go with drafts. Leave it out, or leave custom_generate out.")
+            raise ConfigError(f"Drafter: {key} is not supported with drafting. Remove it, or remove custom_generate.")
 
 
 def _croppable_cache(model_kwargs: Kwargs) -> DynamicCache:
-    """The cache that `generate` has made. Raises ConfigError where the drafter cannot crop it."""
+    """Return the cache that `generate` has made. Raise ConfigError if it cannot be cropped."""
     cache = next((value for value in model_kwargs.values() if isinstance(value, Cache)), None)
     if type(cache) is not DynamicCache or getattr(cache, "offloading", False):
-        found = "none (use_cache: false)" if cache is None else type(cache).__name__
+        found = "none (use_cache=False)" if cache is None else type(cache).__name__
         raise ConfigError(
-            f"Drafter: needs a DynamicCache, which can be cropped, but the cache is {found}. Leave "
-            "cache_implementation and use_cache out."
+            f"Drafter: needs a DynamicCache, which can be cropped, but the cache is {found}. Remove "
+            "cache_implementation and use_cache."
         )
     if any(layer.get_seq_length() for layer in cache.layers if hasattr(layer, "get_seq_length")):
         raise ConfigError(
-            "Drafter: the prompt is in the cache already, and what the heads would have kept of it is not. Pass "
-            "the whole prompt without a cache."
+            "Drafter: the cache already has the prompt, but the heads have not read it. Pass the complete prompt "
+            "without a cache."
         )
     return cache
 
 
 def _refuse_recurrent(model: nn.Module, cache: DynamicCache) -> None:
-    """Raises ConfigError after the first pass where a layer has a state that cannot be put back to before a wrong
-    guess: a recurrent one, in the cache or (the cache's layer is then still empty) in the layer itself. A convolution's
-    is cropped as keys and values are."""
+    """Raise ConfigError, after the first forward pass, if a layer has a state that cannot be restored after a rejected
+    draft token.
+
+    That is a recurrent state, in the cache or (if the cache's layer is still empty) in the layer itself. A
+    convolution's state is cropped like keys and values.
+    """
     layers: list[Any] = cache.layers
     for layer in layers:
         if hasattr(layer, "recurrent_states"):
@@ -534,6 +547,6 @@ def _refuse_recurrent(model: nn.Module, cache: DynamicCache) -> None:
             fit = layer.is_initialized
         if not fit:
             raise ConfigError(
-                f"Drafter: {type(model).__name__} has recurrent layers, whose state cannot be put back to before a "
-                "wrong guess. Generate without custom_generate."
+                f"Drafter: {type(model).__name__} has recurrent layers, whose state cannot be restored after a "
+                "rejected draft token. Generate without custom_generate."
             )

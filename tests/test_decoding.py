@@ -92,18 +92,18 @@ SAMPLED = {"do_sample": True, "temperature": 0.5, "top_k": 8}
 @contextlib.contextmanager
 def all_guesses():
     """While this is open: of each round, how long the text was and what each head guessed, sent or not."""
-    rounds, guess = [], decoding._Side.guess
+    rounds, guess = [], decoding._Side.propose
 
     def noting(side, notes, wrong, came, most):
         sent = guess(side, notes, wrong, came, most)
         rounds.append((len(came), list(side.open[-1][1])))
         return sent
 
-    decoding._Side.guess = noting
+    decoding._Side.propose = noting
     try:
         yield rounds
     finally:
-        decoding._Side.guess = guess
+        decoding._Side.propose = guess
 
 
 def guesses_without_a_cache(drafter, ids):
@@ -225,7 +225,7 @@ def test_from_a_folder_and_what_does_not_fit_it(tiny_model, tmp_path):
     with pytest.raises(ConfigError, match=r"^heads: got './nowhere', which is not a folder. It accepts [^;]*$"):
         Drafter.from_pretrained(tiny_model, "./nowhere")
     for key, wrong in {"num_draft": 5, "confidence": 1.5}.items():
-        with pytest.raises(ConfigError, match=f"{key}: got {wrong}, but it takes"):
+        with pytest.raises(ConfigError, match=f"{key}: got {wrong}, but it accepts"):
             Drafter.from_pretrained(tiny_model, tmp_path, **{key: wrong})
 
 
@@ -630,27 +630,27 @@ def static_cache(model):
 
 
 REFUSED = {
-    "batch": ({"input_ids": torch.full((2, 5), 7)}, "got 2 texts at a time, but it takes 1"),
-    "several": ({"num_return_sequences": 2, "do_sample": True}, "got 2 texts at a time"),
-    "beams": ({"num_beams": 2}, "got 2 texts at a time|got beam_search, but it takes greedy search and sampling"),
+    "batch": ({"input_ids": torch.full((2, 5), 7)}, "got a batch of 2 texts, but it accepts 1"),
+    "several": ({"num_return_sequences": 2, "do_sample": True}, "got a batch of 2 texts"),
+    "beams": ({"num_beams": 2}, "got a batch of 2 texts|got beam_search, but it accepts greedy search and sampling"),
     "assistant": (
         lambda model: {"assistant_model": LlamaForCausalLM(model.config)},
-        r"got assistant_model \(LlamaForCausalLM\), but the heads draft in its place",
+        r"got assistant_model \(LlamaForCausalLM\), but the heads propose the draft tokens",
     ),
     "synced": ({"synced_gpus": True}, "got synced_gpus .* forward passes in every process"),
-    "lookup": ({"prompt_lookup_num_tokens": 2}, "got assisted_generation, but it takes"),
+    "lookup": ({"prompt_lookup_num_tokens": 2}, "got assisted_generation, but it accepts"),
     "no cache": ({"use_cache": False}, r"needs a DynamicCache, .* the cache is none \(use_cache: false\)"),
     "static": (
         {"cache_implementation": "static"},
         "needs a DynamicCache, which can be cropped, but the cache is StaticCache",
     ),
     "own static": (static_cache, "but the cache is StaticCache"),
-    "begun": (with_a_cache, "the prompt is in the cache already"),
+    "begun": (with_a_cache, "the cache already has the prompt"),
     "hidden states": (
         {"output_hidden_states": True, "return_dict_in_generate": True},
         "output_hidden_states does not go",
     ),
-    "chunks": ({"prefill_chunk_size": 4}, "prefill_chunk_size does not go with drafts"),
+    "chunks": ({"prefill_chunk_size": 4}, "prefill_chunk_size is not supported with drafting"),
 }
 
 

@@ -160,8 +160,8 @@ CONTENTS = {
     "a config beside the tensors": (lambda s: {**s, "alpha": 0.8}, r"holds a float, not a tensor, under 'alpha'"),
     "a state dict in a dict": (lambda s: {"state_dict": dict(s)}, r"holds a dict, not a tensor, under 'state_dict'"),
     "a key that is a number": (lambda s: {0: s[UP]}, r"holds a key that is not a string under 0"),
-    "a list": (lambda s: list(s.values()), r"holds a list\. import-heads takes the state dict"),
-    "a tensor": (lambda s: s[UP], r"holds a Tensor\. import-heads takes the state dict"),
+    "a list": (lambda s: list(s.values()), r"holds a list\. import-heads accepts the state dict"),
+    "a tensor": (lambda s: s[UP], r"holds a Tensor\. import-heads accepts the state dict"),
     "nothing": (lambda s: {}, r"holds an empty dict"),
     "quantised weights": (
         lambda s: {**s, UP: s[UP].to(torch.int8)},

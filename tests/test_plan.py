@@ -124,8 +124,8 @@ def test_vision_language_models_are_counted_whole(family, tmp_path):
     heads = build_heads(model, find_trunk(model), resolve_wiring(CAFTConfig(num_heads=2), None), seed=0)
     assert plan.base_parameters == sum(p.numel() for p in model.parameters())
     assert plan.base.weights == bytes_of(model.parameters()) and plan.added.weights == bytes_of(heads.parameters())
-    assert [note for note in plan.notes if "guess" in note] == []
-    assert "Rows are counted as text: weights of the vision part are in" in " ".join(plan.notes)
+    assert [note for note in plan.notes if "rough estimate" in note] == []
+    assert "Rows are counted as text: the weights of the vision part are included" in " ".join(plan.notes)
     trained_on_text = plan_of({**BASE, **LORA, "base_model": str(tmp_path / "model")})
     assert trained_on_text.how == "lora" and 1 < trained_on_text.ratio < 2
 
@@ -247,7 +247,7 @@ def test_unfrozen_parameters(tiny):
         ("lion_8bit", (1, 1), None),
         ("sgd", (0, None), "without states"),
         ("adafactor", (0, None), "without states"),
-        ("of_tomorrow", (2, None), "not known here, counted as AdamW"),
+        ("of_tomorrow", (2, None), "unknown, counted as AdamW"),
     ],
 )
 def test_optimizers(name, values, said):
@@ -286,32 +286,24 @@ def fitting(ways, pool):
                 yield list(some)
 
 
-@pytest.mark.parametrize("keys", [{}, LORA, {"fsdp_version": 2, "fsdp_config": {"x": 1}}], ids=["full", "lora", "fsdp"])
-def test_the_first_combination_that_fits(tiny, keys):
+FEW = {"gradient_checkpointing": True, "micro_batch_size": 1, "optimizer": "adamw_bnb_8bit"}  # few changes are left
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_the_first_combination_that_fits(tiny, share):
     """Where no change suffices: the first of all combinations, tried one by one, and one that keeps the heads."""
-    plan = plan_of({**tiny, **keys})
-    with WaysOut(plan, 0, 2, 0.3) as ways:
-        single = ways.single()
-        best, least = (
-            min(ways.peak([change]) for change in single),
-            ways.peak(
-                [c for c in single if not c.caft]  # without heads
-            ),
-        )
-        assert ways.combination(single) is None
-    assert len(single) >= 7 and least < best
-    found = []
-    for memory in (best - 1, (best + least) / 2, least):
-        with WaysOut(plan, memory, 2, 0.3) as ways:
-            single = ways.single()
-            chosen = ways.combination(single)
-            assert ways.fits(chosen) and len(chosen) > 1
-            found.append(len(chosen))
-            keeping = next(fitting(ways, [change for change in single if not change.without_heads]), None)
-            first = keeping or next(fitting(ways, [change for change in single if not change.caft]))
-            amounts = [change.words.partition(": ")[0] for change in first]
-            assert [change.words.partition(": ")[0] for change in chosen] == amounts  # num_heads may be larger
-    assert found == sorted(found)
+    plan = plan_of({**tiny, **FEW})
+    with WaysOut(plan, 0, 1, 0.3) as ways:
+        best = min(ways.peak([change]) for change in ways.single())
+        least = ways.peak([change for change in ways.changes if not change.caft])  # without heads
+        assert ways.combination() is None and least < best and len(ways.changes) == 7
+    with WaysOut(plan, best - 1 - share * (best - 1 - least), 1, 0.3) as ways:
+        pool, chosen = ways.changes, ways.combination()
+        assert ways.fits(chosen) and len(chosen) > 1
+        keeping = next(fitting(ways, [change for change in pool if not change.without_heads]), None)
+        first = keeping or next(fitting(ways, [change for change in pool if not change.caft]))
+        keys = [change.words.partition(": ")[0] for change in first]
+        assert [change.words.partition(": ")[0] for change in chosen] == keys  # of num_heads the largest that fits
 
 
 def test_where_nothing_fits_the_plan_says_what_does(tiny, yml):
@@ -324,15 +316,15 @@ def test_where_nothing_fits_the_plan_says_what_does(tiny, yml):
     single, together = output.split("The first combination that fits, with a peak of")
     assert "  fits" not in single and together.count("\n  ") >= 2
     output = run(yml(tiny), "--gpu-memory", "0.000000001GB").stdout
-    assert "No combination of them fits: the lowest peak is 0.00 GB." in output
+    assert "No combination of changes fits: the lowest peak is 0.00 GB." in output
 
 
 def test_plans_of_a_search_are_those_of_single_plans(tiny):
     """Whatever they share: in any order, with any change, the same peak."""
     plan = plan_of({**tiny, **LORA, "gradient_accumulation_steps": 2})
     with WaysOut(plan, 0, 1, 0.3) as ways:
-        for size in (1, 2):
-            for some in itertools.combinations(ways.single(), size):
+        for size in (1, len(ways.changes) - 2):
+            for some in list(itertools.combinations(ways.changes, size))[:8]:
                 run_with, caft = plan.run, plan.run.caft.model_dump(exclude_unset=True)
                 for change in some:
                     run_with = dataclasses.replace(run_with, **dict(change.run))

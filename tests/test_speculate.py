@@ -146,7 +146,7 @@ def test_a_folder_that_cannot_be_written_to(folder):
     ("arguments", "message"),
     [
         (["--heads", "./nowhere"], "Error: --heads: got './nowhere', which is not a folder"),
-        (["--num-draft", "5"], "num_draft: got 5, but it takes 0 to 4, the number of heads, or None"),
+        (["--num-draft", "5"], "num_draft: got 5, but it accepts 0 to 4, the number of heads, or None"),
         (["--prompts", "nowhere.jsonl"], "--prompts: nowhere.jsonl cannot be read"),
         (["nowhere.yml"], "speculate: nowhere.yml is not a file. CONFIG must be an Axolotl YAML."),
     ],

@@ -1,1 +1,1 @@
-"""`caft plan`: what heads will add to a run, from its settings and the base model's config alone."""
+"""`caft plan`: what heads add to a run, estimated from its settings and the base model's config."""

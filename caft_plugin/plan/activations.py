@@ -1,7 +1,7 @@
-"""What a forward pass keeps for the backward pass, counted without weights, data or a GPU.
+"""Count the bytes that a forward pass keeps for the backward pass, without weights, data or a GPU.
 
-The model is called once with fake tensors, which have shapes and no values, and what autograd saves is added up; so
-nothing of the architecture has to be known.
+The model is called once with fake tensors, which have shapes and no values, and the tensors that autograd saves are
+added up. So it works with any architecture.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ from caft_plugin.trunk import Trunk
 
 @dataclasses.dataclass(frozen=True)
 class Kept:
-    """Bytes that one forward pass of one GPU keeps for the backward pass, without gradient checkpointing.
+    """Bytes that one forward pass on one GPU keeps for the backward pass, without gradient checkpointing.
 
-    `base`: the model up to its final norm; `layers`: each of its layers; `hidden`: the last one's input; `head`: a head
-    at all positions, of which `pointwise` is what runs at supervised positions only; `norm`: the final norm on a head.
+    `base`: the model up to its final norm; `layers`: each of its layers; `hidden`: the last layer's input; `head`: a
+    head at all positions, including `pointwise`, the part that runs at supervised positions only; `norm`: the final
+    norm of a head's output.
     """
 
     base: float
@@ -37,7 +38,7 @@ class Kept:
 
 
 class SavedBytes:
-    """Counts the bytes of tensors that autograd saves, each once, those of `known` modules not at all."""
+    """Counts the bytes of tensors that autograd saves, each once, without those of `known` modules."""
 
     def __init__(self, *known: nn.Module) -> None:
         tensors = [t for module in known for t in (*module.parameters(), *module.buffers())]
@@ -53,7 +54,7 @@ class SavedBytes:
         return tensor
 
     def watch(self, module: nn.Module, name: str) -> None:
-        """From now on `figures[name]` has what is saved during the module's calls."""
+        """Count the bytes saved during the module's calls in `figures[name]`."""
         module.register_forward_pre_hook(lambda *_: self.figures.update({name: -self.bytes}))
         module.register_forward_hook(lambda *_: self.figures.update({name: self.bytes}))
 
@@ -61,17 +62,28 @@ class SavedBytes:
 def keeps(
     model: nn.Module, trunk: Trunk, heads: AuxiliaryHeads | None, rows: int, length: int, dtype: torch.dtype
 ) -> tuple[Kept, list[str]]:
-    """Calls the model, and one head as the model called its last layer, with fake tensors. The models that it is given
-    hold fake tensors afterwards."""
+    """Call the model, and one head with the arguments of the model's last layer, with fake tensors.
+
+    Args:
+        model: the model; it holds fake tensors afterwards.
+        trunk: its parts.
+        heads: the heads, which hold fake tensors afterwards, or None.
+        rows: of the micro-batch.
+        length: tokens per row.
+        dtype: of the activations.
+
+    Returns:
+        The bytes, and notes on estimates.
+    """
     try:
         return _keeps(model, trunk, heads, rows, length, dtype), []
-    except Exception as error:  # code of any model, that looks at values (which fake tensors do not have) or at devices
+    except Exception as error:  # any model's code can read values, which fake tensors do not have, or devices
         hidden = rows * length * trunk.hidden_size * dtype.itemsize
         layers = [17.0 * hidden for _ in trunk.layers]
-        guess = Kept(sum(layers), layers, hidden, layers[-1], norm=2.0 * hidden)
-        return guess, [
-            f"Activations are a guess, 17 values a token and hidden unit in each layer (arXiv 2205.05198): "
-            f"{type(trunk.model).__name__} cannot be followed by shapes alone ({type(error).__name__})."
+        estimate = Kept(sum(layers), layers, hidden, layers[-1], norm=2.0 * hidden)
+        return estimate, [
+            f"Activations are a rough estimate, 17 values per token and hidden unit in each layer (arXiv 2205.05198): "
+            f"{type(trunk.model).__name__} cannot run with fake tensors ({type(error).__name__})."
         ]
 
 

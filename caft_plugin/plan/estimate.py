@@ -1,7 +1,7 @@
-"""What a run takes: bytes of the base model and of the heads, and the time of a step beside the run without heads.
+"""Estimate a run: bytes of the base model and of the heads, and the step time compared with the run without heads.
 
-No weight is loaded and nothing is trained. The model is built without memory for its weights, so that parameters are
-counted, whatever the architecture, and so is what a forward pass keeps for the backward pass (activations.py).
+No weight is loaded and nothing is trained. The model is built without memory for its weights, so its parameters can be
+counted for any architecture, and the bytes that a forward pass keeps for the backward pass too (activations.py).
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from caft_plugin.plan.activations import Kept, keeps
 from caft_plugin.plan.run import Run, build_model
 from caft_plugin.trunk import Trunk
 
-# Cross-entropy in float32 holds, at its worst moment, log-probabilities, their gradient and that of the logits.
+# At its maximum, cross-entropy in float32 holds log-probabilities, their gradient and that of the logits.
 BYTES_A_LOGIT = 12
-# What an optimizer keeps for each trained parameter: values, and bytes of one (None: as many as the parameter's own).
-# The first pattern that fits the whole name counts.
+# An optimizer's states for each trained parameter: number of values, and bytes of each (None: the parameter's own).
+# The first pattern that matches the complete name is used.
 OPTIMIZERS: list[tuple[str, int, float | None]] = [
     (r".*adam.*4bit", 2, 0.5),
     (r".*ademamix.*8bit", 3, 1),
@@ -44,10 +44,10 @@ EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 
 @dataclasses.dataclass(frozen=True)
 class Share:
-    """Bytes on one GPU, of the base model or of the heads.
+    """Bytes of the base model or of the heads on one GPU.
 
-    `activations` are kept from the forward for the backward pass; `work` is what computing takes for a while (a layer
-    that is computed again, a chunk of logits).
+    `activations` are kept from the forward to the backward pass; `work` is temporary (a recomputed layer, a chunk of
+    logits).
     """
 
     weights: float = 0
@@ -63,7 +63,7 @@ class Share:
 
 @dataclasses.dataclass(frozen=True)
 class NextTokenLoss:
-    """Bytes of the next-token loss on one GPU: `kept` while the heads run, `peak` at its own worst moment."""
+    """Bytes of the next-token loss on one GPU: `kept` while the heads run, `peak` at its maximum."""
 
     kept: float
     peak: float
@@ -71,10 +71,10 @@ class NextTokenLoss:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What heads add to a run. Memory in bytes on one GPU, time as a ratio to the run without heads.
+    """The memory and time that heads add to a run: memory in bytes on one GPU, time as a multiple of the run without.
 
-    `losses` are those of the run without and with heads; `gathered` is what FSDP has whole for a while, `copies` what
-    the optimizer takes while it steps, for each byte of gradients.
+    `losses` are those of the run without and with heads; `gathered` are the bytes that FSDP has unsharded, `copies` the
+    bytes that the optimizer needs during its step per byte of gradients.
     """
 
     run: Run
@@ -95,17 +95,18 @@ class Plan:
 
     @property
     def plain_peak(self) -> float:
-        """Of the run without heads, in bytes."""
+        """Return the peak of the run without heads, in bytes."""
         return self._peak(Share(), self.losses[0])
 
     @property
     def peak(self) -> float:
-        """Of the run with heads, in bytes."""
+        """Return the peak of the run with heads, in bytes."""
         return self._peak(self.added, self.losses[1])
 
     def _peak(self, added: Share, loss: NextTokenLoss) -> float:
-        """The worst of four moments: the heads run; the framework's loss goes backward, the heads' pass being over; the
-        layers go backward; the optimizer steps. From one pass to the next of a window gradients stay."""
+        """Return the maximum over four moments: the heads run; the backward pass of the framework's loss, after the
+        heads'; the backward pass of the layers; the optimizer's step. With gradient accumulation, gradients of earlier
+        micro-batches are in memory."""
         base = self.base
         gradients = base.gradients + added.gradients
         earlier = gradients if self.run.accumulation > 1 else 0
@@ -189,7 +190,7 @@ def make_plan(
         added=added,
         losses=losses,
         gathered=gathered,
-        # torch's own AdamW steps all parameters together on a GPU and has a copy of them meanwhile, unless it is fused
+        # On a GPU torch's own AdamW updates all parameters together and needs a copy of them, unless it is fused.
         copies=int(run.optimizer == "adamw_torch" and device != "cpu"),
         ratio=(plain - saved + all_heads * head) / plain,
         ratio_drawn=None if run.caft.heads_per_step is None else (plain - saved + drawn * head) / plain,
@@ -225,7 +226,14 @@ def _keys(run: Run) -> tuple[str, str]:
 
 
 def stands(run: Run, module: nn.Module | None, quantised: dict[Tensor, float], shards: int) -> Share:
-    """Weights, gradients and optimizer states of a module on each of `shards` GPUs."""
+    """Return the weights, gradients and optimizer states of a module on each GPU.
+
+    Args:
+        run: the run's settings.
+        module: the model or the heads.
+        quantised: bytes of each quantised parameter.
+        shards: number of GPUs over which FSDP shards.
+    """
     values, each = optimizer_states(run.optimizer)[0]
     parameters = [] if module is None else list(module.parameters())
     trained = [p for p in parameters if p.requires_grad]
@@ -237,8 +245,8 @@ def stands(run: Run, module: nn.Module | None, quantised: dict[Tensor, float], s
 
 
 def gathered_by_fsdp(trunk: Trunk, model: nn.Module, quantised: dict[Tensor, float]) -> float:
-    """Bytes of what is whole on a GPU: two layers at a time; and what lies outside of the layers, with its gradients,
-    all through the step."""
+    """Return the unsharded bytes on a GPU: two layers at a time, and the parameters outside of the layers with their
+    gradients, during the complete step."""
     layers = trunk.layers
     in_layers = {p for layer in layers for p in layer.parameters()}
     outside = sum(_bytes(p) * (1 + p.requires_grad) for p in model.parameters() if p not in in_layers)
@@ -246,7 +254,7 @@ def gathered_by_fsdp(trunk: Trunk, model: nn.Module, quantised: dict[Tensor, flo
 
 
 def _checked(run: Run, trunk: Trunk) -> CAFTConfig:
-    """The `caft:` block with its wiring filled in; heads that lie on this machine are held against the model."""
+    """Return the `caft:` block with its wiring filled in, after checking local heads against the model."""
     name, record = run.caft.heads, None
     if name is not None and (Path(name).exists() or name.startswith((".", "/", "~"))):
         folder = HeadsFolder.open(name)
@@ -260,29 +268,29 @@ def _bytes(parameter: Tensor) -> int:
 
 
 def _count(module: nn.Module) -> int:
-    """Parameters, without those of LoRA."""
+    """Return the number of parameters, without those of LoRA."""
     return sum(p.numel() for name, p in module.named_parameters() if ".lora_" not in name)
 
 
-# -- memory of a pass ----------------------------------------------------------------------------------
+# -- memory of a forward pass --------------------------------------------------------------------------
 
 
 def _heads_pass(run: Run, kept: Kept, supervised: float, unembedding: float, chunk: float) -> tuple[float, float]:
-    """Bytes that the heads keep for the backward pass, and what they take for a while.
+    """Return the bytes that the heads keep for the backward pass, and those that they need temporarily.
 
-    The loss takes its gradients in the forward pass and keeps them: of the hidden states that it reads, and of the
-    unembedding (once, for all heads) if that trains.
+    The loss computes its gradients in the forward pass and keeps them: those of its hidden states and, if the
+    unembedding trains, those of the unembedding (once for all heads).
     """
     read = supervised * (kept.hidden + (kept.norm if run.caft.head_norm else 0))
     itself = kept.head - (1 - supervised) * kept.pointwise
-    if run.checkpointing:  # heads share one input, which is the last layer's and counted there
+    if run.checkpointing:  # heads share the last layer's input, which is counted there
         return run.heads_at_once * read + unembedding, max(chunk, itself)
     return run.heads_at_once * (read + itself) + unembedding, chunk
 
 
 def _next_token_loss(run: Run, trunk: Trunk) -> NextTokenLoss:
-    """The framework's own. Kept: logits, which are part of the model's output, in float32 from accelerate, and
-    log-probabilities."""
+    """Return the framework's own loss. It keeps the logits, which are part of the model's output, in float32 (from
+    accelerate), and the log-probabilities."""
     logits = run.tokens * trunk.vocab_size if run.builds_logits else 0
     return NextTokenLoss(logits * 8, logits * BYTES_A_LOGIT)
 
@@ -291,17 +299,17 @@ def _next_token_loss(run: Run, trunk: Trunk) -> NextTokenLoss:
 
 
 def optimizer_states(name: str) -> tuple[tuple[int, float | None], list[str]]:
-    """Values that an optimizer keeps for each trained parameter, the bytes of one (None: the parameter's own), and what
-    has to be said about it."""
+    """Return the number of values that an optimizer keeps per trained parameter, the bytes of each (None: the
+    parameter's own), and notes."""
     for pattern, values, each in OPTIMIZERS:
         if re.fullmatch(pattern, name):
             said = []
             if values == 0:
                 said = [f"optimizer {name}: counted without states (no momentum; Adafactor has row and column sums)."]
             elif name.startswith("paged"):
-                said = [f"optimizer {name}: its states can move to host memory; here they are counted on the GPU."]
+                said = [f"optimizer {name}: its states can move to host memory, but are counted on the GPU."]
             return (values, each), said
-    return ADAMW, [f"optimizer {name}: not known here, counted as AdamW: two values a parameter, in its dtype."]
+    return ADAMW, [f"optimizer {name}: unknown, counted as AdamW: two values per parameter, in its dtype."]
 
 
 # -- time ----------------------------------------------------------------------------------------------
@@ -310,12 +318,12 @@ def optimizer_states(name: str) -> tuple[tuple[int, float | None], list[str]]:
 def multiply_adds(
     run: Run, trunk: Trunk, heads: AuxiliaryHeads | None, supervised: float
 ) -> tuple[float, float, float]:
-    """Multiplications of one token's forward and backward pass: of the run without heads, of one head, and those that
-    `caft.fused_loss` saves.
+    """Return the multiplications of one token's forward and backward pass: those of the run without heads, of one head,
+    and those that `caft.fused_loss` saves.
 
-    A matrix takes its number of weights for the forward pass, as many for its input's gradient and, if it trains, for
-    its own; with gradient checkpointing the forward pass of a layer comes twice. Attention scores and sums take 2 T h
-    in the forward and twice that in the backward pass.
+    A matrix needs as many multiplications as it has weights in the forward pass, as many for its input's gradient and,
+    if it trains, for its own. Gradient checkpointing runs a layer's forward pass twice. Attention scores and sums need
+    2 T h in the forward pass and twice that in the backward pass.
     """
     config = trunk.model.config.get_text_config()
     again = int(run.checkpointing)
@@ -346,7 +354,7 @@ def multiply_adds(
 
 
 def expected_heads(caft: CAFTConfig) -> float:
-    """How many different heads run in a pass, on average: draws are with replacement, in proportion to alpha^k."""
+    """Return the expected number of different heads in a forward pass, drawn with replacement by alpha^k."""
     if caft.heads_per_step is None:
         return caft.num_heads
     weights = [caft.alpha**k for k in range(caft.num_heads)]
@@ -356,14 +364,14 @@ def expected_heads(caft: CAFTConfig) -> float:
 def _notes(run: Run, gpus: int, trunk: Trunk) -> list[str]:
     notes = list(run.notes)
     if run.caft.beta == 0:
-        notes.append("caft.beta is 0: no heads are built, this is a plain run and nothing is added.")
+        notes.append("caft.beta is 0: no heads are built, so nothing is added to the run.")
     if run.sharded and gpus == 1:
-        notes.append("The YAML shards by FSDP: say over how many GPUs with --gpus.")
+        notes.append("The YAML shards with FSDP: give the number of GPUs with --gpus.")
     if getattr(trunk.model.config, "quantization_config", None):
-        notes.append("The base model's files are quantised; it is counted as if they were not.")
+        notes.append("The base model's files are quantised, but it is counted as unquantised.")
     if hasattr(trunk.model.config, "vision_config"):
-        notes.append("Rows are counted as text: weights of the vision part are in, what it keeps for images is not.")
+        notes.append("Rows are counted as text: the weights of the vision part are included, its activations are not.")
     heads = run.caft.heads
     if heads is not None and not Path(heads).exists():
-        notes.append(f"caft.heads: {heads} was not looked at; its head_norm may differ from the default.")
+        notes.append(f"caft.heads: {heads} is not local and was not read; its head_norm can differ from the default.")
     return notes

@@ -1,4 +1,4 @@
-"""What a run is, as far as memory and time go, and its model, built without memory for weights."""
+"""A run's settings that affect memory and time, and its model, built without memory for weights."""
 
 from __future__ import annotations
 
@@ -14,20 +14,19 @@ from torch import Tensor, nn
 from caft_plugin.config import CAFTConfig, ConfigError, first_line
 from caft_plugin.trunk import Trunk, empty_trunk, find_trunk
 
-# bitsandbytes in 4 bits: a scale of 8 bits for each 64 weights, and one of float32 for each 256 of these.
+# bitsandbytes in 4 bits: an 8-bit scale for each 64 weights, and a float32 scale for each 256 of these.
 QUANTISED = {4: 0.5 + 1 / 64 + 4 / (64 * 256), 8: 1.0}
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What of a run's settings bears on memory and time. `rows` of `length` tokens are in one pass of one GPU.
+    """The settings of a run that affect memory and time. A micro-batch has `rows` of `length` tokens per GPU.
 
-    `config` is the model whose config is read, where that is another than `model`, `overrides` are values in the place
-    of that config's. `lora` holds arguments of PEFT's
-    LoraConfig, None without an adapter; `unfrozen` patterns of names of parameters, where not all train.
-    `builds_logits` says whether the framework's own loss has the logits of the whole batch, `float32_parts` whether
-    norms, embedding and unembedding are kept in float32 while the base trains fully. `notes` say how something was
-    counted.
+    `config` names another model whose config is read instead of `model`'s, and `overrides` replace values of that
+    config. `lora` has arguments of PEFT's LoraConfig (None: no adapter). `unfrozen` has patterns of parameter names if
+    not all train. `builds_logits` says if the framework's own loss has the logits of the complete batch,
+    `float32_parts` if norms, embedding and unembedding stay in float32 while the base trains fully. `notes` explain how
+    something was counted.
     """
 
     model: str
@@ -56,24 +55,24 @@ class Run:
 
     @property
     def fuses(self) -> bool:
-        """Whether, with heads, the plugin computes the next-token loss."""
+        """Return True if the plugin computes the next-token loss too."""
         return self.caft.beta != 0 and self.caft.fused_loss != "off"
 
     @property
     def heads_at_once(self) -> int:
-        """The most heads that run in one pass."""
+        """Return the maximum number of heads in one forward pass."""
         drawn = self.caft.heads_per_step
         return self.caft.num_heads if drawn is None else min(drawn, self.caft.num_heads)
 
 
 def build_model(run: Run) -> tuple[nn.Module, Trunk, dict[Tensor, float]]:
-    """The run's model, without memory for its weights; its trunk; and the bytes of each parameter that is quantised.
+    """Return the run's model without memory for its weights, its trunk, and the bytes of each quantised parameter.
 
     Raises:
-        ConfigError: the model cannot be built from its config, or takes no such adapter.
+        ConfigError: the model cannot be built from its config, or the adapter does not fit it.
     """
     loading: dict[str, object] = {"dtype": run.dtype, **({"attn_implementation": "eager"} if run.eager else {})}
-    # whole, as Axolotl loads vision-language models
+    # vision-language models complete, as Axolotl loads them
     trunk = empty_trunk(run.config or run.model, "base_model", run.revision, run.overrides, whole=True, **loading)
     model: nn.Module = trunk.model
     quantised = {}
@@ -97,7 +96,7 @@ def build_model(run: Run) -> tuple[nn.Module, Trunk, dict[Tensor, float]]:
 
 
 def with_adapter(run: Run, lora: Mapping[str, Any], model: nn.Module) -> nn.Module:
-    """The model with the run's LoRA adapter, in float32 over a half-precision base, as PEFT has it."""
+    """Return the model with the run's LoRA adapter, in float32 on a half-precision base, as in PEFT."""
     try:
         with torch.device("meta"):
             return get_peft_model(model, LoraConfig(**lora, task_type="CAUSAL_LM"))  # type: ignore[arg-type]

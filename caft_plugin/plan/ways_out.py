@@ -83,8 +83,13 @@ class WaysOut:
         return self.peak(changes) <= self.memory
 
     def single(self) -> list[Change]:
-        """Return the changes that lower the peak, the cheapest first: those that cost no quality, then time, then
-        precision, then what the heads learn, then hardware and data, then the heads themselves."""
+        """Return the changes that lower the peak without others."""
+        return [change for change in self.changes if self.peak([change]) < self.plan.peak]
+
+    @functools.cached_property
+    def changes(self) -> list[Change]:
+        """The changes that the run leaves open, the cheapest first: those that cost neither time nor quality, then
+        time, precision, training of the heads, hardware, data, and the heads themselves."""
         run, plan = self.plan.run, self.plan
         found = []
         if run.builds_logits and not run.fuses:
@@ -111,7 +116,7 @@ class WaysOut:
             found.append(Change(f"sequence_len: {run.length // 2}", (("length", run.length // 2),)))
         if plan.heads:
             found.append(Change("no `caft:` block", without_heads=True))
-        return [change for change in found if self.peak([change]) < plan.peak]
+        return found
 
     def _fewer_heads(self, others: Sequence[Change]) -> Change:
         """Return the most heads with which the run fits, 1 if it does with none."""
@@ -119,11 +124,11 @@ class WaysOut:
         fit = bisect.bisect(changes, self.memory, key=lambda change: self.peak([*others, change]))
         return changes[max(fit - 1, 0)]
 
-    def combination(self, changes: Sequence[Change]) -> list[Change] | None:
+    def combination(self) -> list[Change] | None:
         """Return the smallest combination of changes that fits, None if there is none. Of several as small, the first
         one, so the cheapest changes; and one that keeps the heads, if there is such a combination."""
         for with_heads in (True, False):
-            pool = [change for change in changes if not (change.without_heads if with_heads else change.caft)]
+            pool = [change for change in self.changes if not (change.without_heads if with_heads else change.caft)]
             found = self._smallest(pool)
             if found is not None:
                 return [

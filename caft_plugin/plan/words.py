@@ -104,16 +104,16 @@ def verdict(plan: Plan, memory: float, gpus: int, supervised: float) -> str:
         for change in single:
             to = ways.peak([change])
             lines.append(f"  {change.words:<40}{to / GB:>9.2f}  {'fits' if to <= memory else 'does not fit'}")
-        if single and all(ways.peak([change]) > memory for change in single):
-            lines.append(together(ways, ways.combination(single), memory))
+        if not any(map(ways.fits, ([change] for change in single))):
+            lines.append(together(ways, ways.combination()))
     if plan.heads:
         lines.append("heads_per_step reduces time and activations, but not the memory of the heads' weights.")
     return "\n".join(lines)
 
 
-def together(ways: WaysOut, found: list[Change] | None, memory: float) -> str:
+def together(ways: WaysOut, found: list[Change] | None) -> str:
     if found is None:
-        return f"No combination of them fits: the lowest peak is {ways.lowest / GB:.2f} GB."
+        return f"No combination of changes fits: the lowest peak is {ways.lowest / GB:.2f} GB."
     return "\n".join(
         [
             f"The first combination that fits, with a peak of {ways.peak(found) / GB:.2f} GB:",
