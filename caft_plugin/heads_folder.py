@@ -204,7 +204,7 @@ class HeadsFolder:
             written, recorded = getattr(config, key), getattr(record, key)
             if written is not None and written != recorded:
                 logger.warning(
-                    "caft.%s: got %s, but these heads were made with %s; leave the key out to follow the folder",
+                    "caft.%s: got %s, but these heads were made with %s; leave it out to follow the folder",
                     key,
                     written,
                     recorded,
