@@ -34,6 +34,7 @@ MOST, EACH = 16_384, 2_048  # values in a sample, and at most of one tensor
 FEW = 32  # values that have moved: with fewer, where a model lies between two others says nothing
 # Relative distance of two neighbouring numbers, at most half of which rounding adds; from coarse to fine.
 GRIDS = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}
+TWICE_ROUNDED = 0.8  # relative error (root mean square) of weights that were rounded twice, in grids: about 0.73
 QUANTISATION = 0.25  # relative error (root mean square) of weights in 4 bits is about 0.1
 
 Verdict = Literal["own", "base", "other"]
@@ -44,12 +45,14 @@ class Sample:
     """Values (n,) of each tensor of the last layer and the final norm, float32, by its plain name.
 
     `quantised` names those whose values were quantised; `under` holds such values without adapters, which no training
-    changes.
+    changes. `held` is the type in which the model holds each weight that is not quantised: values with an adapter's
+    effect in them do not show it.
     """
 
     values: dict[str, Tensor]
     quantised: frozenset[str] = frozenset()
     under: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    held: dict[str, torch.dtype] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,6 +148,7 @@ def _sample(weights: list[_Weight], first: Sample | None) -> Sample | None:
     each = values_of_each(len(weights))
     values: dict[str, Tensor] = {}
     under: dict[str, Tensor] = {}
+    held = {weight.name: weight.tensor.dtype for weight in weights if weight.tensor.dtype in GRIDS}
     for weight in weights:  # to the end in every process, whatever is missing in this one: gathering waits for all
         factors = [] if weight.tuner is None else _factors(weight.tuner)
         if factors is None:
@@ -160,7 +164,7 @@ def _sample(weights: list[_Weight], first: Sample | None) -> Sample | None:
         if base is not None:
             effects = [_effect(weight.module, factor, each) for factor in factors or []]
             values[weight.name] = torch.stack([base, *effects]).sum(0)
-    return Sample(values, frozenset(under), under) if len(values) == len(weights) else None
+    return Sample(values, frozenset(under), under, held) if len(values) == len(weights) else None
 
 
 def plain_weight(linear: nn.Module) -> Tensor:
@@ -245,7 +249,8 @@ class Fingerprint:
             return "other"
         quantised = self.before.quantised | self.after.quantised | now.quantised
         tensors = [
-            _Compared.of(before[name], after[name], now.values[name], name in quantised) for name in sorted(before)
+            _Compared.of(before[name], after[name], now.values[name], name in quantised, now.held.get(name))
+            for name in sorted(before)
         ]
         is_own, is_base = (all(getattr(tensor, f"as_{end}") for tensor in tensors) for end in ("after", "before"))
         way = torch.cat([tensor.way for tensor in tensors])
@@ -274,17 +279,27 @@ class _Compared:
     gone: Tensor
 
     @classmethod
-    def of(cls, before: Tensor, after: Tensor, now: Tensor, quantised: bool) -> _Compared:
+    def of(
+        cls, before: Tensor, after: Tensor, now: Tensor, quantised: bool, held: torch.dtype | None = None
+    ) -> _Compared:
         size = max(_rms(before), _rms(after)) or 1.0
+        # A base that was loaded in a coarser type than it has, with an adapter over it, is rounded and does not show
+        # it. One that is on that type's grid by itself was not rounded; of heads over a frozen model nobody knows.
+        rounded = (
+            held is not None
+            and GRIDS[grid_of(now)] < GRIDS[held]
+            and (GRIDS[grid_of(before)] < GRIDS[held] or torch.equal(before, after))
+        )
+        step = GRIDS[held] if held is not None and rounded else GRIDS[grid_of(now)]
 
         def alike(then: Tensor) -> bool:
             grid = max(grid_of(then), grid_of(now), key=GRIDS.__getitem__)
             off = _rms(then.to(grid).float() - now.to(grid).float()) / size
-            # a merge rounds in its own way; what was on the grid before comes back to the bit
-            rounding = 0.0 if grid_of(then) == grid else 0.3 * GRIDS[grid]
+            # a merge rounds in its own way, the base and the result; what was on the grid before comes back to the bit
+            rounding = 0.0 if grid_of(then) == grid and not rounded else TWICE_ROUNDED * max(step, GRIDS[grid])
             return off <= (QUANTISATION if quantised else rounding + 0.05 * _rms(after - before) / size + 1e-5)
 
-        moved = (after - before).abs() > GRIDS[grid_of(now)] * now.abs()
+        moved = (after - before).abs() > step * now.abs()
         return cls(alike(before), alike(after), ((after - before) / size)[moved], ((now - before) / size)[moved])
 
 
