@@ -33,6 +33,7 @@ MOST, EACH = 16_384, 2_048  # maximum values of a sample, and of one tensor
 FEW = 32  # changed values below which the position between two models is not meaningful
 # Relative spacing of neighbouring numbers; rounding adds at most half of it. From coarse to fine.
 GRIDS = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}
+TWICE_ROUNDED = 0.8  # relative error (root mean square) of weights that were rounded twice, in grids: about 0.73
 QUANTISATION = 0.25  # relative error (root mean square) of weights in 4 bits is about 0.1
 
 Verdict = Literal["own", "base", "other"]
@@ -43,12 +44,14 @@ class Sample:
     """Values (n,) of each tensor of the last layer and the final norm, float32, by plain name.
 
     `quantised` names the tensors that were quantised; `under` holds their values without adapters, which training
-    does not change.
+    does not change. `held` is the dtype in which the model holds each tensor that is not quantised: values that include
+    an adapter do not show it.
     """
 
     values: dict[str, Tensor]
     quantised: frozenset[str] = frozenset()
     under: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    held: dict[str, torch.dtype] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,6 +147,7 @@ def _sample(weights: list[_Weight], first: Sample | None) -> Sample | None:
     each = values_of_each(len(weights))
     values: dict[str, Tensor] = {}
     under: dict[str, Tensor] = {}
+    held = {weight.name: weight.tensor.dtype for weight in weights if weight.tensor.dtype in GRIDS}
     for weight in weights:  # all of them in every process, even if one is missing here: gathering waits for all
         factors = [] if weight.tuner is None else _factors(weight.tuner)
         if factors is None:
@@ -159,7 +163,7 @@ def _sample(weights: list[_Weight], first: Sample | None) -> Sample | None:
         if base is not None:
             effects = [_effect(weight.module, factor, each) for factor in factors or []]
             values[weight.name] = torch.stack([base, *effects]).sum(0)
-    return Sample(values, frozenset(under), under) if len(values) == len(weights) else None
+    return Sample(values, frozenset(under), under, held) if len(values) == len(weights) else None
 
 
 def plain_weight(linear: nn.Module) -> Tensor:
@@ -244,7 +248,8 @@ class Fingerprint:
             return "other"
         quantised = self.before.quantised | self.after.quantised | now.quantised
         tensors = [
-            _Compared.of(before[name], after[name], now.values[name], name in quantised) for name in sorted(before)
+            _Compared.of(before[name], after[name], now.values[name], name in quantised, now.held.get(name))
+            for name in sorted(before)
         ]
         is_own, is_base = (all(getattr(tensor, f"as_{end}") for tensor in tensors) for end in ("after", "before"))
         way = torch.cat([tensor.way for tensor in tensors])
@@ -273,17 +278,27 @@ class _Compared:
     gone: Tensor
 
     @classmethod
-    def of(cls, before: Tensor, after: Tensor, now: Tensor, quantised: bool) -> _Compared:
+    def of(
+        cls, before: Tensor, after: Tensor, now: Tensor, quantised: bool, held: torch.dtype | None = None
+    ) -> _Compared:
         size = max(_rms(before), _rms(after)) or 1.0
+        # A base that was loaded in a coarser type than it has, with an adapter over it, is rounded and does not show
+        # it. One that is on that type's grid by itself was not rounded; of heads over a frozen model nobody knows.
+        rounded = (
+            held is not None
+            and GRIDS[grid_of(now)] < GRIDS[held]
+            and (GRIDS[grid_of(before)] < GRIDS[held] or torch.equal(before, after))
+        )
+        step = GRIDS[held] if held is not None and rounded else GRIDS[grid_of(now)]
 
         def alike(then: Tensor) -> bool:
             grid = max(grid_of(then), grid_of(now), key=GRIDS.__getitem__)
             off = _rms(then.to(grid).float() - now.to(grid).float()) / size
-            # a merge rounds in its own way; values that were on the grid before are restored bitwise
-            rounding = 0.0 if grid_of(then) == grid else 0.3 * GRIDS[grid]
+            # a merge rounds the base and the result in its own way; values that were on the grid come back bitwise
+            rounding = 0.0 if grid_of(then) == grid and not rounded else TWICE_ROUNDED * max(step, GRIDS[grid])
             return off <= (QUANTISATION if quantised else rounding + 0.05 * _rms(after - before) / size + 1e-5)
 
-        moved = (after - before).abs() > GRIDS[grid_of(now)] * now.abs()
+        moved = (after - before).abs() > step * now.abs()
         return cls(alike(before), alike(after), ((after - before) / size)[moved], ((now - before) / size)[moved])
 
 

@@ -152,7 +152,7 @@ class HeadsFolder:
             written, recorded = getattr(config, key), getattr(record, key)
             if written is not None and written != recorded:
                 logger.warning(
-                    "caft.%s: got %s, but these heads were made with %s; remove the key to use the folder's setting",
+                    "caft.%s: got %s, but these heads were made with %s; leave it out to use the folder's setting",
                     key,
                     written,
                     recorded,

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import copy
+import itertools
+import json
 import logging
 import os
+from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny import LLAMA
+from tiny import LLAMA, word_tokenizer
 from transformers import (
     BitsAndBytesConfig,
     GPT2Config,
@@ -26,6 +30,7 @@ from caft_plugin.fingerprint import Fingerprint, Sample, take_sample
 from caft_plugin.heads import build_heads
 from caft_plugin.heads_folder import read_fingerprint, resolve_wiring, save_heads
 from caft_plugin.heads_record import FINGERPRINT, FOLDER
+from caft_plugin.tools.cli import commands
 from caft_plugin.trunk import find_trunk
 
 BF16 = torch.bfloat16
@@ -263,6 +268,47 @@ def test_a_run_and_what_is_told_of_its_heads(tmp_path, caplog):
     assert told(caplog, lambda: train(goes_on, tmp_path / "three", heads=run)) == []
     merged = start(run / "merged", dtype=torch.float32)
     assert told(caplog, lambda: train(merged, tmp_path / "four", heads=run)) == []
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_the_happy_path_is_told_nothing(tmp_path, caplog, monkeypatch, kind):
+    """Heads of a run, and those trained further on its model, meet its adapter, its merged model or its model, in the
+    commands and in Python, in every dtype in which these are loaded."""
+    monkeypatch.chdir(tmp_path)
+    base, tokenizer = base_model(dtype=torch.float32), word_tokenizer("")
+    base.generation_config.eos_token_id = 1
+    base.save_pretrained("base"), tokenizer.save_pretrained("base")
+    start = LlamaForCausalLM.from_pretrained
+    model = start("base")
+    train(lora(model) if kind == "lora" else model, "out", learning_rate=3e-3)
+    tokenizer.save_pretrained("out")
+    models = ["out"]
+    if kind == "lora":
+        PeftModel.from_pretrained(start("base"), "out").merge_and_unload().to(BF16).save_pretrained("out/merged")
+        tokenizer.save_pretrained("out/merged")
+        models += ["out/merged", str(tmp_path / "out" / "merged")]
+    lines = [{"prompt": f"w{i} w{i + 1}", "completion": f"w{i + 2} w{i + 3} w{i + 4} w{i + 5}"} for i in range(8)]
+    Path("rows.jsonl").write_text("\n".join(map(json.dumps, lines)))
+
+    def warnings_of(*command):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            result = CliRunner().invoke(commands, command, catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+        return [r.getMessage() for r in caplog.records if "heads" in r.getMessage()]
+
+    further = ("--data", "rows.jsonl", "--targets", "dataset", "--steps", "2")
+    writing = ("--prompts", "rows.jsonl", "--limit", "1", "--runs", "1", "--max-new-tokens", "3")
+    made = ["out"]
+    for number, (named, dtype) in enumerate(itertools.product(models, [(), ("--float32",)])):
+        better = f"better-{number}"
+        start_from = ("--model", named, "--heads", "out")
+        assert warnings_of("pretrain-heads", *start_from, "--output", better, *further, *dtype) == []
+        made.append(better)
+    for named, heads in itertools.product(models, made):
+        assert warnings_of("speculate", "--model", named, "--heads", heads, *writing) == [], (named, heads)
+        drafter = f"drafter of {heads} for {named}".replace("/", "-")
+        assert warnings_of("export-drafter", "--model", named, "--heads", heads, "--output", drafter) == []
 
 
 def test_folders_without_a_fingerprint_go_by_names(tmp_path, caplog, tiny_model):

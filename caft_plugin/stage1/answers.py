@@ -224,8 +224,8 @@ def check_vllm(quantised: bool) -> None:
     why = [reason for reason, holds in reasons.items() if holds]
     if why:
         raise ConfigError(
-            f"pretrain_heads.vllm: got true, but vLLM cannot write the answers: {', and '.join(why)}. Take the key "
-            "out: the base model then writes them by itself."
+            f"pretrain_heads.vllm: got true, but vLLM cannot write the answers: {', and '.join(why)}. Without "
+            "it the base model writes them itself."
         )
 
 
