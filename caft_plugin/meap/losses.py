@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +37,7 @@ class LossesByKind:
             self.trunk = None
         self._handles: list[RemovableHandle] = []
         self._final: Tensor | None = None
-        self._batch: Mapping[str, Any] | None = None
+        self._batch: Mapping[str, object] | None = None
 
     @property
     def attached(self) -> bool:
@@ -72,7 +71,7 @@ class LossesByKind:
         self._handles, self._final = [], None
 
     @contextlib.contextmanager
-    def reading(self, inputs: Mapping[str, Any]) -> Iterator[None]:
+    def reading(self, inputs: Mapping[str, object]) -> Iterator[None]:
         """While this is open, forward passes with gradients are about the batch `inputs`, or about parts of it."""
         self._batch = {key: inputs.get(key) for key in ("input_ids", "labels")}
         try:
@@ -84,7 +83,7 @@ class LossesByKind:
         self._final = output
 
     @torch.compiler.disable
-    def _after_forward(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+    def _after_forward(self, model: nn.Module, args: tuple, kwargs: dict[str, object], output: object) -> None:
         final, self._final = self._final, None
         if self._batch is None or not torch.is_grad_enabled():
             return
