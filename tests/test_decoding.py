@@ -639,7 +639,7 @@ REFUSED = {
     ),
     "synced": ({"synced_gpus": True}, "got synced_gpus .* forward passes in every process"),
     "lookup": ({"prompt_lookup_num_tokens": 2}, "got assisted_generation, but it accepts"),
-    "no cache": ({"use_cache": False}, r"needs a DynamicCache, .* the cache is none \(use_cache: false\)"),
+    "no cache": ({"use_cache": False}, r"needs a DynamicCache, .* the cache is none \(use_cache=False\)"),
     "static": (
         {"cache_implementation": "static"},
         "needs a DynamicCache, which can be cropped, but the cache is StaticCache",
@@ -648,7 +648,7 @@ REFUSED = {
     "begun": (with_a_cache, "the cache already has the prompt"),
     "hidden states": (
         {"output_hidden_states": True, "return_dict_in_generate": True},
-        "output_hidden_states does not go",
+        "output_hidden_states is not supported with drafting",
     ),
     "chunks": ({"prefill_chunk_size": 4}, "prefill_chunk_size is not supported with drafting"),
 }

@@ -165,10 +165,10 @@ CONTENTS = {
     "nothing": (lambda s: {}, r"holds an empty dict"),
     "quantised weights": (
         lambda s: {**s, UP: s[UP].to(torch.int8)},
-        r"no plain weight \(torch.int8.*'0.layers.0.mlp",
+        r"not a plain weight \(torch.int8.*'0.layers.0.mlp",
     ),
-    "sparse weights": (lambda s: {**s, UP: s[UP].to_sparse()}, r"no plain weight \(.*torch.sparse_coo"),
-    "weights without data": (lambda s: {**s, UP: s[UP].to("meta")}, r"no plain weight \(.* meta\)"),
+    "sparse weights": (lambda s: {**s, UP: s[UP].to_sparse()}, r"not a plain weight \(.*torch.sparse_coo"),
+    "weights without data": (lambda s: {**s, UP: s[UP].to("meta")}, r"not a plain weight \(.* meta\)"),
     "a whole model": (lambda s: {**s, "lm_head.weight": s[UP]}, r"holds the unknown key 'lm_head.weight'"),
     "another prefix": (lambda s: {f"module.{k}": v for k, v in s.items()}, r"the unknown key 'module.0.layers.0"),
     "several layers": (
