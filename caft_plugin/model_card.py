@@ -22,8 +22,8 @@ def section(caft: CAFTConfig | None, meap: MEAPConfig | None) -> str:
     if caft is not None and caft.beta != 0:
         blocks.append(caft)
         lines.append(
-            "- CAFT, concept-aware fine-tuning ([arXiv 2506.07833](https://arxiv.org/abs/2506.07833)); auxiliary heads: "
-            f"{caft.num_heads}. The model has no trace of them. They are in `{FOLDER}/` next to it and "
+            "- CAFT, concept-aware fine-tuning ([arXiv 2506.07833](https://arxiv.org/abs/2506.07833)); auxiliary "
+            f"heads: {caft.num_heads}. The model has no trace of them. They are in `{FOLDER}/` next to it and "
             "can draft for it."
         )
     if meap is not None:

@@ -241,7 +241,8 @@ class CAFTTrainerMixin(_Base):
             self.meap.take_plan(inputs)
 
         def host_loss() -> HostLoss:
-            with contextlib.nullcontext() if self.meap is None else self.meap.reading(inputs):
+            losses = None if self.meap is None or not torch.is_grad_enabled() else self.meap.losses
+            with contextlib.nullcontext() if losses is None else losses.reading(inputs):
                 return super(CAFTTrainerMixin, self).compute_loss(
                     model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
                 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from caft_plugin.attach import without_dropout
 from caft_plugin.config import ConfigError
 from caft_plugin.hidden import copies_hold_again, copies_leave_out
-from caft_plugin.loss import IGNORE, LOGITS_AT_A_TIME
+from caft_plugin.loss import IGNORE, LOGITS_AT_A_TIME, Batch
 from caft_plugin.storage import unsharded_twin
 from caft_plugin.trunk import Trunk, find_trunk
 
@@ -28,7 +28,7 @@ class LossesByKind:
     the model's own where it makes them, else those of its final hidden states at supervised positions.
     """
 
-    def __init__(self, model: nn.Module, mask_id: int, found: Callable[[Tensor, Tensor], None]) -> None:
+    def __init__(self, model: nn.Module, mask_id: int, found: Callable[[Tensor, Tensor], object]) -> None:
         """`found` takes the summed loss of masked and of other tokens, float32 (2,), and how many these are, (2,)."""
         self.model, self.mask_id, self.found = model, mask_id, found
         try:
@@ -37,7 +37,7 @@ class LossesByKind:
             self.trunk = None
         self._handles: list[RemovableHandle] = []
         self._final: Tensor | None = None
-        self._batch: Mapping[str, object] | None = None
+        self._batch: Batch | None = None
 
     @property
     def attached(self) -> bool:
@@ -71,7 +71,7 @@ class LossesByKind:
         self._handles, self._final = [], None
 
     @contextlib.contextmanager
-    def reading(self, inputs: Mapping[str, object]) -> Iterator[None]:
+    def reading(self, inputs: Batch) -> Iterator[None]:
         """While this is open, forward passes with gradients are about the batch `inputs`, or about parts of it."""
         self._batch = {key: inputs.get(key) for key in ("input_ids", "labels")}
         try:

@@ -119,7 +119,12 @@ class MaskedTraining:
         seed, kept = trainer.args.seed, roles.never_masked
         self.collator = MEAPCollator(trainer.data_collator, config, token.id, seed, base.placeholders, kept)
         trainer.add_callback(EpochOfMasks(self.collator))
-        self.losses = LossesByKind(model, token.id, self._add_losses)
+
+        def found(sums: Tensor, targets: Tensor) -> None:
+            if self._tally is not None:
+                self._tally.add_losses(sums, targets)
+
+        self.losses = LossesByKind(model, token.id, found)
         self._mask_from_now_on(trainer.train_dataset)
 
     def double(self) -> None:
@@ -231,16 +236,6 @@ class MaskedTraining:
             if self._tally is None:
                 self._tally = MaskTally(self.trainer.state.global_step, self.trainer.args.device)
             self._tally.add(plan)
-
-    def _add_losses(self, sums: Tensor, targets: Tensor) -> None:
-        if self._tally is not None:
-            self._tally.add_losses(sums, targets)
-
-    def reading(self, inputs: Batch) -> contextlib.AbstractContextManager[None]:
-        """While this is open, the losses of masked and of other tokens in a training batch are read."""
-        if self.losses is None or not torch.is_grad_enabled():
-            return contextlib.nullcontext()
-        return self.losses.reading(inputs)
 
     def with_plan(self, inputs: Batch) -> Batch:
         """Return a batch, or the host's version of one, with the boundaries of its pairs, for the heads' targets.
