@@ -35,7 +35,7 @@ from caft_plugin.trunk import find_trunk
 
 NEW_TOKENS = 80
 UNTRAINED = "untrained heads (copies of the last layer)"
-RUN = 20  # prompts: the unit whose speeds the medians are over
+RUN = 10  # prompts: the unit whose speeds the medians are over
 WIDTHS = range(1, 6)
 TITLES = {
     TUNED: "CAFT: heads as fine-tuned",
