@@ -27,6 +27,7 @@ RUN := outputs/quickstart-cpu-$(notdir $(patsubst %/,%,$(BASE_MODEL)))
 OVERRIDES := --base-model=$(BASE_MODEL)
 endif
 PLAIN := $(RUN)-plain
+HEADS := $(RUN)-heads
 DEMO := axolotl_configs/demo
 # The versions that were tested. Without them pip tries, and throws away, a gigabyte of newer ones.
 CONSTRAINTS := $(DEMO)/constraints.txt
@@ -47,7 +48,7 @@ AXOLOTL := $(AXOLOTL_ENV) "$(BIN)/python" $(DEMO)/run_axolotl.py
 
 .DEFAULT_GOAL := help
 .PRECIOUS: %/.torch %/.dependencies %/.package
-.PHONY: help venv environments demo model train merge train-plain report study study-report test test-serving soak bench bench-official bench-decoding bench-serving gpu lint format clean
+.PHONY: help venv environments demo model train merge heads train-plain report study study-report test test-serving soak bench bench-official bench-decoding bench-serving gpu lint format clean
 .DELETE_ON_ERROR:
 
 help:  ## show this list
@@ -115,7 +116,7 @@ $(VLLM_VENV)/.dependencies: pyproject.toml | $(VLLM_VENV)/.torch
 
 # --- the demo
 
-demo: report  ## train the CPU quickstart with and without CAFT and compare (BASE_MODEL=... swaps the model)
+demo: report  ## train the CPU quickstart with and without CAFT, train its heads further, compare (BASE_MODEL=... swaps the model)
 
 model: $(VENV)/.package
 ifeq ($(strip $(BASE_MODEL)),)
@@ -143,8 +144,24 @@ merge: train
 			echo "error: merging failed; the cause is above. To train again as well: rm -r $(RUN)"; exit 1; }; \
 	fi
 
+# The heads of 75 steps are weak drafters. The merged model's own answers to a part of the training questions make them
+# better. After a new merge the step starts over; after an interruption it keeps the answers that it has.
+heads: merge
+	@if [ $(HEADS)/.trained -nt $(RUN)/.merged ]; then \
+		echo "== the heads in $(HEADS) are trained further already; to train them again: rm -r $(HEADS)"; \
+	else \
+		echo "== training the heads further on the merged model's answers, into $(HEADS): 2 to 4 minutes on two free cores" && \
+		{ [ $(RUN)/asked.jsonl -nt $(RUN)/.merged ] || { rm -rf $(HEADS) && \
+			head -n 240 $(DEMO)/docstrings-train.jsonl > $(RUN)/asked.jsonl; }; } && \
+		$(AXOLOTL_ENV) "$(BIN)/caft" pretrain-heads --model $(RUN)/merged --heads $(RUN) --targets model \
+			--data $(RUN)/asked.jsonl --max-length 320 --max-new-tokens 48 --generation-batch-size 64 \
+			--steps 60 --batch-size 16 --learning-rate 5e-4 --save-steps 1000 --output $(HEADS) && \
+		touch $(HEADS)/.trained || { \
+			echo "error: training the heads further failed; the cause is above. The next make demo starts it again."; exit 1; }; \
+	fi
+
 # For comparison: the same settings, rows and steps without the caft: block.
-train-plain: merge
+train-plain: heads
 	@if [ $(PLAIN)/.trained -nt $(CONFIG) ]; then \
 		echo "== $(PLAIN) is trained already and newer than $(CONFIG); to train again: rm -r $(PLAIN)"; \
 	else \
@@ -156,7 +173,8 @@ train-plain: merge
 	fi
 
 report: train-plain
-	@$(AXOLOTL_ENV) "$(BIN)/python" $(DEMO)/report.py --config $(CONFIG) $(OVERRIDES) --output-dir=$(RUN) --plain $(PLAIN)
+	@$(AXOLOTL_ENV) "$(BIN)/python" $(DEMO)/report.py --config $(CONFIG) $(OVERRIDES) --output-dir=$(RUN) --plain $(PLAIN) \
+		--heads $(HEADS)
 
 # --- the study, on SmolLM2-135M whatever BASE_MODEL says
 

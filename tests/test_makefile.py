@@ -7,9 +7,12 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 
 import pytest
 from paths import ROOT
+
+from caft_plugin.tools.cli import commands
 
 pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 
@@ -82,10 +85,77 @@ def test_the_demo_trains_with_and_without_caft_and_compares(tmp_path, base_model
     run = "outputs/quickstart-cpu" + ("-model" if base_model else "")
     arguments = [f"BASE_MODEL={base_model}"] if base_model else []
     commands = make(tmp_path, WITH["x86-64"], "--dry-run", "demo", *arguments).stdout.replace("\\\n", "")
-    steps = [line for line in commands.splitlines() if "run_axolotl.py" in line or "report.py" in line]
-    names = ("train axolotl_configs/quickstart-cpu.yml", "merge-lora", f"train {run}-plain.yml", "report.py")
-    assert len(steps) == len(names)
-    for step, name in zip(steps, names, strict=True):
+    programs = ("run_axolotl.py", "report.py", "pretrain-heads")
+    steps = [line for line in commands.splitlines() if any(program in line for program in programs)]
+    train, merge, heads, plain, report = steps
+    for step, name in zip(
+        (train, merge, plain, report),
+        ("train axolotl_configs/quickstart-cpu.yml", "merge-lora", f"train {run}-plain.yml", "report.py"),
+        strict=True,
+    ):
         assert name in step and ("--base-model=some/model" in step) == bool(base_model)
-    assert all(f"--output-dir={run} " in steps[at] for at in (0, 1, 3))
-    assert f"--output-dir={run}-plain " in steps[2] and steps[3].endswith(f"--plain {run}-plain")
+    assert all(f"--output-dir={run} " in step for step in (train, merge, report))
+    assert f"--model {run}/merged --heads {run} --targets model" in heads and f"--output {run}-heads " in heads
+    assert f"--output-dir={run}-plain " in plain
+    assert report.split()[-4:] == ["--plain", f"{run}-plain", "--heads", f"{run}-heads"]
+
+
+class MergedRun:
+    """A run of the demo, trained two hours ago and merged an hour ago, in an environment whose `caft` only writes down
+    its arguments and an answer, and fails if it is told to."""
+
+    def __init__(self, folder):
+        self.folder, self.run, self.heads = folder, folder / "run", folder / "run-heads"
+        programs = folder / "venv" / "bin"
+        programs.mkdir(parents=True)
+        self.run.mkdir()
+        for stamp in (".torch", ".dependencies", ".package"):
+            (folder / "venv" / stamp).touch()
+        self.stamp(folder / "config.yml", hours=-3)
+        self.stamp(self.run / ".trained", hours=-2)
+        self.stamp(self.run / ".merged", hours=-1)
+        caft = 'echo "$@" >> "$CAFT_CALLS"; for output; do :; done; mkdir -p "$output"; touch "$output/answers.jsonl"'
+        for name, program in {"python": "", "caft": f'{caft}; [ -z "$CAFT_FAILS" ]'}.items():
+            (programs / name).write_text(f"#!/bin/sh\n{program}\n")
+            (programs / name).chmod(0o755)
+
+    def stamp(self, file, hours):
+        file.touch()
+        os.utime(file, (time.time() + hours * 3600,) * 2)
+
+    def make_heads(self, monkeypatch, fails=""):
+        """Return what make says, and the calls of `caft`."""
+        calls = self.folder / "calls"
+        calls.write_text("")
+        monkeypatch.setenv("CAFT_CALLS", str(calls))
+        monkeypatch.setenv("CAFT_FAILS", fails)
+        settings = ("BASE_MODEL=some/model", f"RUN={self.run}", f"CONFIG={self.folder / 'config.yml'}")
+        return make(self.folder, WITH["x86-64"], "heads", *settings), calls.read_text().splitlines()
+
+
+def test_heads_are_trained_further_once_for_each_merge(tmp_path, monkeypatch):
+    """After a failure the step keeps its answers; after another merge, for which they are wrong, it starts over."""
+    demo = MergedRun(tmp_path)
+    failed, calls = demo.make_heads(monkeypatch, fails="yes")
+    assert failed.returncode != 0 and "error: training the heads further failed" in failed.stdout and len(calls) == 1
+    train = (ROOT / "axolotl_configs" / "demo" / "docstrings-train.jsonl").read_bytes().splitlines(keepends=True)
+    assert (demo.run / "asked.jsonl").read_bytes() == b"".join(train[:240])
+    kept = demo.heads / "kept"
+    kept.touch()
+    again, calls = demo.make_heads(monkeypatch)
+    assert again.returncode == 0 and len(calls) == 1 and kept.exists(), again.stderr
+    skipped, calls = demo.make_heads(monkeypatch)
+    assert skipped.returncode == 0 and not calls and "trained further already" in skipped.stdout
+    demo.stamp(demo.run / ".merged", hours=1)
+    over, calls = demo.make_heads(monkeypatch)
+    assert over.returncode == 0 and len(calls) == 1 and not kept.exists(), over.stderr
+
+
+def test_the_options_of_the_heads_step_are_those_of_the_command(tmp_path, monkeypatch):
+    """And the precision is left to the command, which chooses it by the rule of `python -m caft_plugin.precision`."""
+    _, (call,) = MergedRun(tmp_path).make_heads(monkeypatch)
+    name, *arguments = call.split()
+    context = commands.commands[name].make_context(name, arguments)
+    given = context.params
+    assert (given["targets"], given["steps"], given["batch_size"], given["max_new_tokens"]) == ("model", 60, 16, 48)
+    assert given["model"] == f"{given['heads']}/merged" and not given["float32"] and given["config"] is None

@@ -1,10 +1,11 @@
 """Show the result of a finished run: its losses, its answers to held-out questions, and the speed with its heads.
 
-    python report.py --config axolotl_configs/quickstart-cpu.yml [--plain outputs/quickstart-cpu-plain]
+    python report.py --config CONFIG.yml [--plain PLAIN_RUN] [--heads HEADS]
 
 Reads the newest checkpoint's trainer_state.json in the config's output_dir. The base model, the plain fine-tuned model
 (an adapter's folder, with `--plain`) and the merged model (output_dir/merged) answer the same questions; the merged
-model is an ordinary transformers model. Run it from the repository root, where the paths in the configs start.
+model is an ordinary transformers model. It writes its answers again with its heads' draft tokens, and with those of
+heads that were trained further (`--heads`). Run it from the repository root, where the paths in the configs start.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import dataclasses
 import json
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -109,15 +111,15 @@ class Answer:
 
 @dataclasses.dataclass
 class Answers:
-    """A model's answers to the questions, and the same with the heads' draft tokens, or why there are none."""
+    """A model's answers to the questions, and the same with each heads' draft tokens, or why there are none."""
 
     plain: list[Answer]
-    drafted: list[Answer] = dataclasses.field(default_factory=list)
+    drafted: list[list[Answer]] = dataclasses.field(default_factory=list)
     why_not_drafted: str = ""
 
 
 def ask(
-    model_path: str, questions: list[str], label: str, adapter: Path | None = None, heads: Path | None = None
+    model_path: str, questions: list[str], label: str, adapter: Path | None = None, heads: Sequence[Path] = ()
 ) -> Answers:
     """Return a model's greedy answers, in float32 and through its own chat template.
 
@@ -126,7 +128,7 @@ def ask(
         questions: what the user says, one chat each.
         label: the model's name on the screen.
         adapter: folder of a PEFT adapter to merge into the model.
-        heads: folder of heads; each answer is then written a second time with their draft tokens.
+        heads: folders of heads; each answer is written again with the draft tokens of each.
 
     Raises:
         ReportError: if the model or the adapter does not load.
@@ -160,21 +162,22 @@ def ask(
         passes = drafter.last.passes if drafter else len(tokens)
         return Answer(tokenizer.decode(tokens, skip_special_tokens=True), tokens, passes, seconds)
 
-    drafter, answers = None, Answers([])
-    if heads is not None:
-        try:
-            if not heads.is_dir():
-                raise ConfigError(f"no heads in {heads}; a run with the caft: block saves them there.")
-            drafter = Drafter.from_pretrained(model, heads)
-            for warm_up in (None, drafter):
-                answer(questions[0], warm_up, longest=8)
-        except ConfigError as error:
-            drafter, answers.why_not_drafted = None, str(error)
+    drafters: list[Drafter] = []
+    answers = Answers([], [[] for _ in heads])
+    try:
+        for folder in heads:
+            if not folder.is_dir():
+                raise ConfigError(f"no heads in {folder}; a run with the caft: block saves them there.")
+            drafters.append(Drafter.from_pretrained(model, folder))
+        for warm_up in (None, *drafters):
+            answer(questions[0], warm_up, longest=8)
+    except ConfigError as error:
+        drafters, answers = [], Answers([], why_not_drafted=str(error))
     for number, question in enumerate(questions, start=1):
         print(f"  the {label} model answers {number} of {len(questions)}", file=sys.stderr, flush=True)
         answers.plain.append(answer(question))
-        if drafter is not None:
-            answers.drafted.append(answer(question, drafter))
+        for drafter, drafted in zip(drafters, answers.drafted, strict=True):
+            drafted.append(answer(question, drafter))
     return answers
 
 
@@ -197,16 +200,18 @@ def total(answers: list[Answer]) -> Answer:
 
 
 def draft_table(answers: Answers) -> str:
-    """Return the cost of the answers without and with the heads: forward passes, tokens per step, seconds."""
+    """Return the cost of the answers without and with the last heads: forward passes, tokens per step, seconds. Heads
+    before these, from which they were trained further, have one line."""
     if not answers.drafted:
         return f"The heads draft nothing here: {answers.why_not_drafted}"
-    pairs = list(zip(answers.plain, answers.drafted, strict=True))
+    *before, shown = answers.drafted
+    pairs = list(zip(answers.plain, shown, strict=True))
     same = [plain.tokens == drafted.tokens for plain, drafted in pairs]
     rows = [
         (str(number), "same" if alike else "differs", *pair)
         for number, (alike, pair) in enumerate(zip(same, pairs, strict=True), start=1)
     ]
-    plain, drafted = total(answers.plain), total(answers.drafted)
+    plain, drafted = total(answers.plain), total(shown)
     rows.append(("all", f"{sum(same)} of {len(same)}", plain, drafted))
     lines = [
         f"{'':>20}{'forward passes':>20}{'tokens per step':>18}{'seconds':>20}",
@@ -219,9 +224,17 @@ def draft_table(answers: Answers) -> str:
         )
     lines.append(
         f"\nSame text in {sum(same)} of {len(same)}; {drafted.passes} forward passes instead of {plain.passes}, "
-        f"{plain.seconds / drafted.seconds:.2f} x the speed.\n"
-        "Heads of so short a run are weak drafters. README.md, 'Make the model write faster', trains them further."
+        f"{plain.seconds / drafted.seconds:.2f} x the speed."
     )
+    for cost in map(total, before):
+        lines.append(
+            f"Heads before the further training: {len(cost.tokens) / cost.passes:.2f} tokens per step, "
+            f"{plain.seconds / cost.seconds:.2f} x the speed."
+        )
+    if not before:
+        lines.append(
+            "Heads of so short a run are weak drafters. README.md, 'Make the model write faster', trains them further."
+        )
     if not all(same):
         lines.append(
             "A forward pass over several tokens rounds differently from one over a single token. Where two tokens are\n"
@@ -236,6 +249,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--base-model", help="the same option that axolotl was given, if it was")
     parser.add_argument("--output-dir", help="the same option that axolotl was given, if it was")
     parser.add_argument("--plain", type=Path, help="output folder of the same run without caft:")
+    parser.add_argument("--heads", type=Path, help="output folder of `caft pretrain-heads` for the merged model")
     parser.add_argument("--functions", type=int, default=5, help="questions to ask (default: %(default)s)")
     parser.add_argument("--heldout", type=Path, default=HELDOUT, help="chat rows to ask (default: %(default)s)")
     options = parser.parse_args(arguments)
@@ -247,13 +261,16 @@ def main(arguments: list[str] | None = None) -> int:
         merged = output_dir / "merged"
         if not (merged / "config.json").is_file():
             raise ReportError(f"no merged model in {merged}: run `axolotl merge-lora` with this config first")
+        if options.heads and not options.heads.is_dir():
+            raise ReportError(f"--heads {options.heads}: no such folder; `caft pretrain-heads` makes it")
         rows = read_questions(options.heldout, options.functions)
         questions = [question for question, _ in rows]
         base_model = options.base_model or config["base_model"]
         texts = {"base": ask(base_model, questions, "base").plain}
         if options.plain:
             texts["plain"] = ask(base_model, questions, "plain", adapter=options.plain).plain
-        tuned = ask(str(merged), questions, "CAFT", heads=output_dir / "caft_heads")
+        heads = [output_dir / "caft_heads", *([options.heads] if options.heads else [])]
+        tuned = ask(str(merged), questions, "CAFT", heads=heads)
         texts["CAFT"] = tuned.plain
     except (ReportError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -270,7 +287,8 @@ def main(arguments: list[str] | None = None) -> int:
     for number, (question, reference) in enumerate(rows):
         written = {name: answers[number].text for name, answers in texts.items()}
         print(answer_block(question, {"reference": reference, **written}) + "\n")
-    print("The merged model's answers in float32, without heads and with the heads' draft tokens, which it verifies\n")
+    print("The merged model's answers in float32, without heads and with the heads' draft tokens, which it verifies")
+    print("heads: " + (f"trained further, {options.heads}\n" if options.heads else f"as fine-tuned, {heads[0]}\n"))
     print(draft_table(tuned))
     print(f"\nThe merged model is an ordinary transformers folder: {merged}")
     return 0

@@ -296,9 +296,21 @@ def test_merged_model_is_plain(project, method):
     assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), base.parameters(), strict=True))
 
 
+def passes_in(report):
+    """Return the forward passes of all answers without and with heads, from a table that agrees with itself."""
+    rows = [line.split() for line in report.split("  function ")[1].splitlines()[1:4]]
+    assert [row[:-5] for row in rows] == [["1", "same"], ["2", "same"], ["all", "2", "of", "2"]]
+    plain, drafted = ([int(row[at]) for row in rows] for at in (-5, -4))
+    assert plain[0] + plain[1] == plain[2] and drafted[0] + drafted[1] == drafted[2]
+    assert [row[-3] for row in rows] == [f"{one / other:.2f}" for one, other in zip(plain, drafted, strict=True)]
+    assert f"Same text in 2 of 2; {drafted[2]} forward passes instead of {plain[2]}, " in report
+    return plain[2], drafted[2]
+
+
 def test_demo_report(project, monkeypatch, capsys):
-    """The last part, answers without and with heads, agrees with itself, and a run's folder without heads says so. All
-    draft tokens are proposed, whatever they cost: on a model as small as this one they never pay off."""
+    """The last part, answers without and with heads, agrees with itself, for heads as fine-tuned and for heads trained
+    further, and a run's folder without heads says so. All draft tokens are proposed, whatever they cost: on a model as
+    small as this one they never pay off."""
     out, plain_out = project.train("ours", **LORA_RUN), project.train("plain")
     if not (out / "merged").exists():
         project.axolotl("merge-lora", "ours.yml")
@@ -312,13 +324,24 @@ def test_demo_report(project, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "caft/loss_head_4" in printed and "loss of the plain run" in printed
     assert [printed.count(f"\n  {name:<11}") for name in ("reference", "base", "plain", "CAFT")] == [2, 2, 2, 2]
-    rows = [line.split() for line in printed.split("  function ")[1].splitlines()[1:4]]
-    assert [row[:-5] for row in rows] == [["1", "same"], ["2", "same"], ["all", "2", "of", "2"]]
-    plain, drafted = ([int(row[at]) for row in rows] for at in (-5, -4))
-    assert plain[0] + plain[1] == plain[2] and drafted[0] + drafted[1] == drafted[2] < plain[2]
-    assert [row[-3] for row in rows] == [f"{one / other:.2f}" for one, other in zip(plain, drafted, strict=True)]
-    assert f"Same text in 2 of 2; {drafted[2]} forward passes instead of {plain[2]}, " in printed
-    assert "rounds differently" not in printed
+    plain, tuned = passes_in(printed)
+    assert tuned < plain and "heads: as fine-tuned, ours/caft_heads\n" in printed
+    assert "trains them further." in printed and "rounds differently" not in printed
+
+    stage1 = ["--model=ours/merged", "--heads=ours", f"--data={heldout}", "--output=further", "--batch-size=4"]
+    made = CliRunner().invoke(commands, ["pretrain-heads", *stage1, "--max-new-tokens=80", "--steps=2", "--float32"])
+    assert made.exit_code == 0, made.output
+    capsys.readouterr()
+    assert demo_report.main([*report, "--heads=further"]) == 0
+    printed = capsys.readouterr().out
+    again, further = passes_in(printed)
+    assert again == plain and further < plain and "heads: trained further, further\n" in printed
+    before = re.search(
+        r"^Heads before the further training: ([\d.]+) tokens per step, [\d.]+ x the speed\.$", printed, re.M
+    )
+    assert before[1] == f"{plain / tuned:.2f}" and "trains them further." not in printed
+    assert demo_report.main([*report, "--heads=nowhere"]) == 1
+    assert "--heads nowhere: no such folder" in capsys.readouterr().err
 
     shutil.copytree(out, "headless", ignore=shutil.ignore_patterns("caft_heads"))
     assert demo_report.main([*report, "--output-dir=headless"]) == 0
@@ -330,13 +353,24 @@ def test_demo_report(project, monkeypatch, capsys):
 def test_demo_report_of_a_text_that_differs():
     plain = [demo_report.Answer("CC", [1, 1, 2], 3, 0.3), demo_report.Answer("C", [1, 2], 2, 0.2)]
     drafted = [demo_report.Answer("CN", [1, 3, 3, 2], 2, 0.2), demo_report.Answer("C", [1, 2], 1, 0.1)]
-    table = demo_report.draft_table(demo_report.Answers(plain, drafted))
+    table = demo_report.draft_table(demo_report.Answers(plain, [drafted]))
     _, _, first, second, both, _, closing, _, why, _ = table.splitlines()
     assert first.split() == ["1", "differs", "3", "2", "2.00", "0.30", "0.20"]
     assert second.split() == ["2", "same", "2", "1", "2.00", "0.20", "0.10"]
     assert both.split() == ["all", "1", "of", "2", "5", "3", "2.00", "0.50", "0.30"]
     assert closing == "Same text in 1 of 2; 3 forward passes instead of 5, 1.67 x the speed."
     assert why.startswith("A forward pass over several tokens rounds differently")
+
+
+def test_demo_report_of_heads_that_were_trained_further():
+    """The table is that of the last heads; those from which they started have a line."""
+    plain, before = [demo_report.Answer("CC", [1, 1, 2], 3, 0.3)], [demo_report.Answer("CC", [1, 1, 2], 2, 0.4)]
+    *_, row, _, closing, line = demo_report.draft_table(
+        demo_report.Answers(plain, [before, [demo_report.Answer("CC", [1, 1, 2], 1, 0.1)]])
+    ).splitlines()
+    assert row.split() == ["all", "1", "of", "1", "3", "1", "3.00", "0.30", "0.10"]
+    assert closing == "Same text in 1 of 1; 1 forward passes instead of 3, 3.00 x the speed."
+    assert line == "Heads before the further training: 1.50 tokens per step, 0.75 x the speed."
 
 
 def test_the_demo_starts_axolotl_without_warnings_that_look_like_a_broken_installation(project):
