@@ -18,7 +18,7 @@ FOLDER = "caft_heads"
 WEIGHTS, LORA, RECORD = "heads.safetensors", "lora.safetensors", "config.json"
 FINGERPRINT = "fingerprint.safetensors"  # of the last layer and final norm that the heads were trained with
 LONGEST_JSON = 100_000  # bytes
-COPIES = "; leave the key out to start from copies of the last layer"
+COPIES = "; omit it to start from copies of the last layer"
 METRICS, CARD = "metrics.json", "README.md"  # written for pretrained heads
 DRAFTING = "drafting.json"  # written by `caft speculate`
 LOSSES = "losses.json"  # written by a run
@@ -194,6 +194,18 @@ def read_record(folder: Path) -> HeadsRecord:
         f"{heads_as()}: {folder / RECORD} is not a heads record that this version can read ({shown(problem)}). "
         "Make the folder again, or use the file that was saved with these heads."
     )
+
+
+def refuse_heads_as_model(config: object, name: str, asked: str) -> None:
+    """Raise ConfigError if the config of a model `name` is the record of a heads folder; `asked` begins the message.
+
+    A record has a `model_type`, so transformers would build a model of that type's default size from it.
+    """
+    if isinstance(config, dict) and config.keys() >= OF_RECORD:
+        raise ConfigError(
+            f"{asked}: got {shown(name)}, which is a heads folder. Give the model that the heads were trained with "
+            f"(the folder names the base model {shown(config.get('base_model'))})."
+        )
 
 
 def _refuse_model(folder: Path, config: object) -> None:

@@ -161,7 +161,7 @@ def pretrain_heads(stage1: Stage1) -> Path:
     model, tokenizer, arguments, config = stage1.model, stage1.tokenizer, stage1.arguments, stage1.config
     if arguments.world_size > 1:
         raise ConfigError(
-            f"pretrain_heads: {arguments.world_size} processes were started, but it takes one. Start it with "
+            f"pretrain_heads: {arguments.world_size} processes were started, but it accepts one. Start it with "
             "`accelerate launch --num_processes 1`, or without a launcher."
         )
     warn_of_slow_bf16(arguments, model)
@@ -175,7 +175,7 @@ def pretrain_heads(stage1: Stage1) -> Path:
     if not rows:
         raise ConfigError(
             "pretrain_heads: the data set has no row with an answer to learn from. Each row needs a prompt and an "
-            "assistant's answer; look at `datasets:` and the chat template."
+            "assistant's answer; check the data sets and the chat template."
         )
     model.requires_grad_(False)
     model.eval()
