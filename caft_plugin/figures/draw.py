@@ -1,4 +1,4 @@
-"""Draws the figure of the README, light and dark: `python caft_plugin/figures/draw.py`."""
+"""Draw the figure of the README, light and dark: `python caft_plugin/figures/draw.py`."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class Canvas:
 
 
 def caft(canvas: Canvas) -> None:
-    """A last layer with heads for the tokens 2 to 5 ahead beside the model's own next token."""
+    """A last layer with heads for the tokens 2 to 5 ahead and the model's own next token."""
     left, step, width = 44, 72, 64
     columns = [left + step * k for k in range(5)]
     middle = (columns[0] + columns[-1]) / 2

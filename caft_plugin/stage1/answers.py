@@ -122,7 +122,7 @@ def write_answers(
 ) -> list[list[int]]:
     """The base model's answer to each prompt, token ids with the end token where one came.
 
-    Answers are appended to `path` batch by batch, so an interrupted run goes on where it stopped.
+    Answers are appended to `path` batch by batch, so an interrupted run resumes where it stopped.
 
     Raises:
         ConfigError: no end token is known, a prompt leaves no room, `path` holds other answers, or vLLM cannot run.
@@ -230,7 +230,7 @@ def check_vllm(quantised: bool) -> None:
 
 
 def start_vllm(model: PreTrainedModel, name: str) -> Any:
-    """A vLLM engine beside the model, on half of the GPU's memory. Never run by us."""
+    """A vLLM engine next to the model, on half of the GPU's memory. Never tested."""
     from vllm import LLM
 
     return LLM(model=name, dtype=str(model.dtype).removeprefix("torch."), gpu_memory_utilization=0.5)
