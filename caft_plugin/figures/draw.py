@@ -162,8 +162,8 @@ def meap(canvas: Canvas) -> None:
     canvas.dot(left + 4, y, "own")
     canvas.text(left + 14, y, "loss on every token of the answer", size=12, ha="left")
     canvas.dot(left + 4, y + 19, "mask")
-    canvas.text(left + 14, y + 19, "in the copy, loss on the masked tokens alone", size=12, ha="left")
-    canvas.text(left, 337, "A tenth of the answer's tokens is masked, anew", size=12, ha="left")
+    canvas.text(left + 14, y + 19, "in the copy, loss only on the masked tokens", size=12, ha="left")
+    canvas.text(left, 337, "A tenth of the answer's tokens is masked, redrawn", size=12, ha="left")
     canvas.text(left, 355, "in every epoch. The model keeps its shape.", size=12, ha="left")
 
 
