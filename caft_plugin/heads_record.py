@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, TypeAdapter, ValidationError
 
 from caft_plugin.config import HEADS_KEY, CAFTConfig, ConfigError, HeadInput, heads_as, shown
+from caft_plugin.heads_as_model import OF_RECORD
 
 if TYPE_CHECKING:
     from caft_plugin.trunk import Trunk
@@ -24,7 +25,6 @@ DRAFTING = "drafting.json"  # written by `caft speculate`
 LOSSES = "losses.json"  # written by a run
 TRAINING = "training"  # in it, next to the names of evaluation sets
 # Keys that tell config.json of heads from that of a model, and that from a drafter's.
-OF_RECORD = {"head_input", "head_norm", "layer_class"}
 OF_MODEL, OF_DRAFTER = {"architectures", "model_type"}, {"caft_heads", "eagle_aux_hidden_state_layer_ids"}
 
 
@@ -194,18 +194,6 @@ def read_record(folder: Path) -> HeadsRecord:
         f"{heads_as()}: {folder / RECORD} is not a heads record that this version can read ({shown(problem)}). "
         "Make the folder again, or use the file that was saved with these heads."
     )
-
-
-def refuse_heads_as_model(config: object, name: str, asked: str) -> None:
-    """Raise ConfigError if the config of a model `name` is the record of a heads folder; `asked` begins the message.
-
-    A record has a `model_type`, so transformers would build a model of that type's default size from it.
-    """
-    if isinstance(config, dict) and config.keys() >= OF_RECORD:
-        raise ConfigError(
-            f"{asked}: got {shown(name)}, which is a heads folder. Give the model that the heads were trained with "
-            f"(the folder names the base model {shown(config.get('base_model'))})."
-        )
 
 
 def _refuse_model(folder: Path, config: object) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections import OrderedDict
 from pathlib import Path
 
@@ -209,7 +210,10 @@ def refused(file, base, out, match):
     with pytest.raises(ConfigError, match=match) as caught:
         import_heads(file, str(base), out)
     result = CliRunner().invoke(commands, ["import-heads", str(file), "--base-model", str(base), str(out)])
-    assert (result.exit_code, result.output) == (1, f"Error: {caught.value}\n")
+    assert (result.exit_code, result.output) == (
+        1,
+        "Error: " + re.sub("^base_model:", "--base-model:", str(caught.value)) + "\n",
+    )
     assert not Path(out).is_dir()
     assert before is None or sorted(file.parent.iterdir()) == before
 
