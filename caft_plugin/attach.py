@@ -127,14 +127,14 @@ class _Reading:
             raise ConfigError(
                 f"caft: the loss called {name} with different input_ids than the batch (called with shapes {asked}; "
                 f"the batch has {tuple(self.input_ids.shape)}), so heads would learn the wrong tokens. Use a trainer "
-                "that passes the batch to the model unchanged (no reshaping, merging or replacing of rows), or remove "
-                "the `caft:` block."
+                "that passes the batch to the model unchanged (no reshaping, merging or replacing of rows), or train "
+                "without CAFT."
             )
         if self.on_trust and len(self.calls) > 1:
             raise ConfigError(
                 f"caft: the loss called {name} {len(self.calls)} times, the first time without input_ids "
                 "(inputs_embeds), so caft_plugin cannot tell which call uses the batch. Pass the batch's input_ids in "
-                "the call that the heads should learn from, or remove the `caft:` block."
+                "the call that the heads should learn from, or train without CAFT."
             )
 
 
@@ -441,7 +441,7 @@ def _check_shape(model: nn.Module, hidden: Tensor, targets: Tensor) -> None:
             f"caft: {type(model).__name__} received inputs whose shape differs from the labels (hidden states "
             f"{tuple(hidden.shape[:-1])}, targets {tuple(targets.shape)}, as (batch, length)), so heads would learn "
             "the wrong tokens. Use a trainer that passes the batch to the model unchanged (no prompt tuning, "
-            "reshaping or merging of rows), or remove the `caft:` block."
+            "reshaping or merging of rows), or train without CAFT."
         )
 
 

@@ -127,7 +127,7 @@ def to_resume_from(asked: str | Literal[True], output_dir: str | Path, parts: Pa
         newest = newest_warning_of_others(output_dir, parts)
         if newest is None:
             raise ConfigError(
-                f"resume_from_checkpoint: got True, but {output_dir} has no complete checkpoint. Leave it out to "
+                f"resume_from_checkpoint: got True, but {output_dir} has no complete checkpoint. Omit it to "
                 "start from the beginning, or give the path of a checkpoint elsewhere."
             )
         return str(newest)

@@ -71,8 +71,8 @@ class Block(BaseModel):
             return cls()
         if not isinstance(block, dict):
             raise ConfigError(
-                f"{cls.block}: got {shown(block)}, but it accepts a block of keys ({', '.join(cls.model_fields)}), "
-                "or an empty block for the defaults."
+                f"{cls.block}: got {shown(block)}, but it accepts settings by name ({', '.join(cls.model_fields)}), "
+                "or {} for the defaults."
             )
         return cls(**{key if isinstance(key, str) else shown(key): value for key, value in block.items()})
 
@@ -210,15 +210,18 @@ class PretrainConfig(Block):
 
 
 def explain(model: type[Block], errors: Iterable[ErrorDetails]) -> str:
-    """Return one line for each wrong key of a config block: the key, the value received, the values accepted."""
+    """Return one line for each wrong setting of a block: its name, the value received, the values accepted."""
     lines = {}
     for error in errors:
         key = str(error["loc"][0]) if error["loc"] else ""
         field = model.model_fields.get(key)
         if field is None:
-            lines[key] = f"{model.block}.{named(key)}: unknown key. Accepted keys: {', '.join(model.model_fields)}."
+            accepts = ", ".join(model.model_fields)
+            lines[key] = f"{model.block}.{named(key)}: unknown setting. Accepted settings: {accepts}."
         else:
-            lines[key] = f"{model.block}.{key}: got {shown(error['input'])}, but it accepts {accepted(field)}."
+            lines[key] = (
+                f"{setting_as(model.block, key)}: got {shown(error['input'])}, but it accepts {accepted(field)}."
+            )
     return "\n".join(lines.values())
 
 
@@ -237,7 +240,8 @@ _heads_as: ContextVar[str] = ContextVar("caft_heads_as", default=HEADS_KEY)
 
 def heads_as() -> str:
     """Return the caller's name for the heads folder (a key, an option or an argument), with which messages begin."""
-    return _heads_as.get()
+    name = _heads_as.get()
+    return setting_as("caft", "heads") if name == HEADS_KEY else name
 
 
 @contextlib.contextmanager
@@ -272,6 +276,24 @@ def asked_as(argument: str, option: str | None = None) -> str:
     if not _on_command_line.get():
         return argument
     return f"--{argument.replace('_', '-')}" if option is None else option
+
+
+_given_as_options: ContextVar[frozenset[str]] = ContextVar("caft_given_as_options", default=frozenset())
+
+
+@contextlib.contextmanager
+def given_as_options(settings: Iterable[str]) -> Iterator[None]:
+    """Use the options' names for these settings of a block in messages while this is open."""
+    token = _given_as_options.set(frozenset(settings))
+    try:
+        yield
+    finally:
+        _given_as_options.reset(token)
+
+
+def setting_as(block: str, name: str) -> str:
+    """Return the caller's name for a setting of a block: `--num-heads` if given as an option, else `caft.num_heads`."""
+    return f"--{name.replace('_', '-')}" if name in _given_as_options.get() else f"{block}.{name}"
 
 
 def named(text: str) -> str:

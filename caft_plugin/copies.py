@@ -58,7 +58,7 @@ def _without_hooks(layer: nn.Module) -> nn.Module:
         raise ConfigError(
             f"caft: the model's last layer ({type(layer).__name__}) cannot be copied into heads "
             f"({type(error).__name__}: {error}). Remove attributes that are neither its modules nor its parameters "
-            "(torch.nn.utils.weight_norm: use torch.nn.utils.parametrizations), or remove the `caft:` block."
+            "(torch.nn.utils.weight_norm: use torch.nn.utils.parametrizations), or train without CAFT."
         ) from error
     for module in layer.modules():
         for name in OWN_FORWARD:

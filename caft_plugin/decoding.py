@@ -191,7 +191,7 @@ class Drafter:
         tokenizer: object = None,
         **model_kwargs: object,
     ) -> Tensor | GenerateDecoderOnlyOutput:
-        """Generate a text when `generate` calls this: takes the prompt (1, length), returns the complete text.
+        """Generate a text when `generate` calls this: from the prompt (1, length) to the complete text.
 
         `begun_streamer` is the `streamer` of `generate`, which already has the prompt; a `text_streamer` does not have
         it yet. `tokenizer` is only used by `generate`, for `stop_strings`.

@@ -22,7 +22,16 @@ from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from caft_plugin.config import DEFAULT_HEAD_INPUT, DEFAULT_HEAD_NORM, CAFTConfig, ConfigError, heads_as, named, shown
+from caft_plugin.config import (
+    DEFAULT_HEAD_INPUT,
+    DEFAULT_HEAD_NORM,
+    CAFTConfig,
+    ConfigError,
+    heads_as,
+    named,
+    setting_as,
+    shown,
+)
 from caft_plugin.fingerprint import Fingerprint, Sample, is_sharded, take_sample
 from caft_plugin.heads import MODULE_NAME, AuxiliaryHeads
 from caft_plugin.heads_record import (
@@ -77,8 +86,8 @@ class HeadsFolder:
         path, record, text_config = self.path, self.record, model_config.get_text_config()
         if record.num_heads < config.num_heads:
             raise ConfigError(
-                f"caft.num_heads: got {config.num_heads}, but the folder {path} holds {record.num_heads} heads. "
-                f"Set num_heads to at most {record.num_heads}, or train more heads."
+                f"{setting_as('caft', 'num_heads')}: got {config.num_heads}, but the folder {path} holds "
+                f"{record.num_heads} heads. Use at most {record.num_heads}, or train more heads."
             )
         if record.hidden_size != text_config.hidden_size:
             raise ConfigError(
@@ -152,8 +161,8 @@ class HeadsFolder:
             written, recorded = getattr(config, key), getattr(record, key)
             if written is not None and written != recorded:
                 logger.warning(
-                    "caft.%s: got %s, but these heads were made with %s; leave it out to use the folder's setting",
-                    key,
+                    "%s: got %s, but these heads were made with %s; omit it to use the folder's setting",
+                    setting_as("caft", key),
                     written,
                     recorded,
                 )
@@ -328,7 +337,7 @@ def load_checkpoint(checkpoint: str | os.PathLike[str], heads: AuxiliaryHeads, c
     if not folder.is_dir():
         raise ConfigError(
             f"caft: the checkpoint {checkpoint} has no {FOLDER}/ folder, so it was made without CAFT and cannot be "
-            "resumed with it. Resume without the `caft:` block, or start from the beginning."
+            "resumed with it. Resume without CAFT, or start from the beginning."
         )
     record = read_record(folder)
     this_run = {

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, TypeAdapter, ValidationError
 
 from caft_plugin.config import HEADS_KEY, CAFTConfig, ConfigError, HeadInput, heads_as, shown
+from caft_plugin.heads_as_model import OF_RECORD
 
 if TYPE_CHECKING:
     from caft_plugin.trunk import Trunk
@@ -18,13 +19,12 @@ FOLDER = "caft_heads"
 WEIGHTS, LORA, RECORD = "heads.safetensors", "lora.safetensors", "config.json"
 FINGERPRINT = "fingerprint.safetensors"  # of the last layer and final norm that the heads were trained with
 LONGEST_JSON = 100_000  # bytes
-COPIES = "; leave the key out to start from copies of the last layer"
+COPIES = "; omit it to start from copies of the last layer"
 METRICS, CARD = "metrics.json", "README.md"  # written for pretrained heads
 DRAFTING = "drafting.json"  # written by `caft speculate`
 LOSSES = "losses.json"  # written by a run
 TRAINING = "training"  # in it, next to the names of evaluation sets
 # Keys that tell config.json of heads from that of a model, and that from a drafter's.
-OF_RECORD = {"head_input", "head_norm", "layer_class"}
 OF_MODEL, OF_DRAFTER = {"architectures", "model_type"}, {"caft_heads", "eagle_aux_hidden_state_layer_ids"}
 
 

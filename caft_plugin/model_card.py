@@ -16,7 +16,7 @@ SECTION = re.compile(rf"\s*{START}.*?{END}\s*", re.DOTALL)
 
 
 def section(caft: CAFTConfig | None, meap: MEAPConfig | None) -> str:
-    """Return the section for a run with these blocks; empty where neither changes what is trained."""
+    """Return the section for a run with these settings; empty if neither changes the training."""
     blocks: list[Block] = []
     lines = ["## Training objectives", "", "Trained with caft_plugin, in addition to next-token prediction:", ""]
     if caft is not None and caft.beta != 0:
@@ -37,7 +37,7 @@ def section(caft: CAFTConfig | None, meap: MEAPConfig | None) -> str:
 
 
 class FrameworkCard:
-    """The card in a folder where a framework may write one. It is made before that, and completed afterwards."""
+    """The card in a folder where a framework may write one. Created before the framework saves, completed after."""
 
     def __init__(self, folder: Path, section: str) -> None:
         self.file = folder / CARD
@@ -48,7 +48,7 @@ class FrameworkCard:
         return self.file.read_text(encoding="utf-8") if self.file.is_file() else None
 
     def complete(self) -> None:
-        """Put the section at the end of a card that was written since, in the place of an earlier run's."""
+        """Append the section to a card that was written since, replacing an earlier run's section."""
         card = self._content()
         if card is None or card == self.before:
             return

@@ -24,7 +24,8 @@ from transformers import (
 )
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, CONFIG_NAME, cached_file, find_adapter_config_file
 
-from caft_plugin.config import ConfigError, first_line, shown
+from caft_plugin.config import ConfigError, asked_as, first_line, shown
+from caft_plugin.heads_as_model import refuse_heads_as_model
 from caft_plugin.storage import read_text
 from caft_plugin.trunk import auto_class, input_embedding, trunk_without_weights
 
@@ -39,23 +40,36 @@ def base_of(name: str) -> str:
     """Return the base model named by an adapter's folder or Hub id; for any other model, the name itself.
 
     Raises:
-        ConfigError: an adapter that names no base.
+        ConfigError: a heads folder, or an adapter that names no base.
     """
     return _base_and_revision(name)[0]
 
 
 def _base_and_revision(name: str) -> tuple[str, str | None]:
+    refuse_heads_folder(name)
     file = find_adapter_config_file(name)
     if file is None:
         return name, None
     try:
-        keys = json.loads(read_text(Path(file), "--model", "the folder of an adapter"))
+        keys = json.loads(read_text(Path(file), asked_as("model"), "the folder of an adapter"))
         base, revision = keys["base_model_name_or_path"], keys.get("revision")
     except (ValueError, KeyError, TypeError, AttributeError):
         base = revision = None
     if not isinstance(base, str):
-        raise ConfigError(f"--model: {name} is an adapter, but its {Path(file).name} names no base_model_name_or_path.")
+        raise ConfigError(
+            f"{asked_as('model')}: {name} is an adapter, but its {Path(file).name} names no base_model_name_or_path."
+        )
     return base, revision if isinstance(revision, str) else None
+
+
+def refuse_heads_folder(name: str, argument: str = "model") -> None:
+    """Raise ConfigError if the model folder `name`, given as this argument, is a heads folder."""
+    file = Path(name) / CONFIG_NAME
+    try:
+        config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    except (OSError, ValueError):
+        return  # loading reports the problem
+    refuse_heads_as_model(config, name, asked_as(argument))
 
 
 MERGED = "merged"  # Axolotl's subfolder of a run for the merged model
@@ -102,11 +116,12 @@ class Source:
         """Resolve `name`, without reading weights.
 
         Raises:
-            ConfigError: an adapter that names no base.
+            ConfigError: a heads folder, or an adapter that names no base.
         """
         base, revision = _base_and_revision(name)
         read = functools.partial(AutoConfig.from_pretrained, trust_remote_code=trust_remote_code)
         config = read(base, **({} if revision is None else {"revision": revision}))
+        refuse_heads_as_model(config.to_dict(), name, asked_as("model"))  # from the Hub
         if base == name:
             with_overrides_of_run(config, name, read)
             return cls(name, base, revision, config, None, trust_remote_code)
@@ -165,11 +180,14 @@ def _own_config(
         file = cached_file(name, CONFIG_NAME, _raise_exceptions_for_missing_entries=False)
         own = None if file is None else read(name)
     except (OSError, ValueError) as error:
-        logger.warning("--model: the %s of the adapter in %s was ignored (%s)", CONFIG_NAME, name, first_line(error))
+        logger.warning(
+            "%s: the %s of the adapter in %s was ignored (%s)", asked_as("model"), CONFIG_NAME, name, first_line(error)
+        )
         return None
     if own is not None and own.model_type != base.model_type:
         logger.warning(
-            "--model: the %s in %s was ignored: its model type is %s, but that of the adapter's base is %s",
+            "%s: the %s in %s was ignored: its model type is %s, but that of the adapter's base is %s",
+            asked_as("model"),
             CONFIG_NAME,
             name,
             own.model_type,
@@ -199,8 +217,9 @@ def with_overrides_of_run(config: PretrainedConfig, name: str, read: functools.p
         setattr(config, key, getattr(own, key))
     if changed:
         logger.warning(
-            "--model: %s/%s lacks settings that the run in %s was trained with (overrides_of_model_config): %s. They "
+            "%s: %s/%s lacks settings that the run in %s was trained with (overrides_of_model_config): %s. They "
             "were used to load the model; add them to that file before you use the model elsewhere",
+            asked_as("model"),
             name,
             CONFIG_NAME,
             run,
@@ -248,7 +267,7 @@ def load_model(name: str, dtype: torch.dtype | str, **loading: Unpack[Loading]) 
     """Load a model, or an adapter and its base; see `Source.load`.
 
     Raises:
-        ConfigError: an adapter that names no base.
+        ConfigError: a heads folder, or an adapter that names no base.
     """
     return Source.of(name).load(dtype, **loading)
 
@@ -271,7 +290,12 @@ def load_for_heads(source: Source, dtype: torch.dtype | str, **loading: Unpack[L
 
 
 def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model; for an adapter without one, its base's."""
+    """Load the tokenizer of a model; for an adapter without one, its base's.
+
+    Raises:
+        ConfigError: `name` is a heads folder.
+    """
+    refuse_heads_folder(name)
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError):

@@ -72,14 +72,14 @@ def no_labels(trainer: Trainer, keys: Iterable[object]) -> ConfigError:
     return ConfigError(
         f"caft: the batches of {host_name(trainer)} have no `labels` (batch, length), from which the heads' targets "
         f"are made; they have {', '.join(map(str, keys))}. Use a trainer for supervised fine-tuning or pretraining, "
-        "such as Trainer or SFTTrainer, or remove the `caft:` block."
+        "such as Trainer or SFTTrainer, or train without CAFT."
     )
 
 
 def no_heads_ran(trainer: Trainer) -> ConfigError:
     return ConfigError(
         f"caft: {host_name(trainer)} made its first step without calling compute_loss with gradients, so the heads "
-        "did not run. Use a trainer whose training_step calls compute_loss, or remove the `caft:` block."
+        "did not run. Use a trainer whose training_step calls compute_loss, or train without CAFT."
     )
 
 
@@ -136,7 +136,7 @@ def cut_up(got: str, what: str, asks: str = "caft") -> str:
         why = f"{ADDS[asks]} was never tested there"
     return (
         f"{asks}: got {got}, but it accepts 1: splitting the {what} of one model among processes is not supported "
-        f"({why}). Remove the key, and split rows and weights among the processes with DDP or FSDP2."
+        f"({why}). Remove this setting, and split rows and weights among the processes with DDP or FSDP2."
     )
 
 

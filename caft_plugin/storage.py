@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, distribute_tensor
 
-from caft_plugin.config import ConfigError
+from caft_plugin.config import ConfigError, asked_as
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -53,7 +53,9 @@ def write_png(file: Path, size: tuple[float, float], columns: int, fill: Callabl
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
-        raise ConfigError("--png needs matplotlib. Install it: pip install 'caft_plugin[report]'") from None
+        raise ConfigError(
+            f"{asked_as('file', '--png')}: needs matplotlib. Install it: pip install 'caft_plugin[report]'"
+        ) from None
     figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
     fill(figure.subplots(1, columns))

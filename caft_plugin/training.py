@@ -53,7 +53,7 @@ def with_caft(trainer_class: type[Trainer]) -> type[Trainer]:
         TypeError: `trainer_class` is not a Trainer.
     """
     if not (isinstance(trainer_class, type) and issubclass(trainer_class, Trainer)):
-        raise TypeError(f"with_caft takes a subclass of transformers.Trainer, got {trainer_class!r}")
+        raise TypeError(f"with_caft accepts a subclass of transformers.Trainer, got {trainer_class!r}")
     if issubclass(trainer_class, CAFTTrainerMixin):
         return trainer_class
     packages = [base.__module__.partition(".")[0] for base in trainer_class.__mro__]

@@ -27,6 +27,7 @@ from transformers import (
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from caft_plugin.config import ConfigError, first_line, shown
+from caft_plugin.heads_as_model import refuse_heads_as_model
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +82,7 @@ def find_trunk(model: nn.Module) -> Trunk:
             f"caft: got a model of class {name}, but CAFT accepts a transformers model (PreTrainedModel), with or "
             "without a PEFT adapter. "
             + (f"Pass its {inside} as the model" if inside else "Derive its class from PreTrainedModel")
-            + ", or remove the `caft:` block."
+            + ", or train without CAFT."
         )
     refuse_unfit(base.config, name)
     text_config = base.config.get_text_config()
@@ -107,7 +108,7 @@ def find_trunk(model: nn.Module) -> Trunk:
         ]
         raise ConfigError(
             f"caft: {name} has no {' and no '.join(missing)} where decoder-only models have it, so CAFT cannot "
-            "build heads for it. Use a decoder-only causal language model, or remove the `caft:` block."
+            "build heads for it. Use a decoder-only causal language model, or train without CAFT."
         )
     if isinstance(layers[-1], BaseTunerLayer):
         raise unmergeable(layers[-1], "it wraps complete decoder layers")
@@ -152,7 +153,7 @@ def find_layers(base: PreTrainedModel, count: int | None) -> str | None:
         named = ", ".join(f"{at} ({len(lists[at])} {type(lists[at][-1]).__name__})" for at in found)
         raise ConfigError(
             f"caft: {type(base).__name__} has several lists that may be its decoder layers: {named}. Name the layers' "
-            "class in the model's `_no_split_modules`, or remove the `caft:` block."
+            "class in the model's `_no_split_modules`, or train without CAFT."
         )
     return found[0] if found else None
 
@@ -162,7 +163,7 @@ def size_of(base: PreTrainedModel, key: str) -> int:
     if size is None:
         raise ConfigError(
             f"caft: {type(base.config).__name__} of {type(base).__name__} has no {key}, which is needed to save and "
-            "check heads. Add that name to the config (transformers' `attribute_map`), or remove the `caft:` block."
+            "check heads. Add that name to the config (transformers' `attribute_map`), or train without CAFT."
         )
     return size
 
@@ -209,7 +210,7 @@ def refuse_adapters(model: nn.Module) -> None:
             continue
         raise ConfigError(
             f"caft: got an adapter of PEFT's {kind}, {why}. Use an adapter that changes only layers, such as LoRA "
-            "(LoraConfig), or remove the `caft:` block."
+            "(LoraConfig), or train without CAFT."
         )
 
 
@@ -218,8 +219,8 @@ def refuse_unfit(config: PretrainedConfig, name: str) -> None:
     refuse_encoder_decoder(config, name)
     if config.model_type in UNFIT:
         raise ConfigError(
-            f"caft: {name} {UNFIT[config.model_type]}, which heads do not support. Use another model, or remove the "
-            "`caft:` block."
+            f"caft: {name} {UNFIT[config.model_type]}, which heads do not support. Use another model, or train "
+            "without CAFT."
         )
 
 
@@ -228,7 +229,7 @@ def refuse_encoder_decoder(config: PretrainedConfig, name: str, block: str = "ca
     if getattr(config, "is_encoder_decoder", False):
         raise ConfigError(
             f"{block}: {name} is an encoder-decoder model, but {block.upper()} accepts decoder-only causal language "
-            f"models (Llama, Qwen, Mistral, Gemma ...). Use one of these, or remove the `{block}:` block."
+            f"models (Llama, Qwen, Mistral, Gemma ...). Use one of these, or train without {block.upper()}."
         )
 
 
@@ -275,7 +276,7 @@ def refuse_offloaded(trunk: Trunk) -> None:
                 f"caft: accelerate offloads {name} of {type(trunk.model).__name__} to disk or CPU memory "
                 f"(device_map: {shown(getattr(trunk.model, 'hf_device_map', None))}), but heads are copies of the last "
                 "layer and use the final norm and the unembedding in each step. Put these three on a device in "
-                "device_map (earlier layers may be offloaded), or remove the `caft:` block."
+                "device_map (earlier layers may be offloaded), or train without CAFT."
             )
 
 
@@ -283,8 +284,7 @@ def unmergeable(tuner: object, why: str) -> ConfigError:
     kind = f"{type(tuner).__module__.removeprefix('peft.tuners.').split('.')[0]} ({type(tuner).__name__})"
     return ConfigError(
         f"caft: the last layer has a PEFT {kind} adapter, which cannot be merged into its weights ({why}), so the "
-        "layer cannot be copied into heads. Use an adapter that can be merged, such as LoRA, or remove the `caft:` "
-        "block."
+        "layer cannot be copied into heads. Use an adapter that can be merged, such as LoRA, or train without CAFT."
     )
 
 
@@ -300,7 +300,7 @@ def auto_class(config: PretrainedConfig, whole: bool = False) -> Any:
 
 def empty_trunk(
     base_model: str,
-    key: str = "--base-model",
+    key: str,
     revision: str | None = None,
     overrides: Mapping[str, object] | None = None,
     whole: bool = False,
@@ -327,6 +327,7 @@ def empty_trunk(
             f"{key}: got {base_model!r}, whose config could not be read ({first_line(error)}). It accepts a "
             "model folder or a Hub id: check the name, your connection and your Hub token."
         ) from error
+    refuse_heads_as_model(config.to_dict(), base_model, key)
     for name, value in (overrides or {}).items():
         setattr(config, name, value)
     refuse_unfit(config, config.model_type)

@@ -147,7 +147,7 @@ def test_an_unknown_key_is_named(block, key, value):
     with little_memory(), pytest.raises(ConfigError) as error:
         block.read({key: value})
     check_message(error, f"{block.block}.")
-    assert "unknown key. Accepted keys: " in str(error.value)
+    assert "unknown setting. Accepted settings: " in str(error.value)
     if isinstance(key, str) and key.isidentifier() and len(key) < 100:
         assert f"{block.block}.{key}: " in str(error.value)
 
@@ -160,7 +160,7 @@ def test_what_is_no_block_is_named(block, value):
     with little_memory(), pytest.raises(ConfigError) as error:
         block.read(value)
     check_message(error, f"{block.block}: got ")
-    assert "accepts a block of keys" in str(error.value)
+    assert "accepts settings by name" in str(error.value)
 
 
 @pytest.mark.parametrize("block", [{"num_heads": 10**5000}, {10**5000: 1}, 10**5000], ids=["value", "key", "block"])

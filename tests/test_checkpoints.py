@@ -102,7 +102,7 @@ def test_one_that_is_asked_for_has_to_be_whole(run, tmp_path, how):
 def test_without_a_whole_one(run, tmp_path):
     model, folder, _ = run
     with pytest.raises(
-        ConfigError, match="got True, but .* has no complete checkpoint. Leave it out to start from the beginning"
+        ConfigError, match="got True, but .* has no complete checkpoint. Omit it to start from the beginning"
     ):
         make(model, tmp_path).train(resume_from_checkpoint=True)
     shutil.copytree(folder / "checkpoint-2", tmp_path / "checkpoint-2")

@@ -36,7 +36,7 @@ def test_bad_value(key, value, takes):
 
 
 def test_unknown_key_names_the_known_ones():
-    with pytest.raises(ConfigError, match=r"caft.betta: unknown key. Accepted keys: num_heads, .*head_norm"):
+    with pytest.raises(ConfigError, match=r"caft.betta: unknown setting. Accepted settings: num_heads, .*head_norm"):
         CAFTConfig(betta=0.1)
 
 
@@ -53,7 +53,7 @@ def test_numbers_as_yaml_writes_them():
 
 @pytest.mark.parametrize("block", [3, "on", ["num_heads"], True])
 def test_block_has_to_be_a_mapping(block):
-    with pytest.raises(ConfigError, match="accepts a block of keys"):
+    with pytest.raises(ConfigError, match="accepts settings by name"):
         CAFTConfig.read(block)
 
 

@@ -289,7 +289,7 @@ def test_what_cannot_work_is_said(model, tmp_path):
     with pytest.raises(ConfigError, match="got add, but the trainer was given a finished optimizer"):
         make(meap={"mask_token": "add"}, optimizers=finished)
     assert not any("caft" in name for name, _ in model.named_modules())
-    with pytest.raises(ConfigError, match="meap: got 3, but it accepts a block of keys"):
+    with pytest.raises(ConfigError, match="meap: got 3, but it accepts settings by name"):
         make(meap=3)
 
     class Stream(IterableDataset):

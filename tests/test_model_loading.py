@@ -1,4 +1,4 @@
-"""A model is loaded as it was trained: adapters with a larger vocabulary, a run's config beside them, revisions."""
+"""A model is loaded as it was trained: adapters with a larger vocabulary, a run's config next to them, revisions."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def base(tmp_path):
 
 
 def run(base, out, tokens=None, overrides=None, leaves_config=True, **lora):
-    """What a LoRA run leaves: its adapter, and Axolotl's config.json beside it. Returns the logits of its model."""
+    """What a LoRA run leaves: its adapter, and Axolotl's config.json next to it. Returns the logits of its model."""
     config = LlamaConfig.from_pretrained(base)
     for key, value in (overrides or {}).items():
         setattr(config, key, value)
@@ -89,7 +89,7 @@ def test_tokens_that_the_adapter_does_not_hold(base, tmp_path):
 
 
 def test_a_merged_model_keeps_what_the_run_changed(base, tmp_path, caplog):
-    """`axolotl merge-lora` writes the base's config beside the merged weights."""
+    """`axolotl merge-lora` writes the base's config next to the merged weights."""
     out = tmp_path / "out"
     wanted = run(base, out, overrides={"rms_norm_eps": 0.5})
     merged(load_model(str(out), torch.float32)).save_pretrained(out / "merged")

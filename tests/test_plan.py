@@ -349,7 +349,7 @@ def encoder_decoder(folder):
             {"caft": {"num_heads": 33}},
             "caft.num_heads: got 33, but it accepts a whole number at least 1 and at most 32",
         ),
-        ({"caft": {"nun_heads": 3}}, "caft.nun_heads: unknown key"),
+        ({"caft": {"nun_heads": 3}}, "caft.nun_heads: unknown setting"),
         ({"caft": {"heads": "./nowhere"}}, "caft.heads: got './nowhere'"),
         ({"micro_batch_size": 0}, "micro_batch_size: got 0, but it accepts a whole number at least 1"),
         ({"sequence_len": "long"}, "sequence_len: got 'long'"),

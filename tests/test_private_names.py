@@ -72,7 +72,7 @@ NAMES = [
     PrivateName(
         "transformers.integrations.peft:PeftAdapterMixin",
         "_hf_peft_config_loaded",
-        "let the Trainer take a quantised base whose heads alone train",
+        "let the Trainer accept a quantised base of which only the heads train",
         "stage1/pretraining.py",
     ),
     PrivateName("accelerate.hooks", "_hf_hook", "tell offloaded modules", "trunk.py", instance=True),
@@ -119,14 +119,14 @@ NAMES = [
     PrivateName(
         "transformers.utils",
         "cached_file",
-        "find the config beside an adapter",
+        "find the config next to an adapter",
         "model_loading.py",
         ("path_or_repo_id", "filename"),
     ),
     *(
         PrivateName(f"vllm.model_executor.{owner}", name, purpose, f"serving/{file}.py")
         for owner, name, purpose, file in (
-            ("models.llama_eagle3", "Eagle3LlamaForCausalLM", "be taken by vLLM's proposer", "parallel"),
+            ("models.llama_eagle3", "Eagle3LlamaForCausalLM", "be accepted by vLLM's proposer", "parallel"),
             ("models.utils", "get_draft_quant_config", "keep heads plain next to a quantised model", "parallel"),
             ("models.utils", "AutoWeightsLoader", "load the heads", "parallel"),
             ("models.utils", "WeightsMapper", "stack q, k, v and gate, up", "parallel"),
@@ -174,7 +174,7 @@ def test_it_is_there(private):
     if private.parameters is not None:
         found = tuple(inspect.signature(getattr(owner, private.name)).parameters)
         first = found[: len(private.parameters)]
-        assert first == private.parameters, f"{private} takes {', '.join(found)} now: {needs}"
+        assert first == private.parameters, f"{private} accepts {', '.join(found)} now: {needs}"
 
 
 @pytest.mark.parametrize("private", NAMES, ids=str)

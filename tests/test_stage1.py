@@ -238,7 +238,7 @@ def test_bad_settings():
         ConfigError, match=r"pretrain_heads.targets: got 'teacher', but it accepts one of model, dataset"
     ):
         PretrainConfig(targets="teacher")
-    with pytest.raises(ConfigError, match="pretrain_heads.tempratur: unknown key"):
+    with pytest.raises(ConfigError, match="pretrain_heads.tempratur: unknown setting"):
         PretrainConfig(tempratur=1)
 
 

@@ -1,4 +1,4 @@
-"""Write the molecule rows that lie beside this script: systematic name in, SMILES out.
+"""Write the molecule rows next to this script: systematic name in, SMILES out.
 
     python make_molecules.py [--train 2000] [--heldout 200] [--seed 0] [--out DIR] [--wheel FILE]
 
@@ -148,7 +148,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if options.train < 1 or options.heldout < 1:
             raise DataError(
-                f"--train is {options.train} and --heldout is {options.heldout}: each takes a whole number from 1"
+                f"--train is {options.train} and --heldout is {options.heldout}: each accepts a whole number from 1"
             )
         molecules = select_molecules(read_table(options.wheel))
         print(f"{len(molecules)} molecules pass the filter")

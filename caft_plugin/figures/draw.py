@@ -1,4 +1,4 @@
-"""Draws the figure of the README, light and dark: `python caft_plugin/figures/draw.py`."""
+"""Draw the figure of the README, light and dark: `python caft_plugin/figures/draw.py`."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class Canvas:
 
 
 def caft(canvas: Canvas) -> None:
-    """A last layer with heads for the tokens 2 to 5 ahead beside the model's own next token."""
+    """A last layer with heads for the tokens 2 to 5 ahead and the model's own next token."""
     left, step, width = 44, 72, 64
     columns = [left + step * k for k in range(5)]
     middle = (columns[0] + columns[-1]) / 2
@@ -162,8 +162,8 @@ def meap(canvas: Canvas) -> None:
     canvas.dot(left + 4, y, "own")
     canvas.text(left + 14, y, "loss on every token of the answer", size=12, ha="left")
     canvas.dot(left + 4, y + 19, "mask")
-    canvas.text(left + 14, y + 19, "in the copy, loss on the masked tokens alone", size=12, ha="left")
-    canvas.text(left, 337, "A tenth of the answer's tokens is masked, anew", size=12, ha="left")
+    canvas.text(left + 14, y + 19, "in the copy, loss only on the masked tokens", size=12, ha="left")
+    canvas.text(left, 337, "A tenth of the answer's tokens is masked, redrawn", size=12, ha="left")
     canvas.text(left, 355, "in every epoch. The model keeps its shape.", size=12, ha="left")
 
 

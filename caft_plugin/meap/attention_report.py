@@ -18,7 +18,7 @@ from caft_plugin.config import DEFAULT_MASK_RATIO, ConfigError, asked_as
 from caft_plugin.meap.base_model import BaseModel
 from caft_plugin.meap.mask_token import FILE, AddedMaskToken, MaskToken, choose_mask_token, row_norms
 from caft_plugin.meap.roles import Roles
-from caft_plugin.model_loading import load_model, load_tokenizer, merged
+from caft_plugin.model_loading import load_model, load_tokenizer, merged, refuse_heads_folder
 from caft_plugin.storage import numbered_lines, read_text, write_png
 from caft_plugin.trunk import input_embedding
 
@@ -118,14 +118,17 @@ def attention_report(
         tuned: the model after tuning, or its adapter, which is merged.
         texts: the texts to read.
         mask_ratio: fraction of the tokens to mask. None: the default of mode `pretrain`.
-        mask_token: as the key of the `meap:` block.
+        mask_token: as `mask_token` of MEAPConfig.
         max_length: longer texts are cut, in tokens.
         seed: of the masked positions.
         dtype: to compute in.
 
     Raises:
-        ConfigError: no mask token is available, or all texts are too short to mask.
+        ConfigError: a heads folder was given as a model, no mask token is available, or all texts are too short to
+            mask.
     """
+    refuse_heads_folder(base, "base")
+    refuse_heads_folder(tuned, "tuned")
     tokenizer = load_tokenizer(tuned)
     models = {
         name: merged(load_model(of, dtype=dtype, attn_implementation="eager")).eval()

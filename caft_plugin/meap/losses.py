@@ -1,4 +1,4 @@
-"""The next-token loss under MEAP, of masked tokens and of the others apart, read from the forward pass of training."""
+"""Measure the next-token loss under MEAP of masked and of other tokens, from the forward pass of training."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ HALF = (torch.bfloat16, torch.float16)
 
 
 class LossesByKind:
-    """Hooks on a model that read what it predicts in training; also the handle that puts them on and takes them off.
+    """Hooks on a model that read its predictions in training, with methods to attach and detach them.
 
     A token is masked where the model's input has the mask token in its place and its label is another. The logits are
     the model's own where it makes them, else those of its final hidden states at supervised positions.
     """
 
     def __init__(self, model: nn.Module, mask_id: int, found: Callable[[Tensor, Tensor], object]) -> None:
-        """`found` takes the summed loss of masked and of other tokens, float32 (2,), and how many these are, (2,)."""
+        """`found` receives the summed loss of masked and of other tokens, float32 (2,), and their numbers, (2,)."""
         self.model, self.mask_id, self.found = model, mask_id, found
         try:
             self.trunk: Trunk | None = find_trunk(model)
-        except ConfigError:  # then the model's own logits are all there is
+        except ConfigError:  # then only the model's own logits can be read
             self.trunk = None
         self._handles: list[RemovableHandle] = []
         self._final: Tensor | None = None
@@ -48,7 +48,7 @@ class LossesByKind:
         return [self.model] if self.trunk is None else [self.model, self.trunk.norm]
 
     def attach(self) -> LossesByKind:
-        """Put the hooks on the model. Doing it twice does no harm."""
+        """Attach the hooks to the model; if they are attached, do nothing."""
         if self.attached:
             return self
         self._handles = [self.model.register_forward_hook(self._after_forward, with_kwargs=True)]
@@ -64,7 +64,7 @@ class LossesByKind:
         self.detach()
 
     def detach(self) -> None:
-        """Take them off. Doing it twice does no harm."""
+        """Detach the hooks; if they are detached, do nothing."""
         for handle in self._handles:
             handle.remove()
         copies_hold_again(self, *self._modules)
@@ -72,7 +72,7 @@ class LossesByKind:
 
     @contextlib.contextmanager
     def reading(self, inputs: Batch) -> Iterator[None]:
-        """While this is open, forward passes with gradients are about the batch `inputs`, or about parts of it."""
+        """Read forward passes with gradients as those of the batch `inputs`, or of parts of it, while this is open."""
         self._batch = {key: inputs.get(key) for key in ("input_ids", "labels")}
         try:
             yield
@@ -100,7 +100,7 @@ class LossesByKind:
     def _logits_of(
         self, logits: Tensor | None, final: Tensor | None, shape: torch.Size, stack: contextlib.ExitStack
     ) -> Callable[[Tensor, Tensor], Tensor] | None:
-        """Return what gives the logits of positions (rows, places); None where nothing can."""
+        """Return a function from positions (rows, places) to their logits, or None if there are none."""
         if isinstance(logits, Tensor) and not isinstance(logits, DTensor) and logits.shape[:-1] == shape:
             return lambda rows, places: logits[rows, places]
         if self.trunk is None or final is None or final.shape[:-1] != shape:

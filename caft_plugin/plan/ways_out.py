@@ -88,8 +88,8 @@ class WaysOut:
 
     @functools.cached_property
     def changes(self) -> list[Change]:
-        """The changes that the run leaves open, the cheapest first: those that cost neither time nor quality, then
-        time, precision, training of the heads, hardware, data, and the heads themselves."""
+        """Return the available changes, the cheapest first: those that cost neither time nor quality, then time,
+        precision, training of the heads, hardware, data, and the heads themselves."""
         run, plan = self.plan.run, self.plan
         found = []
         if run.builds_logits and not run.fuses:
@@ -119,14 +119,14 @@ class WaysOut:
         return found
 
     def _fewer_heads(self, others: Sequence[Change]) -> Change:
-        """Return the most heads with which the run fits, 1 if it does with none."""
+        """Return the largest number of heads with which the run fits; 1 if it fits with none."""
         changes = [_heads(count) for count in range(1, self.plan.heads)]
         fit = bisect.bisect(changes, self.memory, key=lambda change: self.peak([*others, change]))
         return changes[max(fit - 1, 0)]
 
     def combination(self) -> list[Change] | None:
-        """Return the smallest combination of changes that fits, None if there is none. Of several as small, the first
-        one, so the cheapest changes; and one that keeps the heads, if there is such a combination."""
+        """Return the smallest combination of changes that fits, None if there is none. Of several of that size, the
+        cheapest; one that keeps the heads is preferred."""
         for with_heads in (True, False):
             pool = [change for change in self.changes if not (change.without_heads if with_heads else change.caft)]
             found = self._smallest(pool)

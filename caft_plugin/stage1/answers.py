@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import tqdm
 
-from caft_plugin.config import ConfigError, PretrainConfig
+from caft_plugin.config import ConfigError, PretrainConfig, setting_as
 
 logger = logging.getLogger(__name__)
 
@@ -34,8 +34,8 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> se
     ids = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
     if not ids:
         raise ConfigError(
-            "pretrain_heads.targets: `model` needs to know where an answer ends, but neither the model's "
-            "generation_config nor its tokenizer has an eos_token_id. Set one, or use targets: dataset."
+            "got a model without an eos_token_id, both in its generation_config and in its tokenizer, so the end of an "
+            "answer is unknown. Set one. (Stage 1 needs none with targets `dataset`.)"
         )
     return ids
 
@@ -53,16 +53,16 @@ def check_prompts(prompts: Sequence[Sequence[int]], config: PretrainConfig, cont
     empty = sum(not prompt for prompt in prompts)
     if empty:
         raise ConfigError(
-            f"pretrain_heads.targets: `model` needs prompts, but {empty} of {len(prompts)} rows have none (every "
-            "token is supervised). Use targets: dataset or distribution for plain text."
+            f"{setting_as('pretrain_heads', 'targets')}: `model` needs prompts, but {empty} of {len(prompts)} rows "
+            "have none (every token is supervised). Use `dataset` or `distribution` for plain text."
         )
     longest = max(range(len(prompts)), key=lambda i: len(prompts[i]))
     length = len(prompts[longest])
     if context is not None and length + config.max_new_tokens > context:
         raise ConfigError(
-            f"pretrain_heads.max_new_tokens: row {longest} has a prompt of {length} tokens; with "
-            f"{config.max_new_tokens} new ones that is more than the model's context of {context}. Take long rows out "
-            "of the data, or lower max_new_tokens."
+            f"{setting_as('pretrain_heads', 'max_new_tokens')}: row {longest} has a prompt of {length} tokens; with "
+            f"{config.max_new_tokens} new ones that is more than the model's context of {context}. Remove long rows "
+            "from the data, or lower this limit."
         )
 
 
@@ -86,8 +86,8 @@ class AnswerFile:
                     if number == 0 and content != header:
                         changed = [k for k in {**header, **content} if content.get(k) != header.get(k)]
                         raise ConfigError(
-                            f"pretrain_heads: {path} holds answers made with another {' and '.join(changed)}. Go on "
-                            "with the settings it was made with, or move the file away to start anew."
+                            f"pretrain_heads: {path} holds answers made with another {' and '.join(changed)}. "
+                            "Continue with the settings it was made with, or move the file away to start again."
                         )
                     if number:
                         self.answers.append(content["answer"])
@@ -122,7 +122,7 @@ def write_answers(
 ) -> list[list[int]]:
     """The base model's answer to each prompt, token ids with the end token where one came.
 
-    Answers are appended to `path` batch by batch, so an interrupted run goes on where it stopped.
+    Answers are appended to `path` batch by batch, so an interrupted run resumes where it stopped.
 
     Raises:
         ConfigError: no end token is known, a prompt leaves no room, `path` holds other answers, or vLLM cannot run.
@@ -162,13 +162,13 @@ def write_answers(
     asked_short = config.max_new_tokens < PretrainConfig().max_new_tokens
     if unfinished == len(prompts) and not asked_short:
         raise ConfigError(
-            f"pretrain_heads.max_new_tokens: none of the {len(prompts)} answers came to an end within "
-            f"{config.max_new_tokens} tokens. Raise max_new_tokens, or check the chat template and the end token. The "
-            f"answers are in {path}: move the file away before you start again."
+            f"{setting_as('pretrain_heads', 'max_new_tokens')}: none of the {len(prompts)} answers came to an end "
+            f"within {config.max_new_tokens} tokens. Raise this limit, or check the chat template and the end token. "
+            f"The answers are in {path}: move the file away before you start again."
         )
     if unfinished:
         logger.warning(
-            "%d of %d answers did not end within %d tokens; they are used as far as they go",
+            "%d of %d answers did not end within %d tokens; they are used as cut",
             unfinished,
             len(prompts),
             config.max_new_tokens,
@@ -224,13 +224,13 @@ def check_vllm(quantised: bool) -> None:
     why = [reason for reason, holds in reasons.items() if holds]
     if why:
         raise ConfigError(
-            f"pretrain_heads.vllm: got true, but vLLM cannot write the answers: {', and '.join(why)}. Without "
-            "it the base model writes them itself."
+            f"{setting_as('pretrain_heads', 'vllm')}: got true, but vLLM cannot write the answers: "
+            f"{', and '.join(why)}. Without it the base model writes them itself."
         )
 
 
 def start_vllm(model: PreTrainedModel, name: str) -> Any:
-    """A vLLM engine beside the model, on half of the GPU's memory. Never run by us."""
+    """A vLLM engine next to the model, on half of the GPU's memory. Never tested."""
     from vllm import LLM
 
     return LLM(model=name, dtype=str(model.dtype).removeprefix("torch."), gpu_memory_utilization=0.5)

@@ -1,4 +1,4 @@
-"""Held-out figures of heads, before and after they were trained: as a table, and as what they mean for drafting."""
+"""Held-out figures of heads before and after training: as a table, and as expected tokens per step."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ HEADER = ["head", "predicts", "loss before", "loss after", "accuracy before", "a
 
 
 def before_and_after(folder: Path) -> str:
-    """Return the figures of a folder that stage 1 has written, as it prints them."""
+    """Return the printed figures of a folder that stage 1 has written."""
     metrics = HeadsMetrics.model_validate_json(read_small(folder, METRICS))
     if not metrics.heads:
         return "No figures before and after: no held-out row has a target of every head."
@@ -27,7 +27,7 @@ def figures_as_markdown(metrics: HeadsMetrics) -> list[str]:
 
 
 def drafting(metrics: HeadsMetrics) -> str:
-    """Say what the figures mean for speed; empty where they do not say it."""
+    """Return a sentence on the tokens per step that the heads give; empty if it was not measured."""
     if metrics.tokens_per_pass is None:
         return ""
     before = metrics.tokens_per_pass_before

@@ -5,8 +5,8 @@ constant schedule, learning rate 1e-4). Besides the published way (`targets: mod
 answers (`dataset`, the authors' warm-up on task data) and `distribution`: head k at position t learns the base
 model's whole next-token distribution at position t+k, which the same forward pass of the frozen base gives.
 
-The same serves heads that are to draft (`caft.heads` names them): with a fine-tuned model as the frozen base they go on
-learning what it writes.
+It also trains heads as drafters (`caft.heads` names them): with a fine-tuned model as the frozen base, they continue to
+learn its answers.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def load_base(
 
 
 def heads_block(keys: dict[str, Any]) -> CAFTConfig:
-    """The `caft:` block of stage 1. Heads to go on from come in their own number, unless another is written.
+    """Return the CAFT settings of stage 1. With `heads` and no `num_heads`, the number is that of the folder.
 
     Raises:
         ConfigError: a wrong key or value, or no readable folder of heads.
@@ -111,7 +111,7 @@ class Stage1Objective(AuxiliaryObjective):
 
 
 class HeadsTrainer(with_caft(TrunkTrainer)):  # type: ignore[misc]
-    """Trains heads on a frozen base. Checkpoints hold the heads alone, the base stays as it is."""
+    """Trains heads on a frozen base, which does not change. Checkpoints hold only the heads."""
 
     def __init__(self, *args, distribution: bool = False, **kwargs) -> None:
         self.caft_objective = functools.partial(Stage1Objective, lesson=DISTRIBUTIONS if distribution else TOKENS)
@@ -150,7 +150,7 @@ class Stage1:
 def pretrain_heads(stage1: Stage1) -> Path:
     """Trains heads on the frozen model and leaves a heads folder with a card in the output folder.
 
-    An interrupted run goes on where it stopped: answers from the file, training from the newest whole checkpoint.
+    An interrupted run resumes: with the answers in the file, and training from the latest complete checkpoint.
 
     Returns:
         The heads folder.
@@ -161,7 +161,7 @@ def pretrain_heads(stage1: Stage1) -> Path:
     model, tokenizer, arguments, config = stage1.model, stage1.tokenizer, stage1.arguments, stage1.config
     if arguments.world_size > 1:
         raise ConfigError(
-            f"pretrain_heads: {arguments.world_size} processes were started, but it takes one. Start it with "
+            f"pretrain_heads: {arguments.world_size} processes were started, but it accepts one. Start it with "
             "`accelerate launch --num_processes 1`, or without a launcher."
         )
     warn_of_slow_bf16(arguments, model)
@@ -175,7 +175,7 @@ def pretrain_heads(stage1: Stage1) -> Path:
     if not rows:
         raise ConfigError(
             "pretrain_heads: the data set has no row with an answer to learn from. Each row needs a prompt and an "
-            "assistant's answer; look at `datasets:` and the chat template."
+            "assistant's answer; check the data sets and the chat template."
         )
     model.requires_grad_(False)
     model.eval()

@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 import click
 from pydantic import BaseModel
 
-from caft_plugin.config import CAFTConfig, ConfigError, HeadInput, PretrainConfig, Targets, heads_named, on_command_line
+from caft_plugin.config import (
+    CAFTConfig,
+    ConfigError,
+    HeadInput,
+    PretrainConfig,
+    Targets,
+    given_as_options,
+    heads_named,
+    on_command_line,
+)
 
 if TYPE_CHECKING:
     from caft_plugin.stage1.pretraining import Stage1
@@ -126,6 +135,8 @@ def pretrain_heads_command(
     given = {key: value for key, value in options.items() if value is not None}
     settings = {key: given[key] for key in PretrainConfig.model_fields if key in given}
     caft = {key: given[key] for key in CAFTConfig.model_fields if key in given}
+    options_only = {*PretrainConfig.model_fields, *CAFTConfig.model_fields}  # without a YAML, which has keys
+    context.with_resource(given_as_options(options_only if config is None else {*settings, *caft}))
     if config is None:
         for name in ("model", "data", "output"):
             if name not in given:
@@ -384,7 +395,7 @@ def export_drafter_command(
     type=click.FloatRange(0, 1, min_open=True, max_open=True),
     help="Fraction of the tokens to mask. Default: 0.15.",
 )
-@click.option("--mask-token", default="auto", show_default=True, help="As in the `meap:` block.")
+@click.option("--mask-token", default="auto", show_default=True, help="As mask_token of masked training.")
 @click.option(
     "--max-length",
     type=click.IntRange(3),

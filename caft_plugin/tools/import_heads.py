@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from caft_plugin.config import CAFTConfig, ConfigError, HeadInput, first_line
+from caft_plugin.config import CAFTConfig, ConfigError, HeadInput, asked_as, first_line
 from caft_plugin.heads_folder import write_heads
 from caft_plugin.heads_record import HeadsRecord
 from caft_plugin.trunk import Trunk, empty_trunk
@@ -56,7 +56,7 @@ def import_heads(
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise ConfigError(f"import-heads: {out} exists. Give the name of a new folder, or remove it first.")
     heads = split_heads(read_state(file), file)
-    trunk = empty_trunk(base_model)
+    trunk = empty_trunk(base_model, asked_as("base_model"))
     check_heads(heads, trunk, file, base_model)
     record = HeadsRecord.of(trunk, wiring, num_heads=len(heads), base_model=base_model)
     tensors = {f"{k}.{name}": tensor for k, head in enumerate(heads) for name, tensor in head.items()}

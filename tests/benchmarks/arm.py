@@ -1,10 +1,10 @@
 """One training run of a benchmark, to be started by cost.py: `python arm.py SPEC`, SPEC a JSON object.
 
-door    sft (TRL), trainer (transformers alone) or official (caft-llm, in its own environment)
+door    sft (TRL), trainer (transformers only) or official (caft-llm, in its own environment)
 how     full, lora, qlora
 caft    the plugin's settings, or left out: a plain run
 model   a folder, or {"vocab_size": ..., ...}: a Llama of random weights
-batch, length, supervised       rows a step, tokens a row, share of them with a label
+batch, length, supervised       rows per step, tokens per row, fraction of them with a label
 dtype   bfloat16 or float32
 args    more training arguments
 """

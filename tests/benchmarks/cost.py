@@ -1,11 +1,11 @@
-"""What CAFT costs beside plain fine-tuning and beside the authors' package, and how that grows. `make bench`.
+"""The cost of CAFT compared with plain fine-tuning and the authors' package, and its scaling. `make bench`.
 
     python tests/benchmarks/cost.py --model outputs/smollm2-135m-instruct [--newest .venv-trl/bin/python]
         [--official .venv-official/bin/python] [--only NAME ...] [--steps 9] [--out outputs/bench]
 
-Every run of a comparison is a process of its own, all of them alive together; they take steps in turn (A B A B), one
-at a time, so that whatever else the machine does meets all of them. Printed are medians with quartiles, ratios of
-paired steps, and peak memory: of tensors on a GPU, of the whole process on a CPU. Runs on CUDA where there is a GPU.
+Each run of a comparison is a separate process. The runs alternate their steps (A B A B), one at a time, so that other
+work on the machine affects all of them equally. Prints medians with quartiles, ratios of paired steps, and peak memory:
+of tensors on a GPU, of the process on a CPU. Uses CUDA if there is a GPU.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ ONE = {"heads_per_step": 1}
 
 @dataclasses.dataclass
 class Comparison:
-    """Runs that take turns; the first is what the others are measured against. `limits` are the project's targets:
+    """Runs that alternate their steps; the others are relative to the first. `limits` are the project's targets for
     step time and memory."""
 
     title: str
@@ -64,7 +64,7 @@ def comparisons() -> dict[str, Comparison]:
         "lora": sft("lora", "SFTTrainer (TRL 1.9, chunked_nll), LoRA", (1.40, 1.10, 1.10)),
         "qlora": sft("qlora", "SFTTrainer (TRL 1.9, chunked_nll), QLoRA", (1.40, 1.10, 1.10)),
         "full": sft("full", "SFTTrainer (TRL 1.9, chunked_nll), full fine-tuning", (1.50, 1.15, 1.15)),
-        "newest": sft("lora", "SFTTrainer (TRL 1.16 as it comes), LoRA", (1.30, 1.05, 1.10), "newest"),
+        "newest": sft("lora", "SFTTrainer (TRL 1.16 with default settings), LoRA", (1.30, 1.05, 1.10), "newest"),
         "axolotl": Comparison(
             "axolotl train, LoRA",
             {
@@ -271,7 +271,7 @@ def ratios(run: Run, against: Run) -> list[float]:
 
 def table(comparison: Comparison, runs: dict[str, Run]) -> Iterator[str]:
     yield f"\n{comparison.title}\n"
-    yield "| run | seconds a step | step time, x | at most | peak memory, GB | x | at most |"
+    yield "| run | seconds per step | step time, x | at most | peak memory, GB | x | at most |"
     yield "| --- | --- | --- | --- | --- | --- | --- |"
     first = next(iter(runs.values()))
     for name, run in runs.items():
@@ -295,7 +295,7 @@ def curves(found: dict[str, dict[float, dict[str, Run]]], file: Path) -> None:
             runs = [of_point[name] for of_point in points.values()]
             column[0].plot(list(points), [statistics.median(run.seconds) for run in runs], marker="o", label=label)
             column[1].plot(list(points), [run.memory / 1e9 for run in runs], marker="o", label=label)
-        column[0].set_ylabel("seconds a step")
+        column[0].set_ylabel("seconds per step")
         column[1].set_ylabel("peak memory, GB")
         column[1].set_xlabel(axis)
         for part in column:
@@ -305,7 +305,7 @@ def curves(found: dict[str, dict[float, dict[str, Run]]], file: Path) -> None:
 
 
 def growth_table(found: dict[str, dict[float, dict[str, Run]]]) -> Iterator[str]:
-    yield "\nGrowth\n"
+    yield "\nScaling\n"
     yield "| | plain, s | with heads, s | plain, GB | with heads, GB |"
     yield "| --- | --- | --- | --- | --- |"
     for axis, points in found.items():
@@ -351,7 +351,7 @@ def main() -> None:
             if pythons[comparison.python] and (not options.only or name in options.only):
                 say(table(comparison, measured(comparison, pythons, model, options.steps)))
         if not options.only or "growth" in options.only:
-            once: dict[str, dict[str, Run]] = {}  # the usual point lies on every axis
+            once: dict[str, dict[str, Run]] = {}  # the usual point is on every axis
             found: dict[str, dict[float, dict[str, Run]]] = {axis: {} for axis in AXES}
             for axis, values in AXES.items():
                 for value in values:

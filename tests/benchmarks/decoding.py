@@ -116,7 +116,7 @@ def costs(drafter: Drafter, model: Any) -> str:
     last = len(trunk.layers) - 1
     caches = [DynamicCache(config=model.config) for _ in range(1 + len(heads))]
     lines = [
-        "| positions | forward pass, ms | against one | draft tokens | their heads, ms | their logits, ms |",
+        "| positions | forward pass, ms | relative to one | draft tokens | their heads, ms | their logits, ms |",
         "| --- " * 6 + "|",
     ]
     first = 0.0
@@ -158,7 +158,8 @@ def costs(drafter: Drafter, model: Any) -> str:
 
 def markdown(found: Comparison) -> str:
     lines = [
-        "| | tokens per step, 4 draft tokens | Drafter: tokens per step | tokens a second | speed | same text |",
+        "| | tokens per step, 4 draft tokens | Drafter: tokens per step "
+        "| tokens per second | relative to plain | same text |",
         "| --- " * 6 + "|",
     ]
     for name, way in found.ways.items():

@@ -1,4 +1,4 @@
-"""What the heads add to a training step, against the formula in caft_plugin/MANUAL.md, at three sizes of model.
+"""The heads' memory and step time, compared with the formula in caft_plugin/MANUAL.md, for three model sizes.
 
     python tests/benchmarks/growth.py [--pairs 10]
 
@@ -30,7 +30,7 @@ BATCH, LENGTH, SUPERVISED = 2, 256, 0.3
 
 
 def predicted(config: LlamaConfig, heads: int) -> tuple[int, float]:
-    """Bytes that full training of the heads adds in float32, and the ratio of step times, by that formula."""
+    """Return the formula's bytes added by full training of the heads in float32, and its ratio of step times."""
     hidden, layers, vocab = config.hidden_size, config.num_hidden_layers, config.vocab_size
     mlp = 3 * hidden * config.intermediate_size  # weights of the matrices
     layer = 4 * hidden * hidden + mlp
@@ -41,7 +41,7 @@ def predicted(config: LlamaConfig, heads: int) -> tuple[int, float]:
 
 
 def steps(model: Any, rows: list[dict[str, list[int]]], caft: dict | None) -> Iterator[Any]:
-    """Yields the trainer first, then the seconds of each step."""
+    """Yield the trainer first, then the seconds of each step."""
     trainer = with_caft(Trainer)(
         model=model,
         args=TrainingArguments(tempfile.mkdtemp(), use_cpu=not torch.cuda.is_available(), report_to=[], max_steps=1),

@@ -1,4 +1,4 @@
-"""What a `concat` step of MEAP costs beside a step on the same rows doubled by hand, with the same lengths.
+"""A `concat` step of MEAP compared with a step on the same rows doubled by hand, with the same lengths.
 
     python tests/benchmarks/meap.py --model outputs/smollm2-135m-instruct [--pairs 20] [--length 128]
 
@@ -22,7 +22,7 @@ from caft_plugin.precision import choice, quick_dtype
 
 
 def steps(model: Any, tokenizer: Any, rows: list[dict[str, list[int]]], meap: dict | None) -> Any:
-    """Each `next` takes one step and gives its seconds."""
+    """Yield the seconds of each step; `next` runs one."""
     trainer = with_caft(Trainer)(
         model=model,
         args=TrainingArguments(

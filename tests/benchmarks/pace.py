@@ -1,8 +1,8 @@
-"""Lets another process set the pace of a training run: one step for each word over a socket.
+"""Let another process start each step of a training run, by a message over a socket.
 
 `Pace` is a callback for any transformers Trainer; as an Axolotl plugin (`plugins: [pace.PacePlugin]`) it paces
-`axolotl train`. After every step it sends the seconds from the last word to the step's end, with everything the step
-needs (data, forward, backward, optimizer), and the peak memory since training began, in bytes.
+`axolotl train`. After every step it sends the seconds from the last message to the step's end, including all that the
+step needs (data, forward, backward, optimizer), and the peak memory since training began, in bytes.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def forget_peak() -> None:
 
 
 def peak_memory() -> int:
-    """Bytes: of tensors on a GPU, elsewhere of the whole process."""
+    """Return the peak memory in bytes: of tensors on a GPU, else of the process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     if os.path.exists("/proc/self/status"):

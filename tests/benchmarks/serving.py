@@ -225,7 +225,7 @@ def against(rounds: list[Round], plain: list[Round]) -> str:
 
 
 def table(rounds: list[Round], requests: int, ways: dict[str, str]) -> str:
-    lines = ["| | tokens per step | tokens a second | against plain | same text |", "| --- " * 5 + "|"]
+    lines = ["| | tokens per step | tokens per second | relative to plain | same text |", "| --- " * 5 + "|"]
     plain = of_way(rounds, "plain", requests)
     for way, name in ways.items():
         found = of_way(rounds, way, requests)
@@ -238,7 +238,7 @@ def table(rounds: list[Round], requests: int, ways: dict[str, str]) -> str:
 
 def beside_speculate(rounds: list[Round], ways: list[str]) -> str:
     """The tokens per step of the same heads in vLLM and in transformers, one request at a time."""
-    lines = ["| | accepted by place, % | tokens per step | `caft speculate` | difference |", "| --- " * 5 + "|"]
+    lines = ["| | accepted by position, % | tokens per step | `caft speculate` | difference |", "| --- " * 5 + "|"]
     for key in ways:
         if WAYS[key][0] not in (FURTHER, TUNED):
             continue
@@ -279,10 +279,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser)
     parser.add_argument("--vllm", type=Path, required=True, help="the Python of an environment with vLLM")
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="with plain (default: all)")
-    parser.add_argument("--requests", type=int, nargs="+", default=[1, 4, 16], help="at a time")
+    parser.add_argument(
+        "--ways", nargs="+", choices=WAYS, default=list(WAYS), help="methods to compare with plain (default: all)"
+    )
+    parser.add_argument(
+        "--requests", type=int, nargs="+", default=[1, 4, 16], help="numbers of concurrent requests (default: 1 4 16)"
+    )
     parser.add_argument("--rounds", type=int, default=5, help="(default: %(default)s)")
-    parser.add_argument("--prompts", type=int, default=8, help="a round, and two for each request at a time at least")
+    parser.add_argument("--prompts", type=int, default=8, help="prompts per round, at least two per concurrent request")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--eager", action="store_true", help="vLLM without torch.compile")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="(default: %(default)s)")

@@ -2,10 +2,10 @@
 
     python tests/benchmarks/stage1.py --model outputs/smollm2-135m-instruct --seconds 240 --seeds 0 1
 
-With --heads they go on from there instead, over a fine-tuned model (--model), and answers are greedy: what helps heads
-that are to draft. Writing answers counts: `model` spends part of its time on it. Every kind is measured on the same
-held-out prompts, once against the answers that the model gives, once against the data's own. Prints Markdown; one JSON
-line a run goes to --results, and runs that are there already are not done again.
+With --heads, training continues from these heads instead, on a fine-tuned model (--model) and with greedy answers, to
+find what improves heads as drafters. The time includes generation of the answers (`model`). Every kind is measured on
+the same held-out prompts, with the model's answers and with the data's own. Prints Markdown; each run adds a JSON line
+to --results, and runs that are already there are skipped.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ KINDS = ("untrained", "model", "dataset", "distribution")
 
 
 class StopAfter(TrainerCallback):
-    """Ends training when the time is up, counted from the start of the whole run."""
+    """End training at the deadline, which counts from the start of the run."""
 
     def __init__(self, deadline: float) -> None:
         self.deadline = deadline
@@ -114,7 +114,7 @@ def run(kind: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def table(results: list[dict[str, Any]], against: str) -> str:
-    columns = ["steps", "head 1", "head 2", "head 3", "head 4", "tokens a pass"]
+    columns = ["steps", "head 1", "head 2", "head 3", "head 4", "tokens per step"]
     lines = [f"| held out: {against} | {' | '.join(columns)} |", "| --- " * 7 + "|"]
     for kind in KINDS:
         runs = [r for r in results if r["kind"] == kind]
@@ -133,7 +133,7 @@ def table(results: list[dict[str, Any]], against: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
-    parser.add_argument("--heads", help="go on from these heads")
+    parser.add_argument("--heads", help="continue from these heads")
     parser.add_argument("--seconds", type=int, default=240)
     parser.add_argument("--prompts", type=int, default=256, help="prompts that the base answers for `model`")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])

@@ -1,4 +1,4 @@
-"""The GPU check, `make gpu`: what only a GPU can do, beside the same on a CPU or without us.
+"""The GPU check, `make gpu`: checks that need a GPU, compared with a CPU or with runs without caft_plugin.
 
     python tests/gpu/check.py [--only NAME ...] [--minutes 10] [--out FILE] [--untimed] [--device cpu]
 
@@ -88,7 +88,7 @@ def rows_of(
     environment: dict[str, str] | None = None,
 ) -> Iterator[Row]:
     """Rows of checks, from workers: `command` starts one that does checks in turn and adds a line to a file for each.
-    Where one dies, or takes longer than `limit` seconds for a check, another one goes on with the next check."""
+    Where one dies, or takes longer than `limit` seconds for a check, another one continues with the next check."""
     waiting = list(names)
     while waiting:
         if time.monotonic() > deadline:
@@ -157,7 +157,7 @@ def environment_of(device: str, processes: int) -> dict[str, str]:
 
 
 def results(device: str, names: list[str], deadline: float) -> Iterator[Row]:
-    """A row of each check: those that cannot be run, then the others, beside references made before them."""
+    """A row of each check: those that cannot be run, then the others, with references made before them."""
     able = []
     for name in names:
         why = ALL[name].why_not(device)
@@ -219,7 +219,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=10.0, help="checks not begun by then are not run")
     parser.add_argument("--out", type=Path, help="where the table goes, in place of tests/gpu/results.md")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--untimed", action="store_true", help="no run for its time alone, but for those of make bench")
+    parser.add_argument("--untimed", action="store_true", help="no run only for its time, except those of make bench")
     for name in ("--folder", "--lines"):
         parser.add_argument(name, type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--work", nargs="+", help=argparse.SUPPRESS)

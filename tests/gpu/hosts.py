@@ -23,7 +23,7 @@ LEARNS = 0.05  # least relative fall of each loss from the first step to the las
 
 @dataclasses.dataclass(frozen=True)
 class AxolotlCheck(Check):
-    """`axolotl train` with heads beside the same without us, and beside the Trainer's run on a CPU in float32.
+    """`axolotl train` with heads, compared with a plain run and with the Trainer's run on a CPU in float32.
 
     Every step takes all rows. Axolotl draws the start of LoRA on its own, so beside the CPU's run stand the losses of
     the first step, when LoRA does nothing yet; that the losses fall shows that gradients do what they should.

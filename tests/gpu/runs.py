@@ -193,7 +193,7 @@ def trainer_of(run: Run, size: Size, device: str, folder: Path, ours: bool) -> t
     else:
         common |= {"args": TrainingArguments(**settings), "data_collator": one_behind_the_other if run.packed else pad}
     if common["args"].fsdp and device == "cpu":
-        # accelerate shards on accelerators alone, and quietly takes DDP for CPUs
+        # accelerate shards only on accelerators, and silently uses DDP on CPUs
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     if not ours:
         return host(**common), notes

@@ -69,7 +69,7 @@ class Host(Trainer):
 
 
 def shard_on_cpu() -> None:
-    """Lets accelerate shard on a CPU: it shards on accelerators alone, and quietly takes DDP for CPUs."""
+    """Lets accelerate shard on a CPU: it shards only on accelerators, and silently uses DDP on CPUs."""
     PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 
 

@@ -78,11 +78,15 @@ def before_weights(file):
         ("caft", {"beta": -1}, "caft.beta: got -1, but it accepts a number at least 0."),
         ("caft", {"alpha": 1.5}, "caft.alpha: got 1.5, but it accepts a number above 0 and at most 1."),
         ("caft", {"schedule": "cosine"}, "caft.schedule: got 'cosine', but it accepts one of rsine, sine, linear, con"),
-        ("caft", 7, "caft: got 7, but it accepts a block of keys"),
+        ("caft", 7, "caft: got 7, but it accepts settings by name"),
         ("meap", {"mask_ratio": 0}, "meap.mask_ratio: got 0, but it accepts a number above 0 and below 1."),
         ("meap", {"layout": "concta"}, "meap.layout: got 'concta', but it accepts one of concat, separate."),
-        ("meap", {"masks": 1}, "meap.masks: unknown key. Accepted keys: mode, mask_ratio, layout, min_answer_tokens"),
-        ("meap", [], "meap: got [], but it accepts a block of keys"),
+        (
+            "meap",
+            {"masks": 1},
+            "meap.masks: unknown setting. Accepted settings: mode, mask_ratio, layout, min_answer_tokens",
+        ),
+        ("meap", [], "meap: got [], but it accepts settings by name"),
     ],
 )
 def test_bad_blocks(config, name, block, message):
@@ -344,7 +348,7 @@ RWKV = RwkvConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1)
     ("model_config", "changes", "message"),
     [
         (T5, {}, "caft: .* is an encoder-decoder model, but CAFT accepts decoder-only"),
-        (T5, {"caft": None, "meap": {}}, "meap: .* is an encoder-decoder model, but MEAP accepts .* the `meap:` block"),
+        (T5, {"caft": None, "meap": {}}, "meap: .* is an encoder-decoder model, but MEAP accepts .* without MEAP"),
         (RWKV, {}, "passes a running state from layer to layer, which heads do not support"),
         (Gemma3nConfig(), {}, "passes several hidden states per token from layer to layer"),
         (Gemma3nTextConfig(), {}, "passes several hidden states per token from layer to layer"),

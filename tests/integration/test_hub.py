@@ -1,4 +1,4 @@
-"""What `push_to_hub` uploads, with a folder in the place of the Hub: the plain model, and the heads beside it."""
+"""What `push_to_hub` uploads, with a folder in the place of the Hub: the plain model, and the heads next to it."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ def assert_complete(notebook, questions: int) -> None:
     printed = "".join(output.text for output in cells[-1].outputs if output.get("name") == "stdout")
     figures = re.search(
         r"\nsame text: +(\d+) of (\d+)\n"
-        r"passes: +(\d+) plainly, (\d+) with drafts: (\d\.\d\d) tokens a pass\n"
+        r"steps: +(\d+) plainly, (\d+) with drafts: (\d\.\d\d) tokens per step\n"
         r"seconds: +\d+\.\d plainly, \d+\.\d with drafts\n$",
         printed,
     )
