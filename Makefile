@@ -196,6 +196,7 @@ NEWEST := tests/test_golden.py tests/test_heads.py tests/test_training.py tests/
 	tests/test_masking.py tests/test_mask_token.py tests/test_masked_training.py \
 	tests/test_numbers.py tests/test_checkpoints.py tests/test_fused_loss.py tests/test_copies.py tests/test_objective.py \
 	tests/test_host_model.py tests/test_private_names.py tests/test_install.py tests/test_decoding.py \
+	tests/test_meap_losses.py tests/test_model_card.py \
 	tests/integration/test_trl_trainers.py \
 	tests/integration/test_trl.py tests/integration/test_trl_meap.py tests/integration/test_restart.py \
 	tests/integration/test_notebook.py
