@@ -87,7 +87,8 @@ def import_heads_command(file: Path, out: Path, base_model: str, head_input: Hea
 def setting(model: type[BaseModel], key: str, **more: Any) -> Any:
     """Return an option for a key of a config class, with the key's description and default."""
     field = model.model_fields[key]
-    text = f"{field.description} [default: {field.default}]".replace("`", "")
+    default = "" if field.default is None else f" [default: {field.default}]"
+    text = f"{field.description}{default}".replace("`", "")
     return click.option(f"--{key.replace('_', '-')}", key, help=text[0].upper() + text[1:], **more)
 
 
