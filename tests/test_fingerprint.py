@@ -259,7 +259,7 @@ def test_a_run_and_what_is_told_of_its_heads(tmp_path, caplog):
     assert str(run) in message and str(tmp_path / "base") in message and "before that fine-tuning" in message
     train(lora(start(tmp_path / "base")), tmp_path / "again", learning_rate=3e-2)
     (message,) = draft(PeftModel.from_pretrained(start(tmp_path / "base"), tmp_path / "again"))
-    assert "were trained over another last layer or final norm" in message
+    assert "were trained with a different last layer or final norm" in message
 
     # the heads of a run start the next one: from its base told, from its own adapter or merged model not
     (message,) = told(caplog, lambda: train(lora(start(tmp_path / "base")), tmp_path / "two", heads=run))
