@@ -522,7 +522,7 @@ def test_code_in_a_model_folder_is_never_executed(tiny_model, tmp_path):
     (tmp_path / "model" / "config.json").write_text(json.dumps(config))
     (tmp_path / "model" / "code.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')\n")
     with pytest.raises(ConfigError, match="whose config could not be read"):
-        empty_trunk(str(tmp_path / "model"))
+        empty_trunk(str(tmp_path / "model"), "base_model")
     with pytest.raises(ValueError, match="trust_remote_code"):
         load_base(str(tmp_path / "model"), torch.float32)
     assert not (tmp_path / "executed").exists()

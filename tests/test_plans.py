@@ -12,7 +12,7 @@ from caft_plugin import with_caft
 from caft_plugin.loss import BOUNDARY, EXAMPLE, IGNORE, PLAN, head_targets
 from caft_plugin.meap.masking import MEAPCollator
 from caft_plugin.meap.plans import StepPlans
-from caft_plugin.objective import AuxiliaryObjective
+from caft_plugin.window import Window
 
 HEADS = 8  # that reach over the prompt of a copy, which is not learned, to its masked tokens
 PARTS = {
@@ -51,7 +51,7 @@ def test_no_target_crosses_from_an_original_into_its_copy(tiny_config, tmp_path,
     tiny_config.max_position_embeddings = 256
     seen, collated, asked = [], [], []
     monkeypatch.setattr("test_masked_training.CAFTTrainer", host_of(PARTS.get(parts), seen))
-    collate, request = MEAPCollator.__call__, AuxiliaryObjective.request
+    collate, request = MEAPCollator.__call__, Window.request
 
     def collating(collator, *args):
         batch = collate(collator, *args)
@@ -63,7 +63,7 @@ def test_no_target_crosses_from_an_original_into_its_copy(tiny_config, tmp_path,
         return made
 
     monkeypatch.setattr(MEAPCollator, "__call__", collating)
-    monkeypatch.setattr(AuxiliaryObjective, "request", requesting)
+    monkeypatch.setattr(Window, "request", requesting)
     settings = {"per_device_train_batch_size": 4, "max_steps": 2, "gradient_accumulation_steps": 1}
     trainer = trainer_of(LlamaForCausalLM(tiny_config), tmp_path, meap={}, caft={"num_heads": HEADS}, **settings)
     trainer.train()

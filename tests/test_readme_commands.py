@@ -44,6 +44,8 @@ ELSEWHERE = {
     "accelerate launch trl_examples/sft_meap.py": f"{EXAMPLES}::test_sft_meap",
     "accelerate launch trl_examples/pretrain_heads.py": f"{EXAMPLES}::{HEADS_EXAMPLE}",
     "accelerate launch --num_processes 1 trl_examples/pretrain_heads.py": f"{EXAMPLES}::{HEADS_EXAMPLE}",
+    "git clone": "this checkout is one",
+    ".venv/bin/pytest": "pytest is running",
     "make test": "it runs this test",
     "make lint": ".ci/run runs it",
     "make format": "it changes files; .ci/run checks that it has nothing to do",
@@ -53,7 +55,6 @@ ELSEWHERE = {
     "make gpu": "needs a GPU; tests/test_gpu_check.py runs the program without one",
     "make study": "days",
     "python tests/gpu/check.py": "needs a GPU; tests/test_gpu_check.py runs the program without one",
-    "python trl_examples/study/": "a run of fifteen minutes; tests of the study run its parts",
     "python -m study": "days; tests of the study run its parts",
 }
 

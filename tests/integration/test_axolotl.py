@@ -472,8 +472,8 @@ def test_our_error_is_the_last_that_is_said(project, launcher):
     result = project.axolotl(*command, check=False, TMPDIR=str(temporary))
     assert result.returncode != 0
     last = result.stderr.rstrip("\n").splitlines()[-2:]
-    assert last[0].endswith("caft.beta: got -1, but it takes a number at least 0.")
-    assert last[1].startswith("caft.alpha: got 2, but it takes a number above 0")
+    assert last[0].endswith("caft.beta: got -1, but it accepts a number at least 0.")
+    assert last[1].startswith("caft.alpha: got 2, but it accepts a number above 0")
     assert not list(temporary.glob("caft_plugin-*"))
 
 

@@ -28,7 +28,8 @@ KINDS = {
     "full": ({}, "model.safetensors"),
     "LoRA": ({"peft_config": LoraConfig(r=4, target_modules="all-linear")}, "adapter_model.safetensors"),
 }
-HEADS = {f"caft_heads/{name}" for name in ("config.json", "fingerprint.safetensors", "heads.safetensors")}
+FILES = {"config.json", "fingerprint.safetensors", "heads.safetensors", "losses.json"}
+HEADS = {f"caft_heads/{name}" for name in FILES}
 
 
 @pytest.fixture
@@ -133,6 +134,6 @@ def test_heads_alone_go_up_and_serve_a_run(hub, tmp_path):
     first.train()
     first.save_model()
     push_heads(tmp_path / "first" / "caft_heads", "me/heads")
-    assert files(hub / "me/heads") == {"config.json", "fingerprint.safetensors", "heads.safetensors"}
+    assert files(hub / "me/heads") == FILES
     later = make(CAFTSFTTrainer, tokenizer, tmp_path / "later", caft={"heads": "me/heads"})
     assert_same_heads(later, hub / "me/heads/heads.safetensors")
