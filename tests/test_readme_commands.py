@@ -45,6 +45,7 @@ ELSEWHERE = {
     "accelerate launch trl_examples/pretrain_heads.py": f"{EXAMPLES}::{HEADS_EXAMPLE}",
     "accelerate launch --num_processes 1 trl_examples/pretrain_heads.py": f"{EXAMPLES}::{HEADS_EXAMPLE}",
     "git clone": "this checkout is one",
+    "make environments": ".ci/run runs it",
     ".venv/bin/pytest": "pytest is running",
     "make test": "it runs this test",
     "make lint": ".ci/run runs it",
