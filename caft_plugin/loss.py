@@ -30,6 +30,12 @@ HIDDEN = -1000.0
 LOGITS_AT_A_TIME = {"cpu": 2**23, "accelerator": 2**25}
 
 
+def rows_at_a_time(device: torch.device, vocab_size: int) -> int:
+    """Return the number of rows whose logits are computed at a time: at least 64."""
+    logits = LOGITS_AT_A_TIME["cpu" if device.type == "cpu" else "accelerator"]
+    return max(64, math.ceil(logits / vocab_size))
+
+
 def gamma(schedule: str, step: int, total_steps: int) -> float:
     """Return the schedule's factor at optimisation step `step` (0-based) of `total_steps`.
 
@@ -283,10 +289,8 @@ def weighted_sum(
     """
     if not torch.is_grad_enabled():
         hidden, parameters = hidden.detach(), ()
-    at_a_time = LOGITS_AT_A_TIME["cpu" if hidden.device.type == "cpu" else "accelerator"]
-    return _WeightedSum.apply(
-        row_loss, max(64, math.ceil(at_a_time / vocab_size)), weights, learned, hidden, *parameters
-    )
+    size = rows_at_a_time(hidden.device, vocab_size)
+    return _WeightedSum.apply(row_loss, size, weights, learned, hidden, *parameters)
 
 
 def _own_saved_tensors() -> torch.autograd.graph.saved_tensors_hooks:

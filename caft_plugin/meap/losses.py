@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from caft_plugin.attach import without_dropout
 from caft_plugin.config import ConfigError
 from caft_plugin.hidden import copies_hold_again, copies_leave_out
-from caft_plugin.loss import IGNORE, LOGITS_AT_A_TIME, Batch
+from caft_plugin.loss import IGNORE, Batch, rows_at_a_time
 from caft_plugin.storage import unsharded_twin
 from caft_plugin.trunk import Trunk, find_trunk
 
@@ -120,7 +120,7 @@ class LossesByKind:
         rows, places = (targets != IGNORE).nonzero(as_tuple=True)
         sums, counts = torch.zeros(2, device=targets.device), torch.zeros(2, dtype=torch.long, device=targets.device)
         vocabulary = self.trunk.vocab_size if self.trunk is not None else 2**16
-        size = max(64, LOGITS_AT_A_TIME["cpu" if targets.device.type == "cpu" else "accelerator"] // vocabulary)
+        size = rows_at_a_time(targets.device, vocabulary)
         for start in range(0, len(rows), size):
             at = rows[start : start + size], places[start : start + size]
             logits = logits_of(*at).float()

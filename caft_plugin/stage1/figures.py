@@ -14,10 +14,13 @@ def before_and_after(folder: Path) -> str:
     metrics = HeadsMetrics.model_validate_json(read_small(folder, METRICS))
     if not metrics.heads:
         return "No figures before and after: no held-out row has a target of every head."
-    table = [HEADER, *_cells(metrics)]
+    return "\n".join([*aligned([HEADER, *_cells(metrics)]), "", drafting(metrics)])
+
+
+def aligned(table: list[list[str]]) -> list[str]:
+    """Return the rows of a table as lines, each column flush right."""
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    rows = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in table]
-    return "\n".join([*rows, "", drafting(metrics)])
+    return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in table]
 
 
 def figures_as_markdown(metrics: HeadsMetrics) -> list[str]:

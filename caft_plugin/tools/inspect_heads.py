@@ -26,6 +26,7 @@ from caft_plugin.heads_record import (
     read_metrics,
     read_record,
 )
+from caft_plugin.stage1.figures import aligned
 
 SETS = 8  # evaluation sets that are shown
 
@@ -60,10 +61,8 @@ def describe(heads: str | os.PathLike[str]) -> str:
     for title, cells in figures_of_heads(metrics, losses, record.num_heads).items():
         for row, cell in zip(table, [title, *cells, ""], strict=True):
             row.append(cell)
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = [f"{name:<12} {value}" for name, value in facts.items()]
-    rows = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in table]
-    return "\n".join(line.rstrip() for line in [*lines, "", *rows])
+    return "\n".join(line.rstrip() for line in [*lines, "", *aligned(table)])
 
 
 def facts_of_training(metrics: HeadsMetrics | None, losses: dict[str, LoggedLosses]) -> dict[str, str]:
