@@ -10,8 +10,8 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "CAFTConfig": "caft_plugin.config",
-    "ConfigError": "caft_plugin.config",
-    "Drafter": "caft_plugin.decoding",
+    "ConfigError": "caft_plugin.errors",
+    "Drafter": "caft_plugin.drafting.decoding",
     "MEAPConfig": "caft_plugin.config",
     "with_caft": "caft_plugin.training",
     "CAFTPlugin": "caft_plugin.axolotl.plugin",

@@ -27,8 +27,8 @@ from transformers.utils import (
     WEIGHTS_NAME,
 )
 
-from caft_plugin.config import ConfigError
-from caft_plugin.heads_record import FOLDER, WEIGHTS, read_record
+from caft_plugin.caft.heads_record import FOLDER, WEIGHTS, read_record
+from caft_plugin.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 

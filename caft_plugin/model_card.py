@@ -7,9 +7,9 @@ from pathlib import Path
 
 import yaml
 
+from caft_plugin.caft.heads_record import CARD, FOLDER
 from caft_plugin.config import Block, CAFTConfig, MEAPConfig
-from caft_plugin.heads_record import CARD, FOLDER
-from caft_plugin.storage import write_text
+from caft_plugin.files import write_text
 
 START, END = "<!-- caft_plugin -->", "<!-- end of caft_plugin -->"
 SECTION = re.compile(rf"\s*{START}.*?{END}\s*", re.DOTALL)

@@ -11,7 +11,8 @@ from torch import nn
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
 
-from caft_plugin.config import ConfigError, FusedLoss
+from caft_plugin.config import FusedLoss
+from caft_plugin.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 

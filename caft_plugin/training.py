@@ -18,21 +18,22 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput
 
 from caft_plugin import checkpoints
-from caft_plugin.attach import AttachedHeads
-from caft_plugin.config import CAFTConfig, ConfigError, MEAPConfig
-from caft_plugin.heads_record import FOLDER
-from caft_plugin.hidden import all_out_of_sight, hidden_from, shown_to
+from caft_plugin.caft.attach import AttachedHeads
+from caft_plugin.caft.heads_record import FOLDER
+from caft_plugin.caft.objective import AuxiliaryObjective, HostLoss
+from caft_plugin.config import CAFTConfig, MEAPConfig
+from caft_plugin.errors import ConfigError
 from caft_plugin.logs import greater_is_better
-from caft_plugin.loss import Batch
 from caft_plugin.meap.mask_token import FILE as MASK_FILE
 from caft_plugin.meap.mask_token import AddedMaskToken
 from caft_plugin.meap.roles import NOTHING_SAID, Said
 from caft_plugin.meap.training import MaskedTraining
 from caft_plugin.meap.training_set import TrainingSet
+from caft_plugin.model.hidden import all_out_of_sight, hidden_from, shown_to
 from caft_plugin.model_card import FrameworkCard, section
-from caft_plugin.objective import AuxiliaryObjective, HostLoss
 from caft_plugin.precision import warn_of_slow_bf16
 from caft_plugin.refusals import check_optimizer
+from caft_plugin.targets import Batch
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from tiny import word_tokenizer
 
 from caft_plugin import ConfigError
-from caft_plugin.meap.attention_report import (
+from caft_plugin.tools.attention_report import (
     as_table,
     attention,
     attention_report,
@@ -178,7 +178,7 @@ def test_all_commands_have_one_rule_of_dtype(folder, monkeypatch, command, float
         loaded.append(dtype)
         raise ConfigError("loaded")
 
-    monkeypatch.setattr("caft_plugin.model_loading.Source.load", load)
+    monkeypatch.setattr("caft_plugin.model.loading.Source.load", load)
     base, texts = str(folder / "base"), str(folder / "texts.jsonl")
     options = {
         "pretrain-heads": ["--model", base, "--data", texts, "--output", str(folder / "out")],

@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainingArguments
 
 from caft_plugin import CAFTConfig, ConfigError, with_caft
-from caft_plugin.heads import build_heads
-from caft_plugin.heads_folder import resolve_wiring, save_heads
-from caft_plugin.heads_record import FOLDER, LOSSES, METRICS, RECORD, WEIGHTS
+from caft_plugin.caft.heads import build_heads
+from caft_plugin.caft.heads_folder import resolve_wiring, save_heads
+from caft_plugin.caft.heads_record import FOLDER, LOSSES, METRICS, RECORD, WEIGHTS
+from caft_plugin.model.trunk import find_trunk
 from caft_plugin.tools.cli import CAFTCommands, commands
-from caft_plugin.trunk import find_trunk
 
 QUICK = """
 import json, sys

@@ -31,10 +31,10 @@ from transformers import (
 )
 
 from caft_plugin import ConfigError
-from caft_plugin.attach import Request
-from caft_plugin.copies import plain_copy
-from caft_plugin.loss import head_targets
-from caft_plugin.trunk import find_trunk
+from caft_plugin.caft.attach import Request
+from caft_plugin.model.copies import plain_copy
+from caft_plugin.model.trunk import find_trunk
+from caft_plugin.targets import head_targets
 
 EXACT = 1e-5
 # Larger weights than a model starts with, so that what an adapter does to the last layer shows in the logits.

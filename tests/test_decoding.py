@@ -40,13 +40,14 @@ from transformers import (
     WatermarkingConfig,
 )
 
-from caft_plugin import CAFTConfig, ConfigError, Drafter, decoding
-from caft_plugin.heads import build_heads, replay
-from caft_plugin.heads_folder import save_heads
-from caft_plugin.pace import Pace
-from caft_plugin.pass_notes import noted_pass
-from caft_plugin.rotary import Border, borders
-from caft_plugin.trunk import find_trunk
+from caft_plugin import CAFTConfig, ConfigError, Drafter
+from caft_plugin.caft.heads import build_heads, replay
+from caft_plugin.caft.heads_folder import save_heads
+from caft_plugin.drafting import decoding
+from caft_plugin.drafting.pace import Pace
+from caft_plugin.drafting.pass_notes import noted_pass
+from caft_plugin.drafting.rotary import Border, borders
+from caft_plugin.model.trunk import find_trunk
 
 RECURRENT = ("RecurrentGemma", "Mamba", "Mamba2", "Jamba", "Bamba", "FalconH1", "GraniteMoeHybrid", "Qwen3Next")
 NEW = 24  # tokens

@@ -18,12 +18,12 @@ from tiny import LLAMA
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Qwen2Config, Qwen3Config
 
 from caft_plugin import CAFTConfig, ConfigError
-from caft_plugin.heads import build_heads
-from caft_plugin.heads_folder import resolve_wiring, save_heads
+from caft_plugin.caft.heads import build_heads
+from caft_plugin.caft.heads_folder import resolve_wiring, save_heads
+from caft_plugin.model.trunk import find_trunk
 from caft_plugin.serving.export import export_drafter
 from caft_plugin.serving.recommendation import keep
 from caft_plugin.tools.cli import commands
-from caft_plugin.trunk import find_trunk
 
 HEADS = 3
 FIGURES = {"model": "mine", "weights": "0" * 64, "prompts": 7, "temperature": 0.0, "tokens_per_step": [1.5]}

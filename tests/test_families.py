@@ -18,7 +18,7 @@ from test_heads import assert_the_models_own_logits, attach, batch, read
 from transformers import AutoModelForCausalLM
 
 from caft_plugin import ConfigError
-from caft_plugin.trunk import find_trunk
+from caft_plugin.model.trunk import find_trunk
 
 SIZES = {
     "vocab_size": 97,

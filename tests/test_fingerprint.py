@@ -26,12 +26,12 @@ from transformers import (
 )
 
 from caft_plugin import CAFTConfig, ConfigError, Drafter, with_caft
-from caft_plugin.fingerprint import Fingerprint, Sample, take_sample
-from caft_plugin.heads import build_heads
-from caft_plugin.heads_folder import read_fingerprint, resolve_wiring, save_heads
-from caft_plugin.heads_record import FINGERPRINT, FOLDER
+from caft_plugin.caft.heads import build_heads
+from caft_plugin.caft.heads_folder import read_fingerprint, resolve_wiring, save_heads
+from caft_plugin.caft.heads_record import FINGERPRINT, FOLDER
+from caft_plugin.model.fingerprint import Fingerprint, Sample, take_sample
+from caft_plugin.model.trunk import find_trunk
 from caft_plugin.tools.cli import commands
-from caft_plugin.trunk import find_trunk
 
 BF16 = torch.bfloat16
 WIDE = {**LLAMA, "hidden_size": 64, "intermediate_size": 128}

@@ -11,7 +11,7 @@ from test_training import DATA, Gradients, lora, losses, trainer_of
 from transformers import LlamaForCausalLM, Trainer
 
 from caft_plugin import ConfigError, with_caft
-from caft_plugin.objective import AuxiliaryObjective
+from caft_plugin.caft.objective import AuxiliaryObjective
 
 
 def trained(model, folder, fused, host_divides=False, checkpointing=False, **settings):

@@ -8,9 +8,9 @@ from tiny import head_outputs
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerState, TrainingArguments
 
 from caft_plugin import CAFTConfig, with_caft
-from caft_plugin.attach import Request
-from caft_plugin.heads import MODULE_NAME
-from caft_plugin.loss import IGNORE, head_targets
+from caft_plugin.caft.attach import Request
+from caft_plugin.caft.heads import MODULE_NAME
+from caft_plugin.targets import IGNORE, head_targets
 
 BETA, ALPHA, STEPS = 0.01, 0.8, 100
 SCHEDULES = ("rsine", "sine", "linear", "constant")

@@ -22,7 +22,7 @@ import checks
 import described
 import hosts
 
-from caft_plugin import attach, window
+from caft_plugin.caft import attach, window
 from caft_plugin.precision import cpu_has_bf16
 
 # Every way that differs in its code and not in its settings alone; SLOW ones import much or start several processes.

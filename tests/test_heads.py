@@ -29,12 +29,13 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutput
 
 from caft_plugin import CAFTConfig, ConfigError
-from caft_plugin.attach import AttachedHeads, Request
-from caft_plugin.copies import plain_copy
-from caft_plugin.heads import MODULE_NAME, build_heads, pointwise_parts
-from caft_plugin.heads_folder import resolve_wiring
-from caft_plugin.loss import IGNORE, LOGITS_AT_A_TIME, head_targets
-from caft_plugin.trunk import find_trunk
+from caft_plugin.caft.attach import AttachedHeads, Request
+from caft_plugin.caft.heads import MODULE_NAME, build_heads, pointwise_parts
+from caft_plugin.caft.heads_folder import resolve_wiring
+from caft_plugin.caft.loss import LOGITS_AT_A_TIME
+from caft_plugin.model.copies import plain_copy
+from caft_plugin.model.trunk import find_trunk
+from caft_plugin.targets import IGNORE, head_targets
 
 FAMILIES = {
     "plain": LlamaConfig(**LLAMA),

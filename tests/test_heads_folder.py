@@ -9,12 +9,12 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from caft_plugin import CAFTConfig, ConfigError
-from caft_plugin.heads import build_heads
-from caft_plugin.heads_folder import HeadsFolder, load_checkpoint, resolve_wiring, save_heads
-from caft_plugin.heads_record import FOLDER, LORA, RECORD, WEIGHTS, locate_heads
+from caft_plugin.caft.heads import build_heads
+from caft_plugin.caft.heads_folder import HeadsFolder, load_checkpoint, resolve_wiring, save_heads
+from caft_plugin.caft.heads_record import FOLDER, LORA, RECORD, WEIGHTS, locate_heads
+from caft_plugin.files import write_atomically
+from caft_plugin.model.trunk import find_trunk
 from caft_plugin.serving.export import export_drafter
-from caft_plugin.storage import write_atomically
-from caft_plugin.trunk import find_trunk
 
 
 def make(model, **settings):

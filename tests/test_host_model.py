@@ -15,7 +15,7 @@ from test_training import DATA, CAFTTrainer, arguments, lora, losses, pad, train
 from transformers import LlamaForCausalLM, Trainer, TrainerCallback
 
 from caft_plugin import ConfigError, with_caft
-from caft_plugin.heads import MODULE_NAME
+from caft_plugin.caft.heads import MODULE_NAME
 
 HOOKS = [name for name in vars(torch.nn.Linear(1, 1)) if name.endswith("_hooks")]
 

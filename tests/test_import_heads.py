@@ -23,10 +23,10 @@ from transformers import (
 )
 
 from caft_plugin import ConfigError, with_caft
-from caft_plugin.heads_record import RECORD, WEIGHTS, read_record
+from caft_plugin.caft.heads_record import RECORD, WEIGHTS, read_record
+from caft_plugin.model.trunk import find_trunk
 from caft_plugin.tools.cli import commands
 from caft_plugin.tools.import_heads import import_heads
-from caft_plugin.trunk import find_trunk
 
 SCHEDULES = ("rsine", "sine", "linear", "constant")
 AT_STEPS = (0, 25, 50, 99)
@@ -277,7 +277,7 @@ def test_a_failed_write_leaves_nothing(state, config_only, tmp_path, monkeypatch
         raise OSError("no space left")
 
     torch.save(state, tmp_path / "heads.pth")
-    monkeypatch.setattr("caft_plugin.heads_folder.save_file", full)
+    monkeypatch.setattr("caft_plugin.caft.heads_folder.save_file", full)
     refused(tmp_path / "heads.pth", config_only, tmp_path / "out", r"cannot be written \(OSError: no space left\)")
 
 
@@ -291,7 +291,7 @@ def test_only_the_config_of_the_base_is_read(state, config_only, tmp_path, monke
     """The model it is held against is built without memory."""
     devices = []
     monkeypatch.setattr(
-        "caft_plugin.trunk.find_trunk",
+        "caft_plugin.model.trunk.find_trunk",
         lambda model: devices.extend({p.device.type for p in model.parameters()}) or find_trunk(model),
     )
     torch.save(state, tmp_path / "heads.pth")

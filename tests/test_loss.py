@@ -6,17 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from caft_plugin import ConfigError, loss
-from caft_plugin.loss import (
-    IGNORE,
-    count_targets,
-    cross_entropy_of,
-    document_ids,
-    gamma,
-    head_targets,
-    head_weights,
-    weighted_sum,
-)
+from caft_plugin import ConfigError
+from caft_plugin.caft import loss
+from caft_plugin.caft.loss import cross_entropy_of, gamma, head_weights, weighted_sum
+from caft_plugin.targets import IGNORE, count_targets, document_ids, head_targets
 
 LABELS = torch.tensor([[IGNORE, 1, 2, 3, 4, 5, 6, 7], [IGNORE, IGNORE, 8, 9, 10, IGNORE, IGNORE, IGNORE]])
 

@@ -19,9 +19,9 @@ from torch.utils.data import DataLoader, IterableDataset, Subset
 from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback
 
 from caft_plugin import ConfigError, MEAPConfig, with_caft
-from caft_plugin.loss import IGNORE, PLAN
+from caft_plugin.caft.window import Window
 from caft_plugin.meap.mask_token import FILE
-from caft_plugin.window import Window
+from caft_plugin.targets import IGNORE, PLAN
 
 ROWS = [example(answer=n, seed=n) for n in (60, 20, 55, 58, 30, 52, 10, 61)]
 LONG = sum(len(row["input_ids"]) > 54 for row in ROWS)  # answers of more than 50 tokens: 5 of 8

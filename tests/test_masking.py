@@ -18,7 +18,6 @@ from tiny import word_tokenizer
 from transformers import DataCollatorForLanguageModeling, DataCollatorForSeq2Seq, DataCollatorWithFlattening
 
 from caft_plugin import ConfigError, MEAPConfig
-from caft_plugin.loss import BOUNDARY, IGNORE, PLAN, head_targets
 from caft_plugin.meap.masking import (
     COPY,
     COPY_START,
@@ -35,6 +34,7 @@ from caft_plugin.meap.masking import (
     plain_labels,
 )
 from caft_plugin.meap.training_set import used_ids
+from caft_plugin.targets import BOUNDARY, IGNORE, PLAN, head_targets
 
 CASES = json.loads((GOLDENS / "meap_official_sft.json").read_text())
 MASK = 96  # w91 of the word tokenizer; no row below has it

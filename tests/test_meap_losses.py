@@ -13,7 +13,7 @@ from test_training import losses
 from tiny import LLAMA
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
-from caft_plugin.loss import IGNORE
+from caft_plugin.targets import IGNORE
 
 KINDS = ("meap/loss_masked", "meap/loss_original")
 

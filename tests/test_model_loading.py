@@ -13,10 +13,10 @@ from test_attention_report import ROW
 from tiny import LLAMA, word_tokenizer
 from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM
 
-from caft_plugin import model_loading
-from caft_plugin.meap.attention_report import attention_report, read_texts
-from caft_plugin.model_loading import Source, load_model, load_tokenizer, merged
+from caft_plugin.model import loading as model_loading
+from caft_plugin.model.loading import Source, load_model, load_tokenizer, merged
 from caft_plugin.stage1.pretraining import load_base
+from caft_plugin.tools.attention_report import attention_report, read_texts
 
 IDS = torch.arange(2, 40)[None]
 

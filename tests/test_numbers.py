@@ -12,8 +12,8 @@ from tiny import head_outputs
 from transformers import Trainer
 
 from caft_plugin import with_caft
-from caft_plugin.heads import MODULE_NAME
-from caft_plugin.loss import IGNORE, head_targets
+from caft_plugin.caft.heads import MODULE_NAME
+from caft_plugin.targets import IGNORE, head_targets
 
 # name: (weights, autocast); what a head's gradient may be off by, as a share of its largest entry
 FORMATS = {

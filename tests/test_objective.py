@@ -15,8 +15,8 @@ from torch import nn
 from transformers import DynamicCache, Trainer, TrainerCallback
 
 from caft_plugin import ConfigError, with_caft
-from caft_plugin.heads import LayerCall, replay
-from caft_plugin.loss import IGNORE
+from caft_plugin.caft.heads import LayerCall, replay
+from caft_plugin.targets import IGNORE
 
 KEYS = ("loss", "grad_norm", "caft/next_token_loss", "caft/loss_head_1", "caft/gamma", "caft/aux_loss")
 

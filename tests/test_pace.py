@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from caft_plugin.pace import FIRST_PASSES, FIRST_REST, FIRST_ROUNDS, LONGEST_REST, Pace
+from caft_plugin.drafting.pace import FIRST_PASSES, FIRST_REST, FIRST_ROUNDS, LONGEST_REST, Pace
 
 SURE, DOUBTFUL = 0.95, 0.05
 

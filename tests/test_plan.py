@@ -23,14 +23,14 @@ from transformers import Trainer as HFTrainer
 
 from caft_plugin import CAFTConfig, ConfigError, with_caft
 from caft_plugin.axolotl.run import read_run
-from caft_plugin.heads import build_heads
-from caft_plugin.heads_folder import resolve_wiring, save_heads
+from caft_plugin.caft.heads import build_heads
+from caft_plugin.caft.heads_folder import resolve_wiring, save_heads
+from caft_plugin.model.trunk import find_trunk
 from caft_plugin.plan.estimate import expected_heads, make_plan, optimizer_states
 from caft_plugin.plan.ways_out import WaysOut
 from caft_plugin.plan.words import parse_memory
 from caft_plugin.precision import cpu_has_bf16
 from caft_plugin.tools.cli import commands
-from caft_plugin.trunk import find_trunk
 
 BASE = {"caft": {"num_heads": 2}, "bf16": False, "micro_batch_size": 2, "sequence_len": 64, "optimizer": "adamw_torch"}
 LORA = {"adapter": "lora", "lora_r": 8, "lora_alpha": 16, "lora_target_linear": True}

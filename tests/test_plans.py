@@ -9,10 +9,10 @@ from test_training import losses
 from transformers import LlamaForCausalLM, Trainer
 
 from caft_plugin import with_caft
-from caft_plugin.loss import BOUNDARY, EXAMPLE, IGNORE, PLAN, head_targets
+from caft_plugin.caft.window import Window
 from caft_plugin.meap.masking import MEAPCollator
 from caft_plugin.meap.plans import StepPlans
-from caft_plugin.window import Window
+from caft_plugin.targets import BOUNDARY, EXAMPLE, IGNORE, PLAN, head_targets
 
 HEADS = 8  # that reach over the prompt of a copy, which is not learned, to its masked tokens
 PARTS = {

@@ -58,27 +58,33 @@ NAMES = [
         "transformers:GenerationMixin",
         "_update_model_kwargs_for_generation",
         "lengthen masks and positions by several tokens",
-        "decoding.py",
+        "drafting/decoding.py",
         ("self", "outputs", "model_kwargs", "is_encoder_decoder", "num_new_tokens"),
     ),
     PrivateName(
         "transformers:GenerationMixin",
         "_extract_generation_mode_kwargs",
         "get `streamer` and `tokenizer` from `generate`",
-        "generate_arguments.py",
+        "drafting/generate_arguments.py",
         ("self", "custom_generate", "kwargs", "synced_gpus", "assistant_model", "streamer"),
     ),
-    PrivateName("transformers:PreTrainedModel", "_no_split_modules", "find the list of decoder layers", "trunk.py"),
+    PrivateName(
+        "transformers:PreTrainedModel", "_no_split_modules", "find the list of decoder layers", "model/trunk.py"
+    ),
     PrivateName(
         "transformers.integrations.peft:PeftAdapterMixin",
         "_hf_peft_config_loaded",
         "let the Trainer accept a quantised base of which only the heads train",
         "stage1/pretraining.py",
     ),
-    PrivateName("accelerate.hooks", "_hf_hook", "tell offloaded modules", "trunk.py", instance=True),
-    PrivateName("accelerate.hooks", "_old_forward", "copy a layer without its hooks", "copies.py", instance=True),
+    PrivateName("accelerate.hooks", "_hf_hook", "tell offloaded modules", "model/trunk.py", instance=True),
+    PrivateName("accelerate.hooks", "_old_forward", "copy a layer without its hooks", "model/copies.py", instance=True),
     PrivateName(
-        "peft.utils.other:AuxiliaryTrainingWrapper", "_adapters", "know what a wrapper calls", "trunk.py", instance=True
+        "peft.utils.other:AuxiliaryTrainingWrapper",
+        "_adapters",
+        "know what a wrapper calls",
+        "model/trunk.py",
+        instance=True,
     ),
     PrivateName(
         "trl:SFTTrainer",
@@ -120,7 +126,7 @@ NAMES = [
         "transformers.utils",
         "cached_file",
         "find the config next to an adapter",
-        "model_loading.py",
+        "model/loading.py",
         ("path_or_repo_id", "filename"),
     ),
     *(
@@ -136,18 +142,20 @@ NAMES = [
             ("models.qwen3", "Qwen3DecoderLayer", "the same", "families"),
         )
     ),
-    PrivateName(MODULE, "_parameters", "use a norm with its unsharded parameters", "storage.py", instance=True),
-    PrivateName(MODULE, "_modules", "the same", "storage.py", instance=True),
-    PrivateName(MODULE, "_forward_hooks", "leave a user's hooks out of the heads", "storage.py", instance=True),
-    PrivateName(MODULE, "_compiled_call_impl", "tell a compiled module", "pass_notes.py", instance=True),
+    PrivateName(MODULE, "_parameters", "use a norm with its unsharded parameters", "model/sharding.py", instance=True),
+    PrivateName(MODULE, "_modules", "the same", "model/sharding.py", instance=True),
+    PrivateName(MODULE, "_forward_hooks", "leave a user's hooks out of the heads", "model/sharding.py", instance=True),
+    PrivateName(MODULE, "_compiled_call_impl", "tell a compiled module", "drafting/pass_notes.py", instance=True),
     PrivateName(
         "torch._dynamo.eval_frame",
         "_torchdynamo_orig_callable",
         "tell a compiled forward",
-        "pass_notes.py",
+        "drafting/pass_notes.py",
         instance=True,
     ),
-    PrivateName("torch.utils._pytree", "tree_map", "cast what a layer was called with", "heads.py", ("func", "tree")),
+    PrivateName(
+        "torch.utils._pytree", "tree_map", "cast what a layer was called with", "caft/heads.py", ("func", "tree")
+    ),
     PrivateName(
         "torch._subclasses.fake_tensor",
         "FakeTensorMode",

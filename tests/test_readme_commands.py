@@ -23,7 +23,7 @@ from tiny import LLAMA, word_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from caft_plugin import with_caft
-from caft_plugin.heads_folder import FOLDER
+from caft_plugin.caft.heads_folder import FOLDER
 from caft_plugin.stage1.data import pad_rows
 from caft_plugin.tools.cli import commands
 

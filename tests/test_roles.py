@@ -21,11 +21,11 @@ from transformers import (
 )
 
 from caft_plugin import ConfigError, MEAPConfig
-from caft_plugin.loss import MASKED, PLAN
 from caft_plugin.meap.base_model import BaseModel, positions_of
 from caft_plugin.meap.mask_token import choose_mask_token
 from caft_plugin.meap.masking import ELIGIBLE, Duplication, MEAPCollator
 from caft_plugin.meap.roles import Roles, Said, role_ids
+from caft_plugin.targets import MASKED, PLAN
 
 CHAT = "{% for m in messages %}<BEGIN>{{ m.role }}{{ m.content }}<END>[STOP]{% endfor %}"
 

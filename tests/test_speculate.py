@@ -13,8 +13,8 @@ from test_decoding import drafter_of, tiny_model  # noqa: F401
 from test_stage1 import TEMPLATE
 from tiny import word_tokenizer
 
-from caft_plugin.decoding import Drafted
-from caft_plugin.heads_folder import save_heads
+from caft_plugin.caft.heads_folder import save_heads
+from caft_plugin.drafting.decoding import Drafted
 from caft_plugin.serving.recommendation import kept
 from caft_plugin.tools.cli import commands
 from caft_plugin.tools.speculate import HEADS, LOOKUP, PLAIN, as_table, speculate

@@ -15,14 +15,15 @@ from tiny import word_tokenizer
 from transformers import LlamaForCausalLM, RwkvConfig, TrainingArguments
 
 from caft_plugin import CAFTConfig, ConfigError, with_caft
+from caft_plugin.caft.loss import cross_entropy_and_hit_of, divergence_of, weighted_sum
 from caft_plugin.config import PretrainConfig
-from caft_plugin.loss import IGNORE, cross_entropy_and_hit_of, divergence_of, weighted_sum
-from caft_plugin.meap.attention_report import read_texts
 from caft_plugin.stage1 import answers as answers_room
 from caft_plugin.stage1.answers import ANSWERS, AnswerFile, write_answers
 from caft_plugin.stage1.data import pad_rows, prompt_of, read_prompts, read_rows, with_answer
 from caft_plugin.stage1.figures import before_and_after
 from caft_plugin.stage1.pretraining import HeadsTrainer, Stage1, heads_block, load_base, pretrain_heads
+from caft_plugin.targets import IGNORE
+from caft_plugin.tools.attention_report import read_texts
 from caft_plugin.tools.cli import commands
 
 TEMPLATE = (

@@ -15,10 +15,11 @@ from safetensors.torch import load_file
 from tiny import parameters_with_ours, word_tokenizer
 from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-from caft_plugin import CAFTConfig, ConfigError, window, with_caft
-from caft_plugin.heads import MODULE_NAME
-from caft_plugin.loss import IGNORE
-from caft_plugin.window import draw_heads
+from caft_plugin import CAFTConfig, ConfigError, with_caft
+from caft_plugin.caft import window
+from caft_plugin.caft.heads import MODULE_NAME
+from caft_plugin.caft.window import draw_heads
+from caft_plugin.targets import IGNORE
 
 CAFTTrainer = with_caft(Trainer)
 

@@ -19,7 +19,7 @@ from test_heads import assert_the_models_own_logits, attach
 from transformers import AutoModelForImageTextToText, Trainer, TrainingArguments
 
 from caft_plugin import with_caft
-from caft_plugin.loss import IGNORE, head_targets
+from caft_plugin.targets import IGNORE, head_targets
 
 IMAGE, VISION_START = 90, 92
 # The vision part has as many layers as the text part, so that neither is taken for the other.

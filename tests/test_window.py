@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from caft_plugin import CAFTConfig
-from caft_plugin.loss import IGNORE
-from caft_plugin.window import LossShare, Tally, Window, draw_heads, next_tokens_in
+from caft_plugin.caft.window import LossShare, Tally, Window, draw_heads, next_tokens_in
+from caft_plugin.targets import IGNORE
 
 CPU = torch.device("cpu")
 

@@ -13,11 +13,11 @@ from tiny import LLAMA, word_tokenizer
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 from caft_plugin import CAFTConfig, ConfigError, Drafter
-from caft_plugin.heads import build_heads
-from caft_plugin.heads_folder import resolve_wiring, save_heads
-from caft_plugin.heads_record import FOLDER, RECORD
+from caft_plugin.caft.heads import build_heads
+from caft_plugin.caft.heads_folder import resolve_wiring, save_heads
+from caft_plugin.caft.heads_record import FOLDER, RECORD
+from caft_plugin.model.trunk import find_trunk
 from caft_plugin.tools.cli import commands
-from caft_plugin.trunk import find_trunk
 
 OF_YAML = re.compile(r"YAML|\bkeys?\b|`\w+:`|\bblocks?\b|(caft|pretrain_heads|meap)\.\w|nothing at all|base_model:")
 TEMPLATE = "{% for m in messages %}{{ m['role'] }} : {{ m['content'] }} {% endfor %}"
@@ -95,12 +95,12 @@ def test_commands(run, command):
 
 def test_a_heads_folder_of_the_hub_is_no_model(run, monkeypatch, tmp_path):
     """Its config.json alone is read there: the record, from which transformers makes a config of some size."""
-    from caft_plugin.model_loading import Source
+    from caft_plugin.model.loading import Source
 
     config = AutoConfig.from_pretrained(run / "run" / FOLDER)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(AutoConfig, "from_pretrained", lambda name, **_: config)
-    monkeypatch.setattr("caft_plugin.model_loading.find_adapter_config_file", lambda name: None)
+    monkeypatch.setattr("caft_plugin.model.loading.find_adapter_config_file", lambda name: None)
     with pytest.raises(ConfigError, match="model: got 'owner/heads', which is a heads folder"):
         Source.of("owner/heads")
 

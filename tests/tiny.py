@@ -12,8 +12,8 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
-from caft_plugin import attach
-from caft_plugin.hidden import copier_of
+from caft_plugin.caft import attach
+from caft_plugin.model.hidden import copier_of
 
 # Keys that Llama's config shares with many families'.
 LLAMA = {

@@ -23,7 +23,7 @@ from trl import TrlParser
 
 from caft_plugin import CAFTConfig
 from caft_plugin.config import PretrainConfig
-from caft_plugin.model_loading import load_tokenizer
+from caft_plugin.model.loading import load_tokenizer
 from caft_plugin.stage1.data import read_rows
 from caft_plugin.stage1.pretraining import Stage1, heads_block, load_base, pretrain_heads
 from caft_plugin.tools.cli import push_heads

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from pydantic import ValidationError
 
-from caft_plugin.config import ConfigError, first_line, shown
+from caft_plugin.errors import ConfigError, first_line, shown
+from caft_plugin.files import read_text
 from caft_plugin.quiet import quiet
-from caft_plugin.storage import read_text
 
 if TYPE_CHECKING:
     from axolotl.utils.dict import DictDefault

@@ -15,8 +15,8 @@ from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME
 
 from caft_plugin.axolotl.config_reading import read_config
 from caft_plugin.axolotl.loading import load_frozen
-from caft_plugin.config import ConfigError, shown
-from caft_plugin.model_loading import MERGED, base_of
+from caft_plugin.errors import ConfigError, shown
+from caft_plugin.model.loading import MERGED, base_of
 from caft_plugin.stage1.data import prompt_of
 
 logger = logging.getLogger(__name__)

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import find_adapter_config_file
 
-from caft_plugin.trunk import trunk_without_weights
+from caft_plugin.model.trunk import trunk_without_weights
 
 # Keys for sharding a model, saving memory in training, or the adapter's kernels. A frozen model in one process does
 # not need them.

@@ -19,15 +19,16 @@ from transformers import Trainer
 
 from caft_plugin.axolotl.loading import build_empty
 from caft_plugin.axolotl.slips import refuse_slips
-from caft_plugin.config import CAFTConfig, ConfigError, MEAPConfig, PretrainConfig, named
-from caft_plugin.heads_folder import HeadsFolder
+from caft_plugin.caft.heads_folder import HeadsFolder
+from caft_plugin.config import CAFTConfig, MEAPConfig, PretrainConfig
+from caft_plugin.errors import ConfigError, named
 from caft_plugin.meap.base_model import BaseModel, generation_config_of
 from caft_plugin.meap.masking import Duplication
 from caft_plugin.meap.roles import Roles, Said
+from caft_plugin.model.trunk import refuse_encoder_decoder, trunk_without_weights
 from caft_plugin.model_card import FrameworkCard
 from caft_plugin.refusals import cut_up, fsdp1, not_fused, why_not_fused, zero3
 from caft_plugin.training import CAFTTrainerMixin, with_caft
-from caft_plugin.trunk import refuse_encoder_decoder, trunk_without_weights
 
 LOG = get_logger(__name__)
 

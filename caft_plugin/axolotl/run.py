@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from caft_plugin.axolotl.config_reading import Keys
-from caft_plugin.config import CAFTConfig, ConfigError, shown
+from caft_plugin.config import CAFTConfig
+from caft_plugin.errors import ConfigError, shown
 from caft_plugin.plan.run import Run
 
 # Keys with which Axolotl does not build the logits of the complete batch.

@@ -10,7 +10,8 @@ from axolotl.integrations.base import PluginManager
 from axolotl.integrations.config import merge_input_args
 from axolotl.utils.logging import get_logger
 
-from caft_plugin.config import CAFTConfig, ConfigError, MEAPConfig, PretrainConfig, shown
+from caft_plugin.config import CAFTConfig, MEAPConfig, PretrainConfig
+from caft_plugin.errors import ConfigError, shown
 
 LOG = get_logger(__name__)
 

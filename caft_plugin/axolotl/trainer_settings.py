@@ -17,7 +17,7 @@ from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
 
 from caft_plugin.axolotl.config_reading import Keys
 from caft_plugin.axolotl.loading import frozen
-from caft_plugin.config import ConfigError, first_line, shown
+from caft_plugin.errors import ConfigError, first_line, shown
 from caft_plugin.stage1.pretraining import HeadsTrainer
 
 # Keys for training or evaluating the fine-tuned model that stage 1 does not support for heads, and why.

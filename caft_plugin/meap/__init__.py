@@ -1,1 +1,1 @@
-"""Mask-enhanced autoregressive prediction (MEAP): copies, masks, the mask token, and the attention report."""
+"""Mask-enhanced autoregressive prediction (MEAP): copies, masks and the mask token."""

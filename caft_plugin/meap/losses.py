@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
-from caft_plugin.attach import without_dropout
-from caft_plugin.config import ConfigError
-from caft_plugin.hidden import copies_hold_again, copies_leave_out
-from caft_plugin.loss import IGNORE, Batch, rows_at_a_time
-from caft_plugin.storage import unsharded_twin
-from caft_plugin.trunk import Trunk, find_trunk
+from caft_plugin.caft.attach import without_dropout
+from caft_plugin.caft.loss import rows_at_a_time
+from caft_plugin.errors import ConfigError
+from caft_plugin.model.hidden import copies_hold_again, copies_leave_out
+from caft_plugin.model.sharding import unsharded_twin
+from caft_plugin.model.trunk import Trunk, find_trunk
+from caft_plugin.targets import IGNORE, Batch
 
 HALF = (torch.bfloat16, torch.float16)
 

@@ -15,11 +15,12 @@ from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedTokenizerBase
 
-from caft_plugin.config import ConfigError
-from caft_plugin.hidden import HiddenSubmodule, copies_hold_again, copies_leave_out
+from caft_plugin.errors import ConfigError
+from caft_plugin.files import write_atomically
 from caft_plugin.meap.roles import Roles
-from caft_plugin.storage import gather, shard_like, write_atomically
-from caft_plugin.trunk import input_embedding
+from caft_plugin.model.hidden import HiddenSubmodule, copies_hold_again, copies_leave_out
+from caft_plugin.model.sharding import gather, shard_like
+from caft_plugin.model.trunk import input_embedding
 
 # Names of tokens that models reserve for later use: <|reserved_special_token_0|>, <unused0>, [control_8],
 # <|placeholder1|>, <|dummy_0|>.

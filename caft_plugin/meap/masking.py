@@ -21,10 +21,11 @@ from torch import Tensor
 from torch.utils.data import IterableDataset as TorchIterableDataset
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from caft_plugin.config import ConfigError, MEAPConfig
-from caft_plugin.loss import BOUNDARY, EXAMPLE, IGNORE, MASKED, MAY_MASK, OVERLONG, PLAN, Batch, document_ids
+from caft_plugin.config import MEAPConfig
+from caft_plugin.errors import ConfigError
 from caft_plugin.meap.roles import Roles
 from caft_plugin.meap.training_set import Row, TrainingSet, column_chunks, is_of_datasets, rows_of
+from caft_plugin.targets import BOUNDARY, EXAMPLE, IGNORE, MASKED, MAY_MASK, OVERLONG, PLAN, Batch, document_ids
 
 logger = logging.getLogger(__name__)
 

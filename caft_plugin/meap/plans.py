@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from caft_plugin.loss import BOUNDARY, IGNORE, PLAN, Batch
+from caft_plugin.targets import BOUNDARY, IGNORE, PLAN, Batch
 
 
 class StepPlans:

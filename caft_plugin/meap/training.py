@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
-from caft_plugin.config import ConfigError, MEAPConfig, shown
+from caft_plugin.caft.window import over_processes
+from caft_plugin.config import MEAPConfig
+from caft_plugin.errors import ConfigError, shown
 from caft_plugin.logs import MEAPLog
-from caft_plugin.loss import EXAMPLE, MASKED, MAY_MASK, OVERLONG, PLAN, Batch
 from caft_plugin.meap.base_model import BaseModel
 from caft_plugin.meap.losses import LossesByKind
 from caft_plugin.meap.mask_token import (
@@ -28,9 +29,9 @@ from caft_plugin.meap.masking import Duplication, EpochOfMasks, MEAPCollator, no
 from caft_plugin.meap.plans import StepPlans
 from caft_plugin.meap.roles import NOTHING_SAID, Roles, Said
 from caft_plugin.meap.training_set import TrainingSet, used_ids
+from caft_plugin.model.trunk import input_embedding
 from caft_plugin.refusals import check_trainer
-from caft_plugin.trunk import input_embedding
-from caft_plugin.window import over_processes
+from caft_plugin.targets import EXAMPLE, MASKED, MAY_MASK, OVERLONG, PLAN, Batch
 
 logger = logging.getLogger(__name__)
 

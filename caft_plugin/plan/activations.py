@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from caft_plugin.heads import AuxiliaryHeads, pointwise_parts
-from caft_plugin.trunk import Trunk
+from caft_plugin.caft.heads import AuxiliaryHeads, pointwise_parts
+from caft_plugin.model.trunk import Trunk
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,13 +12,13 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from caft_plugin.caft.heads import AuxiliaryHeads, build_heads, pointwise_parts
+from caft_plugin.caft.heads_folder import HeadsFolder, resolve_wiring
+from caft_plugin.caft.loss import LOGITS_AT_A_TIME
 from caft_plugin.config import CAFTConfig
-from caft_plugin.heads import AuxiliaryHeads, build_heads, pointwise_parts
-from caft_plugin.heads_folder import HeadsFolder, resolve_wiring
-from caft_plugin.loss import LOGITS_AT_A_TIME
+from caft_plugin.model.trunk import Trunk
 from caft_plugin.plan.activations import Kept, keeps
 from caft_plugin.plan.run import Run, build_model
-from caft_plugin.trunk import Trunk
 
 # At its maximum, cross-entropy in float32 holds log-probabilities, their gradient and that of the logits.
 BYTES_A_LOGIT = 12

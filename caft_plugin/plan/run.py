@@ -11,8 +11,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from caft_plugin.config import CAFTConfig, ConfigError, first_line
-from caft_plugin.trunk import Trunk, empty_trunk, find_trunk
+from caft_plugin.config import CAFTConfig
+from caft_plugin.errors import ConfigError, first_line
+from caft_plugin.model.trunk import Trunk, empty_trunk, find_trunk
 
 # bitsandbytes in 4 bits: an 8-bit scale for each 64 weights, and a float32 scale for each 256 of these.
 QUANTISED = {4: 0.5 + 1 / 64 + 4 / (64 * 256), 8: 1.0}

@@ -6,7 +6,7 @@ import re
 
 import torch
 
-from caft_plugin.config import ConfigError, asked_as, shown
+from caft_plugin.errors import ConfigError, asked_as, shown
 from caft_plugin.plan.estimate import Plan
 from caft_plugin.plan.ways_out import GB, Change, WaysOut
 

@@ -26,15 +26,15 @@ from transformers.utils import (
     cached_file,
 )
 
-from caft_plugin.config import ConfigError, asked_as, first_line, heads_as, heads_named, named
-from caft_plugin.fingerprint import GRIDS, sample_of
-from caft_plugin.heads_folder import HeadsFolder, read_fingerprint
-from caft_plugin.heads_record import LORA, WEIGHTS, own_file
-from caft_plugin.model_loading import IN_ADAPTER, Source
+from caft_plugin.caft.heads_folder import HeadsFolder, read_fingerprint
+from caft_plugin.caft.heads_record import LORA, WEIGHTS, own_file
+from caft_plugin.errors import ConfigError, asked_as, first_line, heads_as, heads_named, named
+from caft_plugin.files import write_json, write_text
+from caft_plugin.model.fingerprint import GRIDS, sample_of
+from caft_plugin.model.loading import IN_ADAPTER, Source
 from caft_plugin.serving.families import ARCHITECTURE, Family, family_of
 from caft_plugin.serving.guide import Format, advice_on, how_to_serve
 from caft_plugin.serving.recommendation import Cost, kept
-from caft_plugin.storage import write_json, write_text
 
 # Keys of the model's config on which the shape of a layer, its rotary embedding and its norms depend.
 KEPT = (

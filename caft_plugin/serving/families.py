@@ -6,7 +6,7 @@ import dataclasses
 
 from transformers import PretrainedConfig
 
-from caft_plugin.config import ConfigError, asked_as
+from caft_plugin.errors import ConfigError, asked_as
 
 # vLLM does not rewrite architecture names that end with "Eagle3", so its parallel drafter finds the draft class.
 ARCHITECTURE = "CaftHeadsEagle3"

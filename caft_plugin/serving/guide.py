@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 from typing import Literal
 
-from caft_plugin.config import named
-from caft_plugin.model_loading import Source
+from caft_plugin.errors import named
+from caft_plugin.model.loading import Source
 from caft_plugin.serving.recommendation import Cost, Drafting, recommended, speeds
 
 Format = Literal["vllm", "eagle3"]

@@ -13,9 +13,9 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from caft_plugin.config import ConfigError, heads_as
-from caft_plugin.heads_record import DRAFTING, WEIGHTS, own_file, read_small
-from caft_plugin.storage import write_json
+from caft_plugin.caft.heads_record import DRAFTING, WEIGHTS, own_file, read_small
+from caft_plugin.errors import ConfigError, heads_as
+from caft_plugin.files import write_json
 
 NEARLY = 0.95
 

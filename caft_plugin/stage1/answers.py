@@ -16,7 +16,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import tqdm
 
-from caft_plugin.config import ConfigError, PretrainConfig, setting_as
+from caft_plugin.config import PretrainConfig
+from caft_plugin.errors import ConfigError, setting_as
 
 logger = logging.getLogger(__name__)
 

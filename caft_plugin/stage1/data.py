@@ -14,9 +14,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import tqdm
 
-from caft_plugin.config import ConfigError
-from caft_plugin.loss import IGNORE
-from caft_plugin.storage import numbered_lines, read_text
+from caft_plugin.errors import ConfigError
+from caft_plugin.files import numbered_lines, read_text
+from caft_plugin.targets import IGNORE
 
 T = TypeVar("T")
 Row = dict[str, list[int]]  # input_ids, and labels with -100 where there is no loss

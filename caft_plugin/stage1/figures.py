@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from caft_plugin.heads_record import METRICS, HeadFigures, HeadsMetrics, read_small
+from caft_plugin.caft.heads_record import METRICS, HeadFigures, HeadsMetrics, read_small
 
 HEADER = ["head", "predicts", "loss before", "loss after", "accuracy before", "accuracy after"]
 

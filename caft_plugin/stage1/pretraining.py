@@ -27,20 +27,22 @@ from transformers import (
     TrainingArguments,
 )
 
-from caft_plugin.attach import LAST_POSITION
+from caft_plugin.caft.attach import LAST_POSITION
+from caft_plugin.caft.heads_folder import HeadsFolder
+from caft_plugin.caft.heads_record import CARD, FOLDER, METRICS, HeadFigures, HeadsMetrics, HeadsRecord, read_record
+from caft_plugin.caft.loss import DISTRIBUTIONS, TOKENS
+from caft_plugin.caft.objective import AuxiliaryObjective, HostLoss
 from caft_plugin.checkpoints import Parts
-from caft_plugin.config import CAFTConfig, ConfigError, PretrainConfig
-from caft_plugin.heads_folder import HeadsFolder
-from caft_plugin.heads_record import CARD, FOLDER, METRICS, HeadFigures, HeadsMetrics, HeadsRecord, read_record
+from caft_plugin.config import CAFTConfig, PretrainConfig
+from caft_plugin.errors import ConfigError
+from caft_plugin.files import write_json, write_text
 from caft_plugin.logs import HeadsEvaluation
-from caft_plugin.loss import DISTRIBUTIONS, TOKENS, Batch
-from caft_plugin.model_loading import Loading, Source, load_for_heads
-from caft_plugin.objective import AuxiliaryObjective, HostLoss
+from caft_plugin.model.loading import Loading, Source, load_for_heads
 from caft_plugin.precision import warn_of_slow_bf16
 from caft_plugin.stage1.answers import ANSWERS, check_vllm, write_answers
 from caft_plugin.stage1.data import Row, pad_rows, prompt_of, supervised, with_answer
 from caft_plugin.stage1.figures import drafting, figures_as_markdown
-from caft_plugin.storage import write_json, write_text
+from caft_plugin.targets import Batch
 from caft_plugin.training import with_caft
 
 

@@ -1,1 +1,1 @@
-"""The command line: inspect a heads folder, import the authors' file, measure the speed of drafting."""
+"""The command line, and the tools behind it."""

@@ -8,16 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 import click
 from pydantic import BaseModel
 
-from caft_plugin.config import (
-    CAFTConfig,
-    ConfigError,
-    HeadInput,
-    PretrainConfig,
-    Targets,
-    given_as_options,
-    heads_named,
-    on_command_line,
-)
+from caft_plugin.config import CAFTConfig, HeadInput, PretrainConfig, Targets
+from caft_plugin.errors import ConfigError, given_as_options, heads_named, on_command_line
 
 if TYPE_CHECKING:
     from caft_plugin.stage1.pretraining import Stage1
@@ -196,7 +188,7 @@ def plain_stage1(given: dict[str, Any], caft: dict[str, Any], config: PretrainCo
     import torch
     from transformers import TrainingArguments
 
-    from caft_plugin.model_loading import load_tokenizer
+    from caft_plugin.model.loading import load_tokenizer
     from caft_plugin.precision import asked_dtype
     from caft_plugin.stage1.data import read_rows
     from caft_plugin.stage1.pretraining import Stage1, heads_block, load_base
@@ -285,8 +277,8 @@ def speculate_command(
             raise click.UsageError(needed(name))
     model, heads = cast(str, model), cast(str, heads)
 
-    from caft_plugin.decoding import Drafter
-    from caft_plugin.model_loading import load_tokenizer
+    from caft_plugin.drafting.decoding import Drafter
+    from caft_plugin.model.loading import load_tokenizer
     from caft_plugin.precision import asked_dtype
     from caft_plugin.stage1.data import read_prompts
     from caft_plugin.stage1.pretraining import load_base
@@ -321,7 +313,7 @@ def keep_steps(found: Comparison, model: str, heads: str, prompts: int, temperat
     Returns:
         The line to print.
     """
-    from caft_plugin.heads_record import locate_heads
+    from caft_plugin.caft.heads_record import locate_heads
     from caft_plugin.serving.recommendation import keep
     from caft_plugin.tools.speculate import HEADS
 
@@ -419,8 +411,8 @@ def attention_report_command(
 ) -> None:
     """Compare the attention of two models on unmasked and masked text: on the masked positions, its variance on the
     other positions (arXiv 2502.07490, section 5), and the last token's attention by segment."""
-    from caft_plugin.meap.attention_report import as_table, attention_report, draw, read_texts
     from caft_plugin.precision import asked_dtype
+    from caft_plugin.tools.attention_report import as_table, attention_report, draw, read_texts
 
     figures = attention_report(
         base,

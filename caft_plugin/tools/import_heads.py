@@ -16,10 +16,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from caft_plugin.config import CAFTConfig, ConfigError, HeadInput, asked_as, first_line
-from caft_plugin.heads_folder import write_heads
-from caft_plugin.heads_record import HeadsRecord
-from caft_plugin.trunk import Trunk, empty_trunk
+from caft_plugin.caft.heads_folder import write_heads
+from caft_plugin.caft.heads_record import HeadsRecord
+from caft_plugin.config import CAFTConfig, HeadInput
+from caft_plugin.errors import ConfigError, asked_as, first_line
+from caft_plugin.model.trunk import Trunk, empty_trunk
 
 PREFIX = "auxiliary_head."  # of the keys, if a file was cut out of a complete model's state dict
 KEY = re.compile(r"(0|[1-9]\d*)\.(?:layers\.(0|[1-9]\d*)|lm_head)\.(.+)")

@@ -11,8 +11,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from caft_plugin.config import ConfigError, named
-from caft_plugin.heads_record import (
+from caft_plugin.caft.heads_record import (
     LORA,
     RECORD,
     TRAINING,
@@ -26,6 +25,7 @@ from caft_plugin.heads_record import (
     read_metrics,
     read_record,
 )
+from caft_plugin.errors import ConfigError, named
 from caft_plugin.stage1.figures import aligned
 
 SETS = 8  # evaluation sets that are shown

@@ -17,11 +17,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import tqdm
 
-from caft_plugin.decoding import Drafted, Drafter
+from caft_plugin.drafting.decoding import Drafted, Drafter
+from caft_plugin.model.trunk import find_trunk
 from caft_plugin.stage1.answers import end_tokens
-from caft_plugin.storage import write_png
+from caft_plugin.tools.pictures import write_png
 from caft_plugin.tools.steps import Steps, steps_with
-from caft_plugin.trunk import find_trunk
 
 PLAIN, HEADS, LOOKUP = "plain", "with the heads", "prompt lookup"
 LOOKUP_TOKENS = 10  # copied at most by transformers' prompt lookup, as in its documentation

@@ -13,9 +13,9 @@ import torch
 from torch import nn
 from transformers.utils.logging import tqdm
 
-from caft_plugin.decoding import Drafter
-from caft_plugin.heads import replay, turn_with
-from caft_plugin.pass_notes import compiled_around, noted_pass
+from caft_plugin.caft.heads import replay, turn_with
+from caft_plugin.drafting.decoding import Drafter
+from caft_plugin.drafting.pass_notes import compiled_around, noted_pass
 
 
 @dataclasses.dataclass

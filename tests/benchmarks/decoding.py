@@ -25,13 +25,13 @@ from drafting_heads import FRESH, FRESH_LONGER, FURTHER, PLAIN_MODEL, TUNED, Tas
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from caft_plugin import CAFTConfig, Drafter
-from caft_plugin.heads import build_heads, replay
-from caft_plugin.heads_folder import resolve_wiring
-from caft_plugin.pass_notes import noted_pass
+from caft_plugin.caft.heads import build_heads, replay
+from caft_plugin.caft.heads_folder import resolve_wiring
+from caft_plugin.drafting.pass_notes import noted_pass
+from caft_plugin.model.trunk import find_trunk
 from caft_plugin.precision import choice
 from caft_plugin.stage1.data import read_prompts
 from caft_plugin.tools.speculate import PLAIN, Comparison, as_table, speculate
-from caft_plugin.trunk import find_trunk
 
 NEW_TOKENS = 80
 UNTRAINED = "untrained heads (copies of the last layer)"

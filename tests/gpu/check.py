@@ -38,7 +38,7 @@ import torch
 from checks import CHECKS, REFERENCES, UNTIMED, Check, Row, in_one_line, save
 from hosts import PROCESS_CHECKS, last_words
 
-from caft_plugin.storage import write_text
+from caft_plugin.files import write_text
 
 RESULTS = HERE / "results.md"
 PACKAGES = (

@@ -30,11 +30,11 @@ from transformers import (
 )
 
 from caft_plugin import CAFTConfig, Drafter, with_caft
-from caft_plugin.heads import MODULE_NAME, build_heads
-from caft_plugin.heads_folder import resolve_wiring
-from caft_plugin.loss import IGNORE
-from caft_plugin.storage import gather
-from caft_plugin.trunk import find_trunk
+from caft_plugin.caft.heads import MODULE_NAME, build_heads
+from caft_plugin.caft.heads_folder import resolve_wiring
+from caft_plugin.model.sharding import gather
+from caft_plugin.model.trunk import find_trunk
+from caft_plugin.targets import IGNORE
 
 HEAD = re.compile(rf"\b{MODULE_NAME}\.layers\.(\d+)\.")
 Row = dict[str, list[int]]

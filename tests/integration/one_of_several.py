@@ -32,14 +32,14 @@ from tiny import LLAMA, parameters_with_ours, word_tokenizer
 from torch.distributed.tensor import DTensor
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
 
-import caft_plugin.loss
+import caft_plugin.caft.loss
 from caft_plugin import ConfigError, with_caft
-from caft_plugin.storage import gather
-from caft_plugin.trunk import find_trunk
+from caft_plugin.model.sharding import gather
+from caft_plugin.model.trunk import find_trunk
 
 # Rows of very different lengths and few logits at a time: processes then differ in how often they unembed.
 DATA = rows([4, 120, 7, 3, 22, 90, 5, 15, 60, 6, 3, 12, 100, 4, 8, 25], prompt=1)
-caft_plugin.loss.LOGITS_AT_A_TIME["cpu"] = 1
+caft_plugin.caft.loss.LOGITS_AT_A_TIME["cpu"] = 1
 
 
 # bitsandbytes quantises in blocks of 64, and in evaluation mode on a CPU it wants whole blocks in each row (0.50).

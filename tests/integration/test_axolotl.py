@@ -20,7 +20,7 @@ from paths import ROOT
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from caft_plugin.pace import Pace
+from caft_plugin.drafting.pace import Pace
 from caft_plugin.precision import quick_dtype
 from caft_plugin.tools.cli import commands
 

@@ -12,8 +12,8 @@ from tiny import LLAMA
 from transformers import BertConfig, Gemma3nConfig, Gemma3nTextConfig, LlamaConfig, MixtralConfig, RwkvConfig, T5Config
 
 from caft_plugin import ConfigError
-from caft_plugin.heads_folder import write_heads
-from caft_plugin.heads_record import HeadsRecord
+from caft_plugin.caft.heads_folder import write_heads
+from caft_plugin.caft.heads_record import HeadsRecord
 
 pytest.importorskip("axolotl")
 

@@ -36,7 +36,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from caft_plugin.copies import plain_copy
+from caft_plugin.model.copies import plain_copy
 from caft_plugin.stage1.data import pad_rows
 
 pytestmark = pytest.mark.slow

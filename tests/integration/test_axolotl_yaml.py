@@ -23,8 +23,8 @@ from caft_plugin.axolotl.config_reading import OLD_ATTENTION, read_config, read_
 from caft_plugin.axolotl.finished_run import left_in
 from caft_plugin.axolotl.run import PEFT_NAMES, UNCOUNTED, read_run
 from caft_plugin.axolotl.trainer_settings import refuse_keys
-from caft_plugin.config import ConfigError
-from caft_plugin.model_loading import load_model
+from caft_plugin.errors import ConfigError
+from caft_plugin.model.loading import load_model
 from caft_plugin.plan.estimate import make_plan
 from caft_plugin.tools.cli import commands
 

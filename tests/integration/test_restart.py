@@ -18,8 +18,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from caft_plugin.caft.heads_record import FOLDER, HeadsRecord
 from caft_plugin.checkpoints import newest_whole, problem_of
-from caft_plugin.heads_record import FOLDER, HeadsRecord
 
 sys.path.insert(0, str(Path(__file__).parent))
 

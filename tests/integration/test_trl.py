@@ -18,7 +18,7 @@ from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 from trl import SFTConfig, SFTTrainer
 
 from caft_plugin import with_caft
-from caft_plugin.heads import MODULE_NAME
+from caft_plugin.caft.heads import MODULE_NAME
 from caft_plugin.trl import CAFTSFTTrainer
 
 TEMPLATE = (

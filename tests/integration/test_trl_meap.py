@@ -16,7 +16,7 @@ from tiny import word_tokenizer
 from trl import SFTConfig, SFTTrainer
 
 from caft_plugin import ConfigError
-from caft_plugin.loss import IGNORE, PLAN
+from caft_plugin.targets import IGNORE, PLAN
 from caft_plugin.trl import CAFTSFTTrainer
 
 MASK = 95  # w90, in no row

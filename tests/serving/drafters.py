@@ -14,11 +14,11 @@ from quantised import quantise
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
+from caft_plugin.caft.heads import build_heads
+from caft_plugin.caft.heads_folder import resolve_wiring, save_heads
 from caft_plugin.config import CAFTConfig
-from caft_plugin.heads import build_heads
-from caft_plugin.heads_folder import resolve_wiring, save_heads
+from caft_plugin.model.trunk import find_trunk
 from caft_plugin.serving.export import export_drafter
-from caft_plugin.trunk import find_trunk
 
 HEADS, VOCABULARY, TOKENS = 4, 32, 40
 SHAPE = {

@@ -12,9 +12,9 @@ from quantised import rounded_as_int8
 from transformers import AutoModelForCausalLM
 
 from caft_plugin import CAFTConfig
-from caft_plugin.heads import LayerCall, build_heads, replay
-from caft_plugin.heads_folder import HeadsFolder, resolve_wiring
-from caft_plugin.trunk import find_trunk
+from caft_plugin.caft.heads import LayerCall, build_heads, replay
+from caft_plugin.caft.heads_folder import HeadsFolder, resolve_wiring
+from caft_plugin.model.trunk import find_trunk
 
 BEYOND = HEADS + 2  # tokens, so that the last step of a text is known to its end
 NEAR = 4  # draft tokens by which counts may differ for rounding

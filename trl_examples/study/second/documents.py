@@ -9,8 +9,8 @@ import torch
 from transformers import DataCollatorForSeq2Seq
 
 from caft_plugin import MEAPConfig
-from caft_plugin.loss import IGNORE, MASKED, PLAN
 from caft_plugin.meap.masking import Duplication, MEAPCollator
+from caft_plugin.targets import IGNORE, MASKED, PLAN
 from study import measure
 from study.measure import Model, Tokenizer
 from study.protocol import Line, Run, Settings

@@ -6,9 +6,9 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
 from caft_plugin import with_caft
-from caft_plugin.loss import IGNORE
+from caft_plugin.caft.objective import AuxiliaryObjective
 from caft_plugin.meap.training import MaskedTraining
-from caft_plugin.objective import AuxiliaryObjective
+from caft_plugin.targets import IGNORE
 from caft_plugin.trl import CAFTSFTTrainer
 from study import measure
 

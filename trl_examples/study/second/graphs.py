@@ -17,7 +17,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments, set_seed
 
 from caft_plugin import CAFTConfig
-from caft_plugin.loss import IGNORE
+from caft_plugin.targets import IGNORE
 from study import measure
 from study.measure import Model
 from study.protocol import Line, Run, Settings

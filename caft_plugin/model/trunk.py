@@ -26,8 +26,8 @@ from transformers import (
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from caft_plugin.config import ConfigError, first_line, shown
-from caft_plugin.heads_as_model import refuse_heads_as_model
+from caft_plugin.errors import ConfigError, first_line, shown
+from caft_plugin.model.heads_as_model import refuse_heads_as_model
 
 logger = logging.getLogger(__name__)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from caft_plugin.config import ConfigError, shown
+from caft_plugin.errors import ConfigError, shown
 
 # Keys that tell config.json of heads from that of a model.
 OF_RECORD = {"head_input", "head_norm", "layer_class"}

@@ -10,10 +10,11 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from caft_plugin.attach import Request, Result
+from caft_plugin.caft.attach import Request, Result
+from caft_plugin.caft.loss import gamma, head_weights
 from caft_plugin.config import CAFTConfig
 from caft_plugin.logs import CAFTLog, HeadsEvaluation
-from caft_plugin.loss import IGNORE, Batch, count_targets, gamma, head_targets, head_weights
+from caft_plugin.targets import IGNORE, Batch, count_targets, head_targets
 
 
 @dataclasses.dataclass(frozen=True)

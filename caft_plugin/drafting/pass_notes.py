@@ -17,9 +17,9 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor, nn
 
-from caft_plugin.config import ConfigError
-from caft_plugin.heads import LayerCall
-from caft_plugin.trunk import Trunk
+from caft_plugin.caft.heads import LayerCall
+from caft_plugin.errors import ConfigError
+from caft_plugin.model.trunk import Trunk
 
 
 @dataclasses.dataclass

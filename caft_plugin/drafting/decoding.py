@@ -23,15 +23,16 @@ from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from caft_plugin.config import CAFTConfig, ConfigError, heads_named
-from caft_plugin.generate_arguments import TakesModeArguments
-from caft_plugin.heads import AuxiliaryHeads, LayerCall, build_heads, replay, turn_with
-from caft_plugin.heads_folder import HeadsFolder, resolve_wiring
-from caft_plugin.pace import Pace
-from caft_plugin.pass_notes import PassNotes, compiled_around, noted_pass
-from caft_plugin.rotary import borders
-from caft_plugin.storage import unsharded_twin
-from caft_plugin.trunk import Trunk, find_trunk
+from caft_plugin.caft.heads import AuxiliaryHeads, LayerCall, build_heads, replay, turn_with
+from caft_plugin.caft.heads_folder import HeadsFolder, resolve_wiring
+from caft_plugin.config import CAFTConfig
+from caft_plugin.drafting.generate_arguments import TakesModeArguments
+from caft_plugin.drafting.pace import Pace
+from caft_plugin.drafting.pass_notes import PassNotes, compiled_around, noted_pass
+from caft_plugin.drafting.rotary import borders
+from caft_plugin.errors import ConfigError, heads_named
+from caft_plugin.model.sharding import unsharded_twin
+from caft_plugin.model.trunk import Trunk, find_trunk
 
 ASKED = 2  # heads that run at a time; the next ones run only if their draft tokens may pay off
 LONGEST_LAG = 32  # forward passes that a head may leave unread

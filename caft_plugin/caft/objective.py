@@ -12,16 +12,12 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
-from caft_plugin import heads_folder
-from caft_plugin.attach import AttachedHeads, Request
-from caft_plugin.config import CAFTConfig, ConfigError
-from caft_plugin.heads import build_heads
-from caft_plugin.heads_record import FOLDER, TRAINING, LoggedLosses, read_losses
-from caft_plugin.logs import CAFTLog, HeadsEvaluation, evaluated_sets
-from caft_plugin.loss import TOKENS, Batch, Lesson, count_targets
-from caft_plugin.refusals import check_trainer, may_fuse, no_heads_ran, no_labels
-from caft_plugin.trunk import find_trunk
-from caft_plugin.window import (
+from caft_plugin.caft import heads_folder
+from caft_plugin.caft.attach import AttachedHeads, Request
+from caft_plugin.caft.heads import build_heads
+from caft_plugin.caft.heads_record import FOLDER, TRAINING, LoggedLosses, read_losses
+from caft_plugin.caft.loss import TOKENS, Lesson
+from caft_plugin.caft.window import (
     LossShare,
     MicroBatch,
     Tally,
@@ -31,6 +27,12 @@ from caft_plugin.window import (
     next_tokens_in,
     over_processes,
 )
+from caft_plugin.config import CAFTConfig
+from caft_plugin.errors import ConfigError
+from caft_plugin.logs import CAFTLog, HeadsEvaluation, evaluated_sets
+from caft_plugin.model.trunk import find_trunk
+from caft_plugin.refusals import check_trainer, may_fuse, no_heads_ran, no_labels
+from caft_plugin.targets import Batch, count_targets
 
 HostLoss = Tensor | tuple  # what compute_loss returns: a loss, or a loss and the model's outputs
 

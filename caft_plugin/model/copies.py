@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
-from caft_plugin.config import ConfigError
-from caft_plugin.trunk import in_use, unmergeable
+from caft_plugin.errors import ConfigError
+from caft_plugin.model.trunk import in_use, unmergeable
 
 # Attributes with which accelerate or a kernel replaces the class's forward on an instance.
 OWN_FORWARD = ("forward", "_old_forward", "_hf_hook")

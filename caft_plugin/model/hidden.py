@@ -15,8 +15,8 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.trainer_callback import CallbackHandler
 
-from caft_plugin.config import ConfigError
-from caft_plugin.storage import give_memory
+from caft_plugin.errors import ConfigError
+from caft_plugin.model.sharding import give_memory
 
 
 class Handle(Protocol):

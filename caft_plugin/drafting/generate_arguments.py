@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from types import FrameType, MethodType
 
-from caft_plugin.config import ConfigError
+from caft_plugin.errors import ConfigError
 
 HOLDER = "_extract_generation_mode_kwargs"  # the method of `generate` that holds them
 # Arguments that are passed on, by the parameter that gets them: `generate` never passes on the name `streamer`.

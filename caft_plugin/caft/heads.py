@@ -27,11 +27,12 @@ from torch.utils.checkpoint import checkpoint
 from transformers import Cache
 from transformers.pytorch_utils import Conv1D
 
-from caft_plugin.config import CAFTConfig, ConfigError
-from caft_plugin.copies import plain_copy
-from caft_plugin.fingerprint import Sample, take_sample
-from caft_plugin.hidden import taken
-from caft_plugin.trunk import Trunk, active_peft_configs, is_model_with_adapter, refuse_offloaded
+from caft_plugin.config import CAFTConfig
+from caft_plugin.errors import ConfigError
+from caft_plugin.model.copies import plain_copy
+from caft_plugin.model.fingerprint import Sample, take_sample
+from caft_plugin.model.hidden import taken
+from caft_plugin.model.trunk import Trunk, active_peft_configs, is_model_with_adapter, refuse_offloaded
 
 logger = logging.getLogger(__name__)
 

@@ -24,10 +24,10 @@ from transformers import (
 )
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, CONFIG_NAME, cached_file, find_adapter_config_file
 
-from caft_plugin.config import ConfigError, asked_as, first_line, shown
-from caft_plugin.heads_as_model import refuse_heads_as_model
-from caft_plugin.storage import read_text
-from caft_plugin.trunk import auto_class, input_embedding, trunk_without_weights
+from caft_plugin.errors import ConfigError, asked_as, first_line, shown
+from caft_plugin.files import read_text
+from caft_plugin.model.heads_as_model import refuse_heads_as_model
+from caft_plugin.model.trunk import auto_class, input_embedding, trunk_without_weights
 
 logger = logging.getLogger(__name__)
 

@@ -23,9 +23,9 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
-from caft_plugin.config import first_line
-from caft_plugin.copies import is_quantised, plain_copy
-from caft_plugin.trunk import Trunk, in_use
+from caft_plugin.errors import first_line
+from caft_plugin.model.copies import is_quantised, plain_copy
+from caft_plugin.model.trunk import Trunk, in_use
 
 logger = logging.getLogger(__name__)
 

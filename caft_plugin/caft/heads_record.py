@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, TypeAdapter, ValidationError
 
-from caft_plugin.config import HEADS_KEY, CAFTConfig, ConfigError, HeadInput, heads_as, shown
-from caft_plugin.heads_as_model import OF_RECORD
+from caft_plugin.config import CAFTConfig, HeadInput
+from caft_plugin.errors import HEADS_KEY, ConfigError, heads_as, shown
+from caft_plugin.model.heads_as_model import OF_RECORD
 
 if TYPE_CHECKING:
-    from caft_plugin.trunk import Trunk
+    from caft_plugin.model.trunk import Trunk
 
 FOLDER = "caft_heads"
 WEIGHTS, LORA, RECORD = "heads.safetensors", "lora.safetensors", "config.json"

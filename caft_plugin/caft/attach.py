@@ -16,22 +16,14 @@ from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 from transformers.utils import ModelOutput
 
-from caft_plugin.config import CAFTConfig, ConfigError
-from caft_plugin.heads import MODULE_NAME, NOTING, AuxiliaryHeads, LayerCall, refuse_taken, run_head
-from caft_plugin.hidden import HiddenSubmodule, copies_hold_again, copies_leave_out
-from caft_plugin.loss import (
-    IGNORE,
-    TOKENS,
-    TOKENS_AND_HITS,
-    Batch,
-    Lesson,
-    RowLoss,
-    cross_entropy_of,
-    head_targets,
-    weighted_sum,
-)
-from caft_plugin.storage import unsharded_twin
-from caft_plugin.trunk import Trunk
+from caft_plugin.caft.heads import MODULE_NAME, NOTING, AuxiliaryHeads, LayerCall, refuse_taken, run_head
+from caft_plugin.caft.loss import TOKENS, TOKENS_AND_HITS, Lesson, RowLoss, cross_entropy_of, weighted_sum
+from caft_plugin.config import CAFTConfig
+from caft_plugin.errors import ConfigError
+from caft_plugin.model.hidden import HiddenSubmodule, copies_hold_again, copies_leave_out
+from caft_plugin.model.sharding import unsharded_twin
+from caft_plugin.model.trunk import Trunk
+from caft_plugin.targets import IGNORE, Batch, head_targets
 
 # `logits_to_keep` for the fewest logits. With a plain integer, Gemma 4 would cut the hidden states inside its layers.
 LAST_POSITION = torch.tensor([-1])

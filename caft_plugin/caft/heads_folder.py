@@ -22,19 +22,8 @@ from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from caft_plugin.config import (
-    DEFAULT_HEAD_INPUT,
-    DEFAULT_HEAD_NORM,
-    CAFTConfig,
-    ConfigError,
-    heads_as,
-    named,
-    setting_as,
-    shown,
-)
-from caft_plugin.fingerprint import Fingerprint, Sample, is_sharded, take_sample
-from caft_plugin.heads import MODULE_NAME, AuxiliaryHeads
-from caft_plugin.heads_record import (
+from caft_plugin.caft.heads import MODULE_NAME, AuxiliaryHeads
+from caft_plugin.caft.heads_record import (
     DRAFTING,
     FINGERPRINT,
     FOLDER,
@@ -49,8 +38,12 @@ from caft_plugin.heads_record import (
     own_file,
     read_record,
 )
-from caft_plugin.storage import gather, shard_like, write_atomically, write_json
-from caft_plugin.trunk import Trunk
+from caft_plugin.config import DEFAULT_HEAD_INPUT, DEFAULT_HEAD_NORM, CAFTConfig
+from caft_plugin.errors import ConfigError, heads_as, named, setting_as, shown
+from caft_plugin.files import write_atomically, write_json
+from caft_plugin.model.fingerprint import Fingerprint, Sample, is_sharded, take_sample
+from caft_plugin.model.sharding import gather, shard_like
+from caft_plugin.model.trunk import Trunk
 
 logger = logging.getLogger(__name__)
 

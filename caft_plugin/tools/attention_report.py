@@ -14,13 +14,15 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import tqdm
 
-from caft_plugin.config import DEFAULT_MASK_RATIO, ConfigError, asked_as
+from caft_plugin.config import DEFAULT_MASK_RATIO
+from caft_plugin.errors import ConfigError, asked_as
+from caft_plugin.files import numbered_lines, read_text
 from caft_plugin.meap.base_model import BaseModel
 from caft_plugin.meap.mask_token import FILE, AddedMaskToken, MaskToken, choose_mask_token, row_norms
 from caft_plugin.meap.roles import Roles
-from caft_plugin.model_loading import load_model, load_tokenizer, merged, refuse_heads_folder
-from caft_plugin.storage import numbered_lines, read_text, write_png
-from caft_plugin.trunk import input_embedding
+from caft_plugin.model.loading import load_model, load_tokenizer, merged, refuse_heads_folder
+from caft_plugin.model.trunk import input_embedding
+from caft_plugin.tools.pictures import write_png
 
 SEGMENTS = ("context", "answer", "query")
 MODELS, INPUTS = ("base", "tuned"), ("unmasked", "masked")

@@ -1,0 +1,1 @@
+"""Auxiliary heads: their loss, and their files."""

@@ -1,0 +1,1 @@
+"""Faster generation: heads draft, the model verifies."""

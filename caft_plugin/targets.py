@@ -1,0 +1,157 @@
+"""The targets of heads: documents, what a position sees, and the label of a token ahead."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from caft_plugin.errors import ConfigError
+
+# A collator's batch: tensors by name. An attention mask may be a dict of tensors; other keys belong to the host.
+Batch = Mapping[str, Any]
+IGNORE = -100
+# A key of MEAP's batches (batch, length), and its bits. A position is the first of a copy after its original, may be
+# masked, is masked, marks a masked example (one token of each), or marks an example that is too long for a pair.
+PLAN = "meap_plan"
+BOUNDARY, MAY_MASK, MASKED, EXAMPLE, OVERLONG = 1, 2, 4, 8, 16
+# An addend of an attention score at or below this value hides a key; above, it is a bias.
+HIDDEN = -1000.0
+
+
+def document_ids(batch: Batch) -> Tensor | None:
+    """Return the document of each position, or None if the batch does not mark boundaries.
+
+    Documents are separated in the host's attention: by position ids that do not increase by 1 (M-RoPE: that return to
+    0 on every axis), by a numbered attention mask (1 1 2 2 2 ...), by a query-key mask in which a position does not see
+    the previous one, or by cumulative sequence lengths. Padding (attention mask 0) is -1. The masked copy of a MEAP
+    pair is its own document.
+
+    Args:
+        batch: `labels` (batch, length) and, if present, `position_ids` (batch, length), or (axes, batch, length) with
+            3 axes (time, height, width) or 4 (text first), `attention_mask` (batch, length) or as in `sees_back`,
+            `cu_seq_lens_q`, and MEAP's plan.
+
+    Returns:
+        Long tensor (batch, length), equal within a document and different between neighbours.
+    """
+    shape = batch["labels"].shape
+    device = batch["labels"].device
+    starts = torch.zeros(shape, dtype=torch.bool, device=device)
+    found = False
+
+    positions = batch.get("position_ids")
+    if positions is not None:
+        if positions.dim() == 3 and len(positions) == 3:
+            # M-RoPE: time, height and width. Within an image they repeat or jump; only a document's first token has
+            # 0 on every axis.
+            starts |= (positions == 0).all(dim=0)
+        else:
+            if positions.dim() == 3:  # four axes: the first is the text's, which the model uses to separate documents
+                positions = positions[0]
+            positions = positions.expand(shape)
+            starts[:, 1:] |= positions[:, 1:] != positions[:, :-1] + 1
+        found = True
+
+    mask = mask_of(batch)
+    if isinstance(mask, Tensor) and mask.shape == shape:
+        starts[:, 1:] |= mask[:, 1:] != mask[:, :-1]
+        found = True
+    elif mask is not None:
+        starts[:, 1:] |= ~sees_back(mask, 1, shape)
+        mask, found = None, True
+
+    lengths = batch.get("cu_seq_lens_q")
+    if lengths is not None:
+        inner = lengths.flatten()
+        inner = inner[(inner > 0) & (inner < starts.numel())].long()
+        starts.view(-1)[inner.to(device)] = True
+        found = True
+
+    plan = batch.get(PLAN)
+    if plan is not None:
+        starts |= (plan & BOUNDARY).bool()
+        found = True
+
+    if not found:
+        return None
+    documents = starts.cumsum(dim=1)
+    return documents if mask is None else documents.masked_fill(mask == 0, -1)
+
+
+def mask_of(batch: Batch) -> object:
+    """Return the batch's attention mask; None also for a dict by layer type without any mask."""
+    mask = batch.get("attention_mask")
+    return None if isinstance(mask, Mapping) and all(m is None for m in mask.values()) else mask
+
+
+def sees_back(mask: object, distance: int, shape: torch.Size) -> Tensor:
+    """Return which positions attend to the position `distance` before them, according to a query-key mask.
+
+    Args:
+        mask: (batch or 1, length, length) or (batch or 1, heads or 1, length, length): True or non-zero where a query
+            (second-to-last axis) sees a key (last axis); or floating point, the addend of the scores. Or a dict of
+            such masks by layer type, with at least one mask; visible in one of them counts.
+        distance: in tokens, at least 1.
+        shape: the labels' shape, (batch, length).
+
+    Returns:
+        Boolean tensor (batch, length - distance), for positions from `distance` on.
+
+    Raises:
+        ConfigError: a mask of another type or shape.
+    """
+    length = shape[1]
+    if isinstance(mask, Mapping):
+        return torch.stack([sees_back(m, distance, shape) for m in mask.values() if m is not None]).any(0)
+    if not isinstance(mask, Tensor) or mask.dim() not in (3, 4) or mask.shape[-2:] != (length, length):
+        kind = f"a tensor of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
+        raise ConfigError(
+            f"caft: the batch's attention_mask is {kind}, from which documents cannot be separated for labels of shape "
+            f"{tuple(shape)}. It accepts (batch, length), (batch, length, length) or (batch, heads, length, length). "
+            "Without a mask, use position_ids that restart with each document."
+        )
+    pairs = mask.diagonal(-distance, dim1=-2, dim2=-1)
+    seen = pairs > HIDDEN if mask.is_floating_point() else pairs != 0
+    if seen.dim() == 3:
+        seen = seen.any(1)
+    return seen.expand(shape[0], -1)
+
+
+def head_targets(batch: Batch, num_heads: int) -> Tensor:
+    """Return the target of each head at each position.
+
+    Head k (k = 1..num_heads) at position t predicts `labels[t + k + 1]`. The target is -100 if that position is past
+    the end, ignored, padding, in another document, or does not attend to position t.
+
+    Args:
+        batch: `labels` (batch, length), and the keys that mark documents (see `document_ids`).
+        num_heads: number of heads.
+
+    Returns:
+        Long tensor (num_heads, batch, length).
+    """
+    labels, mask = batch["labels"], mask_of(batch)
+    pairwise = mask is not None and not (isinstance(mask, Tensor) and mask.shape == labels.shape)
+    # A query-key mask is used directly, because its documents may be interleaved.
+    documents = document_ids({**batch, "attention_mask": None} if pairwise else batch)
+    targets = labels.new_full((num_heads, *labels.shape), IGNORE)
+    for index in range(num_heads):
+        ahead = index + 2
+        if ahead >= labels.shape[1]:
+            continue
+        target = labels[:, ahead:]
+        if documents is not None:
+            there, here = documents[:, ahead:], documents[:, :-ahead]
+            target = target.masked_fill((there != here) | (there < 0), IGNORE)
+        if pairwise:
+            target = target.masked_fill(~sees_back(mask, ahead, labels.shape), IGNORE)
+        targets[index, :, :-ahead] = target
+    return targets
+
+
+def count_targets(targets: Tensor) -> Tensor:
+    """Return the number of valid targets of each head: long tensor (num_heads,)."""
+    return (targets != IGNORE).flatten(1).sum(1)
