@@ -1,4 +1,5 @@
-"""Concept-aware fine-tuning (CAFT) and mask-enhanced prediction (MEAP) for Axolotl, TRL and any `transformers.Trainer`.
+"""Concept-aware fine-tuning (CAFT) and mask-enhanced prediction (MEAP) for Axolotl, TRL and any
+`transformers.Trainer`.
 
 Names are imported on first use, so that `import caft_plugin` is fast and needs no optional package.
 """

@@ -1,15 +1,18 @@
-"""Start-up hook: lets Axolotl load plugins by a bare name (`plugins: [caft_plugin]`) and reports common mistakes.
+"""Start-up hook: lets Axolotl load plugins by a bare name (`plugins: [caft_plugin]`) and reports
+common mistakes.
 
-The wheel installs this file next to the package as `caft_plugin_startup.py`, and `caft_plugin_startup.pth` imports
-it when Python starts, unless the environment variable CAFT_PLUGIN_NO_STARTUP is set. It only puts a finder on
-`sys.meta_path`. When one of the modules in CHANGES is imported, one name of that module is wrapped:
+The wheel installs this file next to the package as `caft_plugin_startup.py`, and
+`caft_plugin_startup.pth` imports it when Python starts, unless the environment variable
+CAFT_PLUGIN_NO_STARTUP is set. It only puts a finder on `sys.meta_path`. When one of the modules in
+CHANGES is imported, one name of that module is wrapped:
 
 - `load_plugin` looks up a name without a dot in the entry-point group `axolotl.plugins`;
 - `prepare_plugins` warns if a YAML asks for CAFT or MEAP without listing the plugin;
 - `cli` rejects options such as `--caft.beta=0.6`, which Axolotl would pass to its launcher.
 
-The last two also repeat an error as the last line: when training stops with a ConfigError, its launcher
-(`accelerate launch`) prints a traceback of its own below it, and then `axolotl` prints the error's message again.
+The last two also repeat an error as the last line: when training stops with a ConfigError, its
+launcher (`accelerate launch`) prints a traceback of its own below it, and then `axolotl` prints the
+error's message again.
 
 The finder removes itself when all of them have been imported.
 """
@@ -22,7 +25,8 @@ BLOCKS = ("caft", "meap", "pretrain_heads", "pretrain-heads")
 
 
 def with_bare_names(base):  # type: ignore[no-untyped-def]
-    """Make Axolotl's `load_plugin` also accept the name of an entry point in the group `axolotl.plugins`."""
+    """Make Axolotl's `load_plugin` also accept the name of an entry point in the group
+    `axolotl.plugins`."""
     from functools import wraps
     from importlib.metadata import entry_points
 
@@ -74,15 +78,16 @@ def with_options_refused(main):  # type: ignore[no-untyped-def]
 
                 where = f"`{inner}:` below `{block}:`" if inner else f"a block `{block}:`"
                 raise UsageError(
-                    f"{option}: Axolotl has no options for plugins and would pass this one to its launcher. Write "
-                    f"{where} in the YAML."
+                    f"{option}: Axolotl has no options for plugins and would pass this one to its"
+                    f" launcher. Write {where} in the YAML."
                 )
         return name, command, rest
 
     main.cli.resolve_command = resolve
 
 
-# In the environment: the process that `axolotl` is, which becomes its launcher, and a name that nobody can guess.
+# In the environment: the process that `axolotl` is, which becomes its launcher, and a name that
+# nobody can guess.
 LAUNCHER = "CAFT_PLUGIN_LAUNCHER"
 
 
@@ -97,7 +102,8 @@ def _last_word_file() -> str:
 
 
 def with_last_word_passed_on(config):  # type: ignore[no-untyped-def]
-    """A process that reads an Axolotl config leaves the ConfigError that stops it to its launcher, in a file."""
+    """A process that reads an Axolotl config leaves the ConfigError that stops it to its launcher,
+    in a file."""
     excepthook = sys.excepthook
 
     def hook(kind, error, trace):  # type: ignore[no-untyped-def]

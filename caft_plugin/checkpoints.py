@@ -1,7 +1,7 @@
 """Find complete checkpoints, and the one to resume from.
 
-The Trainer writes checkpoints in place and resumes from the highest number. A checkpoint that was being written when
-its run was killed looks like any other.
+The Trainer writes checkpoints in place and resumes from the highest number. A checkpoint that was
+being written when its run was killed looks like any other.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ class Parts:
 def problem_of(folder: Path, parts: Parts) -> str | None:
     """Return what is missing or damaged in a checkpoint, in words, or None if it is complete.
 
-    Files are opened and checked for truncation, not read. A checkpoint without heads counts as complete: it is from a
-    run without CAFT, because heads are written before the trainer's state.
+    Files are opened and checked for truncation, not read. A checkpoint without heads counts as
+    complete: it is from a run without CAFT, because heads are written before the trainer's state.
     """
     if not folder.is_dir():
         return "is not a folder"
@@ -96,7 +96,8 @@ def problem_of(folder: Path, parts: Parts) -> str | None:
 
 
 def newest_whole(output_dir: str | Path, parts: Parts) -> tuple[Path | None, list[str]]:
-    """Return the complete checkpoint with the highest number, and a sentence on each newer one that was skipped."""
+    """Return the complete checkpoint with the highest number, and a sentence on each newer one that
+    was skipped."""
     start = f"{PREFIX_CHECKPOINT_DIR}-"
     numbered = {
         int(path.name.removeprefix(start)): path
@@ -116,7 +117,8 @@ def to_resume_from(asked: str | Literal[True], output_dir: str | Path, parts: Pa
     """Return the checkpoint to resume from.
 
     Args:
-        asked: the argument of `train(resume_from_checkpoint=...)`: a path, or True for the newest one.
+        asked: the argument of `train(resume_from_checkpoint=...)`: a path, or True for the newest
+            one.
         output_dir: where the run writes its checkpoints.
         parts: what a complete checkpoint of this run holds.
 
@@ -127,8 +129,8 @@ def to_resume_from(asked: str | Literal[True], output_dir: str | Path, parts: Pa
         newest = newest_warning_of_others(output_dir, parts)
         if newest is None:
             raise ConfigError(
-                f"resume_from_checkpoint: got True, but {output_dir} has no complete checkpoint. Omit it to "
-                "start from the beginning, or give the path of a checkpoint elsewhere."
+                f"resume_from_checkpoint: got True, but {output_dir} has no complete checkpoint."
+                " Omit it to start from the beginning, or give the path of a checkpoint elsewhere."
             )
         return str(newest)
     problem = problem_of(Path(asked), parts)
@@ -140,30 +142,35 @@ def to_resume_from(asked: str | Literal[True], output_dir: str | Path, parts: Pa
             else "that folder has none, so start from the beginning"
         )
         raise ConfigError(
-            f"resume_from_checkpoint: got {asked}, which {problem}. It accepts a complete checkpoint: {remedy}."
+            f"resume_from_checkpoint: got {asked}, which {problem}. It accepts a complete"
+            f" checkpoint: {remedy}."
         )
     return str(asked)
 
 
 def newest_warning_of_others(output_dir: str | Path, parts: Parts) -> Path | None:
-    """Return the newest complete checkpoint; on the main process, warn about newer ones that a killed run left."""
+    """Return the newest complete checkpoint; on the main process, warn about newer ones that a
+    killed run left."""
     newest, passed_over = newest_whole(output_dir, parts)
     if PartialState().is_main_process:
         for problem in passed_over:
             logger.warning(
-                "resume_from_checkpoint: %s; it is skipped, and overwritten when training reaches that step",
+                "resume_from_checkpoint: %s; it is skipped, and overwritten when training reaches"
+                " that step",
                 problem,
             )
     return newest
 
 
 def begin_overwriting(checkpoint: Path) -> None:
-    """Mark a checkpoint that is about to be overwritten, file by file, as incomplete until that is done."""
+    """Mark a checkpoint that is about to be overwritten, file by file, as incomplete until that is
+    done."""
     (checkpoint / TRAINER_STATE_NAME).unlink(missing_ok=True)
 
 
 def set_aside(folder: Path) -> None:
-    """Rename the folder that an earlier run left under this name, if there is one, and warn about it."""
+    """Rename the folder that an earlier run left under this name, if there is one, and warn about
+    it."""
     if not folder.is_dir():
         return
     numbers = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
@@ -171,8 +178,8 @@ def set_aside(folder: Path) -> None:
     to = next(place for place in places if not place.exists())
     folder.rename(to)
     logger.warning(
-        "caft: %s belongs to an earlier run, not to the model that this run saves there, so it was renamed to %s. "
-        "Delete it, or keep it with that run's model",
+        "caft: %s belongs to an earlier run, not to the model that this run saves there, so it was"
+        " renamed to %s. Delete it, or keep it with that run's model",
         folder,
         to,
     )

@@ -12,11 +12,13 @@ LONGEST = 100  # characters of a value or key in a message
 
 
 class CAFTError(ValueError):
-    """What caft_plugin refuses. The message names what was received, what is accepted, and the fix."""
+    """What caft_plugin refuses. The message names what was received, what is accepted, and the
+    fix."""
 
 
 class ConfigError(CAFTError):
-    """A setting that cannot work. The message names the key, the value, what is accepted and the fix."""
+    """A setting that cannot work. The message names the key, the value, what is accepted and the
+    fix."""
 
 
 def shown(value: object) -> str:
@@ -33,14 +35,16 @@ _heads_as: ContextVar[str] = ContextVar("caft_heads_as", default=HEADS_KEY)
 
 
 def heads_as() -> str:
-    """Return the caller's name for the heads folder (a key, an option or an argument), with which messages begin."""
+    """Return the caller's name for the heads folder (a key, an option or an argument), with which
+    messages begin."""
     name = _heads_as.get()
     return setting_as("caft", "heads") if name == HEADS_KEY else name
 
 
 @contextlib.contextmanager
 def heads_named(name: str) -> Iterator[None]:
-    """Use this option or argument name for the heads folder in messages; nested calls keep the outermost name."""
+    """Use this option or argument name for the heads folder in messages; nested calls keep the
+    outermost name."""
     token = _heads_as.set(name) if _heads_as.get() == HEADS_KEY else None
     try:
         yield
@@ -63,7 +67,8 @@ def on_command_line() -> Iterator[None]:
 
 
 def asked_as(argument: str, option: str | None = None) -> str:
-    """Return the caller's name for an argument: `num_heads` in Python, `--num-heads` on the command line.
+    """Return the caller's name for an argument: `num_heads` in Python, `--num-heads` on the command
+    line.
 
     `option` is the option's name where it is not made of the argument's.
     """
@@ -72,7 +77,9 @@ def asked_as(argument: str, option: str | None = None) -> str:
     return f"--{argument.replace('_', '-')}" if option is None else option
 
 
-_given_as_options: ContextVar[frozenset[str]] = ContextVar("caft_given_as_options", default=frozenset())
+_given_as_options: ContextVar[frozenset[str]] = ContextVar(
+    "caft_given_as_options", default=frozenset()
+)
 
 
 @contextlib.contextmanager
@@ -86,12 +93,14 @@ def given_as_options(settings: Iterable[str]) -> Iterator[None]:
 
 
 def setting_as(block: str, name: str) -> str:
-    """Return the caller's name for a setting of a block: `--num-heads` if given as an option, else `caft.num_heads`."""
+    """Return the caller's name for a setting of a block: `--num-heads` if given as an option, else
+    `caft.num_heads`."""
     return f"--{name.replace('_', '-')}" if name in _given_as_options.get() else f"{block}.{name}"
 
 
 def named(text: str) -> str:
-    """Return a name from a file as text for a message: unchanged, unless it is very long or not printable."""
+    """Return a name from a file as text for a message: unchanged, unless it is very long or not
+    printable."""
     return text if text.isprintable() and 0 < len(text) <= 3 * LONGEST else shown(text)
 
 

@@ -12,7 +12,8 @@ from caft_plugin.errors import ConfigError
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Call `write` with a temporary path in the same folder, then rename it to `path`: never a partial file."""
+    """Call `write` with a temporary path in the same folder, then rename it to `path`: never a
+    partial file."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
@@ -47,13 +48,16 @@ def read_text(file: Path, asked_by: str, takes: str) -> str:
         return file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else f"it is not UTF-8: {error.reason}"
-        raise ConfigError(f"{asked_by}: {file} cannot be read ({why}). It accepts {takes}.") from None
+        raise ConfigError(
+            f"{asked_by}: {file} cannot be read ({why}). It accepts {takes}."
+        ) from None
 
 
 def numbered_lines(text: str) -> list[tuple[int, str]]:
     """Return the lines of a text that are not blank, numbered from 1.
 
-    Lines end only at newlines: `str.splitlines` would also split JSON lines at U+2028, U+0085 and form feeds, which
+    Lines end only at newlines: `str.splitlines` would also split JSON lines at U+2028, U+0085 and
+        form feeds, which
     JSON allows inside strings and which `datasets` reads as part of them.
     """
     return [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]

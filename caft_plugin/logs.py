@@ -21,20 +21,23 @@ def greater_is_better(metric: str) -> bool | None:
 
 
 def evaluated_sets(logs: Mapping[str, float]) -> list[str]:
-    """Return the prefixes (`eval`, `eval_mine`) of the evaluations that have heads' losses in a line of the log."""
+    """Return the prefixes (`eval`, `eval_mine`) of the evaluations that have heads' losses in a
+    line of the log."""
     return sorted({key.rpartition(f"_{HEAD_LOSS}")[0] for key in logs} - {""})
 
 
 def by_head(start: str, values: Mapping[str, float]) -> dict[int, float]:
     """Return the values whose keys are `start` followed by a head's number k, by k."""
-    found = {key.removeprefix(start): value for key, value in values.items() if key.startswith(start)}
+    found = {
+        key.removeprefix(start): value for key, value in values.items() if key.startswith(start)
+    }
     return dict(sorted((int(k), value) for k, value in found.items() if k.isdecimal()))
 
 
 @dataclasses.dataclass(frozen=True)
 class CAFTLog:
-    """Means over the steps since the last log and over all processes, in nats. `head_losses` by k: head k predicts the
-    token k+1 ahead; a head that was not drawn is left out."""
+    """Means over the steps since the last log and over all processes, in nats. `head_losses` by k:
+    head k predicts the token k+1 ahead; a head that was not drawn is left out."""
 
     next_token_loss: float
     head_losses: Mapping[int, float]
@@ -54,15 +57,17 @@ class CAFTLog:
         """Read CAFT's values from a line of the trainer's log; None if it has none."""
         if f"{CAFT}gamma" not in logs:
             return None
-        next_token_loss, gamma, aux_loss = (logs[f"{CAFT}{key}"] for key in ("next_token_loss", "gamma", "aux_loss"))
+        next_token_loss, gamma, aux_loss = (
+            logs[f"{CAFT}{key}"] for key in ("next_token_loss", "gamma", "aux_loss")
+        )
         return cls(next_token_loss, by_head(HEAD_LOSS, logs), gamma, aux_loss)
 
 
 @dataclasses.dataclass(frozen=True)
 class MEAPLog:
-    """Over the steps since the last log and all processes: masked over eligible tokens of masked examples (None where
-    no token was eligible), examples a step, and the mean next-token loss of masked and of other targets, in nats (None
-    where there was none, or where it cannot be read)."""
+    """Over the steps since the last log and all processes: masked over eligible tokens of masked
+    examples (None where no token was eligible), examples a step, and the mean next-token loss of
+    masked and of other targets, in nats (None where there was none, or where it cannot be read)."""
 
     masked_fraction: float | None
     examples_masked: float
@@ -77,12 +82,12 @@ class MEAPLog:
 
 @dataclasses.dataclass(frozen=True)
 class HeadsEvaluation:
-    """Each head's mean loss in nats and share of right top-1 predictions over an evaluation set, by k; heads without a
-    target there are left out.
+    """Each head's mean loss in nats and share of right top-1 predictions over an evaluation set, by
+    k; heads without a target there are left out.
 
-    `tokens_per_pass` is 1 plus the mean number of heads in a row, from the first on, that are right, over the
-    `positions` where the first head has a target: about what a drafter of these heads brings (None where there is no
-    target)."""
+    `tokens_per_pass` is 1 plus the mean number of heads in a row, from the first on, that are
+    right, over the `positions` where the first head has a target: about what a drafter of these
+    heads brings (None where there is no target)."""
 
     losses: Mapping[int, float]
     accuracies: Mapping[int, float]
@@ -94,14 +99,19 @@ class HeadsEvaluation:
         if self.tokens_per_pass is not None:
             found[f"{prefix}_{CAFT}tokens_per_pass"] = self.tokens_per_pass
         if details:
-            found.update({f"{prefix}_{HEAD_ACCURACY}{k}": share for k, share in self.accuracies.items()})
+            found.update(
+                {f"{prefix}_{HEAD_ACCURACY}{k}": share for k, share in self.accuracies.items()}
+            )
         if details and self.positions is not None:
             found[f"{prefix}_{CAFT}positions"] = self.positions
         return found
 
     @classmethod
     def read(cls, metrics: Mapping[str, float], prefix: str) -> HeadsEvaluation:
-        losses, accuracies = by_head(f"{prefix}_{HEAD_LOSS}", metrics), by_head(f"{prefix}_{HEAD_ACCURACY}", metrics)
+        losses, accuracies = (
+            by_head(f"{prefix}_{HEAD_LOSS}", metrics),
+            by_head(f"{prefix}_{HEAD_ACCURACY}", metrics),
+        )
         positions = metrics.get(f"{prefix}_{CAFT}positions")
         return cls(
             losses,

@@ -18,26 +18,38 @@ SECTION = re.compile(rf"\s*{START}.*?{END}\s*", re.DOTALL)
 def section(caft: CAFTConfig | None, meap: MEAPConfig | None) -> str:
     """Return the section for a run with these settings; empty if neither changes the training."""
     blocks: list[Block] = []
-    lines = ["## Training objectives", "", "Trained with caft_plugin, in addition to next-token prediction:", ""]
+    lines = [
+        "## Training objectives",
+        "",
+        "Trained with caft_plugin, in addition to next-token prediction:",
+        "",
+    ]
     if caft is not None and caft.beta != 0:
         blocks.append(caft)
         lines.append(
-            "- CAFT, concept-aware fine-tuning ([arXiv 2506.07833](https://arxiv.org/abs/2506.07833)); auxiliary "
-            f"heads: {caft.num_heads}. The model has no trace of them. They are in `{FOLDER}/` next to it and "
-            "can draft for it."
+            "- CAFT, concept-aware fine-tuning ([arXiv"
+            f" 2506.07833](https://arxiv.org/abs/2506.07833)); auxiliary heads: {caft.num_heads}."
+            f" The model has no trace of them. They are in `{FOLDER}/` next to it and can draft"
+            " for it."
         )
     if meap is not None:
         blocks.append(meap)
         lines.append(
-            "- MEAP, mask-enhanced autoregressive prediction "
-            "([arXiv 2502.07490](https://arxiv.org/abs/2502.07490)): a part of the input tokens was masked."
+            "- MEAP, mask-enhanced autoregressive prediction ([arXiv"
+            " 2502.07490](https://arxiv.org/abs/2502.07490)): a part of the input tokens was"
+            " masked."
         )
     keys = {block.block: block.model_dump(exclude_none=True) for block in blocks}
-    return "\n".join([*lines, "", "```yaml", yaml.safe_dump(keys, sort_keys=False) + "```"]) if blocks else ""
+    return (
+        "\n".join([*lines, "", "```yaml", yaml.safe_dump(keys, sort_keys=False) + "```"])
+        if blocks
+        else ""
+    )
 
 
 class FrameworkCard:
-    """The card in a folder where a framework may write one. Created before the framework saves, completed after."""
+    """The card in a folder where a framework may write one. Created before the framework saves,
+    completed after."""
 
     def __init__(self, folder: Path, section: str) -> None:
         self.file = folder / CARD
@@ -48,7 +60,8 @@ class FrameworkCard:
         return self.file.read_text(encoding="utf-8") if self.file.is_file() else None
 
     def complete(self) -> None:
-        """Append the section to a card that was written since, replacing an earlier run's section."""
+        """Append the section to a card that was written since, replacing an earlier run's
+        section."""
         card = self._content()
         if card is None or card == self.before:
             return

@@ -26,8 +26,8 @@ INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "avx_ne_convert")
 def cpu_has_bf16() -> bool:
     """Return True if this CPU has instructions for bfloat16 matrix products that PyTorch uses.
 
-    Without them, one product of the backward pass runs in a plain loop: 34 times as slow as in float32, measured on a
-    CPU with AVX2.
+    Without them, one product of the backward pass runs in a plain loop: 34 times as slow as in
+    float32, measured on a CPU with AVX2.
     """
     questions = [getattr(getattr(torch.ops, space), name, None) for space, name in QUESTIONS]
     if not any(question() for question in questions if question is not None):
@@ -37,7 +37,8 @@ def cpu_has_bf16() -> bool:
 
 
 def quick_dtype() -> torch.dtype:
-    """Return bfloat16 if there is an accelerator or the CPU has instructions for it, else float32."""
+    """Return bfloat16 if there is an accelerator or the CPU has instructions for it, else
+    float32."""
     return torch.bfloat16 if torch.accelerator.is_available() or cpu_has_bf16() else torch.float32
 
 
@@ -49,8 +50,15 @@ def asked_dtype(float32: bool) -> torch.dtype:
 def choice() -> str:
     """Return one line that names `quick_dtype()` and the reason."""
     if quick_dtype() == torch.float32:
-        return "computing in float32: this CPU has no bfloat16 instructions, so bfloat16 is about 30 times as slow"
-    where = "accelerator" if torch.accelerator.is_available() else "CPU, which has bfloat16 instructions"
+        return (
+            "computing in float32: this CPU has no bfloat16 instructions, so bfloat16 is about 30"
+            " times as slow"
+        )
+    where = (
+        "accelerator"
+        if torch.accelerator.is_available()
+        else "CPU, which has bfloat16 instructions"
+    )
     return f"computing in bfloat16 on the {where}"
 
 
@@ -72,9 +80,10 @@ def warn_of_slow_bf16(args: TrainingArguments, model: Any) -> None:
 @functools.cache
 def _warn(found: str) -> None:
     logger.warning(
-        "%s, but this CPU has no bfloat16 instructions: a step takes about 30 times as long as in float32. Use "
-        "float32: `bf16: false` in an Axolotl YAML; bf16=False in a Trainer's arguments, with the model loaded in "
-        "dtype=torch.float32 (in 4 bits: bnb_4bit_compute_dtype too); --float32 for `caft pretrain-heads`.",
+        "%s, but this CPU has no bfloat16 instructions: a step takes about 30 times as long as in"
+        " float32. Use float32: `bf16: false` in an Axolotl YAML; bf16=False in a Trainer's"
+        " arguments, with the model loaded in dtype=torch.float32 (in 4 bits:"
+        " bnb_4bit_compute_dtype too); --float32 for `caft pretrain-heads`.",
         found,
     )
 

@@ -10,11 +10,13 @@ from torch import Tensor
 
 from caft_plugin.errors import ConfigError
 
-# A collator's batch: tensors by name. An attention mask may be a dict of tensors; other keys belong to the host.
+# A collator's batch: tensors by name. An attention mask may be a dict of tensors; other keys belong
+# to the host.
 Batch = Mapping[str, Any]
 IGNORE = -100
-# A key of MEAP's batches (batch, length), and its bits. A position is the first of a copy after its original, may be
-# masked, is masked, marks a masked example (one token of each), or marks an example that is too long for a pair.
+# A key of MEAP's batches (batch, length), and its bits. A position is the first of a copy after its
+# original, may be masked, is masked, marks a masked example (one token of each), or marks an
+# example that is too long for a pair.
 PLAN = "meap_plan"
 BOUNDARY, MAY_MASK, MASKED, EXAMPLE, OVERLONG = 1, 2, 4, 8, 16
 # An addend of an attention score at or below this value hides a key; above, it is a bias.
@@ -24,15 +26,15 @@ HIDDEN = -1000.0
 def document_ids(batch: Batch) -> Tensor | None:
     """Return the document of each position, or None if the batch does not mark boundaries.
 
-    Documents are separated in the host's attention: by position ids that do not increase by 1 (M-RoPE: that return to
-    0 on every axis), by a numbered attention mask (1 1 2 2 2 ...), by a query-key mask in which a position does not see
-    the previous one, or by cumulative sequence lengths. Padding (attention mask 0) is -1. The masked copy of a MEAP
-    pair is its own document.
+    Documents are separated in the host's attention: by position ids that do not increase by 1
+    (M-RoPE: that return to 0 on every axis), by a numbered attention mask (1 1 2 2 2 ...), by a
+    query-key mask in which a position does not see the previous one, or by cumulative sequence
+    lengths. Padding (attention mask 0) is -1. The masked copy of a MEAP pair is its own document.
 
     Args:
-        batch: `labels` (batch, length) and, if present, `position_ids` (batch, length), or (axes, batch, length) with
-            3 axes (time, height, width) or 4 (text first), `attention_mask` (batch, length) or as in `sees_back`,
-            `cu_seq_lens_q`, and MEAP's plan.
+        batch: `labels` (batch, length) and, if present, `position_ids` (batch, length), or (axes,
+            batch, length) with 3 axes (time, height, width) or 4 (text first), `attention_mask`
+            (batch, length) or as in `sees_back`, `cu_seq_lens_q`, and MEAP's plan.
 
     Returns:
         Long tensor (batch, length), equal within a document and different between neighbours.
@@ -45,11 +47,12 @@ def document_ids(batch: Batch) -> Tensor | None:
     positions = batch.get("position_ids")
     if positions is not None:
         if positions.dim() == 3 and len(positions) == 3:
-            # M-RoPE: time, height and width. Within an image they repeat or jump; only a document's first token has
-            # 0 on every axis.
+            # M-RoPE: time, height and width. Within an image they repeat or jump; only a document's
+            # first token has 0 on every axis.
             starts |= (positions == 0).all(dim=0)
         else:
-            if positions.dim() == 3:  # four axes: the first is the text's, which the model uses to separate documents
+            # four axes: the first is the text's, which the model uses to separate documents
+            if positions.dim() == 3:
                 positions = positions[0]
             positions = positions.expand(shape)
             starts[:, 1:] |= positions[:, 1:] != positions[:, :-1] + 1
@@ -88,12 +91,14 @@ def mask_of(batch: Batch) -> object:
 
 
 def sees_back(mask: object, distance: int, shape: torch.Size) -> Tensor:
-    """Return which positions attend to the position `distance` before them, according to a query-key mask.
+    """Return which positions attend to the position `distance` before them, according to a
+    query-key mask.
 
     Args:
-        mask: (batch or 1, length, length) or (batch or 1, heads or 1, length, length): True or non-zero where a query
-            (second-to-last axis) sees a key (last axis); or floating point, the addend of the scores. Or a dict of
-            such masks by layer type, with at least one mask; visible in one of them counts.
+        mask: (batch or 1, length, length) or (batch or 1, heads or 1, length, length): True or
+            non-zero where a query (second-to-last axis) sees a key (last axis); or floating point,
+            the addend of the scores. Or a dict of such masks by layer type, with at least one mask;
+            visible in one of them counts.
         distance: in tokens, at least 1.
         shape: the labels' shape, (batch, length).
 
@@ -105,13 +110,24 @@ def sees_back(mask: object, distance: int, shape: torch.Size) -> Tensor:
     """
     length = shape[1]
     if isinstance(mask, Mapping):
-        return torch.stack([sees_back(m, distance, shape) for m in mask.values() if m is not None]).any(0)
-    if not isinstance(mask, Tensor) or mask.dim() not in (3, 4) or mask.shape[-2:] != (length, length):
-        kind = f"a tensor of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
+        return torch.stack(
+            [sees_back(m, distance, shape) for m in mask.values() if m is not None]
+        ).any(0)
+    if (
+        not isinstance(mask, Tensor)
+        or mask.dim() not in (3, 4)
+        or mask.shape[-2:] != (length, length)
+    ):
+        kind = (
+            f"a tensor of shape {tuple(mask.shape)}"
+            if isinstance(mask, Tensor)
+            else f"a {type(mask).__name__}"
+        )
         raise ConfigError(
-            f"caft: the batch's attention_mask is {kind}, from which documents cannot be separated for labels of shape "
-            f"{tuple(shape)}. It accepts (batch, length), (batch, length, length) or (batch, heads, length, length). "
-            "Without a mask, use position_ids that restart with each document."
+            f"caft: the batch's attention_mask is {kind}, from which documents cannot be separated"
+            f" for labels of shape {tuple(shape)}. It accepts (batch, length), (batch, length,"
+            " length) or (batch, heads, length, length). Without a mask, use position_ids that"
+            " restart with each document."
         )
     pairs = mask.diagonal(-distance, dim1=-2, dim2=-1)
     seen = pairs > HIDDEN if mask.is_floating_point() else pairs != 0
@@ -123,8 +139,9 @@ def sees_back(mask: object, distance: int, shape: torch.Size) -> Tensor:
 def head_targets(batch: Batch, num_heads: int) -> Tensor:
     """Return the target of each head at each position.
 
-    Head k (k = 1..num_heads) at position t predicts `labels[t + k + 1]`. The target is -100 if that position is past
-    the end, ignored, padding, in another document, or does not attend to position t.
+    Head k (k = 1..num_heads) at position t predicts `labels[t + k + 1]`. The target is -100 if that
+    position is past the end, ignored, padding, in another document, or does not attend to position
+    t.
 
     Args:
         batch: `labels` (batch, length), and the keys that mark documents (see `document_ids`).

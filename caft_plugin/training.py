@@ -1,4 +1,5 @@
-"""`with_caft`: any `transformers.Trainer` class, plus auxiliary heads' loss (CAFT), masked training (MEAP) or both."""
+"""`with_caft`: any `transformers.Trainer` class, plus auxiliary heads' loss (CAFT), masked training
+(MEAP) or both."""
 
 from __future__ import annotations
 
@@ -37,24 +38,30 @@ from caft_plugin.targets import Batch
 
 logger = logging.getLogger(__name__)
 
-# Modules for frameworks whose trainers need more than this file, by the package that defines a trainer. `with_caft`
-# imports the module only for such a class, and gets the mixin from its `mixin_of`.
+# Modules for frameworks whose trainers need more than this file, by the package that defines a
+# trainer. `with_caft` imports the module only for such a class, and gets the mixin from its
+# `mixin_of`.
 DOORS = {"trl": "caft_plugin.trl"}
 
 
 def with_caft(trainer_class: type[Trainer]) -> type[Trainer]:
-    """Return a subclass of `trainer_class` with auxiliary heads (CAFT), masked training examples (MEAP), or both.
+    """Return a subclass of `trainer_class` with auxiliary heads (CAFT), masked training examples
+    (MEAP), or both.
 
-    It accepts two more arguments: `caft`, a CAFTConfig, and `meap`, a MEAPConfig. Each may be a dict of its keys, or
-    None, which leaves the class unchanged. The training loop is not changed: `compute_loss` calls the class's own and
-    adds to it. Heads are saved next to the model, in `caft_heads/`; the model's own files do not change.
+    It accepts two more arguments: `caft`, a CAFTConfig, and `meap`, a MEAPConfig. Each may be a
+        dict of its keys, or
+    None, which leaves the class unchanged. The training loop is not changed: `compute_loss` calls
+    the class's own and adds to it. Heads are saved next to the model, in `caft_heads/`; the model's
+    own files do not change.
 
     Raises:
         ConfigError: on construction, when the settings or the model do not fit.
         TypeError: `trainer_class` is not a Trainer.
     """
     if not (isinstance(trainer_class, type) and issubclass(trainer_class, Trainer)):
-        raise TypeError(f"with_caft accepts a subclass of transformers.Trainer, got {trainer_class!r}")
+        raise TypeError(
+            f"with_caft accepts a subclass of transformers.Trainer, got {trainer_class!r}"
+        )
     if issubclass(trainer_class, CAFTTrainerMixin):
         return trainer_class
     packages = [base.__module__.partition(".")[0] for base in trainer_class.__mro__]
@@ -65,7 +72,9 @@ def with_caft(trainer_class: type[Trainer]) -> type[Trainer]:
 
 @functools.cache
 def _over(mixin: type, trainer_class: type) -> type[Trainer]:
-    return type(f"CAFT{trainer_class.__name__}", (mixin, trainer_class), {"__doc__": trainer_class.__doc__})
+    return type(
+        f"CAFT{trainer_class.__name__}", (mixin, trainer_class), {"__doc__": trainer_class.__doc__}
+    )
 
 
 if TYPE_CHECKING:
@@ -77,16 +86,22 @@ else:
 class CAFTTrainerMixin(_Base):
     """The part of `with_caft` that is the same for every trainer class.
 
-    It only overrides methods of Trainer; the work is done by `caft`, an AuxiliaryObjective, and `meap`, a
-    MaskedTraining. It has one method for each of Trainer's that these two need, so it has many.
+    It only overrides methods of Trainer; the work is done by `caft`, an AuxiliaryObjective, and
+    `meap`, a MaskedTraining. It has one method for each of Trainer's that these two need, so it has
+    many.
     """
 
-    # Classes whose compute_loss uses only the loss of a model's output, so that `fused_loss` may compute that.
+    # Classes whose compute_loss uses only the loss of a model's output, so that `fused_loss` may
+    # compute that.
     caft_reads_loss_alone: tuple[type, ...] = (Trainer,)
     caft_objective: Callable[[Trainer, CAFTConfig], AuxiliaryObjective] = AuxiliaryObjective
 
     def __init__(
-        self, *args, caft: CAFTConfig | dict | None = None, meap: MEAPConfig | dict | None = None, **kwargs
+        self,
+        *args,
+        caft: CAFTConfig | dict | None = None,
+        meap: MEAPConfig | dict | None = None,
+        **kwargs,
     ) -> None:
         self.caft: AuxiliaryObjective | None = None  # at beta 0 there is none
         self.caft_config: CAFTConfig | None = None
@@ -98,7 +113,11 @@ class CAFTTrainerMixin(_Base):
         if caft is not None:
             self.attach_caft(CAFTConfig.read(caft))
         if self.meap is not None:
-            if self.meap.config.mode == "sft" and self.meap.data is None and self.train_dataset is not None:
+            if (
+                self.meap.config.mode == "sft"
+                and self.meap.data is None
+                and self.train_dataset is not None
+            ):
                 self.meap.double()
             self._begin(self.meap)
 
@@ -122,13 +141,16 @@ class CAFTTrainerMixin(_Base):
     def attach_meap(self, config: MEAPConfig, said: Said = NOTHING_SAID) -> None:
         """Choose the mask token and mask training batches from now on.
 
-        In mode `sft`, the training set must already be duplicated. `said` are the user's settings of tokens.
+        In mode `sft`, the training set must already be duplicated. `said` are the user's settings
+        of tokens.
 
         Raises:
             ConfigError: there is no tokenizer or no mask token, or the trainer already draws masks.
         """
         if self.meap is not None:
-            raise ConfigError("meap: this trainer already draws masks. Pass `meap` once, to a separate trainer.")
+            raise ConfigError(
+                "meap: this trainer already draws masks. Pass `meap` once, to a separate trainer."
+            )
         self.meap_config = config
         self.meap = MaskedTraining(self, config)
         self._begin(self.meap, said)
@@ -150,7 +172,8 @@ class CAFTTrainerMixin(_Base):
 
     @property
     def _parts(self) -> list[AuxiliaryObjective | MaskedTraining]:
-        """The objectives of this run. Both have handle, begin_window, start_afresh, log_entries, save and load."""
+        """The objectives of this run. Both have handle, begin_window, start_afresh, log_entries,
+        save and load."""
         return [part for part in (self.caft, self.meap) if part is not None]
 
     def _handles(self) -> dict[str, AttachedHeads | AddedMaskToken]:
@@ -159,7 +182,8 @@ class CAFTTrainerMixin(_Base):
 
     @contextlib.contextmanager
     def _ours_on_model(self) -> Iterator[None]:
-        """Attach the heads and an added mask token; those that are already attached stay attached."""
+        """Attach the heads and an added mask token; those that are already attached stay
+        attached."""
         handles = [handle for handle in self._handles().values() if not handle.attached]
         with contextlib.ExitStack() as stack:
             for handle in handles:
@@ -216,14 +240,16 @@ class CAFTTrainerMixin(_Base):
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
     ) -> tuple[list[Batch], Tensor | int | None]:
         samples, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if self.meap is not None:  # first: it takes its plans out of the batches, which tell heads where pairs end
+        # first: it takes its plans out of the batches, which tell heads where pairs end
+        if self.meap is not None:
             self.meap.begin_window(samples)
         if self.caft is not None:
             self.caft.begin_window([self._with_plan(batch) for batch in samples])
         return samples, num_items
 
     def _with_plan(self, inputs: Batch) -> Batch:
-        """Return a training batch with its plan, for the heads; the host's batch has only the host's keys."""
+        """Return a training batch with its plan, for the heads; the host's batch has only the
+        host's keys."""
         if self.meap is None or not torch.is_grad_enabled():
             return inputs
         self.meap.take_plan(inputs)
@@ -245,7 +271,10 @@ class CAFTTrainerMixin(_Base):
             losses = None if self.meap is None or not torch.is_grad_enabled() else self.meap.losses
             with contextlib.nullcontext() if losses is None else losses.reading(inputs):
                 return super(CAFTTrainerMixin, self).compute_loss(
-                    model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
+                    model,
+                    inputs,
+                    return_outputs=return_outputs,
+                    num_items_in_batch=num_items_in_batch,
                 )
 
         if self.caft is None:
@@ -257,14 +286,22 @@ class CAFTTrainerMixin(_Base):
         ):
             return self.caft.loss(model, self._with_plan(inputs), host_loss, num_items_in_batch)
 
-    def training_step(self, model: torch.nn.Module, inputs: dict[str, Tensor], *args, **kwargs) -> Tensor:
+    def training_step(
+        self, model: torch.nn.Module, inputs: dict[str, Tensor], *args, **kwargs
+    ) -> Tensor:
         with (
             self._ours_out_of_sight(),
-            contextlib.nullcontext() if self.caft is None else self.caft.training_step(self._with_plan(inputs)),
+            (
+                contextlib.nullcontext()
+                if self.caft is None
+                else self.caft.training_step(self._with_plan(inputs))
+            ),
         ):
             return super().training_step(model, inputs, *args, **kwargs)
 
-    def prediction_step(self, model: torch.nn.Module, inputs: dict[str, Tensor], *args, **kwargs) -> tuple:
+    def prediction_step(
+        self, model: torch.nn.Module, inputs: dict[str, Tensor], *args, **kwargs
+    ) -> tuple:
         if self.meap is not None:
             self.meap.put_plain_labels(inputs)
         with self._ours_out_of_sight():
@@ -277,7 +314,9 @@ class CAFTTrainerMixin(_Base):
     def evaluation_loop(self, *args, **kwargs) -> EvalLoopOutput:
         if self.caft is None:
             return super().evaluation_loop(*args, **kwargs)
-        prefix = argument("metric_key_prefix", super().evaluation_loop, Trainer.evaluation_loop, args, kwargs)
+        prefix = argument(
+            "metric_key_prefix", super().evaluation_loop, Trainer.evaluation_loop, args, kwargs
+        )
         with self._ours_on_model(), self.caft.evaluation(prefix) as metrics:
             output = super().evaluation_loop(*args, **kwargs)
         cast(dict, output.metrics).update(metrics)
@@ -294,7 +333,9 @@ class CAFTTrainerMixin(_Base):
 
     # -- saving and resuming -----------------------------------------------------------------------
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs) -> TrainOutput:
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs
+    ) -> TrainOutput:
         if self.caft_config or self.meap_config:
             warn_of_slow_bf16(self.args, self.model)
             if resume_from_checkpoint:
@@ -309,12 +350,16 @@ class CAFTTrainerMixin(_Base):
             self.start_afresh()
 
     def newest_whole_checkpoint(self) -> str | None:
-        """Return the newest complete checkpoint of the output folder, or None; warn about newer, incomplete ones."""
-        newest = checkpoints.newest_warning_of_others(str(self.args.output_dir), self.checkpoint_parts())
+        """Return the newest complete checkpoint of the output folder, or None; warn about newer,
+        incomplete ones."""
+        newest = checkpoints.newest_warning_of_others(
+            str(self.args.output_dir), self.checkpoint_parts()
+        )
         return None if newest is None else str(newest)
 
     def checkpoint_parts(self) -> checkpoints.Parts:
-        plain = not (self.is_fsdp_enabled or self.is_deepspeed_enabled)  # these have files of their own
+        # these have files of their own
+        plain = not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
         return checkpoints.Parts(weights=plain, optimizer=plain and not self.args.save_only_model)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: object) -> None:
@@ -342,7 +387,9 @@ class CAFTTrainerMixin(_Base):
 
     def framework_card(self, folder: str | None = None) -> FrameworkCard:
         """The card that the framework is about to write into a folder, by default the run's own."""
-        return FrameworkCard(Path(folder or str(self.args.output_dir)), section(self.caft_config, self.meap_config))
+        return FrameworkCard(
+            Path(folder or str(self.args.output_dir)), section(self.caft_config, self.meap_config)
+        )
 
     def save_ours(self, output_dir: str | None) -> None:
         """Save the heads to `caft_heads/` and an added mask token to `caft_meap/` in `output_dir`.
@@ -357,10 +404,14 @@ class CAFTTrainerMixin(_Base):
             part.save(Path(output_dir), resumable=self._saving_checkpoint)
 
     def _set_aside_earlier(self, folder: Path) -> None:
-        """Rename an earlier run's heads and mask token in a folder where this run saves its model without any."""
+        """Rename an earlier run's heads and mask token in a folder where this run saves its model
+        without any."""
         if self._taken_off or not (self.caft_config or self.meap_config):
             return
-        ours = {FOLDER: self.caft, MASK_FILE.parent.name: None if self.meap is None else self.meap.handle}
+        ours = {
+            FOLDER: self.caft,
+            MASK_FILE.parent.name: None if self.meap is None else self.meap.handle,
+        }
         for name, part in ours.items():
             if part is None:
                 checkpoints.set_aside(folder / name)
@@ -368,7 +419,8 @@ class CAFTTrainerMixin(_Base):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """Show the heads' frozen parameters in the state dict while FSDP2 saves the adapter again.
 
-        Newer accelerate removes every frozen parameter from the state dict and fails if one is missing.
+        Newer accelerate removes every frozen parameter from the state dict and fails if one is
+        missing.
         """
         adapter_alone = self.is_fsdp_enabled and isinstance(self.model, PeftModel)
         with contextlib.ExitStack() as stack:
@@ -376,7 +428,9 @@ class CAFTTrainerMixin(_Base):
                 stack.enter_context(handle.hidden.in_state_dict("frozen"))
             super()._save_optimizer_and_scheduler(output_dir)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: torch.nn.Module | None = None
+    ) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self._load_ours(resume_from_checkpoint)
 
@@ -390,15 +444,17 @@ class CAFTTrainerMixin(_Base):
             part.load(folder)
         if self.caft is None and self.caft_config is not None and (Path(folder) / FOLDER).exists():
             raise ConfigError(
-                f"caft.beta: this run has 0 and so no heads, but the checkpoint {folder} was made with heads. Resume "
-                "with the beta it was made with, or start from the beginning."
+                f"caft.beta: this run has 0 and so no heads, but the checkpoint {folder} was made"
+                " with heads. Resume with the beta it was made with, or start from the beginning."
             )
 
 
 def argument(name: str, method: Callable, as_in: Callable, args: tuple, kwargs: dict) -> str:
-    """Return the argument `name` of a call of a host's `method`, given by position, by name or by default.
+    """Return the argument `name` of a call of a host's `method`, given by position, by name or by
+    default.
 
-    If the method has only *args and **kwargs, the signature of `as_in`, the function that it overrides, is used.
+    If the method has only *args and **kwargs, the signature of `as_in`, the function that it
+    overrides, is used.
     """
     signature, given = inspect.signature(method), args
     if name not in signature.parameters:
@@ -411,15 +467,16 @@ def argument(name: str, method: Callable, as_in: Callable, args: tuple, kwargs: 
 def set_direction_of_best(args: TrainingArguments) -> None:
     """Correct `greater_is_better` for a caft_plugin metric.
 
-    TrainingArguments assumes that larger is better for every metric whose name does not end in `loss`, and would keep
-    the checkpoint with the worst heads.
+    TrainingArguments assumes that larger is better for every metric whose name does not end in
+    `loss`, and would keep the checkpoint with the worst heads.
     """
     metric = args.metric_for_best_model
     right = None if metric is None else greater_is_better(metric)
     if right is not None and args.greater_is_better is not None and args.greater_is_better != right:
         args.greater_is_better = right
         logger.warning(
-            "metric_for_best_model: for %s, the %s value is better, so greater_is_better was set to %s",
+            "metric_for_best_model: for %s, the %s value is better, so greater_is_better was set"
+            " to %s",
             metric,
             "larger" if right else "smaller",
             right,
@@ -433,6 +490,10 @@ class FreshSums(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: object,
     ) -> None:
         self.trainer.start_afresh()

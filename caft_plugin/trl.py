@@ -1,4 +1,5 @@
-"""TRL support: `CAFTSFTTrainer`, a drop-in replacement for `trl.SFTTrainer` with the arguments `caft` and `meap`."""
+"""TRL support: `CAFTSFTTrainer`, a drop-in replacement for `trl.SFTTrainer` with the arguments
+`caft` and `meap`."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ try:
     from trl import SFTConfig, SFTTrainer
 except ImportError as error:
     raise ImportError(
-        f"caft_plugin.trl needs TRL, which could not be imported ({error}). Install it: pip install 'caft_plugin[trl]'"
+        f"caft_plugin.trl needs TRL, which could not be imported ({error}). Install it: pip install"
+        " 'caft_plugin[trl]'"
     ) from error
 
 from torch import nn
@@ -29,13 +31,16 @@ class SFTMixin(CAFTTrainerMixin):
 
     def __init__(self, *args, **kwargs) -> None:
         host = inspect.signature(super(CAFTTrainerMixin, self).__init__)
-        given = host.bind_partial(*args, **{key: kwargs[key] for key in kwargs.keys() - {"caft", "meap"}}).arguments
+        given = host.bind_partial(
+            *args, **{key: kwargs[key] for key in kwargs.keys() - {"caft", "meap"}}
+        ).arguments
         self._model_given = given.get("model", given.get("kwargs", {}).get("model"))
         super().__init__(*args, **kwargs)
         self._model_given = None
 
     def _prepare_dataset(self, dataset: TrainingSet, *args, **kwargs) -> TrainingSet:
-        """Tokenise first, without truncation, add the masked copies, then run the rest of SFTTrainer's preparation.
+        """Tokenise first, without truncation, add the masked copies, then run the rest of
+        SFTTrainer's preparation.
 
         Only the first data set named "train" is doubled: evaluation sets may have any name.
         """
@@ -53,15 +58,23 @@ class SFTMixin(CAFTTrainerMixin):
         rest = tokenizer, settings, given["packing"], None, name
         meap.plain = functools.partial(prepare, dataset, *rest)
         base = base_model(self._model_given, settings)
-        doubled = prepare(meap.doubled(dataset, tokenizer, settings, base, settings.max_length), *rest)
-        if meap.config.layout == "separate" and settings.max_length is not None and not given["packing"]:
-            doubled = doubled.filter(has_target)  # as SFTTrainer drops rows truncated before their first target
+        doubled = prepare(
+            meap.doubled(dataset, tokenizer, settings, base, settings.max_length), *rest
+        )
+        if (
+            meap.config.layout == "separate"
+            and settings.max_length is not None
+            and not given["packing"]
+        ):
+            # as SFTTrainer drops rows truncated before their first target
+            doubled = doubled.filter(has_target)
         meap.data = doubled
         return doubled
 
 
 def base_model(model: object, settings: SFTConfig) -> BaseModel:
-    """Return MEAP's facts about the model that SFTTrainer was given or will load; none if it creates its own model.
+    """Return MEAP's facts about the model that SFTTrainer was given or will load; none if it
+    creates its own model.
 
     SFTTrainer prepares its data before it sets `self.model`.
     """

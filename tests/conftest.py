@@ -1,4 +1,5 @@
-"""Fixtures: tiny random models, and SmolLM2-135M made once a machine from a wheel of the package index."""
+"""Fixtures: tiny random models, and SmolLM2-135M made once a machine from a wheel of the package
+index."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items):
-    """Files with slow tests come first, so that no worker is left with a long one while the others are done."""
+    """Files with slow tests come first, so that no worker is left with a long one while the others
+    are done."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
 
@@ -31,13 +33,16 @@ def _seeded():
 
 @pytest.fixture(scope="session")
 def golden():
-    """All tensors of the authors' released numbers (tests/goldens/README.md), and the config of their model."""
+    """All tensors of the authors' released numbers (tests/goldens/README.md), and the config of
+    their model."""
     from transformers import LlamaConfig
 
     with safe_open(GOLDENS / "caft_official.safetensors", framework="pt") as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}
         raw = json.loads(file.metadata()["config"])
-    return tensors, LlamaConfig(**{k: v for k, v in raw.items() if not k.startswith(("_", "caft_", "transformers"))})
+    return tensors, LlamaConfig(
+        **{k: v for k, v in raw.items() if not k.startswith(("_", "caft_", "transformers"))}
+    )
 
 
 @pytest.fixture

@@ -1,4 +1,5 @@
-"""How dense the code of the package is. `python tests/house_figures.py [--names]` prints figures, and places.
+"""How dense the code of the package is. `python tests/house_figures.py [--names]` prints figures,
+and places.
 
 A line of code is a line with at least one token that is neither a comment nor part of a docstring.
 """
@@ -15,8 +16,24 @@ from paths import ROOT
 
 FILES = sorted(file for file in (ROOT / "caft_plugin").rglob("*.py") if "figures" not in file.parts)
 BRANCHES, DEPTH = 10, 3
-LAYOUT = {tokenize.NEWLINE, tokenize.NL, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER, tokenize.ENCODING}
-BRANCHING = (ast.If, ast.For, ast.While, ast.IfExp, ast.ExceptHandler, ast.comprehension, ast.BoolOp, ast.match_case)
+LAYOUT = {
+    tokenize.NEWLINE,
+    tokenize.NL,
+    tokenize.INDENT,
+    tokenize.DEDENT,
+    tokenize.ENDMARKER,
+    tokenize.ENCODING,
+}
+BRANCHING = (
+    ast.If,
+    ast.For,
+    ast.While,
+    ast.IfExp,
+    ast.ExceptHandler,
+    ast.comprehension,
+    ast.BoolOp,
+    ast.match_case,
+)
 NESTING = (ast.If, ast.For, ast.While, ast.With, ast.Try, ast.Match)
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -25,7 +42,10 @@ def docstring_lines(tree: ast.Module) -> set[int]:
     """Return the numbers of the lines that hold docstrings."""
     lines: set[int] = set()
     for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.ClassDef, Function)) and ast.get_docstring(node) is not None:
+        if (
+            isinstance(node, (ast.Module, ast.ClassDef, Function))
+            and ast.get_docstring(node) is not None
+        ):
             text = node.body[0]
             lines |= set(range(text.lineno, (text.end_lineno or text.lineno) + 1))
     return lines
@@ -60,7 +80,9 @@ def depth(node: ast.AST, level: int = 0) -> int:
             if not isinstance(child, ast.AST) or isinstance(child, (Function, ast.ClassDef)):
                 continue
             elif_of = isinstance(node, ast.If) and name == "orelse" and isinstance(child, ast.If)
-            deepest = max(deepest, depth(child, level + (isinstance(child, NESTING) and not elif_of)))
+            deepest = max(
+                deepest, depth(child, level + (isinstance(child, NESTING) and not elif_of))
+            )
     return deepest
 
 
@@ -91,7 +113,9 @@ def figures() -> dict[str, float | list[str]]:
         source = file.read_text(encoding="utf-8")
         tree, name = ast.parse(source), str(file.relative_to(ROOT))
         here = count_tokens(source, docstring_lines(tree))
-        tokens, lines, comments = (old + new for old, new in zip((tokens, lines, comments), here, strict=True))
+        tokens, lines, comments = (
+            old + new for old, new in zip((tokens, lines, comments), here, strict=True)
+        )
         for function in functions(tree):
             place = f"{name}:{function.lineno} {function.name}"
             if branches(function) > BRANCHES:
@@ -100,7 +124,12 @@ def figures() -> dict[str, float | list[str]]:
                 found["deep"].append(place)
         found["parallel"] += [f"{name}:{node.lineno}" for node in parallel_assignments(tree)]
         found["crowded"] += [f"{name}:{node.lineno}" for node in crowded_statements(tree)]
-    return {"lines": lines, "tokens a line": tokens / lines, "comments %": 100 * comments / lines, **found}
+    return {
+        "lines": lines,
+        "tokens a line": tokens / lines,
+        "comments %": 100 * comments / lines,
+        **found,
+    }
 
 
 def main() -> None:

@@ -1,4 +1,5 @@
-"""Where things are; and what has to be said to libraries before they are imported, which this module is ahead of."""
+"""Where things are; and what has to be said to libraries before they are imported, which this
+module is ahead of."""
 
 import os
 from pathlib import Path

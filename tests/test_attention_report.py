@@ -1,4 +1,5 @@
-"""`caft attention-report` on tiny models: its figures against slow formulas, its table, its picture, its messages."""
+"""`caft attention-report` on tiny models: its figures against slow formulas, its table, its
+picture, its messages."""
 
 from __future__ import annotations
 
@@ -58,7 +59,8 @@ def test_figures_of_one_map():
     masked = torch.tensor([False, False, True, False, True, False])
     means, variances = [], []
     for of_map in weights:
-        for query in (3, 4, 5):  # from here on a query sees a masked position and two others behind the first
+        # from here on a query sees a masked position and two others behind the first
+        for query in (3, 4, 5):
             seen = [key for key in range(1, query + 1)]
             others = [of_map[query, key].item() for key in seen if not masked[key]]
             if len(others) < 2:
@@ -88,7 +90,10 @@ def test_report(folder):
         assert sum(shares) == pytest.approx(1, rel=1e-5) and min(shares) > 0
     same = report(folder, tuned="base")
     for of in (same.masked, same.variance):
-        assert of["base", "masked"] == of["tuned", "masked"] and of["base", "unmasked"] == of["tuned", "unmasked"]
+        assert (
+            of["base", "masked"] == of["tuned", "masked"]
+            and of["base", "unmasked"] == of["tuned", "unmasked"]
+        )
         assert of["base", "unmasked"] != of["base", "masked"]
     assert figures.masked["base", "unmasked"] == same.masked["base", "unmasked"]
     assert report(folder, seed=1).masked != figures.masked
@@ -105,25 +110,47 @@ def test_adapters_and_added_tokens(folder, tiny_model):
     lora.peft_config["default"].base_model_name_or_path = str(folder / "base")
     lora.save_pretrained(folder / "adapter")
     word_tokenizer("").save_pretrained(folder / "adapter")
-    assert report(folder, tuned="adapter").masked["tuned", "unmasked"] != report(folder).masked["base", "unmasked"]
+    assert (
+        report(folder, tuned="adapter").masked["tuned", "unmasked"]
+        != report(folder).masked["base", "unmasked"]
+    )
 
     added = AddedMaskToken(lora, choose_mask_token("add", None, 97, None))
     added.vector.data.add_(5)
     added.save(folder / "adapter", write=True)
     figures = report(folder, tuned="adapter", mask_token="auto")
     assert "added: id 97" in figures.mask_token
-    assert figures.masked["base", "masked"] != report(folder, mask_token="95").masked["base", "masked"]
+    assert (
+        figures.masked["base", "masked"] != report(folder, mask_token="95").masked["base", "masked"]
+    )
 
 
 def test_command_table_and_picture(folder):
-    arguments = ["--base", str(folder / "base"), "--tuned", str(folder / "tuned"), "--mask-token", "w90"]
+    arguments = [
+        "--base",
+        str(folder / "base"),
+        "--tuned",
+        str(folder / "tuned"),
+        "--mask-token",
+        "w90",
+    ]
     picture = folder / "new" / "report.png"
     result = CliRunner().invoke(
-        commands, ["attention-report", *arguments, "--text", str(folder / "texts.jsonl"), "--png", str(picture)]
+        commands,
+        [
+            "attention-report",
+            *arguments,
+            "--text",
+            str(folder / "texts.jsonl"),
+            "--png",
+            str(picture),
+        ],
     )
     assert result.exit_code == 0, result.output
     assert "  attention on masked positions: " in result.output and "  query" in result.output
-    assert "computing attention: 100%" in result.stderr and "computing attention" not in result.stdout
+    assert (
+        "computing attention: 100%" in result.stderr and "computing attention" not in result.stdout
+    )
     assert picture.read_bytes().startswith(b"\x89PNG")
     plain = folder / "plain.txt"
     plain.write_text("w1 w2 w3 w4\n\nw5 w6 w7 w8 w9\n")
@@ -132,10 +159,14 @@ def test_command_table_and_picture(folder):
 
 
 def test_the_effect_of_masking_and_that_of_tuning_are_apart(folder):
-    """Each model on unmasked and on masked text, the four changes between neighbours, and the paper's across."""
+    """Each model on unmasked and on masked text, the four changes between neighbours, and the
+    paper's across."""
     figures = report(folder)
     lines = as_table(figures).splitlines()
-    for title, values in (("Mean attention weight on", figures.masked), ("Variance of", figures.variance)):
+    for title, values in (
+        ("Mean attention weight on", figures.masked),
+        ("Variance of", figures.variance),
+    ):
         at = next(number for number, line in enumerate(lines) if line.startswith(title))
         assert lines[at + 1].split("  ")[-1].strip() == "effect of masking"
         for line, model in zip(lines[at + 2 : at + 4], ("base", "tuned"), strict=True):
@@ -157,19 +188,27 @@ def test_axes_of_the_picture_are_labelled(folder, monkeypatch):
     from matplotlib.figure import Figure
 
     drawn = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure) or (folder / "x").touch())
+    monkeypatch.setattr(
+        Figure, "savefig", lambda figure, *_, **__: drawn.append(figure) or (folder / "x").touch()
+    )
     with pytest.raises(FileNotFoundError):  # nothing was saved
         draw(report(folder), folder / "report.png")
     (figure,) = drawn
     assert len(figure.axes) == 3
     for axes in figure.axes:
-        assert axes.get_xlabel() and axes.get_ylabel() and axes.get_title() and axes.get_legend() is not None
+        assert (
+            axes.get_xlabel()
+            and axes.get_ylabel()
+            and axes.get_title()
+            and axes.get_legend() is not None
+        )
 
 
 @pytest.mark.parametrize("command", ["pretrain-heads", "speculate", "attention-report"])
 @pytest.mark.parametrize("float32", [False, True])
 def test_all_commands_have_one_rule_of_dtype(folder, monkeypatch, command, float32):
-    """What a model is loaded in: what is quick here, whatever dtype its files have, or float32 where asked for."""
+    """What a model is loaded in: what is quick here, whatever dtype its files have, or float32
+    where asked for."""
     quick = torch.bfloat16
     monkeypatch.setattr("caft_plugin.precision.quick_dtype", lambda: quick)
     loaded = []
@@ -188,7 +227,9 @@ def test_all_commands_have_one_rule_of_dtype(folder, monkeypatch, command, float
     if command != "attention-report":
         (folder / "texts.jsonl").write_text('{"text": "w1 w2 w3"}\n')
     for quick in (torch.bfloat16, torch.float32):
-        result = CliRunner().invoke(commands, [command, *options, *(["--float32"] if float32 else [])])
+        result = CliRunner().invoke(
+            commands, [command, *options, *(["--float32"] if float32 else [])]
+        )
         assert result.output.endswith("Error: loaded\n"), result.output
         assert loaded.pop() == (torch.float32 if float32 else quick)
 

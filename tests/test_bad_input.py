@@ -1,5 +1,6 @@
-"""Property-based: config blocks and heads folders that are wrong in many ways. Each ends in a ConfigError that says
-where and what to do, soon and in little memory, and nothing on disk has changed."""
+"""Property-based: config blocks and heads folders that are wrong in many ways. Each ends in a
+ConfigError that says where and what to do, soon and in little memory, and nothing on disk has
+changed."""
 
 from __future__ import annotations
 
@@ -30,16 +31,35 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from caft_plugin import CAFTConfig, ConfigError
 from caft_plugin.caft.heads import build_heads
-from caft_plugin.caft.heads_folder import HeadsFolder, load_checkpoint, read_fingerprint, resolve_wiring, save_heads
-from caft_plugin.caft.heads_record import FINGERPRINT, FOLDER, LORA, METRICS, RECORD, WEIGHTS, locate_heads
+from caft_plugin.caft.heads_folder import (
+    HeadsFolder,
+    load_checkpoint,
+    read_fingerprint,
+    resolve_wiring,
+    save_heads,
+)
+from caft_plugin.caft.heads_record import (
+    FINGERPRINT,
+    FOLDER,
+    LORA,
+    METRICS,
+    RECORD,
+    WEIGHTS,
+    locate_heads,
+)
 from caft_plugin.config import Block, MEAPConfig, PretrainConfig, kinds_of
 from caft_plugin.model.trunk import find_trunk
 from caft_plugin.tools.inspect_heads import describe
 
 BLOCKS: list[type[Block]] = [CAFTConfig, MEAPConfig, PretrainConfig]
 
-# The slowest example takes a quarter of a second on a busy core; 20 are for a machine that has other work to do.
-SETTINGS = settings(deadline=datetime.timedelta(seconds=20), suppress_health_check=list(HealthCheck), derandomize=True)
+# The slowest example takes a quarter of a second on a busy core; 20 are for a machine that has
+# other work to do.
+SETTINGS = settings(
+    deadline=datetime.timedelta(seconds=20),
+    suppress_health_check=list(HealthCheck),
+    derandomize=True,
+)
 MEGABYTE = 1 << 20
 
 
@@ -59,10 +79,12 @@ def check_message(error, start, length=2000):
     assert all(line.isprintable() for line in message.split("\n")), message
 
 
-# -- config blocks -------------------------------------------------------------------------------------
+# -- config blocks ---------------------------------------------------------------------------------
 
 huge = st.sampled_from([10**30, -(10**30), 2**63, 2**31])
-texts = st.text(st.characters(), max_size=20) | st.sampled_from(["", "\ud800", "\x1b[2J", "a" * 10**6, "9" * 5000])
+texts = st.text(st.characters(), max_size=20) | st.sampled_from(
+    ["", "\ud800", "\x1b[2J", "a" * 10**6, "9" * 5000]
+)
 scalars = (
     st.none()
     | st.booleans()
@@ -76,7 +98,9 @@ scalars = (
 # What YAML can hold
 values = st.recursive(
     scalars,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3)
+    ),
     max_leaves=5,
 )
 words = re.compile(r"\s*(t|f|true|false|y|n|yes|no|on|off)\s*", re.IGNORECASE)
@@ -101,7 +125,8 @@ def within(number, limits):
 
 
 def may_be_right(field, value):
-    """Whether a key could be meant to take this value, asked independently of pydantic and rather too often."""
+    """Whether a key could be meant to take this value, asked independently of pydantic and rather
+    too often."""
     kinds, limits = kinds_of(field), bounds(field)
     if value is None:
         return field.default is None
@@ -117,7 +142,11 @@ def may_be_right(field, value):
         return (number and within(value, limits)) or (bool in kinds and value in (0, 1))
     if isinstance(value, str):
         digits = any(c in string.digits or c.isdigit() for c in value)
-        return str in kinds or (digits and len(value) < 4000) or bool(bool in kinds and words.fullmatch(value))
+        return (
+            str in kinds
+            or (digits and len(value) < 4000)
+            or bool(bool in kinds and words.fullmatch(value))
+        )
     return False
 
 
@@ -129,7 +158,11 @@ def test_a_wrong_value_is_named(block, data):
     field = block.model_fields[key]
     value = data.draw(values)
     choices = [choice for kind in kinds_of(field) for choice in getattr(kind, "__args__", ())]
-    assume(value not in choices if choices and isinstance(value, str) else not may_be_right(field, value))
+    assume(
+        value not in choices
+        if choices and isinstance(value, str)
+        else not may_be_right(field, value)
+    )
     with little_memory(), pytest.raises(ConfigError) as error:
         block.read({key: value})
     check_message(error, f"{block.block}.{key}: got ")
@@ -139,7 +172,14 @@ def test_a_wrong_value_is_named(block, data):
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.block)
 @SETTINGS
 @given(
-    key=st.none() | st.booleans() | st.integers() | huge | st.floats() | texts | st.dates() | st.just("self"),
+    key=st.none()
+    | st.booleans()
+    | st.integers()
+    | huge
+    | st.floats()
+    | texts
+    | st.dates()
+    | st.just("self"),
     value=values,
 )
 def test_an_unknown_key_is_named(block, key, value):
@@ -163,14 +203,16 @@ def test_what_is_no_block_is_named(block, value):
     assert "accepts settings by name" in str(error.value)
 
 
-@pytest.mark.parametrize("block", [{"num_heads": 10**5000}, {10**5000: 1}, 10**5000], ids=["value", "key", "block"])
+@pytest.mark.parametrize(
+    "block", [{"num_heads": 10**5000}, {10**5000: 1}, 10**5000], ids=["value", "key", "block"]
+)
 def test_numbers_longer_than_python_writes(block):
     with pytest.raises(ConfigError, match="an? int too long to be shown") as error:
         CAFTConfig.read(block)
     check_message(error, "caft")
 
 
-# -- heads folders -------------------------------------------------------------------------------------
+# -- heads folders ---------------------------------------------------------------------------------
 
 
 def make_heads(model, **changes):
@@ -183,7 +225,8 @@ def make_heads(model, **changes):
 
 
 class Sound:
-    """The folder of a run, in it that of a checkpoint whose heads have LoRA, and heads to load them into."""
+    """The folder of a run, in it that of a checkpoint whose heads have LoRA, and heads to load them
+    into."""
 
     def __init__(self, folder):
         torch.manual_seed(0)
@@ -216,11 +259,18 @@ class Malice:
 
 
 def content(folder):
-    """Everything below a folder: files with what they hold, links with where they lead, other things by their kind."""
+    """Everything below a folder: files with what they hold, links with where they lead, other
+    things by their kind."""
     found = {}
     for path in sorted(folder.rglob("*")):
         kind = path.lstat().st_mode & 0o170000
-        what = os.readlink(path) if path.is_symlink() else path.read_bytes() if path.is_file() else None
+        what = (
+            os.readlink(path)
+            if path.is_symlink()
+            else path.read_bytes()
+            if path.is_file()
+            else None
+        )
         found[str(path.relative_to(folder))] = (kind, what)
     return found
 
@@ -229,21 +279,32 @@ def raw(header: bytes, body: bytes = b"") -> bytes:
     return struct.pack("<Q", len(header)) + header + body
 
 
-DTYPES = [torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64, torch.bool, torch.complex64]
+DTYPES = [
+    torch.int8,
+    torch.uint8,
+    torch.int16,
+    torch.int32,
+    torch.int64,
+    torch.bool,
+    torch.complex64,
+]
 DTYPES += [torch.float8_e4m3fn, torch.float8_e5m2]
 
 
 WEIGHT_DAMAGE = (
-    "cut, longer, bytes, header, dropped, extra, shape, type, pickle, enormous, renumbered, linked, looping, "
+    "cut, longer, bytes, header, dropped, extra, shape, type, pickle, enormous, renumbered, linked,"
+    " looping, "
 )
 WEIGHT_DAMAGE = (WEIGHT_DAMAGE + "dangling, a folder, a pipe, gone, empty").split(", ")
 RECORD_DAMAGE = (
-    "cut, bytes, value, value, value, JSON, dropped, extra, twice, deep, long, digits, utf-16, linked".split(", ")
+    "cut, bytes, value, value, value, JSON, dropped, extra, twice, deep, long, digits, utf-16,"
+    " linked".split(", ")
 )
 
 
 def damage_tensors(draw, file, outside):
-    """Makes a safetensors file another one that is no heads file, or not the heads of this model."""
+    """Makes a safetensors file another one that is no heads file, or not the heads of this
+    model."""
     whole = file.read_bytes()
     tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
     name = draw(st.sampled_from(sorted(tensors)))
@@ -256,7 +317,10 @@ def damage_tensors(draw, file, outside):
         case "bytes":
             file.write_bytes(draw(st.binary(max_size=200)))
         case "header":
-            text = draw(st.text(max_size=50) | st.recursive(st.none() | st.integers(), st.lists).map(json.dumps))
+            text = draw(
+                st.text(max_size=50)
+                | st.recursive(st.none() | st.integers(), st.lists).map(json.dumps)
+            )
             file.write_bytes(raw(text.encode("utf-8", "surrogatepass"), whole))
         case "dropped":
             gone = draw(st.sets(st.sampled_from(sorted(tensors)), min_size=1))
@@ -273,12 +337,24 @@ def damage_tensors(draw, file, outside):
             assume(tuple(shape) != tuple(tensors[name].shape))
             save_file({**tensors, name: torch.zeros(shape)}, file)
         case "type":
-            save_file({**tensors, name: torch.zeros(tensors[name].shape).to(draw(st.sampled_from(DTYPES)))}, file)
+            save_file(
+                {
+                    **tensors,
+                    name: torch.zeros(tensors[name].shape).to(draw(st.sampled_from(DTYPES))),
+                },
+                file,
+            )
         case "pickle":
             held = draw(st.sampled_from([Malice(outside / "executed"), tensors]))
             torch.save(held, file) if draw(st.booleans()) else file.write_bytes(pickle.dumps(held))
         case "enormous":
-            shape = draw(st.lists(st.sampled_from([2**62, 2**40, 10**12, 2**64, 10**30, 1]), min_size=1, max_size=4))
+            shape = draw(
+                st.lists(
+                    st.sampled_from([2**62, 2**40, 10**12, 2**64, 10**30, 1]),
+                    min_size=1,
+                    max_size=4,
+                )
+            )
             assume(shape != [1] * len(shape))
             end = draw(st.sampled_from([4, 2**40, 2**62, 2**64]))
             entry = {"dtype": "F32", "shape": shape, "data_offsets": [0, end]}
@@ -299,7 +375,12 @@ def damage_tensors(draw, file, outside):
             file.unlink()
             file.symlink_to(
                 draw(
-                    st.sampled_from([outside / "elsewhere", Path(os.path.relpath(outside / "elsewhere", file.parent))])
+                    st.sampled_from(
+                        [
+                            outside / "elsewhere",
+                            Path(os.path.relpath(outside / "elsewhere", file.parent)),
+                        ]
+                    )
                 )
             )
         case "looping":
@@ -322,7 +403,9 @@ def damage_tensors(draw, file, outside):
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | huge | st.floats() | st.text(max_size=10),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3)
+    ),
     max_leaves=4,
 )
 
@@ -341,9 +424,15 @@ def damage_record(draw, file, outside):
         case "value":
             value = draw(json_values)
             assume(type(value) is not type(record[key]) or value != record[key])
-            assume(not (key in ("model_type", "base_model") and isinstance(value, str)))  # these are only shown
-            assume(not (key == "vocab_size" and isinstance(value, int) and value > 0))  # and this: heads hold none
-            assume(not (key in ("head_input", "head_norm") and value in ("final", "penultimate", False)))
+            # these are only shown
+            assume(not (key in ("model_type", "base_model") and isinstance(value, str)))
+            # and this: heads hold none
+            assume(not (key == "vocab_size" and isinstance(value, int) and value > 0))
+            assume(
+                not (
+                    key in ("head_input", "head_norm") and value in ("final", "penultimate", False)
+                )
+            )
             file.write_text(json.dumps({**record, key: value}))
         case "JSON":
             file.write_text(json.dumps(draw(json_values)))
@@ -355,7 +444,9 @@ def damage_record(draw, file, outside):
             assume(new not in record)
             file.write_text(json.dumps({**record, new: 1}))
         case "twice":
-            file.write_text(whole.replace("{", f"{{{json.dumps(key)}: {json.dumps(record[key])},", 1))
+            file.write_text(
+                whole.replace("{", f"{{{json.dumps(key)}: {json.dumps(record[key])},", 1)
+            )
         case "deep":
             opening = draw(st.sampled_from(["[", '{"num_heads":']))
             file.write_text(opening * draw(st.sampled_from([500, 20_000])))
@@ -374,7 +465,8 @@ def damage_record(draw, file, outside):
 
 @contextlib.contextmanager
 def damaged_copy(sound, damage, name, data):
-    """A copy of sound folders with one damaged file; afterwards nothing in it has changed and nothing was executed."""
+    """A copy of sound folders with one damaged file; afterwards nothing in it has changed and
+    nothing was executed."""
     with tempfile.TemporaryDirectory() as temporary:
         outside, run = Path(temporary) / "outside", Path(temporary) / "run"
         outside.mkdir()
@@ -419,7 +511,8 @@ def test_damaged_record(sound, data):
 @SETTINGS
 @given(data=st.data())
 def test_damaged_fingerprint(sound, data):
-    """It is advice: passed over, or refused where it is a link out of the folder; never an error of another kind."""
+    """It is advice: passed over, or refused where it is a link out of the folder; never an error of
+    another kind."""
     with damaged_copy(sound, damage_tensors, f"{FOLDER}/{FINGERPRINT}", data) as run:
         try:
             found = read_fingerprint(run / FOLDER)
@@ -462,7 +555,7 @@ def test_one_flipped_bit_is_found_or_changes_no_more_than_a_number(sound, data):
         assert all(torch.equal(tensor, expected[name]) for name, tensor in loaded.items())
 
 
-# -- what is fine --------------------------------------------------------------------------------------
+# -- what is fine ----------------------------------------------------------------------------------
 
 
 def test_the_sound_folder_loads(sound):
@@ -498,7 +591,9 @@ def test_a_folder_of_the_hubs_cache_loads(sound, tmp_path, below):
     (folder / WEIGHTS).unlink()
     shutil.copy(sound.folder / FOLDER / WEIGHTS, tmp_path / "elsewhere")
     (folder / WEIGHTS).symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(ConfigError, match=r"has no readable heads.safetensors \(a link out of the folder\)"):
+    with pytest.raises(
+        ConfigError, match=r"has no readable heads.safetensors \(a link out of the folder\)"
+    ):
         sound.load(snapshot)
 
 
@@ -509,7 +604,7 @@ def test_figures_that_are_no_file_are_refused(sound, tmp_path):
         describe(tmp_path / "heads")
 
 
-# -- code of others ------------------------------------------------------------------------------------
+# -- code of others --------------------------------------------------------------------------------
 
 
 def test_code_in_a_model_folder_is_never_executed(tiny_model, tmp_path):
@@ -518,7 +613,10 @@ def test_code_in_a_model_folder_is_never_executed(tiny_model, tmp_path):
 
     tiny_model.save_pretrained(tmp_path / "model")
     config = json.loads((tmp_path / "model" / "config.json").read_text())
-    config |= {"model_type": "theirs", "auto_map": {"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M"}}
+    config |= {
+        "model_type": "theirs",
+        "auto_map": {"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M"},
+    }
     (tmp_path / "model" / "config.json").write_text(json.dumps(config))
     (tmp_path / "model" / "code.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')\n")
     with pytest.raises(ConfigError, match="whose config could not be read"):
@@ -529,7 +627,8 @@ def test_code_in_a_model_folder_is_never_executed(tiny_model, tmp_path):
 
 
 def test_every_place_that_loads_says_whether_it_trusts():
-    """Left out, transformers asks on the terminal; here it is False, or what the user wrote in the Axolotl YAML."""
+    """Left out, transformers asks on the terminal; here it is False, or what the user wrote in the
+    Axolotl YAML."""
     seen = set()
     for file in sorted((ROOT / "caft_plugin").rglob("*.py")):
         place = file.relative_to(ROOT / "caft_plugin").as_posix()
@@ -538,11 +637,22 @@ def test_every_place_that_loads_says_whether_it_trusts():
                 continue
             named = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
             # what these read holds no code
-            codeless = ast.unparse(call.func).startswith(("Drafter.", "PeftModel.", "GenerationConfig."))
+            codeless = ast.unparse(call.func).startswith(
+                ("Drafter.", "PeftModel.", "GenerationConfig.")
+            )
             if call.func.attr in ("from_pretrained", "from_config") and not codeless:
-                assert named.get("trust_remote_code") in ("False", "trust_remote_code"), (file.name, call.lineno)
+                assert named.get("trust_remote_code") in ("False", "trust_remote_code"), (
+                    file.name,
+                    call.lineno,
+                )
                 seen.add(place)
             if ast.unparse(call.func) == "torch.load":
                 assert named.get("weights_only") == "True", (file.name, call.lineno)
                 seen.add("torch.load")
-    assert seen == {"model/loading.py", "model/trunk.py", "axolotl/loading.py", "meap/base_model.py", "torch.load"}
+    assert seen == {
+        "model/loading.py",
+        "model/trunk.py",
+        "axolotl/loading.py",
+        "meap/base_model.py",
+        "torch.load",
+    }

@@ -29,15 +29,19 @@ for arguments in json.loads(sys.argv[1]):
         commands(arguments)
     except SystemExit as stop:
         assert stop.code == 0, arguments
-slow = {"torch", "transformers", "peft", "accelerate", "huggingface_hub", "matplotlib"} & sys.modules.keys()
+slow = {"torch", "transformers", "peft", "accelerate", "huggingface_hub", "matplotlib"}
+slow &= sys.modules.keys()
 assert not slow, slow
 """
 
 
 def quickly(*commands_given):
-    """The output of commands that answer at once: nothing that takes seconds is imported for them."""
+    """The output of commands that answer at once: nothing that takes seconds is imported for
+    them."""
     arguments = json.dumps([list(map(str, arguments)) for arguments in commands_given])
-    result = subprocess.run([sys.executable, "-c", QUICK, arguments], capture_output=True, text=True, timeout=300)
+    result = subprocess.run(
+        [sys.executable, "-c", QUICK, arguments], capture_output=True, text=True, timeout=300
+    )
     assert result.returncode == 0, result.stderr
     return result.stdout
 
@@ -49,7 +53,9 @@ def run(*arguments):
 def save(model, folder, *, resumable=False, **settings):
     config = resolve_wiring(CAFTConfig(**settings), None)
     trunk = find_trunk(model)
-    save_heads(folder, build_heads(model, trunk, config, seed=0), trunk, config, resumable=resumable)
+    save_heads(
+        folder, build_heads(model, trunk, config, seed=0), trunk, config, resumable=resumable
+    )
     return folder / FOLDER
 
 
@@ -71,7 +77,9 @@ def test_help_is_fast():
 def test_inspect_is_fast(folder):
     (folder / METRICS).write_text(metrics())
     (folder / LOSSES).write_text(json.dumps({"training": {"step": 7, "losses": {"1": 2.5}}}))
-    assert "held-out loss" in quickly(["inspect", folder]) and "training loss" in quickly(["inspect", folder.parent])
+    assert "held-out loss" in quickly(["inspect", folder]) and "training loss" in quickly(
+        ["inspect", folder.parent]
+    )
 
 
 def test_inspect(tiny_model, folder, tmp_path):
@@ -79,8 +87,8 @@ def test_inspect(tiny_model, folder, tmp_path):
     assert result.exit_code == 0, result.output
     parameters = sum(p.numel() for p in tiny_model.model.layers[-1].parameters())
     one, both = f"{parameters:,}    F32  {parameters * 4 / 1e6:.2f} MB", f"{parameters * 2:,}"
-    assert result.output == (
-        f"Folder       {folder}\n"
+    assert (
+        result.output == f"Folder       {folder}\n"
         "Base model   llama\n"
         "Layer class  LlamaDecoderLayer (llama)\n"
         "Wiring       head_input penultimate, head_norm true\n"
@@ -106,7 +114,10 @@ def test_inspect_with_held_out_figures(folder):
 
     (folder / METRICS).write_text(metrics(started_from="./run", before=[], tokens_per_pass=2.345))
     output = run("inspect", folder).output
-    assert "Started from ./run\n" in output and "As drafters  2.35 tokens per step (held out)\n" in output
+    assert (
+        "Started from ./run\n" in output
+        and "As drafters  2.35 tokens per step (held out)\n" in output
+    )
 
     (folder / METRICS).write_text(metrics(heads=[], rows=50, untrained=[]))  # nothing was held out
     output = run("inspect", folder).output
@@ -114,7 +125,8 @@ def test_inspect_with_held_out_figures(folder):
 
 
 def test_inspect_after_a_fine_tuning(tiny_model, tmp_path):
-    """The figures of the run itself, wherever its heads are moved: in training and on each evaluation set."""
+    """The figures of the run itself, wherever its heads are moved: in training and on each
+    evaluation set."""
     rows = [{"input_ids": [*range(k, k + 12)], "labels": [*range(k, k + 12)]} for k in range(8)]
     arguments = TrainingArguments(
         str(tmp_path / "run"),
@@ -127,7 +139,11 @@ def test_inspect_after_a_fine_tuning(tiny_model, tmp_path):
     )
     sets = {"ours": rows[:4], "theirs": rows[4:]}
     trainer = with_caft(Trainer)(
-        model=tiny_model, args=arguments, train_dataset=rows, eval_dataset=sets, caft={"num_heads": 2}
+        model=tiny_model,
+        args=arguments,
+        train_dataset=rows,
+        eval_dataset=sets,
+        caft={"num_heads": 2},
     )
     trainer.train()
     trainer.save_model()
@@ -136,11 +152,18 @@ def test_inspect_after_a_fine_tuning(tiny_model, tmp_path):
     assert "Logged at    step 4 (training), step 4 (eval_ours), step 4 (eval_theirs)\n" in output
     history = trainer.state.log_history
     last = {key: value for line in history for key, value in line.items()}
-    assert f"As drafters  {last['eval_ours_caft/tokens_per_pass']:.2f} tokens per step (eval_ours), " in output
+    assert (
+        f"As drafters  {last['eval_ours_caft/tokens_per_pass']:.2f} tokens per step (eval_ours), "
+        in output
+    )
     assert re.search(r"training loss +eval_ours loss +eval_theirs loss\n", output)
     for k in (1, 2):
-        found = [last[f"{prefix}caft/loss_head_{k}"] for prefix in ("", "eval_ours_", "eval_theirs_")]
-        assert re.search(rf" {k} +{k + 1} ahead .*" + " +".join(f"{loss:.3f}" for loss in found) + "\n", output)
+        found = [
+            last[f"{prefix}caft/loss_head_{k}"] for prefix in ("", "eval_ours_", "eval_theirs_")
+        ]
+        assert re.search(
+            rf" {k} +{k + 1} ahead .*" + " +".join(f"{loss:.3f}" for loss in found) + "\n", output
+        )
 
 
 def test_figures_are_those_of_the_heads_that_are_saved(tiny_model, tmp_path):
@@ -160,7 +183,11 @@ def test_figures_are_those_of_the_heads_that_are_saved(tiny_model, tmp_path):
         learning_rate=0.01,
     )
     trainer = with_caft(Trainer)(
-        model=tiny_model, args=arguments, train_dataset=rows, eval_dataset=rows, caft={"num_heads": 2}
+        model=tiny_model,
+        args=arguments,
+        train_dataset=rows,
+        eval_dataset=rows,
+        caft={"num_heads": 2},
     )
     (tmp_path / FOLDER).mkdir()
     (tmp_path / FOLDER / METRICS).write_text(metrics())  # of heads that were here before
@@ -182,7 +209,9 @@ def test_inspect_reads_headers_only(folder):
     """Two heads of 40 GB, all holes: only the header is on the disk."""
     size = 40 * 10**9
     head = {"dtype": "BF16", "shape": [size // 2]}
-    header = json.dumps({f"{k}.w": {**head, "data_offsets": [k * size, (k + 1) * size]} for k in (0, 1)}).encode()
+    header = json.dumps(
+        {f"{k}.w": {**head, "data_offsets": [k * size, (k + 1) * size]} for k in (0, 1)}
+    ).encode()
     with open(folder / WEIGHTS, "wb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
         file.truncate(8 + len(header) + 2 * size)
@@ -202,7 +231,9 @@ def damage(folder, how):
             weights.unlink()
         case "fewer heads":
             tensors = {name: tensor.clone() for name, tensor in load_file(weights).items()}
-            save_file({name: tensor for name, tensor in tensors.items() if name.startswith("0.")}, weights)
+            save_file(
+                {name: tensor for name, tensor in tensors.items() if name.startswith("0.")}, weights
+            )
         case "no record":
             (folder / RECORD).unlink()
         case "half-written figures":
@@ -221,7 +252,10 @@ def damage(folder, how):
         ("truncated", "heads.safetensors cannot be read as safetensors"),
         ("cut header", "heads.safetensors cannot be read as safetensors"),
         ("no weights", "has no readable heads.safetensors"),
-        ("fewer heads", "heads.safetensors holds heads 0, but config.json next to it says there are 2"),
+        (
+            "fewer heads",
+            "heads.safetensors holds heads 0, but config.json next to it says there are 2",
+        ),
         ("no record", "has no readable config.json"),
         ("half-written figures", "metrics.json cannot be read"),
         ("figures of another kind", "metrics.json cannot be read"),
@@ -241,13 +275,15 @@ def test_errors_as_the_shell_sees_them():
     command = [sys.executable, "-m", "caft_plugin.tools.cli", "inspect", "./nowhere"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 1 and result.stdout == ""
-    last = result.stderr.splitlines()[-1]  # before it, what other libraries say as they are imported
+    # before it, what other libraries say as they are imported
+    last = result.stderr.splitlines()[-1]
     assert last.startswith("Error: FOLDER: got './nowhere', which is not a folder")
     assert "Traceback" not in result.stderr
 
 
 def test_errors_under_another_group():
-    """`axolotl caft ...`: the group is a command of another one. Later commands need to do nothing of their own."""
+    """`axolotl caft ...`: the group is a command of another one. Later commands need to do nothing
+    of their own."""
 
     @click.group(cls=CAFTCommands)
     def ours():

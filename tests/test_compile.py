@@ -1,7 +1,8 @@
-"""`torch_compile`: beside a compiled model heads learn what they learn beside an eager one, and it is compiled as
-a plain run compiles it, as a whole and as often; float32, tiny models.
+"""`torch_compile`: beside a compiled model heads learn what they learn beside an eager one, and it
+is compiled as a plain run compiles it, as a whole and as often; float32, tiny models.
 
-Losses are equal to 1e-5, gradient norms to 1e-4 (sums in another order), under bf16 to 4e-3 (it keeps 8 bits).
+Losses are equal to 1e-5, gradient norms to 1e-4 (sums in another order), under bf16 to 4e-3 (it
+keeps 8 bits).
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ def _compiled_anew():
 
 @dataclasses.dataclass
 class Run:
-    """What a run logged, and what of it was compiled by the end of each step: graphs and operations in them."""
+    """What a run logged, and what of it was compiled by the end of each step: graphs and operations
+    in them."""
 
     logs: list[dict[str, float]]
     compiled: list[tuple[int, int]]
@@ -93,8 +95,8 @@ def assert_same(eager, compiled, norms=1e-4):
 
 @pytest.mark.slow
 def test_the_model_is_compiled_as_in_a_plain_run(tmp_path):
-    """As a whole, once for the first shape and once for all others, while heads are drawn and rows change in length.
-    What is ours adds no graph and no operation."""
+    """As a whole, once for the first shape and once for all others, while heads are drawn and rows
+    change in length. What is ours adds no graph and no operation."""
     settings = {"data": VARIED, "max_steps": 5}
     plain = trained(tmp_path, "aot_eager", {}, **settings)
     ours = trained(tmp_path, "aot_eager", {"caft": DRAWN}, **settings)
@@ -103,11 +105,16 @@ def test_the_model_is_compiled_as_in_a_plain_run(tmp_path):
     eager = trained(tmp_path, None, {"caft": DRAWN}, **settings)
     assert eager.compiled[-1] == (0, 0)
     assert_same(eager, ours)
-    assert len({key for entry in ours.logs for key in entry if key.startswith("caft/loss_head")}) > 1
+    assert (
+        len({key for entry in ours.logs for key in entry if key.startswith("caft/loss_head")}) > 1
+    )
 
 
 def checkpointing(reentrant):
-    return {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
+    return {
+        "gradient_checkpointing": True,
+        "gradient_checkpointing_kwargs": {"use_reentrant": reentrant},
+    }
 
 
 # name: (what CAFTTrainer takes, what `trainer_of` takes)
@@ -139,7 +146,8 @@ def test_a_run_is_the_eager_one(tmp_path, case):
 
 @pytest.mark.slow
 def test_what_the_host_compiles_in_pieces(tmp_path):
-    """LoRA with checkpointing: the Trainer's hook on the embeddings breaks the graph, and nothing of ours does."""
+    """LoRA with checkpointing: the Trainer's hook on the embeddings breaks the graph, and nothing
+    of ours does."""
     settings = {"how": "lora", "max_steps": 2, **checkpointing(True)}
     compiled = trained(tmp_path, "aot_eager", {"caft": DRAWN}, **settings)
     assert_same(trained(tmp_path, None, {"caft": DRAWN}, **settings), compiled)
@@ -150,8 +158,9 @@ def test_what_the_host_compiles_in_pieces(tmp_path):
 
 @pytest.mark.slow
 def test_the_model_is_the_hosts_again(tmp_path):
-    """Heads that are put on again, for evaluation or training, find the model compiled; afterwards it is what a plain
-    trainer leaves, and what is left of the compiled one computes without heads."""
+    """Heads that are put on again, for evaluation or training, find the model compiled; afterwards
+    it is what a plain trainer leaves, and what is left of the compiled one computes without
+    heads."""
     plain = trainer_of(tmp_path, "aot_eager", {}, max_steps=1)
     plain.train()
     metrics = []
@@ -161,7 +170,8 @@ def test_the_model_is_the_hosts_again(tmp_path):
         found = [trainer.evaluate(), trainer.evaluate()]
         assert counters["stats"]["unique_graphs"] == (backend is not None)
         trainer.train(), trainer.train()
-        assert counters["stats"]["unique_graphs"] == 2 * (backend is not None)  # the second with gradients
+        # the second with gradients
+        assert counters["stats"]["unique_graphs"] == 2 * (backend is not None)
         found.append(trainer.evaluate())
         metrics.append([{k: v for k, v in entry.items() if "loss" in k} for entry in found])
     for one, other in zip(*metrics, strict=True):
@@ -177,7 +187,10 @@ def test_the_model_is_the_hosts_again(tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(
     not any(map(shutil.which, ("g++", "clang++", "c++"))),
-    reason="inductor, torch_compile's default, needs a C++ compiler on a CPU: neither g++ nor clang++ nor c++ is here",
+    reason=(
+        "inductor, torch_compile's default, needs a C++ compiler on a CPU: neither g++ nor clang++"
+        " nor c++ is here"
+    ),
 )
 def test_inductor(tmp_path, monkeypatch):
     """Compiled once, for all lengths, as it takes its time."""

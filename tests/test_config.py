@@ -36,7 +36,9 @@ def test_bad_value(key, value, takes):
 
 
 def test_unknown_key_names_the_known_ones():
-    with pytest.raises(ConfigError, match=r"caft.betta: unknown setting. Accepted settings: num_heads, .*head_norm"):
+    with pytest.raises(
+        ConfigError, match=r"caft.betta: unknown setting. Accepted settings: num_heads, .*head_norm"
+    ):
         CAFTConfig(betta=0.1)
 
 
@@ -58,7 +60,12 @@ def test_block_has_to_be_a_mapping(block):
 
 
 def test_bare_block_is_all_defaults():
-    assert CAFTConfig.read(None) == CAFTConfig() == CAFTConfig.read({}) == CAFTConfig.read(CAFTConfig())
+    assert (
+        CAFTConfig.read(None)
+        == CAFTConfig()
+        == CAFTConfig.read({})
+        == CAFTConfig.read(CAFTConfig())
+    )
 
 
 def test_frozen():

@@ -1,8 +1,10 @@
-"""What a fresh head is: its logits are the model's own, its tensors are plain, and the model is as it was.
+"""What a fresh head is: its logits are the model's own, its tensors are plain, and the model is as
+it was.
 
-Over every method that PEFT lists, every start of LoRA, and every quantisation that works on a CPU. Float32 throughout;
-a copy's weights come out of sums in another order than the model's, so logits agree to 1e-5 of their norm (they were
-seen to agree to 5e-7), where leaving an adapter out moves them by a hundredth or more.
+Over every method that PEFT lists, every start of LoRA, and every quantisation that works on a CPU.
+Float32 throughout; a copy's weights come out of sums in another order than the model's, so logits
+agree to 1e-5 of their norm (they were seen to agree to 5e-7), where leaving an adapter out moves
+them by a hundredth or more.
 """
 
 from __future__ import annotations
@@ -37,7 +39,8 @@ from caft_plugin.model.trunk import find_trunk
 from caft_plugin.targets import head_targets
 
 EXACT = 1e-5
-# Larger weights than a model starts with, so that what an adapter does to the last layer shows in the logits.
+# Larger weights than a model starts with, so that what an adapter does to the last layer shows in
+# the logits.
 CONFIG = LlamaConfig(**LLAMA, initializer_range=0.1)
 MOE = {**LLAMA, "num_experts_per_tok": 2, "initializer_range": 0.1}
 TARGETS = ["q_proj", "down_proj"]
@@ -45,8 +48,8 @@ TARGETS = ["q_proj", "down_proj"]
 
 @pytest.fixture(autouse=True)
 def _four_bits_in_float32(monkeypatch):
-    """On a CPU with instructions for bfloat16, bitsandbytes computes 4-bit products in it when a model is in evaluation
-    mode, whatever compute dtype was asked for."""
+    """On a CPU with instructions for bfloat16, bitsandbytes computes 4-bit products in it when a
+    model is in evaluation mode, whatever compute dtype was asked for."""
     monkeypatch.setattr(bitsandbytes.nn.modules, "has_avx512bf16", lambda: False)
 
 
@@ -64,8 +67,15 @@ def moved(model):
 
 def remember(model):
     """What a copy must not change of the model that it is taken from."""
-    state = {name: tensor.clone() for name, tensor in model.state_dict().items() if isinstance(tensor, torch.Tensor)}
-    hooks = [{k: dict(v) for k, v in vars(m).items() if "_hooks" in k and isinstance(v, dict)} for m in model.modules()]
+    state = {
+        name: tensor.clone()
+        for name, tensor in model.state_dict().items()
+        if isinstance(tensor, torch.Tensor)
+    }
+    hooks = [
+        {k: dict(v) for k, v in vars(m).items() if "_hooks" in k and isinstance(v, dict)}
+        for m in model.modules()
+    ]
     forwards = [vars(m).get("forward") for m in model.modules()]
     return state, [type(m) for m in model.modules()], hooks, forwards, torch.get_rng_state()
 
@@ -95,8 +105,8 @@ def assert_plain(layer):
 
 
 def gap(model):
-    """How far a fresh head's logits are from the model's own, at every target, relative to their norm. What is copied
-    is plain, and the model is as it was."""
+    """How far a fresh head's logits are from the model's own, at every target, relative to their
+    norm. What is copied is plain, and the model is as it was."""
     before = remember(model)
     layer = find_trunk(model).last_layer
     assert_plain(plain_copy(layer, model.config.dtype))
@@ -117,7 +127,8 @@ def gap(model):
 
 
 def read_without_gradients(attached):
-    """As in evaluation, where a model takes no gradients (some quantised products have none on a CPU)."""
+    """As in evaluation, where a model takes no gradients (some quantised products have none on a
+    CPU)."""
     inputs = batch()
     targets = head_targets(inputs, len(attached.heads))
     request = Request(targets, torch.ones(len(targets)), [True] * len(targets), training=False)
@@ -125,7 +136,8 @@ def read_without_gradients(attached):
 
 
 def without_adapter(model, plain):
-    """How far the logits are from those of the model with the last layer of `plain` in the place of its own."""
+    """How far the logits are from those of the model with the last layer of `plain` in the place of
+    its own."""
     inputs = batch()
     trunk = find_trunk(model)
     with torch.no_grad():
@@ -162,7 +174,14 @@ NEEDS = {
     "VBLORA": {"num_vectors": 16, "vector_length": 8},
     "WAVEFT": {"n_frequency": 10},
 }
-PROMPTS = {"PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT", "CARTRIDGE"}
+PROMPTS = {
+    "PROMPT_TUNING",
+    "MULTITASK_PROMPT_TUNING",
+    "P_TUNING",
+    "PREFIX_TUNING",
+    "CPT",
+    "CARTRIDGE",
+}
 # Methods whose effect is no matrix: a copy can be taken where it is still zero, or (None) never.
 NO_MATRIX = {"ADAPTION_PROMPT": True, "LILY": True, "POLY": None, "SHADOW": None}
 
@@ -172,11 +191,20 @@ def config_of(method, **settings):
         pytest.importorskip("sklearn", reason="PEFT's AdaMSS needs scikit-learn")
     config = peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[method]
     takes = {field.name for field in dataclasses.fields(config)}
-    given = {"target_modules": TARGETS, "num_virtual_tokens": 4, **NEEDS.get(method.name, {}), **settings}
-    return config(task_type="CAUSAL_LM", **{key: value for key, value in given.items() if key in takes})
+    given = {
+        "target_modules": TARGETS,
+        "num_virtual_tokens": 4,
+        **NEEDS.get(method.name, {}),
+        **settings,
+    }
+    return config(
+        task_type="CAUSAL_LM", **{key: value for key, value in given.items() if key in takes}
+    )
 
 
-@pytest.mark.parametrize("method", [m for m in PeftType if m.name != "XLORA"], ids=lambda method: method.name)
+@pytest.mark.parametrize(
+    "method", [m for m in PeftType if m.name != "XLORA"], ids=lambda method: method.name
+)
 def test_every_method_of_peft(method):
     """The list is PEFT's own: a new method comes up here by itself."""
     model = tiny()
@@ -184,7 +212,9 @@ def test_every_method_of_peft(method):
     model = get_peft_model(model, config_of(method)).eval()
     name = type(model.peft_config["default"]).__name__
     if method.name in PROMPTS:
-        with pytest.raises(ConfigError, match=f"adapter of PEFT's {name}, whose virtual tokens .* such as LoRA"):
+        with pytest.raises(
+            ConfigError, match=f"adapter of PEFT's {name}, whose virtual tokens .* such as LoRA"
+        ):
             attach(model)
         return
     if NO_MATRIX.get(method.name, True):
@@ -200,9 +230,12 @@ def test_every_method_of_peft(method):
     assert attach(model).heads.lora is not None  # `auto`
 
 
-@pytest.mark.parametrize("method", [m for m in PeftType if m.name not in PROMPTS | {"XLORA"}], ids=lambda m: m.name)
+@pytest.mark.parametrize(
+    "method", [m for m in PeftType if m.name not in PROMPTS | {"XLORA"}], ids=lambda m: m.name
+)
 def test_every_method_of_peft_in_half_precision(method):
-    """Adapters in float32 over a bfloat16 base, as PEFT has it: logits agree to what bfloat16 keeps, 2^-8 a product."""
+    """Adapters in float32 over a bfloat16 base, as PEFT has it: logits agree to what bfloat16
+    keeps, 2^-8 a product."""
     model = moved(get_peft_model(tiny().bfloat16(), config_of(method)))
     if method.name in NO_MATRIX:
         with pytest.raises(ConfigError, match=f"a PEFT {method.name.lower()} "):
@@ -212,20 +245,37 @@ def test_every_method_of_peft_in_half_precision(method):
 
 
 def test_what_follows_the_text_is_refused_by_name(tmp_path):
-    moved(get_peft_model(tiny(), LoraConfig(target_modules=TARGETS))).save_pretrained(tmp_path / "one")
+    moved(get_peft_model(tiny(), LoraConfig(target_modules=TARGETS))).save_pretrained(
+        tmp_path / "one"
+    )
     mixture = tiny()
     mixture.config.use_cache = False
-    config = peft.XLoraConfig(task_type="CAUSAL_LM", hidden_size=32, adapters={"one": str(tmp_path / "one")})
-    with pytest.raises(ConfigError, match="adapter of PEFT's XLoraConfig, whose effect depends on the text"):
+    config = peft.XLoraConfig(
+        task_type="CAUSAL_LM", hidden_size=32, adapters={"one": str(tmp_path / "one")}
+    )
+    with pytest.raises(
+        ConfigError, match="adapter of PEFT's XLoraConfig, whose effect depends on the text"
+    ):
         attach(get_peft_model(mixture, config))
-    invoked = LoraConfig(task_type="CAUSAL_LM", target_modules=TARGETS, alora_invocation_tokens=[5, 6])
-    with pytest.raises(ConfigError, match="LoraConfig with alora_invocation_tokens, whose effect depends on the text"):
+    invoked = LoraConfig(
+        task_type="CAUSAL_LM", target_modules=TARGETS, alora_invocation_tokens=[5, 6]
+    )
+    with pytest.raises(
+        ConfigError,
+        match="LoraConfig with alora_invocation_tokens, whose effect depends on the text",
+    ):
         attach(get_peft_model(tiny(), invoked))
 
 
 STARTS = {
-    **{str(start): {"init_lora_weights": start} for start in (True, False, "gaussian", "orthogonal")},
-    **{start: {"init_lora_weights": start, "lora_alpha": 4} for start in ("pissa", "pissa_niter_4", "olora")},
+    **{
+        str(start): {"init_lora_weights": start}
+        for start in (True, False, "gaussian", "orthogonal")
+    },
+    **{
+        start: {"init_lora_weights": start, "lora_alpha": 4}
+        for start in ("pissa", "pissa_niter_4", "olora")
+    },
     "loftq": {"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4, "loftq_iter": 1}},
     "dora": {"use_dora": True},
     "rslora": {"use_rslora": True},
@@ -235,7 +285,10 @@ STARTS = {
     "some layers": {"layers_to_transform": [0]},
     "modules_to_save": {"modules_to_save": ["input_layernorm", "norm", "lm_head"]},
     "modules_to_save, layer": {"modules_to_save": ["layers.2"], "layers_to_transform": [0]},
-    "target_parameters": {"target_modules": [], "target_parameters": ["q_proj.weight", "down_proj.weight"]},
+    "target_parameters": {
+        "target_modules": [],
+        "target_parameters": ["q_proj.weight", "down_proj.weight"],
+    },
 }
 
 
@@ -251,7 +304,8 @@ def test_every_start_of_lora(start, trained):
     if trained:
         moved(model)
     assert gap(model) < EXACT
-    if not trained and start not in ("False", "loftq"):  # all others start as the model they are put on
+    # all others start as the model they are put on
+    if not trained and start not in ("False", "loftq"):
         copied = plain_copy(find_trunk(model).last_layer, None)
         for name, wanted in original.items():
             torch.testing.assert_close(copied.get_parameter(name).data, wanted, rtol=0, atol=1e-6)
@@ -266,7 +320,9 @@ def test_starts_that_look_at_data(start):
         model(input_ids=inputs["input_ids"][:1])
 
     if start == "eva":
-        config = LoraConfig(r=2, target_modules=TARGETS, init_lora_weights="eva", eva_config=peft.EvaConfig(rho=1.0))
+        config = LoraConfig(
+            r=2, target_modules=TARGETS, init_lora_weights="eva", eva_config=peft.EvaConfig(rho=1.0)
+        )
         model = get_peft_model(model, config)
         peft.initialize_lora_eva_weights(model, [{"input_ids": inputs["input_ids"]}])
     else:
@@ -274,7 +330,9 @@ def test_starts_that_look_at_data(start):
         from peft.tuners.lora.config import CordaConfig
         from peft.tuners.lora.corda import preprocess_corda
 
-        config = LoraConfig(r=2, target_modules=TARGETS, init_lora_weights="corda", corda_config=CordaConfig())
+        config = LoraConfig(
+            r=2, target_modules=TARGETS, init_lora_weights="corda", corda_config=CordaConfig()
+        )
         preprocess_corda(model, config, run_model=run)
         model = get_peft_model(model, config)
     assert gap(model.eval()) < EXACT
@@ -282,7 +340,11 @@ def test_starts_that_look_at_data(start):
 
 
 def with_experts():
-    model = tiny(Qwen3MoeConfig(**MOE, num_experts=4, moe_intermediate_size=32, head_dim=8, mlp_only_layers=[]))
+    model = tiny(
+        Qwen3MoeConfig(
+            **MOE, num_experts=4, moe_intermediate_size=32, head_dim=8, mlp_only_layers=[]
+        )
+    )
     assert model.model.layers[-1].mlp.experts.down_proj.dim() == 3
     return model
 
@@ -291,11 +353,15 @@ def with_experts():
 @pytest.mark.parametrize("family", ["Qwen3Moe", "Mixtral"])
 def test_lora_on_experts(family, quantised):
     """Which PEFT nests, one wrapper a parameter."""
-    model = with_experts() if family == "Qwen3Moe" else tiny(MixtralConfig(**MOE, num_local_experts=4))
+    model = (
+        with_experts() if family == "Qwen3Moe" else tiny(MixtralConfig(**MOE, num_local_experts=4))
+    )
     if quantised:
         quantise_experts(model)
     targets = ["experts.gate_up_proj", "experts.down_proj"]
-    model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], target_parameters=targets)).eval()
+    model = get_peft_model(
+        model, LoraConfig(r=2, target_modules=["q_proj"], target_parameters=targets)
+    ).eval()
     assert gap(model) < EXACT
     plain = plain_copy(find_trunk(model).last_layer, None)
     moved(model)
@@ -312,7 +378,8 @@ def quantise_experts(model):
 
 
 def test_experts_in_four_bits_are_copied_whole():
-    """The copy fits another base: its tensors have the names, shapes and dtype of an unquantised one."""
+    """The copy fits another base: its tensors have the names, shapes and dtype of an unquantised
+    one."""
     plain, model = with_experts(), with_experts()
     model.load_state_dict(plain.state_dict())
     quantise_experts(model)
@@ -323,7 +390,10 @@ def test_experts_in_four_bits_are_copied_whole():
     shapes = {name: (p.shape, p.dtype) for name, p in plain.model.layers[-1].named_parameters()}
     assert {name: (p.shape, p.dtype) for name, p in copied.named_parameters()} == shapes
     assert torch.equal(copied.mlp.experts.down_proj, experts.down_proj)
-    assert type(experts) is kind and experts.parametrizations["down_proj"].original.dtype == torch.uint8
+    assert (
+        type(experts) is kind
+        and experts.parametrizations["down_proj"].original.dtype == torch.uint8
+    )
 
 
 def test_a_parametrised_weight_is_its_value():
@@ -369,7 +439,9 @@ def test_which_adapters_are_on(put_on):
     ]
     for index, one in enumerate(weights):
         assert all((one - other).abs().max() > 1e-3 for other in weights[:index])
-    merged = one_by_one(lambda layer: (layer.enable_adapters(True), layer.set_adapter("b"), layer.merge()))
+    merged = one_by_one(
+        lambda layer: (layer.enable_adapters(True), layer.set_adapter("b"), layer.merge())
+    )
     torch.testing.assert_close(merged, weights[1], rtol=0, atol=1e-6)
 
 
@@ -398,20 +470,33 @@ def test_mixed_methods_on_one_layer():
 def test_layers_with_transposed_weights(method):
     """GPT-2's linear layers are of another class, weights (in, out)."""
     model = tiny(GPT2Config(vocab_size=97, n_embd=32, n_layer=3, n_head=4, n_positions=64))
-    given = {"target_modules": ["c_fc", "c_attn"], "fan_in_fan_out": True, "feedforward_modules": ["c_fc"]}
+    given = {
+        "target_modules": ["c_fc", "c_attn"],
+        "fan_in_fan_out": True,
+        "feedforward_modules": ["c_fc"],
+    }
     try:
         model = get_peft_model(model, config_of(PeftType[method], **given))
     except (ValueError, TypeError):
         pytest.skip(f"PEFT's {method} does not take Conv1D")
     assert gap(moved(model)) < EXACT
     heads = attach(model).heads
-    assert sorted(heads.lora.target_modules) == ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
+    assert sorted(heads.lora.target_modules) == [
+        "attn.c_attn",
+        "attn.c_proj",
+        "mlp.c_fc",
+        "mlp.c_proj",
+    ]
     assert any(p.requires_grad for p in heads.parameters())
 
 
 BITS = {
     "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
-    "nf4, twice": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+    "nf4, twice": {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+    },
     "fp4": {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
     "8 bits": {"load_in_8bit": True},
 }
@@ -419,7 +504,9 @@ BITS = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    config = LlamaConfig(**{**LLAMA, "hidden_size": 128, "intermediate_size": 256, "initializer_range": 0.1})
+    config = LlamaConfig(
+        **{**LLAMA, "hidden_size": 128, "intermediate_size": 256, "initializer_range": 0.1}
+    )
     path = tmp_path_factory.mktemp("model")
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(path)
@@ -429,11 +516,15 @@ def folder(tmp_path_factory):
 def quantised(folder, bits):
     options = BITS[bits] if "8" in bits else {**BITS[bits], "bnb_4bit_compute_dtype": torch.float32}
     model = AutoModelForCausalLM.from_pretrained(
-        folder, quantization_config=BitsAndBytesConfig(**options), dtype=torch.float32, device_map="cpu"
+        folder,
+        quantization_config=BitsAndBytesConfig(**options),
+        dtype=torch.float32,
+        device_map="cpu",
     ).eval()
     assert type(model.model.layers[-1].mlp.down_proj).__module__.startswith("bitsandbytes")
-    # In 4 bits the product is with the dequantised weight, so logits agree as those of plain layers. In 8 bits the
-    # model rounds activations to 8 bits, too, about 1 % off in each product, which plain layers do not.
+    # In 4 bits the product is with the dequantised weight, so logits agree as those of plain
+    # layers. In 8 bits the model rounds activations to 8 bits, too, about 1 % off in each product,
+    # which plain layers do not.
     return model, 0.03 if "8" in bits else EXACT
 
 
@@ -451,13 +542,17 @@ def test_every_quantisation_of_bitsandbytes(folder, bits):
     model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear")).eval()
     assert gap(model) < tolerance
     copied = plain_copy(find_trunk(model).last_layer, torch.float32)
-    assert all(torch.equal(tensor, plain.get_parameter(name)) for name, tensor in copied.named_parameters())
+    assert all(
+        torch.equal(tensor, plain.get_parameter(name)) for name, tensor in copied.named_parameters()
+    )
     assert gap(moved(model)) < tolerance
     assert without_adapter(model, plain) > 0.1
 
 
 @pytest.mark.parametrize("bits", ["nf4", "8 bits"])
-@pytest.mark.parametrize("method", [m for m in PeftType if m.name not in PROMPTS | {"XLORA"}], ids=lambda m: m.name)
+@pytest.mark.parametrize(
+    "method", [m for m in PeftType if m.name not in PROMPTS | {"XLORA"}], ids=lambda m: m.name
+)
 def test_every_method_of_peft_on_quantised_weights(folder, method, bits):
     """Wherever PEFT itself can put it on them and call it."""
     model, tolerance = quantised(folder, bits)
@@ -477,7 +572,9 @@ def test_every_method_of_peft_on_quantised_weights(folder, method, bits):
 def test_pissa_on_four_bits(folder, tmp_path):
     """As PEFT's documents have it: the residual is quantised, the adapter starts with the rest."""
     model = AutoModelForCausalLM.from_pretrained(folder)
-    model = get_peft_model(model, LoraConfig(r=8, lora_alpha=8, target_modules=TARGETS, init_lora_weights="pissa"))
+    model = get_peft_model(
+        model, LoraConfig(r=8, lora_alpha=8, target_modules=TARGETS, init_lora_weights="pissa")
+    )
     model.peft_config["default"].init_lora_weights = True
     model.save_pretrained(tmp_path / "adapter")
     model.unload().save_pretrained(tmp_path / "residual")
@@ -508,7 +605,8 @@ def test_what_cannot_be_dequantised_is_refused_by_name():
     up = model.model.layers[-1].mlp.up_proj
     up.weight = nn.Parameter(up.weight.to(torch.float8_e4m3fn), requires_grad=False)
     with pytest.raises(
-        ConfigError, match=r"weight of the last layer's mlp.up_proj \(Linear\) is a Parameter of .*float8"
+        ConfigError,
+        match=r"weight of the last layer's mlp.up_proj \(Linear\) is a Parameter of .*float8",
     ):
         attach(model)
 
@@ -530,7 +628,8 @@ class Recorder:
 def test_a_users_hook_runs_as_often_as_without_heads():
     model, recorder = tiny(), Recorder()
     layer = model.model.layers[-1]
-    layer.register_forward_hook(recorder.note)  # a bound method: a copy of it would be one of its owner
+    # a bound method: a copy of it would be one of its owner
+    layer.register_forward_hook(recorder.note)
     layer.mlp.register_forward_hook(lambda *_: None)
     layer.register_forward_pre_hook(lambda *_: None)
     layer.register_full_backward_hook(lambda *_: None)

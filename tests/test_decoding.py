@@ -1,5 +1,5 @@
-"""A Drafter writes the text that plain `generate` writes, in fewer passes, whatever the model, the prompt and the
-settings; or it refuses by name."""
+"""A Drafter writes the text that plain `generate` writes, in fewer passes, whatever the model, the
+prompt and the settings; or it refuses by name."""
 
 from __future__ import annotations
 
@@ -49,14 +49,26 @@ from caft_plugin.drafting.pass_notes import noted_pass
 from caft_plugin.drafting.rotary import Border, borders
 from caft_plugin.model.trunk import find_trunk
 
-RECURRENT = ("RecurrentGemma", "Mamba", "Mamba2", "Jamba", "Bamba", "FalconH1", "GraniteMoeHybrid", "Qwen3Next")
+RECURRENT = (
+    "RecurrentGemma",
+    "Mamba",
+    "Mamba2",
+    "Jamba",
+    "Bamba",
+    "FalconH1",
+    "GraniteMoeHybrid",
+    "Qwen3Next",
+)
 NEW = 24  # tokens
 
 
 def drafter_of(model, num_heads=4, head_input="penultimate", head_norm=True, **settings):
-    """Heads that are copies of the last layer, the later ones a little off, so that some guesses are right."""
+    """Heads that are copies of the last layer, the later ones a little off, so that some guesses
+    are right."""
     model.eval()
-    config = CAFTConfig(num_heads=num_heads, head_input=head_input, head_norm=head_norm, train_heads="frozen")
+    config = CAFTConfig(
+        num_heads=num_heads, head_input=head_input, head_norm=head_norm, train_heads="frozen"
+    )
     heads = build_heads(model, find_trunk(model), config, seed=0)
     generator = torch.Generator().manual_seed(0)
     for index, layer in enumerate(heads.layers):
@@ -68,7 +80,12 @@ def drafter_of(model, num_heads=4, head_input="penultimate", head_norm=True, **s
 
 
 def prompt(length=9, vocab_size=24, seed=1, padding=0):
-    ids = torch.randint(min(3, vocab_size - 1), vocab_size, (1, length), generator=torch.Generator().manual_seed(seed))
+    ids = torch.randint(
+        min(3, vocab_size - 1),
+        vocab_size,
+        (1, length),
+        generator=torch.Generator().manual_seed(seed),
+    )
     mask = torch.ones_like(ids)
     ids[0, :padding], mask[0, :padding] = 0, 0
     return {"input_ids": ids, "attention_mask": mask}
@@ -92,7 +109,8 @@ SAMPLED = {"do_sample": True, "temperature": 0.5, "top_k": 8}
 
 @contextlib.contextmanager
 def all_guesses():
-    """While this is open: of each round, how long the text was and what each head guessed, sent or not."""
+    """While this is open: of each round, how long the text was and what each head guessed, sent or
+    not."""
     rounds, guess = [], decoding._Side.propose
 
     def noting(side, notes, wrong, came, most):
@@ -126,7 +144,10 @@ def test_the_same_text_in_every_family(family):
     drafter = drafter_of(model, num_draft=4)
     for inputs in (prompt(), prompt(padding=3)):
         for how in (GREEDY, SAMPLED):
-            assert torch.equal(written(model, inputs, custom_generate=drafter, **how), written(model, inputs, **how))
+            assert torch.equal(
+                written(model, inputs, custom_generate=drafter, **how),
+                written(model, inputs, **how),
+            )
             assert drafter.last.tokens == NEW and drafter.last.passes <= NEW
 
 
@@ -167,7 +188,9 @@ def test_guesses_are_those_of_heads_without_a_cache(family, how):
 def test_recurrent_models_are_refused(family):
     model = model_of(family)
     drafter = drafter_of(model)
-    with pytest.raises(ConfigError, match=rf"{type(model).__name__} has recurrent layers|needs a DynamicCache"):
+    with pytest.raises(
+        ConfigError, match=rf"{type(model).__name__} has recurrent layers|needs a DynamicCache"
+    ):
         written(model, prompt(), custom_generate=drafter)
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
 
@@ -196,13 +219,19 @@ def test_with_an_adapter(tiny_model):
         text = written(model, prompt(), custom_generate=drafter, **how)
         assert drafter.last.passes < NEW
         assert torch.equal(text, written(model, prompt(), **how))
-        assert torch.equal(text, written(model.base_model.model, prompt(), custom_generate=drafter, **how))
+        assert torch.equal(
+            text, written(model.base_model.model, prompt(), custom_generate=drafter, **how)
+        )
 
 
 def test_over_four_bit_weights(tmp_path):
-    LlamaForCausalLM(LlamaConfig(**{**LLAMA, "hidden_size": 64, "vocab_size": 24})).save_pretrained(tmp_path)
+    LlamaForCausalLM(LlamaConfig(**{**LLAMA, "hidden_size": 64, "vocab_size": 24})).save_pretrained(
+        tmp_path
+    )
     four_bit = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
-    model = LlamaForCausalLM.from_pretrained(tmp_path, quantization_config=four_bit, dtype=torch.float32)
+    model = LlamaForCausalLM.from_pretrained(
+        tmp_path, quantization_config=four_bit, dtype=torch.float32
+    )
     drafter = drafter_of(model, num_draft=4)
     for how in (GREEDY, SAMPLED):
         text = written(model, prompt(), custom_generate=drafter, **how)
@@ -214,16 +243,22 @@ def test_from_a_folder_and_what_does_not_fit_it(tiny_model, tmp_path):
     given = drafter_of(tiny_model, num_draft=4)
     save_heads(tmp_path, given.heads, given.trunk, given.config, resumable=False)
     loaded = Drafter.from_pretrained(tiny_model, tmp_path, num_draft=4)
-    texts = [written(tiny_model, prompt(), custom_generate=drafter, **GREEDY) for drafter in (given, loaded)]
+    texts = [
+        written(tiny_model, prompt(), custom_generate=drafter, **GREEDY)
+        for drafter in (given, loaded)
+    ]
     assert torch.equal(*texts)
     assert given.last == loaded.last and given.last.passes < NEW
     assert not any(parameter.requires_grad for parameter in loaded.heads.parameters())
     other = LlamaForCausalLM(LlamaConfig(**{**LLAMA, "hidden_size": 64, "vocab_size": 24}))
     with pytest.raises(
-        ConfigError, match="^heads: .* was made for hidden_size 32 .* but this model has hidden_size 64"
+        ConfigError,
+        match="^heads: .* was made for hidden_size 32 .* but this model has hidden_size 64",
     ):
         Drafter.from_pretrained(other, tmp_path)
-    with pytest.raises(ConfigError, match=r"^heads: got './nowhere', which is not a folder. It accepts [^;]*$"):
+    with pytest.raises(
+        ConfigError, match=r"^heads: got './nowhere', which is not a folder. It accepts [^;]*$"
+    ):
         Drafter.from_pretrained(tiny_model, "./nowhere")
     for key, wrong in {"num_draft": 5, "confidence": 1.5}.items():
         with pytest.raises(ConfigError, match=f"{key}: got {wrong}, but it accepts"):
@@ -235,9 +270,16 @@ def test_the_model_is_plain_afterwards(tiny_model):
     before = {name: type(module) for name, module in tiny_model.named_modules()}
     written(tiny_model, prompt(), custom_generate=drafter)
     with pytest.raises(ZeroDivisionError):
-        written(tiny_model, prompt(), custom_generate=drafter, stopping_criteria=[lambda ids, scores: 1 / 0])
+        written(
+            tiny_model,
+            prompt(),
+            custom_generate=drafter,
+            stopping_criteria=[lambda ids, scores: 1 / 0],
+        )
     assert {name: type(module) for name, module in tiny_model.named_modules()} == before
-    assert not any(module._forward_pre_hooks or module._forward_hooks for module in tiny_model.modules())
+    assert not any(
+        module._forward_pre_hooks or module._forward_hooks for module in tiny_model.modules()
+    )
 
 
 class NoTokenTwice(LogitsProcessor):
@@ -275,7 +317,9 @@ def test_settings_of_generate(tiny_model, case):
     for seed in range(5):
         settings = {**GREEDY, **SETTINGS[case]}
         plain = written(tiny_model, prompt(seed=seed), **settings)
-        assert torch.equal(written(tiny_model, prompt(seed=seed), custom_generate=drafter, **settings), plain)
+        assert torch.equal(
+            written(tiny_model, prompt(seed=seed), custom_generate=drafter, **settings), plain
+        )
         assert drafter.last.tokens == plain.shape[1] - 9
 
 
@@ -290,8 +334,12 @@ def test_scores_logits_and_cache_are_returned(tiny_model, how):
     for key in ("scores", "logits"):
         assert len(ours[key]) == len(plain[key]) == NEW
         for mine, theirs in zip(ours[key], plain[key], strict=True):
-            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)  # passes of several tokens round otherwise
-    caches = [next(value for value in output.values() if hasattr(value, "get_seq_length")) for output in (ours, plain)]
+            # passes of several tokens round otherwise
+            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+    caches = [
+        next(value for value in output.values() if hasattr(value, "get_seq_length"))
+        for output in (ours, plain)
+    ]
     assert caches[0].get_seq_length() == caches[1].get_seq_length() == 9 + NEW - 1
 
 
@@ -301,9 +349,15 @@ def test_a_returned_cache_goes_on_without_the_drafter():
     texts = []
     for settings in ({}, {"custom_generate": drafter}):
         begun = written(model, prompt(), return_dict_in_generate=True, **GREEDY, **settings)
-        name, cache = next((n, value) for n, value in begun.items() if hasattr(value, "get_seq_length"))
+        name, cache = next(
+            (n, value) for n, value in begun.items() if hasattr(value, "get_seq_length")
+        )
         mask = torch.ones_like(begun.sequences)
-        texts.append(written(model, {"input_ids": begun.sequences, "attention_mask": mask, name: cache}, **GREEDY))
+        texts.append(
+            written(
+                model, {"input_ids": begun.sequences, "attention_mask": mask, name: cache}, **GREEDY
+            )
+        )
     assert torch.equal(*texts)
 
 
@@ -328,7 +382,9 @@ def test_a_streamer(tiny_model, argument):
     assert ours.ended == plain.ended == 1
     seen_by_ours = ours.seen
     ours.seen = []
-    drafter.generate(tiny_model, **prompt(), max_new_tokens=NEW, eos_token_id=None, streamer=ours, **GREEDY)
+    drafter.generate(
+        tiny_model, **prompt(), max_new_tokens=NEW, eos_token_id=None, streamer=ours, **GREEDY
+    )
     assert ours.seen == seen_by_ours
 
 
@@ -341,11 +397,14 @@ def test_stop_strings(tiny_model):
     drafter = drafter_of(tiny_model, num_draft=4)
     whole = written(tiny_model, prompt(), **GREEDY)
     stop = {"stop_strings": [tokenizer.decode(whole[0, 14:15])]}
-    in_a_config = {"generation_config": GenerationConfig(**stop, max_new_tokens=NEW, pad_token_id=0)}
+    in_a_config = {
+        "generation_config": GenerationConfig(**stop, max_new_tokens=NEW, pad_token_id=0)
+    }
     for settings in ({**stop, **GREEDY}, in_a_config):
         plain = written(tiny_model, prompt(), tokenizer=tokenizer, **settings)
         assert torch.equal(
-            written(tiny_model, prompt(), tokenizer=tokenizer, custom_generate=drafter, **settings), plain
+            written(tiny_model, prompt(), tokenizer=tokenizer, custom_generate=drafter, **settings),
+            plain,
         )
         assert plain.shape[1] < whole.shape[1] and drafter.last.tokens == plain.shape[1] - 9
 
@@ -379,7 +438,9 @@ def test_a_pass_sees_its_own_calls_alone(tiny_model):
 
 
 @pytest.mark.parametrize("num_draft", [4, None])
-@pytest.mark.parametrize("who", ["own drafters", "own drafters, the same heads", "one drafter", "one drafts"])
+@pytest.mark.parametrize(
+    "who", ["own drafters", "own drafters, the same heads", "one drafter", "one drafts"]
+)
 def test_texts_in_threads(tiny_model, who, num_draft):
     first = drafter_of(tiny_model, num_draft=num_draft)
     drafters = {
@@ -391,7 +452,9 @@ def test_texts_in_threads(tiny_model, who, num_draft):
         "one drafts": [first, None, None, None],
     }[who]
     before = {name: type(module) for name, module in tiny_model.named_modules()}
-    alone = [written(tiny_model, prompt(seed=seed), custom_generate=None, **GREEDY) for seed in range(4)]
+    alone = [
+        written(tiny_model, prompt(seed=seed), custom_generate=None, **GREEDY) for seed in range(4)
+    ]
     settings = {"max_new_tokens": NEW, "eos_token_id": None, "pad_token_id": 0, **GREEDY}
 
     def write(seed):
@@ -408,13 +471,17 @@ def test_texts_in_threads(tiny_model, who, num_draft):
     finally:
         sys.setswitchinterval(interval)
     assert {name: type(module) for name, module in tiny_model.named_modules()} == before
-    assert not any(module._forward_pre_hooks or module._forward_hooks for module in tiny_model.modules())
+    assert not any(
+        module._forward_pre_hooks or module._forward_hooks for module in tiny_model.modules()
+    )
 
 
 def test_last_is_of_the_thread_that_asks(tiny_model):
     drafter = drafter_of(tiny_model, num_draft=2)
     assert drafter.last.tokens == 0
-    other = threading.Thread(target=lambda: written(tiny_model, prompt(), max_new_tokens=7, custom_generate=drafter))
+    other = threading.Thread(
+        target=lambda: written(tiny_model, prompt(), max_new_tokens=7, custom_generate=drafter)
+    )
     other.start(), other.join()
     assert drafter.last.tokens == 7
     written(tiny_model, prompt(), max_new_tokens=5, custom_generate=drafter)
@@ -428,11 +495,16 @@ def test_what_is_printed(tiny_model):
     written(tiny_model, prompt(), max_new_tokens=7, custom_generate=drafter)
     last = drafter.last
     by_head = f"{last.accepted[0]} of {last.drafted[0]}, {last.accepted[1]} of {last.drafted[1]}"
-    assert repr(last) == f"<7 tokens in {last.passes} forward passes, draft tokens accepted by head: {by_head}>"
+    assert (
+        repr(last)
+        == f"<7 tokens in {last.passes} forward passes, draft tokens accepted by head: {by_head}>"
+    )
 
 
 COMPILED = {
-    "forward": lambda model: setattr(model, "forward", torch.compile(model.forward, backend="eager", dynamic=True)),
+    "forward": lambda model: setattr(
+        model, "forward", torch.compile(model.forward, backend="eager", dynamic=True)
+    ),
     "decoder's forward": lambda model: setattr(
         model.model, "forward", torch.compile(model.model.forward, backend="eager", dynamic=True)
     ),
@@ -461,14 +533,17 @@ def test_a_forward_that_goes_round_the_layers_is_refused(tiny_model):
     drafter = drafter_of(tiny_model, num_draft=4)
     tiny_model.forward = copy.deepcopy(tiny_model).forward
     with pytest.raises(
-        ConfigError, match=r"without calling its last decoder layer \(LlamaDecoderLayer\).*torch.compile"
+        ConfigError,
+        match=r"without calling its last decoder layer \(LlamaDecoderLayer\).*torch.compile",
     ):
         written(tiny_model, prompt(), custom_generate=drafter)
 
 
 def two_adapters(**saved):
     config = LoraConfig(r=4, target_modules="all-linear", **saved)
-    model = get_peft_model(LlamaForCausalLM(LlamaConfig(**{**LLAMA, "vocab_size": 24})), config, adapter_name="a")
+    model = get_peft_model(
+        LlamaForCausalLM(LlamaConfig(**{**LLAMA, "vocab_size": 24})), config, adapter_name="a"
+    )
     model.add_adapter("b", config)
     model.set_adapter("a")
     for name, parameter in model.named_parameters():
@@ -485,7 +560,10 @@ CHANGES = {
     "other adapter": lambda model: model.set_adapter("b") or model,
     "deleted": lambda model: model.delete_adapter("a") or model.set_adapter("b") or model,
     "another norm": lambda model: (
-        setattr(model.base_model.model.model, "norm", copy.deepcopy(model.base_model.model.model.norm)) or model
+        setattr(
+            model.base_model.model.model, "norm", copy.deepcopy(model.base_model.model.model.norm)
+        )
+        or model
     ),
     "doubled": lambda model: model.double(),
 }
@@ -505,24 +583,34 @@ def test_a_model_that_is_changed_after_the_drafter_was_made(saved, change, head_
 
 def test_a_copy_made_in_the_middle_of_a_pass_is_plain(tiny_model):
     copies = []
-    handle = tiny_model.model.layers[-1].register_forward_hook(lambda layer, *_: copies.append(copy.deepcopy(layer)))
-    written(tiny_model, prompt(), custom_generate=drafter_of(tiny_model, num_draft=4), max_new_tokens=4)
+    handle = tiny_model.model.layers[-1].register_forward_hook(
+        lambda layer, *_: copies.append(copy.deepcopy(layer))
+    )
+    written(
+        tiny_model, prompt(), custom_generate=drafter_of(tiny_model, num_draft=4), max_new_tokens=4
+    )
     handle.remove()
     assert copies and {type(layer) for layer in copies} == {type(tiny_model.model.layers[-1])}
 
 
-@pytest.mark.parametrize("adapter", [None, {"target_modules": ["lm_head"]}, {"modules_to_save": ["lm_head", "norm"]}])
+@pytest.mark.parametrize(
+    "adapter", [None, {"target_modules": ["lm_head"]}, {"modules_to_save": ["lm_head", "norm"]}]
+)
 def test_hooks_of_the_user_see_the_models_own_passes_alone(tiny_model, adapter):
     model = tiny_model
     if adapter:
-        model = get_peft_model(tiny_model, LoraConfig(r=4, **{"target_modules": ["q_proj"], **adapter}))
+        model = get_peft_model(
+            tiny_model, LoraConfig(r=4, **{"target_modules": ["q_proj"], **adapter})
+        )
     drafter = drafter_of(model, num_draft=4)
     base = drafter.model
     watched = [*base.lm_head.modules(), *base.model.norm.modules(), base.model.layers[-1], base]
     seen = {}
     for module in watched:
         module.register_forward_pre_hook(
-            lambda module, args, kwargs: seen.setdefault(module, []).append(args[0].shape if args else None),
+            lambda module, args, kwargs: seen.setdefault(module, []).append(
+                args[0].shape if args else None
+            ),
             with_kwargs=True,
         )
     written(model, prompt(), custom_generate=drafter, **GREEDY)
@@ -536,7 +624,9 @@ def test_hooks_of_the_user_see_the_models_own_passes_alone(tiny_model, adapter):
 
 def test_token_types():
     """Plain `generate` gives each new token the last one's type."""
-    config = GPT2Config(vocab_size=24, n_embd=32, n_layer=3, n_head=4, n_positions=64, initializer_range=0.2)
+    config = GPT2Config(
+        vocab_size=24, n_embd=32, n_layer=3, n_head=4, n_positions=64, initializer_range=0.2
+    )
     model = GPT2LMHeadModel(config)
     drafter = drafter_of(model, num_draft=4)
     inputs = {**prompt(), "token_type_ids": torch.arange(1, 10)[None]}
@@ -548,7 +638,10 @@ def test_token_types():
 def test_a_prompt_of_embeddings(tiny_model):
     drafter = drafter_of(tiny_model, num_draft=4)
     embeds = tiny_model.get_input_embeddings()(prompt()["input_ids"])
-    for inputs in ({"inputs_embeds": embeds}, {"inputs_embeds": embeds, "input_ids": prompt()["input_ids"]}):
+    for inputs in (
+        {"inputs_embeds": embeds},
+        {"inputs_embeds": embeds, "input_ids": prompt()["input_ids"]},
+    ):
         plain = written(tiny_model, inputs, **GREEDY)
         assert torch.equal(written(tiny_model, inputs, custom_generate=drafter, **GREEDY), plain)
         assert drafter.last.passes < drafter.last.tokens == NEW
@@ -561,11 +654,20 @@ LONG = {
     "long_factor": [4.0, 8.0, 16.0, 32.0],
     "original_max_position_embeddings": 20,
 }
-PHI = {"max_position_embeddings": 128, "original_max_position_embeddings": 20, "rope_parameters": LONG}
+PHI = {
+    "max_position_embeddings": 128,
+    "original_max_position_embeddings": 20,
+    "rope_parameters": LONG,
+}
 PHI |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attention_dropout": 0.0}
 DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
 LAYER_TYPES = ["sliding_attention", "full_attention", "sliding_attention"]
-LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+LLAMA3 = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 ROTARY = {
     "dynamic": lambda sizes: LlamaForCausalLM(
         LlamaConfig(**{**sizes, "max_position_embeddings": 20, "rope_parameters": DYNAMIC})
@@ -584,10 +686,16 @@ ROTARY = {
         )
     ),
     "Phi-3": lambda sizes: Phi3ForCausalLM(Phi3Config(**{**sizes, **PHI})),
-    "Phi-3, sliding": lambda sizes: Phi3ForCausalLM(Phi3Config(**{**sizes, **PHI}, sliding_window=7)),
+    "Phi-3, sliding": lambda sizes: Phi3ForCausalLM(
+        Phi3Config(**{**sizes, **PHI}, sliding_window=7)
+    ),
     "Phi-3.5-MoE": lambda sizes: PhimoeForCausalLM(
         PhimoeConfig(
-            **{**sizes, **PHI, "rope_parameters": {**LONG, "short_mscale": 1.0, "long_mscale": 1.6}},
+            **{
+                **sizes,
+                **PHI,
+                "rope_parameters": {**LONG, "short_mscale": 1.0, "long_mscale": 1.6},
+            },
             num_local_experts=4,
         )
     ),
@@ -609,8 +717,14 @@ def test_a_text_over_the_border_of_a_rotary_embedding(rope):
 
 def test_where_drafts_stay_on():
     assert Border(20, beyond=False).room(17) == 3 and Border(20, beyond=False).room(20) == 0
-    assert Border(20, beyond=False).room(21) == 0 and Border(20, beyond=True).room(21) == float("inf")
-    for static in ({"rope_type": "default"}, {"rope_type": "llama3", **LLAMA3}, {"rope_type": "linear", "factor": 2.0}):
+    assert Border(20, beyond=False).room(21) == 0 and Border(20, beyond=True).room(21) == float(
+        "inf"
+    )
+    for static in (
+        {"rope_type": "default"},
+        {"rope_type": "llama3", **LLAMA3},
+        {"rope_type": "linear", "factor": 2.0},
+    ):
         config = LlamaConfig(**LLAMA, rope_parameters={"rope_theta": 10000.0, **static})
         assert borders(LlamaForCausalLM(config)) == []
     model = ROTARY["longrope"]({**LLAMA, "vocab_size": 24})
@@ -621,7 +735,9 @@ def test_where_drafts_stay_on():
 
 def with_a_cache(model):
     output = model(**prompt(), use_cache=True)
-    name, cache = next((n, value) for n, value in output.items() if hasattr(value, "get_seq_length"))
+    name, cache = next(
+        (n, value) for n, value in output.items() if hasattr(value, "get_seq_length")
+    )
     return {name: cache}
 
 
@@ -633,14 +749,20 @@ def static_cache(model):
 REFUSED = {
     "batch": ({"input_ids": torch.full((2, 5), 7)}, "got a batch of 2 texts, but it accepts 1"),
     "several": ({"num_return_sequences": 2, "do_sample": True}, "got a batch of 2 texts"),
-    "beams": ({"num_beams": 2}, "got a batch of 2 texts|got beam_search, but it accepts greedy search and sampling"),
+    "beams": (
+        {"num_beams": 2},
+        "got a batch of 2 texts|got beam_search, but it accepts greedy search and sampling",
+    ),
     "assistant": (
         lambda model: {"assistant_model": LlamaForCausalLM(model.config)},
         r"got assistant_model \(LlamaForCausalLM\), but the heads propose the draft tokens",
     ),
     "synced": ({"synced_gpus": True}, "got synced_gpus .* forward passes in every process"),
     "lookup": ({"prompt_lookup_num_tokens": 2}, "got assisted_generation, but it accepts"),
-    "no cache": ({"use_cache": False}, r"needs a DynamicCache, .* the cache is none \(use_cache=False\)"),
+    "no cache": (
+        {"use_cache": False},
+        r"needs a DynamicCache, .* the cache is none \(use_cache=False\)",
+    ),
     "static": (
         {"cache_implementation": "static"},
         "needs a DynamicCache, which can be cropped, but the cache is StaticCache",
@@ -670,7 +792,8 @@ def test_another_model_and_training_mode_are_refused(tiny_model):
     drafter = drafter_of(tiny_model)
     other = LlamaForCausalLM(tiny_model.config).eval()
     with pytest.raises(
-        ConfigError, match=r"called by LlamaForCausalLM, but made for another model \(LlamaForCausalLM\)"
+        ConfigError,
+        match=r"called by LlamaForCausalLM, but made for another model \(LlamaForCausalLM\)",
     ):
         written(other, prompt(), custom_generate=drafter)
     tiny_model.train()
@@ -683,7 +806,9 @@ def test_heads_that_are_not_asked_for_long_are_out(tiny_model, monkeypatch):
     monkeypatch.setattr(decoding, "LONGEST_LAG", 5)
     drafter = drafter_of(tiny_model, num_draft=2)
     sides, start = [], decoding._Side.__init__
-    monkeypatch.setattr(decoding._Side, "__init__", lambda side, *a: sides.append(side) or start(side, *a))
+    monkeypatch.setattr(
+        decoding._Side, "__init__", lambda side, *a: sides.append(side) or start(side, *a)
+    )
     plain = written(tiny_model, prompt(), **SAMPLED)
     assert torch.equal(written(tiny_model, prompt(), custom_generate=drafter, **SAMPLED), plain)
     assert len(sides[0].unread) == 2 and max(map(len, sides[0].unread)) <= 3  # of its last rounds
@@ -694,14 +819,18 @@ def test_fewer_guesses_and_none(tiny_model):
     for most in range(5):
         drafter = drafter_of(tiny_model, num_draft=most)
         assert torch.equal(written(tiny_model, prompt(), custom_generate=drafter, **GREEDY), plain)
-        assert sum(drafter.last.drafted[most:]) == 0 and (sum(drafter.last.drafted) > 0) == (most > 0)
+        assert sum(drafter.last.drafted[most:]) == 0 and (sum(drafter.last.drafted) > 0) == (
+            most > 0
+        )
     sure = drafter_of(tiny_model, num_draft=4, confidence=1.0)
     assert torch.equal(written(tiny_model, prompt(), custom_generate=sure, **GREEDY), plain)
     assert sure.last.drafted == [0, 0, 0, 0] and sure.last.passes == NEW
     assert sure.last.tokens_per_pass == 1.0
 
 
-@hypothesis.settings(max_examples=300, deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+@hypothesis.settings(
+    max_examples=300, deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
 @hypothesis.given(st.data())
 def test_any_model_prompt_and_settings(data):
     """300 cases: the text is that of plain `generate`."""
@@ -733,7 +862,11 @@ def test_any_model_prompt_and_settings(data):
     length = draw(st.integers(1, 20))
     seed, padding = draw(st.integers(0, 1000)), draw(st.integers(0, length - 1))
     inputs = prompt(length, vocab_size=config.vocab_size, seed=seed, padding=padding)
-    how = draw(st.sampled_from([GREEDY, SAMPLED, {"do_sample": True}, {"do_sample": False, "repetition_penalty": 1.3}]))
+    how = draw(
+        st.sampled_from(
+            [GREEDY, SAMPLED, {"do_sample": True}, {"do_sample": False, "repetition_penalty": 1.3}]
+        )
+    )
     ends = draw(st.none() | st.lists(st.integers(0, config.vocab_size - 1), min_size=1, max_size=3))
     settings = {**how, "eos_token_id": ends, "max_new_tokens": draw(st.integers(1, 30))}
     plain = written(model, inputs, **settings)

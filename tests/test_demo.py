@@ -1,4 +1,5 @@
-"""The demo's data and programs: the rows are what the program makes, and the constraints fit every installation."""
+"""The demo's data and programs: the rows are what the program makes, and the constraints fit every
+installation."""
 
 from __future__ import annotations
 
@@ -26,7 +27,10 @@ NAMES = ("docstrings-train.jsonl", "docstrings-heldout.jsonl")
 
 
 def rows_of(name):
-    return [json.loads(line)["messages"] for line in (DEMO / name).read_text(encoding="utf-8").splitlines()]
+    return [
+        json.loads(line)["messages"]
+        for line in (DEMO / name).read_text(encoding="utf-8").splitlines()
+    ]
 
 
 def installed(package):
@@ -36,10 +40,12 @@ def installed(package):
         return False
 
 
-# -- the data ----------------------------------------------------------------------------------------
+# -- the data --------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(not all(map(installed, PACKAGES)), reason="other versions of the packages are installed")
+@pytest.mark.skipif(
+    not all(map(installed, PACKAGES)), reason="other versions of the packages are installed"
+)
 def test_the_files_are_what_the_program_makes(tmp_path):
     assert make_docstrings.main([f"--out={tmp_path}"]) == 0
     for name in NAMES:
@@ -51,7 +57,9 @@ def test_a_row_is_a_short_function_and_one_sentence(name, rows):
     assert len(rows_of(name)) == rows and (DEMO / name).stat().st_size < 1_000_000
     for question, answer in rows_of(name):
         assert (question["role"], answer["role"]) == ("user", "assistant")
-        code = re.fullmatch(r"(?s)Write a one-line docstring .*\n\n```python\n(def .*)\n```", question["content"])[1]
+        code = re.fullmatch(
+            r"(?s)Write a one-line docstring .*\n\n```python\n(def .*)\n```", question["content"]
+        )[1]
         assert len(code) <= 400 and '"""' not in code and answer["content"] not in code
         assert re.fullmatch(r"[A-Z][ -~]{10,95}\.", answer["content"])
 
@@ -68,8 +76,14 @@ def test_train_and_heldout_are_from_other_packages_and_all_are_named_with_their_
     assert len({package.name for package in PACKAGES}) == len(PACKAGES)
     licences = (DEMO / "LICENSES.md").read_text(encoding="utf-8")
     for package in PACKAGES:
-        assert re.search(rf"(?im)^## {package.name} {re.escape(package.version)} \((BSD 3-clause|MIT)\)$", licences)
-    assert licences.count("THIS SOFTWARE IS PROVIDED") == 6 and licences.count("Permission is hereby granted") == 1
+        assert re.search(
+            rf"(?im)^## {package.name} {re.escape(package.version)} \((BSD 3-clause|MIT)\)$",
+            licences,
+        )
+    assert (
+        licences.count("THIS SOFTWARE IS PROVIDED") == 6
+        and licences.count("Permission is hereby granted") == 1
+    )
 
 
 SOURCE = '''
@@ -113,19 +127,25 @@ def test_more_rows_than_there_are_is_an_error(monkeypatch, tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
-# -- the plain run -----------------------------------------------------------------------------------
+# -- the plain run ---------------------------------------------------------------------------------
 
 
 def test_the_plain_run_differs_in_the_block_alone(tmp_path, capsys):
-    config, plain = ROOT / "axolotl_configs" / "quickstart-cpu.yml", tmp_path / "folder" / "plain.yml"
+    config, plain = (
+        ROOT / "axolotl_configs" / "quickstart-cpu.yml",
+        tmp_path / "folder" / "plain.yml",
+    )
     assert plain_config.main([str(config), str(plain)]) == 0
     wanted = yaml.safe_load(config.read_text(encoding="utf-8"))
     assert wanted.pop("caft") == {"num_heads": 4}
     assert yaml.safe_load(plain.read_text(encoding="utf-8")) == wanted
-    assert plain_config.main([str(plain), str(plain)]) == 1 and "no caft: block" in capsys.readouterr().err
+    assert (
+        plain_config.main([str(plain), str(plain)]) == 1
+        and "no caft: block" in capsys.readouterr().err
+    )
 
 
-# -- what is kept off the screen ------------------------------------------------------------------------
+# -- what is kept off the screen -------------------------------------------------------------------
 
 
 def test_only_the_named_warnings_are_left_out(caplog):
@@ -147,26 +167,50 @@ def test_only_the_named_warnings_are_left_out(caplog):
     assert messages.count("the disk is full") == len(loggers) and len(messages) == 2 * len(loggers)
 
 
-# -- the constraints -----------------------------------------------------------------------------------
+# -- the constraints -------------------------------------------------------------------------------
 
-PINS = [Requirement(line) for line in (DEMO / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+PINS = [
+    Requirement(line)
+    for line in (DEMO / "constraints.txt").read_text().splitlines()
+    if not line.startswith("#")
+]
 
 
 def test_a_constraint_is_a_version_and_nothing_else():
     for pin in PINS:
-        assert [one.operator for one in pin.specifier] == ["=="] and pin.url is None and pin.marker is None, pin
+        assert (
+            [one.operator for one in pin.specifier] == ["=="]
+            and pin.url is None
+            and pin.marker is None
+        ), pin
         assert "+" not in str(pin.specifier), f"{pin}: a build of one index"
     names = [canonicalize_name(pin.name) for pin in PINS]
     assert len(set(names)) == len(names)
     # a build of torch for CUDA pins other versions of these
-    assert not [name for name in names if name in ("torch", "triton", "caft-plugin") or name.startswith("nvidia-cu")]
-    assert {"axolotl", "transformers", "gradio", "pydantic", "fastapi", "fsspec", "virtualenv", "gguf"} <= set(names)
+    assert not [
+        name
+        for name in names
+        if name in ("torch", "triton", "caft-plugin") or name.startswith("nvidia-cu")
+    ]
+    assert {
+        "axolotl",
+        "transformers",
+        "gradio",
+        "pydantic",
+        "fastapi",
+        "fsspec",
+        "virtualenv",
+        "gguf",
+    } <= set(names)
 
 
 def test_the_constraints_allow_what_the_project_asks_for():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
     pins = {canonicalize_name(pin.name): str(pin.specifier).removeprefix("==") for pin in PINS}
-    for wanted in map(Requirement, [*project["dependencies"], *extras["axolotl"], *extras["study"], *extras["dev"]]):
+    for wanted in map(
+        Requirement,
+        [*project["dependencies"], *extras["axolotl"], *extras["study"], *extras["dev"]],
+    ):
         version = pins.get(canonicalize_name(wanted.name))
         assert version is None or wanted.specifier.contains(version), f"{wanted} against {version}"

@@ -1,8 +1,11 @@
-"""Every decoder-only family we say works, as a tiny random model: no table of architectures in the engine, one here.
+"""Every decoder-only family we say works, as a tiny random model: no table of architectures in the
+engine, one here.
 
-For each: a head that is a copy of the last layer gives the model's own logits (this proves masks, rotary embeddings,
-norms, soft-capping and logit scales at once), a few steps lower every head's loss, and what is saved is what a model
-without heads saves. `python tests/test_families.py` prints tests/README.md's list.
+For each: a head that is a copy of the last layer gives the model's own logits (this proves masks,
+    rotary embeddings,
+norms, soft-capping and logit scales at once), a few steps lower every head's loss, and what is
+saved is what a model without heads saves. `python tests/test_families.py` prints tests/README.md's
+list.
 """
 
 from __future__ import annotations
@@ -71,7 +74,12 @@ FAMILIES: dict[str, dict] = {
     "Olmo3": {**GATED, "sliding_window": 4},
     "SmolLM3": GATED,
     "Granite": {**GATED, "logits_scaling": 4.0, "residual_multiplier": 0.5},
-    "GraniteMoe": {**GATED, "num_local_experts": 4, "num_experts_per_tok": 2, "logits_scaling": 4.0},
+    "GraniteMoe": {
+        **GATED,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "logits_scaling": 4.0,
+    },
     "Cohere": {**GATED, "logit_scale": 0.25},
     "Cohere2": {**GATED, "logit_scale": 0.25, "sliding_window": 4},
     "Glm": {**GATED, "head_dim": 8},
@@ -97,7 +105,13 @@ FAMILIES: dict[str, dict] = {
     "GPTNeoX": {**SIZES, **NO_DROPOUT, "intermediate_size": 64},
     "GPT2": {**SIZES, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
     "GPTJ": {**SIZES, "rotary_dim": 4, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
-    "OPT": {**SIZES, "ffn_dim": 64, "word_embed_proj_dim": 32, "dropout": 0.0, "do_layer_norm_before": True},
+    "OPT": {
+        **SIZES,
+        "ffn_dim": 64,
+        "word_embed_proj_dim": 32,
+        "dropout": 0.0,
+        "do_layer_norm_before": True,
+    },
     "Falcon": {**SIZES, **NO_DROPOUT, "new_decoder_architecture": True, "num_kv_heads": 2},
     "Bloom": {**SIZES, **NO_DROPOUT, "n_layer": 3, "n_head": 4},
     "Mpt": {"vocab_size": 97, "d_model": 32, "n_layers": 3, "n_heads": 4, "max_seq_len": 64},
@@ -109,7 +123,13 @@ FAMILIES: dict[str, dict] = {
     "SeedOss": {**GATED, "head_dim": 8, "residual_dropout": 0.0},
     "Llama4Text": {**GATED, "head_dim": 8, "num_local_experts": 2},
     "RecurrentGemma": {**GATED, "head_dim": 8, "lru_width": 32, "attention_window_size": 8},
-    "Mamba": {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4, "pad_token_id": 0},
+    "Mamba": {
+        "vocab_size": 97,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "state_size": 4,
+        "pad_token_id": 0,
+    },
     "Mamba2": {**SIZES, "state_size": 4, "num_heads": 8, "head_dim": 8, "n_groups": 1},
     "Jamba": {
         **GATED,
@@ -143,7 +163,13 @@ FAMILIES: dict[str, dict] = {
         "decoder_sparse_step": 1,
         "mlp_only_layers": [],
     },
-    "GptOss": {**GATED, "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8, "sliding_window": 4},
+    "GptOss": {
+        **GATED,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "head_dim": 8,
+        "sliding_window": 4,
+    },
 }
 
 
@@ -152,7 +178,9 @@ def model_of(family: str, attention: str | None = None):
     torch.manual_seed(0)
     for implementation in [attention] if attention else ["sdpa", "eager"]:
         try:
-            return AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation=implementation)
+            return AutoModelForCausalLM.from_config(
+                copy.deepcopy(config), attn_implementation=implementation
+            )
         except (ValueError, ImportError):  # the family has no such attention
             continue
     raise AssertionError(f"{family} has neither sdpa nor eager attention")
@@ -185,7 +213,9 @@ def test_training_lowers_every_heads_loss_and_the_saved_model_is_plain(family, t
         sums.append(reading.sums)
     assert (sums[-1] < sums[0]).all(), (sums[0], sums[-1])
     model.save_pretrained(tmp_path / "after")
-    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("before", "after"))
+    before, after = (
+        load_file(tmp_path / name / "model.safetensors") for name in ("before", "after")
+    )
     assert {k: v.shape for k, v in before.items()} == {k: v.shape for k, v in after.items()}
 
 

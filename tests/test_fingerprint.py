@@ -1,4 +1,5 @@
-"""Heads tell which model they were trained over: adapters, merged models, bases, under rounding and quantisation."""
+"""Heads tell which model they were trained over: adapters, merged models, bases, under rounding and
+quantisation."""
 
 from __future__ import annotations
 
@@ -48,7 +49,8 @@ def lora(model, **changes):
 
 
 def update(model, size, seed=1):
-    """What training does to an adapter's factors that begin with 0, or to weights: changes of this size."""
+    """What training does to an adapter's factors that begin with 0, or to weights: changes of this
+    size."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -68,7 +70,8 @@ def verdict(fingerprint, model):
     return fingerprint.verdict(take_sample(find_trunk(model)))
 
 
-# Sizes of lora_B: with lora_A about 0.1 these change a weight of 0.02 by roughly a hundredth of it, to several times.
+# Sizes of lora_B: with lora_A about 0.1 these change a weight of 0.02 by roughly a hundredth of it,
+# to several times.
 @pytest.mark.parametrize("size", [1e-3, 1e-2, 0.2])
 @pytest.mark.parametrize("trains_in", [torch.float32, BF16])
 def test_lora(tmp_path, size, trains_in):
@@ -106,7 +109,9 @@ def test_an_earlier_state_of_the_same_run():
     assert verdict(fingerprint, halfway) == "other" and verdict(fingerprint, model) == "own"
 
 
-@pytest.mark.parametrize("kind", [{"use_dora": True}, {"use_rslora": True}, {"lora_alpha": 64}, {"bias": "all"}])
+@pytest.mark.parametrize(
+    "kind", [{"use_dora": True}, {"use_rslora": True}, {"lora_alpha": 64}, {"bias": "all"}]
+)
 def test_other_kinds_of_lora(kind):
     model = lora(base_model(dtype=torch.float32), **kind)
     fingerprint = trained(model, 0.05)
@@ -118,7 +123,9 @@ def test_other_kinds_of_lora(kind):
 def test_modules_to_save_and_weights_that_lie_the_other_way_round():
     def fresh():
         torch.manual_seed(0)
-        return GPT2LMHeadModel(GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_positions=64))
+        return GPT2LMHeadModel(
+            GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_positions=64)
+        )
 
     targets = ["c_attn", "c_proj", "c_fc"]
     model = lora(fresh(), target_modules=targets, modules_to_save=["ln_f"], fan_in_fan_out=True)
@@ -163,7 +170,9 @@ def test_qlora(base_folder, tmp_path, size, tells):
     assert fingerprint.before.quantised and fingerprint.after.quantised
     model.save_pretrained(tmp_path)
     assert verdict(fingerprint, model) == "own"
-    assert verdict(fingerprint, PeftModel.from_pretrained(in_4_bits(base_folder), tmp_path)) == "own"
+    assert (
+        verdict(fingerprint, PeftModel.from_pretrained(in_4_bits(base_folder), tmp_path)) == "own"
+    )
     for dtype in (torch.float32, BF16):
         unquantised = PeftModel.from_pretrained(base_model().to(dtype), tmp_path)
         assert verdict(fingerprint, unquantised) == "own"
@@ -192,7 +201,10 @@ def test_over_a_frozen_model():
 
 def test_frozen_heads_of_a_base_in_4_bits(base_folder):
     fingerprint = trained(in_4_bits(base_folder), 0, lambda *_: None)
-    assert verdict(fingerprint, base_model()) == "own" and verdict(fingerprint, base_model(seed=5)) == "other"
+    assert (
+        verdict(fingerprint, base_model()) == "own"
+        and verdict(fingerprint, base_model(seed=5)) == "other"
+    )
 
 
 def test_what_is_not_at_hand_has_no_fingerprint(tiny_config):
@@ -200,11 +212,13 @@ def test_what_is_not_at_hand_has_no_fingerprint(tiny_config):
         assert take_sample(find_trunk(LlamaForCausalLM(tiny_config))) is None
 
 
-# -- on disk, and what is told --------------------------------------------------------------------------
+# -- on disk, and what is told ---------------------------------------------------------------------
 
 
 def rows():
-    return [{"input_ids": [5 + i, 6, 7, 8, 9, 10], "labels": [5 + i, 6, 7, 8, 9, 10]} for i in range(4)]
+    return [
+        {"input_ids": [5 + i, 6, 7, 8, 9, 10], "labels": [5 + i, 6, 7, 8, 9, 10]} for i in range(4)
+    ]
 
 
 def train(model, folder, heads=None, **settings):
@@ -223,7 +237,9 @@ def train(model, folder, heads=None, **settings):
         model=model,
         args=arguments,
         train_dataset=rows(),
-        data_collator=lambda batch: {key: torch.tensor([row[key] for row in batch]) for key in batch[0]},
+        data_collator=lambda batch: {
+            key: torch.tensor([row[key] for row in batch]) for key in batch[0]
+        },
         caft=caft,
     )
     trainer.train()
@@ -235,7 +251,11 @@ def told(caplog, act):
     caplog.clear()
     with caplog.at_level(logging.WARNING):
         act()
-    return [r.getMessage() for r in caplog.records if r.getMessage().startswith(("caft.heads:", "heads:"))]
+    return [
+        r.getMessage()
+        for r in caplog.records
+        if r.getMessage().startswith(("caft.heads:", "heads:"))
+    ]
 
 
 def test_a_run_and_what_is_told_of_its_heads(tmp_path, caplog):
@@ -246,23 +266,38 @@ def test_a_run_and_what_is_told_of_its_heads(tmp_path, caplog):
     train(model, run)
     for folder in (run, run / "checkpoint-1"):
         assert (folder / FOLDER / FINGERPRINT).is_file()
-        assert read_fingerprint(folder / FOLDER).before.values.keys() >= {"layer.mlp.up_proj.weight", "norm.weight"}
+        assert read_fingerprint(folder / FOLDER).before.values.keys() >= {
+            "layer.mlp.up_proj.weight",
+            "norm.weight",
+        }
     start = LlamaForCausalLM.from_pretrained
-    PeftModel.from_pretrained(start(tmp_path / "base"), run).merge_and_unload().to(BF16).save_pretrained(run / "merged")
+    PeftModel.from_pretrained(start(tmp_path / "base"), run).merge_and_unload().to(
+        BF16
+    ).save_pretrained(run / "merged")
 
     def draft(model):
         return told(caplog, lambda: Drafter.from_pretrained(model, run))
 
     assert draft(PeftModel.from_pretrained(start(tmp_path / "base"), run)) == []
-    assert draft(start(run / "merged", dtype=BF16)) == [] and draft(start(run / "merged", dtype=torch.float32)) == []
+    assert (
+        draft(start(run / "merged", dtype=BF16)) == []
+        and draft(start(run / "merged", dtype=torch.float32)) == []
+    )
     (message,) = draft(start(tmp_path / "base"))
-    assert str(run) in message and str(tmp_path / "base") in message and "before that fine-tuning" in message
+    assert (
+        str(run) in message
+        and str(tmp_path / "base") in message
+        and "before that fine-tuning" in message
+    )
     train(lora(start(tmp_path / "base")), tmp_path / "again", learning_rate=3e-2)
     (message,) = draft(PeftModel.from_pretrained(start(tmp_path / "base"), tmp_path / "again"))
     assert "were trained with a different last layer or final norm" in message
 
-    # the heads of a run start the next one: from its base told, from its own adapter or merged model not
-    (message,) = told(caplog, lambda: train(lora(start(tmp_path / "base")), tmp_path / "two", heads=run))
+    # the heads of a run start the next one: from its base told, from its own adapter or merged
+    # model not
+    (message,) = told(
+        caplog, lambda: train(lora(start(tmp_path / "base")), tmp_path / "two", heads=run)
+    )
     assert "before that fine-tuning" in message
     goes_on = PeftModel.from_pretrained(start(tmp_path / "base"), run, is_trainable=True)
     assert told(caplog, lambda: train(goes_on, tmp_path / "three", heads=run)) == []
@@ -272,8 +307,8 @@ def test_a_run_and_what_is_told_of_its_heads(tmp_path, caplog):
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_the_happy_path_is_told_nothing(tmp_path, caplog, monkeypatch, kind):
-    """Heads of a run, and those trained further on its model, meet its adapter, its merged model or its model, in the
-    commands and in Python, in every dtype in which these are loaded."""
+    """Heads of a run, and those trained further on its model, meet its adapter, its merged model or
+    its model, in the commands and in Python, in every dtype in which these are loaded."""
     monkeypatch.chdir(tmp_path)
     base, tokenizer = base_model(dtype=torch.float32), word_tokenizer("")
     base.generation_config.eos_token_id = 1
@@ -284,10 +319,15 @@ def test_the_happy_path_is_told_nothing(tmp_path, caplog, monkeypatch, kind):
     tokenizer.save_pretrained("out")
     models = ["out"]
     if kind == "lora":
-        PeftModel.from_pretrained(start("base"), "out").merge_and_unload().to(BF16).save_pretrained("out/merged")
+        PeftModel.from_pretrained(start("base"), "out").merge_and_unload().to(BF16).save_pretrained(
+            "out/merged"
+        )
         tokenizer.save_pretrained("out/merged")
         models += ["out/merged", str(tmp_path / "out" / "merged")]
-    lines = [{"prompt": f"w{i} w{i + 1}", "completion": f"w{i + 2} w{i + 3} w{i + 4} w{i + 5}"} for i in range(8)]
+    lines = [
+        {"prompt": f"w{i} w{i + 1}", "completion": f"w{i + 2} w{i + 3} w{i + 4} w{i + 5}"}
+        for i in range(8)
+    ]
     Path("rows.jsonl").write_text("\n".join(map(json.dumps, lines)))
 
     def warnings_of(*command):
@@ -303,12 +343,20 @@ def test_the_happy_path_is_told_nothing(tmp_path, caplog, monkeypatch, kind):
     for number, (named, dtype) in enumerate(itertools.product(models, [(), ("--float32",)])):
         better = f"better-{number}"
         start_from = ("--model", named, "--heads", "out")
-        assert warnings_of("pretrain-heads", *start_from, "--output", better, *further, *dtype) == []
+        assert (
+            warnings_of("pretrain-heads", *start_from, "--output", better, *further, *dtype) == []
+        )
         made.append(better)
     for named, heads in itertools.product(models, made):
-        assert warnings_of("speculate", "--model", named, "--heads", heads, *writing) == [], (named, heads)
+        assert warnings_of("speculate", "--model", named, "--heads", heads, *writing) == [], (
+            named,
+            heads,
+        )
         drafter = f"drafter of {heads} for {named}".replace("/", "-")
-        assert warnings_of("export-drafter", "--model", named, "--heads", heads, "--output", drafter) == []
+        assert (
+            warnings_of("export-drafter", "--model", named, "--heads", heads, "--output", drafter)
+            == []
+        )
 
 
 def test_folders_without_a_fingerprint_go_by_names(tmp_path, caplog, tiny_model):
@@ -330,7 +378,9 @@ def test_heads_without_a_fingerprint_leave_no_old_one(tmp_path, tiny_model):
     assert not (tmp_path / FOLDER / FINGERPRINT).exists()
 
 
-@pytest.mark.parametrize("how", ["truncated", "pickle", "long", "dtype", "shape", "names", "not finite", "metadata"])
+@pytest.mark.parametrize(
+    "how", ["truncated", "pickle", "long", "dtype", "shape", "names", "not finite", "metadata"]
+)
 def test_damaged_files_are_told_and_passed_over(tmp_path, caplog, tiny_model, how):
     train(tiny_model, tmp_path)
     file = tmp_path / FOLDER / FINGERPRINT
@@ -370,4 +420,7 @@ def test_a_link_out_of_the_folder_is_refused(tmp_path, tiny_model):
 def test_another_structure_is_another_model(tiny_model):
     now = take_sample(find_trunk(tiny_model))
     fewer = Sample({name: values for name, values in now.values.items() if "mlp" not in name})
-    assert Fingerprint(fewer, fewer).verdict(now) == "other" and Fingerprint(now, now).verdict(now) == "own"
+    assert (
+        Fingerprint(fewer, fewer).verdict(now) == "other"
+        and Fingerprint(now, now).verdict(now) == "own"
+    )

@@ -1,4 +1,5 @@
-"""`fused_loss`: the plugin computes the next-token loss too, and it is the framework's; float32, tiny models."""
+"""`fused_loss`: the plugin computes the next-token loss too, and it is the framework's; float32,
+tiny models."""
 
 from __future__ import annotations
 
@@ -37,7 +38,9 @@ def assert_same(one, other):
         for name, gradient in a.items():
             if gradient is not None:
                 largest = gradient.abs().max().item()
-                torch.testing.assert_close(b[name], gradient, rtol=1e-4, atol=1e-4 * largest + 1e-8, msg=name)
+                torch.testing.assert_close(
+                    b[name], gradient, rtol=1e-4, atol=1e-4 * largest + 1e-8, msg=name
+                )
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -46,7 +49,15 @@ def assert_same(one, other):
 def test_it_is_the_frameworks_own_loss(tiny_model, tmp_path, how, host_divides, checkpointing):
     model = lora(tiny_model) if how == "lora" else tiny_model
     runs = [
-        trained(model, tmp_path, fused, host_divides, checkpointing, per_device_train_batch_size=8, max_steps=2)
+        trained(
+            model,
+            tmp_path,
+            fused,
+            host_divides,
+            checkpointing,
+            per_device_train_batch_size=8,
+            max_steps=2,
+        )
         for fused in ("off", "on", "auto")
     ]
     assert_same(runs[0], runs[1])
@@ -55,10 +66,15 @@ def test_it_is_the_frameworks_own_loss(tiny_model, tmp_path, how, host_divides, 
 
 @pytest.mark.parametrize("host_divides", [False, True])
 def test_accumulation_layouts_agree(tiny_model, tmp_path, host_divides):
-    """Rows of 3 to 30 tokens as 8x1, 4x2, 2x4 and 1x8. Without fused_loss a host that divides is off by percents."""
+    """Rows of 3 to 30 tokens as 8x1, 4x2, 2x4 and 1x8. Without fused_loss a host that divides is
+    off by percents."""
 
     def as_layout(fused, batch, steps):
-        settings = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": steps, "learning_rate": 1e-12}
+        settings = {
+            "per_device_train_batch_size": batch,
+            "gradient_accumulation_steps": steps,
+            "learning_rate": 1e-12,
+        }
         return trained(tiny_model, tmp_path, fused, host_divides, max_steps=2, **settings)
 
     whole = as_layout("on", 8, 1)
@@ -71,7 +87,8 @@ def test_accumulation_layouts_agree(tiny_model, tmp_path, host_divides):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_families(family, tmp_path):
-    """It is the model's own loss: soft caps, scales, biases, mixtures, hybrids; and the model builds few logits."""
+    """It is the model's own loss: soft caps, scales, biases, mixtures, hybrids; and the model
+    builds few logits."""
     model = model_of(family)
     settings = {"max_steps": 1, "per_device_train_batch_size": 4}
     assert_same(*(trained(model, tmp_path, fused, **settings) for fused in ("off", "on")))
@@ -81,14 +98,20 @@ def test_families(family, tmp_path):
 def test_the_model_builds_logits_of_one_position(family, tmp_path):
     shapes = []
     model = model_of(family)
-    model.get_output_embeddings().register_forward_hook(lambda module, args, output: shapes.append(output.shape))
+    model.get_output_embeddings().register_forward_hook(
+        lambda module, args, output: shapes.append(output.shape)
+    )
     trainer_of(model, tmp_path, caft={"fused_loss": "on"}, max_steps=1).train()
     assert shapes[0][:2] == (4, 1) and all(len(shape) == 2 for shape in shapes[1:])
 
 
 def test_evaluation_stays_the_frameworks(tiny_model, tmp_path):
-    plain = trainer_of(copy.deepcopy(tiny_model), tmp_path, trainer_class=Trainer, evaluate=DATA[:4])
-    fused = trainer_of(copy.deepcopy(tiny_model), tmp_path, caft={"fused_loss": "on"}, evaluate=DATA[:4])
+    plain = trainer_of(
+        copy.deepcopy(tiny_model), tmp_path, trainer_class=Trainer, evaluate=DATA[:4]
+    )
+    fused = trainer_of(
+        copy.deepcopy(tiny_model), tmp_path, caft={"fused_loss": "on"}, evaluate=DATA[:4]
+    )
     assert plain.evaluate()["eval_loss"] == fused.evaluate()["eval_loss"]
 
 
@@ -114,7 +137,9 @@ def test_where_it_cannot_be_done(tiny_model, tmp_path, caplog):
         with pytest.raises(ConfigError, match=message):
             trainer_of(copy.deepcopy(model), tmp_path, caft={"fused_loss": "on"}, **more)
         caplog.clear()
-        trainer = trainer_of(copy.deepcopy(model), tmp_path, caft={"fused_loss": "auto"}, max_steps=1, **more)
+        trainer = trainer_of(
+            copy.deepcopy(model), tmp_path, caft={"fused_loss": "auto"}, max_steps=1, **more
+        )
         assert "auto leaves the next-token loss to the framework" in caplog.text
         trainer.train()
 

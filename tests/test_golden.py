@@ -20,14 +20,21 @@ AT_STEPS = (0, 25, 50, 99)
 def golden_trainer(golden, tmp_path, attention="sdpa", schedule="rsine"):
     tensors, config = golden
     model = LlamaForCausalLM(LlamaConfig(**config.to_dict(), attn_implementation=attention))
-    weights = {k.removeprefix("weights."): v for k, v in tensors.items() if k.startswith("weights.")}
+    weights = {
+        k.removeprefix("weights."): v for k, v in tensors.items() if k.startswith("weights.")
+    }
     heads = {k: v for k, v in weights.items() if k.startswith("auxiliary_head.")}
     model.load_state_dict({k: v for k, v in weights.items() if k not in heads}, strict=True)
     trainer = with_caft(Trainer)(
         model=model,
         args=TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[]),
         caft=CAFTConfig(
-            schedule=schedule, beta=BETA, alpha=ALPHA, head_input="final", head_norm=False, train_heads="full"
+            schedule=schedule,
+            beta=BETA,
+            alpha=ALPHA,
+            head_input="final",
+            head_norm=False,
+            train_heads="full",
         ),
     )
     trainer.caft.heads.layers.load_state_dict(
@@ -47,7 +54,8 @@ def test_head_logits(golden, tmp_path, attention, tolerance):
     trainer = golden_trainer(golden, tmp_path, attention)
     attached = trainer.caft.handle
     batch = inputs(golden)
-    everywhere = torch.zeros(4, *batch["labels"].shape, dtype=torch.long)  # targets, so that every position is computed
+    # targets, so that every position is computed
+    everywhere = torch.zeros(4, *batch["labels"].shape, dtype=torch.long)
     request = Request(everywhere, torch.ones(4), [True] * 4, training=True)
     with head_outputs() as seen:
         own, _ = attached.answer(request, lambda: trainer.model(**batch).logits)
@@ -62,7 +70,9 @@ def test_loss_per_head(golden, tmp_path):
     request = Request(targets, torch.ones(4), [True] * 4, training=True)
     own, result = trainer.caft.handle.answer(request, lambda: trainer.model(**batch).loss)
     means = result.sums / (targets != IGNORE).flatten(1).sum(1)
-    torch.testing.assert_close(torch.cat([own[None], means]), golden[0]["loss_per_head"], rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        torch.cat([own[None], means]), golden[0]["loss_per_head"], rtol=0, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -71,7 +81,9 @@ def test_total(golden, tmp_path, schedule, step):
     trainer = golden_trainer(golden, tmp_path, schedule=schedule)
     trainer.state = TrainerState(global_step=step, max_steps=STEPS)
     total = trainer.compute_loss(trainer.model, inputs(golden))
-    torch.testing.assert_close(total.detach(), golden[0][f"total.{schedule}.{step}"], rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        total.detach(), golden[0][f"total.{schedule}.{step}"], rtol=0, atol=1e-5
+    )
 
 
 def test_gradients(golden, tmp_path):
@@ -85,7 +97,9 @@ def test_gradients(golden, tmp_path):
         if key.startswith("grad.rsine.25."):
             name = key.removeprefix("grad.rsine.25.")
             if name.startswith("auxiliary_head."):
-                name = f"{MODULE_NAME}.layers." + name.removeprefix("auxiliary_head.").replace(".layers.0.", ".")
+                name = f"{MODULE_NAME}.layers." + name.removeprefix("auxiliary_head.").replace(
+                    ".layers.0.", "."
+                )
             torch.testing.assert_close(named[name].grad, expected, rtol=0, atol=1e-5)
             checked += 1
     assert checked == 5

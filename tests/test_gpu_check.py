@@ -1,4 +1,5 @@
-"""The GPU check (tests/gpu) without a GPU: it says so, its runs go as far as a CPU can do them, it finds faults."""
+"""The GPU check (tests/gpu) without a GPU: it says so, its runs go as far as a CPU can do them, it
+finds faults."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ import hosts
 from caft_plugin.caft import attach, window
 from caft_plugin.precision import cpu_has_bf16
 
-# Every way that differs in its code and not in its settings alone; SLOW ones import much or start several processes.
+# Every way that differs in its code and not in its settings alone; SLOW ones import much or start
+# several processes.
 QUICK = [
     "LoRA, float32",
     "QLoRA in 4 bits",
@@ -51,7 +53,11 @@ def checked(*arguments):
     result = subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment)
     rows = [line[1:-1].split("|") for line in result.stdout.splitlines() if line.startswith("| ")]
     assert rows, result.stderr[-3000:]
-    return result.returncode, {name.strip(): [cell.strip() for cell in cells] for name, *cells in rows[2:]}, result
+    return (
+        result.returncode,
+        {name.strip(): [cell.strip() for cell in cells] for name, *cells in rows[2:]},
+        result,
+    )
 
 
 def test_without_cuda_it_says_so_and_writes_nothing(tmp_path):
@@ -68,7 +74,11 @@ def expected(names):
     """What stands in the table where all is well: some results cannot be had on every machine."""
     results = {}
     for name in names:
-        lacking = [package for package in check.ALL[name].packages if importlib.util.find_spec(package) is None]
+        lacking = [
+            package
+            for package in check.ALL[name].packages
+            if importlib.util.find_spec(package) is None
+        ]
         results[name] = f"not run: {lacking[0]} is not installed" if lacking else "equal"
         if name in HALF and not cpu_has_bf16() and not lacking:
             results[name] = "not run: this CPU has no instructions for bfloat16"
@@ -76,14 +86,23 @@ def expected(names):
 
 
 def test_its_runs_on_a_cpu(tmp_path):
-    """Through the same workers, references and comparisons as on a GPU; what needs one is listed with its reason."""
-    more = {"LoRA, fp16 with a scaler": "not run: it takes CUDA", "make bench, LoRA": "not run: it takes CUDA"}
+    """Through the same workers, references and comparisons as on a GPU; what needs one is listed
+    with its reason."""
+    more = {
+        "LoRA, fp16 with a scaler": "not run: it takes CUDA",
+        "make bench, LoRA": "not run: it takes CUDA",
+    }
     out = tmp_path / "table.md"
     status, rows, said = checked("--device", "cpu", "--out", out, "--only", *QUICK, *more)
-    assert {name: cells[0] for name, cells in rows.items()} == expected(QUICK) | more, said.stderr[-3000:]
+    assert {name: cells[0] for name, cells in rows.items()} == expected(QUICK) | more, said.stderr[
+        -3000:
+    ]
     assert status == 0
     assert float(rows["LoRA, float32"][2]) > 0 and " of 1e-" in rows["LoRA, float32"][1]
-    assert f"torch {torch.__version__}, transformers" in out.read_text() and "| MEAP |" in out.read_text()
+    assert (
+        f"torch {torch.__version__}, transformers" in out.read_text()
+        and "| MEAP |" in out.read_text()
+    )
 
 
 def test_it_needs_nothing_but_the_wheel(tmp_path):
@@ -93,7 +112,8 @@ def test_it_needs_nothing_but_the_wheel(tmp_path):
         [
             "import sys",
             "from pathlib import Path",
-            f"sys.modules |= dict.fromkeys({(*others, 'scipy', 'sklearn', 'trl')})",  # importing one of these now fails
+            # importing one of these now fails
+            f"sys.modules |= dict.fromkeys({(*others, 'scipy', 'sklearn', 'trl')})",
             f"sys.path.insert(0, {str(FOLDER)!r})",
             "import check",
             f"check.save(Path({str(tmp_path)!r}), 'masked')",
@@ -114,12 +134,14 @@ def test_its_other_runs_on_a_cpu():
 def test_its_benchmark_on_a_cpu(tmp_path):
     model = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
     model["num_attention_heads"] = 1
-    row = hosts.BenchCheck("bench", "qlora").compared(tmp_path, model, {"4 heads": {}}, length=16, steps=2)
+    row = hosts.BenchCheck("bench", "qlora").compared(
+        tmp_path, model, {"4 heads": {}}, length=16, steps=2
+    )
     assert row.result == "ran", row
     assert row.time.startswith("4 heads ") and float(row.memory.removeprefix("4 heads ")) > 0
 
 
-# -- faults are found -------------------------------------------------------------------------------
+# -- faults are found ------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +152,8 @@ def folder(tmp_path_factory):
 
 
 def test_heads_that_learn_the_wrong_tokens_differ(folder, monkeypatch):
-    """Each head learns the token one further ahead; in bfloat16 or, where that takes long, by its tolerance."""
+    """Each head learns the token one further ahead; in bfloat16 or, where that takes long, by its
+    tolerance."""
     own = window.head_targets
     monkeypatch.setattr(window, "head_targets", lambda batch, count: own(batch, count + 1)[1:])
     check_of_half = dataclasses.replace(check.ALL["LoRA, float32"], tolerance=checks.HALF)
@@ -158,26 +181,41 @@ def faults(figures):
     first, *others = figures.logs
     gradients = figures.gradients
     without_head_3 = {part: gradient for part, gradient in gradients.items() if part != "head 3"}
-    logs = {key: [{**first, key: first[key] * 1.0001}, *others] for key in ("caft/loss_head_3", "caft/next_token_loss")}
+    logs = {
+        key: [{**first, key: first[key] * 1.0001}, *others]
+        for key in ("caft/loss_head_3", "caft/next_token_loss")
+    }
     return {
         "caft/loss_head_3 of the first step": {"logs": logs["caft/loss_head_3"]},
         "next-token loss without us": {"logs": logs["caft/next_token_loss"]},
         "caft/loss_head_1 of the last step": {
-            "logs": [*figures.logs[:-1], {k: v for k, v in others[-1].items() if k != "caft/loss_head_1"}]
+            "logs": [
+                *figures.logs[:-1],
+                {k: v for k, v in others[-1].items() if k != "caft/loss_head_1"},
+            ]
         },
-        "gradient of head 2": {"gradients": {**gradients, "head 2": gradients["head 2"] * math.nan}},
+        "gradient of head 2": {
+            "gradients": {**gradients, "head 2": gradients["head 2"] * math.nan}
+        },
         "gradient of head 3": {"gradients": without_head_3},
-        "saved tensors and modules left on the model": {"saved": {**figures.saved, "caft_heads.weight": [1]}},
+        "saved tensors and modules left on the model": {
+            "saved": {**figures.saved, "caft_heads.weight": [1]}
+        },
     }
 
 
 def test_each_figure_counts(folder):
     ours = checks.load(folder, "lora")
     check_of_lora = check.ALL["LoRA, float32"]
-    plain = dataclasses.replace(ours, logs=[{"loss": entry["caft/next_token_loss"]} for entry in ours.logs])
+    plain = dataclasses.replace(
+        ours, logs=[{"loss": entry["caft/next_token_loss"]} for entry in ours.logs]
+    )
 
     def result(figures):
-        found = [*check_of_lora.compared(figures, plain, ours), checks.saved_plainly(figures, plain)]
+        found = [
+            *check_of_lora.compared(figures, plain, ours),
+            checks.saved_plainly(figures, plain),
+        ]
         return checks.verdict(found)[0]
 
     assert result(ours) == "equal"
@@ -187,7 +225,7 @@ def test_each_figure_counts(folder):
     assert result(left) == "differs: saved tensors and modules left on the model"
 
 
-# -- workers and times ------------------------------------------------------------------------------
+# -- workers and times -----------------------------------------------------------------------------
 
 WORKER = """
 import json, os, sys, time
@@ -227,7 +265,10 @@ def test_timed_runs_take_turns(tmp_path, monkeypatch):
     size = dataclasses.replace(described.SMALL, lengths=(4, 8), steps=checks.WARM_UP + 1)
     pairs = checks.pairs_of_runs(described.Run(), size, "cpu", tmp_path)
     assert [len(figures.seconds) for figures in pairs[0]] == [size.steps] * 2
-    plain, ours = (dataclasses.replace(figures, memory=memory) for figures, memory in zip(*pairs, (4, 5), strict=True))
+    plain, ours = (
+        dataclasses.replace(figures, memory=memory)
+        for figures, memory in zip(*pairs, (4, 5), strict=True)
+    )
     plain.seconds, ours.seconds = [9.0] * checks.WARM_UP + [1.0], [9.0] * checks.WARM_UP + [1.5]
     assert checks.ratios([(plain, ours)]) == ("1.50", "1.25")
 
@@ -235,6 +276,7 @@ def test_timed_runs_take_turns(tmp_path, monkeypatch):
 def test_one_process_sees_one_gpu(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5,7")
     seen = [
-        check.environment_of(device, n)["CUDA_VISIBLE_DEVICES"] for device, n in (("cuda", 1), ("cuda", 2), ("cpu", 1))
+        check.environment_of(device, n)["CUDA_VISIBLE_DEVICES"]
+        for device, n in (("cuda", 1), ("cuda", 2), ("cpu", 1))
     ]
     assert seen == ["3", "3,5", ""]

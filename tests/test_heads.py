@@ -67,7 +67,8 @@ def read(attached, inputs, model=None):
 
 
 def assert_the_models_own_logits(attached, inputs):
-    """The first head, a copy of the last layer, gives the model's logits wherever it has a target."""
+    """The first head, a copy of the last layer, gives the model's logits wherever it has a
+    target."""
     with head_outputs() as seen:
         result, output = read(attached, inputs)
     positions, hidden = seen[0]
@@ -105,7 +106,9 @@ def test_unknown_logit_transform_is_refused():
     model = AutoModelForCausalLM.from_config(FAMILIES["plain"])
     attached = attach(model, num_heads=1)
     inner = model.lm_head.forward
-    model.lm_head.register_forward_hook(lambda module, args, out: out * (5.0 if out.dim() == 3 else 1.0))
+    model.lm_head.register_forward_hook(
+        lambda module, args, out: out * (5.0 if out.dim() == 3 else 1.0)
+    )
     assert inner is not None
     with pytest.raises(ConfigError, match="LlamaForCausalLM computes its logits in a way"):
         read(attached, batch())
@@ -116,14 +119,17 @@ def test_unknown_logit_transform_is_refused():
 @pytest.mark.parametrize("wiring", [("penultimate", True), ("final", False)])
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_gradient_checkpointing_changes_nothing(reentrant, wiring, how, lora):
-    """Loss and gradients, relative difference at most 1e-6 in float32, base, LoRA and head parameters."""
+    """Loss and gradients, relative difference at most 1e-6 in float32, base, LoRA and head
+    parameters."""
     results = []
     for checkpointing in (False, True):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(FAMILIES["plain"])
         if lora:
             model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
-            nn.init.normal_(model.base_model.model.model.layers[0].self_attn.q_proj.lora_B.default.weight)
+            nn.init.normal_(
+                model.base_model.model.model.layers[0].self_attn.q_proj.lora_B.default.weight
+            )
             model.enable_input_require_grads()
         attached = attach(model, train_heads=how, head_input=wiring[0], head_norm=wiring[1])
         for name, parameter in attached.heads.named_parameters():
@@ -216,16 +222,24 @@ def test_only_the_call_with_gradients_is_read():
         assert len(seen) == 8
 
 
-@pytest.mark.parametrize(("family", "attention"), [("plain", "sdpa"), ("plain", "eager"), ("soft-capped", "eager")])
+@pytest.mark.parametrize(
+    ("family", "attention"), [("plain", "sdpa"), ("plain", "eager"), ("soft-capped", "eager")]
+)
 @pytest.mark.parametrize("wiring", [{}, {"head_input": "final", "head_norm": False}])
 def test_a_packed_row_gives_what_its_documents_give(family, attention, wiring):
-    """Sums of each head and gradients, float32, 1e-5 relative: documents of very uneven length, one of one token."""
-    model = AutoModelForCausalLM.from_config(FAMILIES[family], attn_implementation=attention).train()
-    model.config.use_cache = False  # as the Trainer has it; with a cache transformers does not look for documents
+    """Sums of each head and gradients, float32, 1e-5 relative: documents of very uneven length, one
+    of one token."""
+    model = AutoModelForCausalLM.from_config(
+        FAMILIES[family], attn_implementation=attention
+    ).train()
+    # as the Trainer has it; with a cache transformers does not look for documents
+    model.config.use_cache = False
     attached = attach(model, **wiring)
     documents = [batch(rows=1, length=length) for length in (9, 1, 23, 5)]
     packed = {key: torch.cat([d[key] for d in documents], dim=1) for key in documents[0]}
-    packed["position_ids"] = torch.cat([torch.arange(d["labels"].shape[1]) for d in documents])[None]
+    packed["position_ids"] = torch.cat([torch.arange(d["labels"].shape[1]) for d in documents])[
+        None
+    ]
 
     def gradients(batches):
         model.zero_grad()
@@ -236,13 +250,18 @@ def test_a_packed_row_gives_what_its_documents_give(family, attention, wiring):
 
     one_by_one, packed_row = gradients(documents), gradients([packed])
     torch.testing.assert_close(packed_row[0], one_by_one[0], rtol=1e-5, atol=0)
-    assert packed_row[1].keys() == one_by_one[1].keys() and any(MODULE_NAME in name for name in one_by_one[1])
+    assert packed_row[1].keys() == one_by_one[1].keys() and any(
+        MODULE_NAME in name for name in one_by_one[1]
+    )
     for name, wanted in one_by_one[1].items():
-        torch.testing.assert_close(packed_row[1][name], wanted, rtol=1e-4, atol=1e-5 * wanted.abs().max().item())
+        torch.testing.assert_close(
+            packed_row[1][name], wanted, rtol=1e-4, atol=1e-5 * wanted.abs().max().item()
+        )
 
 
 def test_a_heads_mlp_runs_where_there_is_a_target():
-    """Which children of a layer may do so is found by their structure; test_families.py has the numbers."""
+    """Which children of a layer may do so is found by their structure; test_families.py has the
+    numbers."""
     attached = attach(AutoModelForCausalLM.from_config(FAMILIES["plain"]), num_heads=2)
     head = attached.heads.layers[1]
     assert pointwise_parts(head) == [head.mlp]
@@ -251,7 +270,9 @@ def test_a_heads_mlp_runs_where_there_is_a_target():
     shapes = []
     for layer in (attached.trunk.last_layer, head):
         for part in (layer.self_attn.k_proj, layer.mlp.up_proj):
-            part.register_forward_hook(lambda module, args, output: shapes.append(output.shape[:-1]))
+            part.register_forward_hook(
+                lambda module, args, output: shapes.append(output.shape[:-1])
+            )
     inputs = batch(rows=2, length=12)
     read(attached, inputs)
     targets = int((head_targets(inputs, 2)[1] != IGNORE).sum())
@@ -260,7 +281,8 @@ def test_a_heads_mlp_runs_where_there_is_a_target():
 
 
 def test_no_tensor_is_as_large_as_the_logits_of_a_batch(monkeypatch):
-    """Forward and backward over heads alone, every position supervised; the host is not asked for logits."""
+    """Forward and backward over heads alone, every position supervised; the host is not asked for
+    logits."""
 
     class Largest(TorchDispatchMode):
         numel = 0
@@ -286,21 +308,31 @@ def test_no_tensor_is_as_large_as_the_logits_of_a_batch(monkeypatch):
 
 
 def test_what_attention_kernels_need_is_passed_on_as_received():
-    """Sequence lengths of flash attention, or a block mask of flex attention: the objects that the last layer got."""
+    """Sequence lengths of flash attention, or a block mask of flex attention: the objects that the
+    last layer got."""
     model = AutoModelForCausalLM.from_config(FAMILIES["plain"])
     attached = attach(model, num_heads=2)
     seen = []
     for layer in (attached.trunk.last_layer, *attached.heads.layers):
-        layer.register_forward_pre_hook(lambda layer, args, kwargs: seen.append((args, kwargs)), with_kwargs=True)
+        layer.register_forward_pre_hook(
+            lambda layer, args, kwargs: seen.append((args, kwargs)), with_kwargs=True
+        )
     lengths = torch.tensor([0, 5, 12], dtype=torch.int32)
-    given = {"cu_seq_lens_q": lengths, "cu_seq_lens_k": lengths, "max_length_q": 7, "max_length_k": 7}
+    given = {
+        "cu_seq_lens_q": lengths,
+        "cu_seq_lens_k": lengths,
+        "max_length_q": 7,
+        "max_length_k": 7,
+    }
     mask = torch.ones(1, 1, 12, 12).tril().bool()
     read(attached, {**batch(rows=1), "attention_mask": mask, **given})
     (_, of_layer), *of_heads = seen
     assert len(of_heads) == 2 and of_layer["attention_mask"] is mask
     for args, kwargs in of_heads:
         received = {id(value) for value in (*args, *kwargs.values())}
-        assert {id(of_layer[name]) for name in ("attention_mask", "position_ids", "position_embeddings")} <= received
+        assert {
+            id(of_layer[name]) for name in ("attention_mask", "position_ids", "position_embeddings")
+        } <= received
         for name, value in given.items():
             assert kwargs[name] is of_layer[name] is value
 
@@ -340,7 +372,8 @@ def test_copies_leave_patched_forwards_out():
 
 @pytest.mark.parametrize("how", ["full", "lora"])
 def test_heads_over_weights_that_another_process_reads_have_addresses(how):
-    """accelerate tells the parameters of an optimizer apart by their address, which is 0 for all on the meta device."""
+    """accelerate tells the parameters of an optimizer apart by their address, which is 0 for all on
+    the meta device."""
     model = AutoModelForCausalLM.from_config(FAMILIES["plain"]).to("meta")
     attached = attach(model, train_heads=how)
     trained = [parameter for parameter in attached.heads.parameters() if parameter.requires_grad]
@@ -354,7 +387,9 @@ def test_copies_are_dequantised(tmp_path, bits, ran_before):
     config = LlamaConfig(**{**LLAMA, "hidden_size": 128, "intermediate_size": 256})
     AutoModelForCausalLM.from_config(config).bfloat16().save_pretrained(tmp_path)
     quantisation = (
-        BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+        BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+        )
         if bits == 4
         else BitsAndBytesConfig(load_in_8bit=True)
     )
@@ -369,14 +404,20 @@ def test_copies_are_dequantised(tmp_path, bits, ran_before):
     copied = plain_copy(find_trunk(model).last_layer, model.config.dtype)
     for name, parameter in plain.model.layers[-1].named_parameters():
         ours = copied.get_parameter(name)
-        assert type(ours) is nn.Parameter and ours.dtype == torch.bfloat16 and ours.shape == parameter.shape
+        assert (
+            type(ours) is nn.Parameter
+            and ours.dtype == torch.bfloat16
+            and ours.shape == parameter.shape
+        )
         # 4 bits: nf4 blocks of 64 keep about 10 % of the norm as error; 8 bits: about 1 %.
         error = (ours.float() - parameter.float()).norm() / parameter.float().norm()
         assert error < (0.12 if bits == 4 else 0.02), (name, error)
 
 
 def test_encoder_decoder_is_refused_by_name():
-    model = T5ForConditionalGeneration(T5Config(vocab_size=9, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2))
+    model = T5ForConditionalGeneration(
+        T5Config(vocab_size=9, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+    )
     with pytest.raises(ConfigError, match="T5ForConditionalGeneration is an encoder-decoder model"):
         find_trunk(model)
 
@@ -390,7 +431,12 @@ def test_encoder_decoder_is_refused_by_name():
     ],
 )
 def test_a_model_of_another_kind_is_refused_by_name(kind, named):
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
     model_class = getattr(transformers, kind)
     with pytest.raises(ConfigError, match=f"{kind} {named}"):
         find_trunk(model_class(model_class.config_class(vocab_size=97, **sizes)))
@@ -416,7 +462,9 @@ class Block(nn.Module):
         length = hidden.shape[1]
         normed = self.norm(hidden)
         later = torch.ones(length, length, dtype=torch.bool).triu(1)
-        hidden = hidden + self.attention(normed, normed, normed, attn_mask=later, need_weights=False)[0]
+        hidden = (
+            hidden + self.attention(normed, normed, normed, attn_mask=later, need_weights=False)[0]
+        )
         return hidden + self.mlp(hidden) + sum(expert(hidden) for expert in self.experts)
 
 
@@ -427,7 +475,10 @@ class OwnModel(PreTrainedModel):
 
     def __init__(self, config, other=lambda: nn.Linear(32, 32), others=3):
         super().__init__(config)
-        parts = {"wte": nn.Embedding(97, 32), "others": nn.ModuleList(other() for _ in range(others))}
+        parts = {
+            "wte": nn.Embedding(97, 32),
+            "others": nn.ModuleList(other() for _ in range(others)),
+        }
         parts["h"] = nn.ModuleList(Block() for _ in range(config.depth))
         self.transformer = nn.ModuleDict({**parts, "ln_f": nn.LayerNorm(32)})
         self.lm_head = nn.Linear(32, 97, bias=False)
@@ -451,10 +502,13 @@ def gate():
 
 @pytest.mark.parametrize("config", [{}, {"num_hidden_layers": 3}])
 def test_layers_of_a_users_own_model_are_found(config):
-    """A second list as long, of modules without children, lies before them, and lists of experts lie in them."""
+    """A second list as long, of modules without children, lies before them, and lists of experts
+    lie in them."""
     model = OwnModel(OwnConfig(**config)).eval()
     trunk = find_trunk(model)
-    assert trunk.last_layer is model.transformer["h"][-1] and trunk.norm is model.transformer["ln_f"]
+    assert (
+        trunk.last_layer is model.transformer["h"][-1] and trunk.norm is model.transformer["ln_f"]
+    )
     assert_the_models_own_logits(attach(model, num_heads=1), batch())
 
 
@@ -463,13 +517,17 @@ def test_which_of_several_lists_holds_the_layers():
     model = OwnModel(OwnConfig(), other=gate)
     lists = r"transformer.others \(3 Sequential\), transformer.h \(3 Block\)"
     for config in ({}, {"num_hidden_layers": 3}):
-        with pytest.raises(ConfigError, match=f"OwnModel has several lists .*: {lists}. Name .*_no_split_modules"):
+        with pytest.raises(
+            ConfigError, match=f"OwnModel has several lists .*: {lists}. Name .*_no_split_modules"
+        ):
             find_trunk(OwnModel(OwnConfig(**config), other=gate))
     model._no_split_modules = ["Block"]
     assert find_trunk(model).last_layer is model.transformer["h"][-1]
     model = OwnModel(OwnConfig(num_hidden_layers=3), other=gate, others=2)
     assert find_trunk(model).last_layer is model.transformer["h"][-1]
-    with pytest.raises(ConfigError, match="OwnModel has no list of decoder layers and no final norm where"):
+    with pytest.raises(
+        ConfigError, match="OwnModel has no list of decoder layers and no final norm where"
+    ):
         find_trunk(OwnModel(OwnConfig(num_hidden_layers=7), other=gate))
 
 
@@ -483,7 +541,9 @@ def test_a_model_with_fewer_layers_than_its_config_says():
 def test_a_size_that_the_config_does_not_name():
     config = OwnConfig()
     del config.hidden_size
-    with pytest.raises(ConfigError, match="OwnConfig of OwnModel has no hidden_size, .*attribute_map"):
+    with pytest.raises(
+        ConfigError, match="OwnConfig of OwnModel has no hidden_size, .*attribute_map"
+    ):
         find_trunk(OwnModel(config))
 
 
@@ -497,7 +557,12 @@ class Wrapper(nn.Module):
 
 def test_a_model_in_a_wrapper_is_refused_by_name():
     model = AutoModelForCausalLM.from_config(FAMILIES["plain"])
-    wrappers = [Wrapper(model), Wrapper(model, model.config), nn.Sequential(model), nn.DataParallel(model)]
+    wrappers = [
+        Wrapper(model),
+        Wrapper(model, model.config),
+        nn.Sequential(model),
+        nn.DataParallel(model),
+    ]
     wrappers.append(get_peft_model(Wrapper(model), LoraConfig(target_modules=["q_proj"])))
     for wrapper in wrappers:
         inside = wrapper.get_base_model() if isinstance(wrapper, PeftModel) else wrapper
@@ -505,7 +570,9 @@ def test_a_model_in_a_wrapper_is_refused_by_name():
         match = rf"a model of class {type(inside).__name__}, .*Pass its {name} \(LlamaForCausalLM\)"
         with pytest.raises(ConfigError, match=match):
             find_trunk(wrapper)
-    with pytest.raises(ConfigError, match="a model of class Linear, .*Derive its class from PreTrainedModel"):
+    with pytest.raises(
+        ConfigError, match="a model of class Linear, .*Derive its class from PreTrainedModel"
+    ):
         find_trunk(nn.Linear(1, 1))
 
 
@@ -528,13 +595,17 @@ def test_parts_that_accelerate_brings_for_each_call(tmp_path, part, where):
         model = accelerate.dispatch_model(model, at, offload_dir=tmp_path, main_device="cpu")
     else:  # as of a model on a GPU with parts in the CPU's memory, on a machine that has none
         accelerate.cpu_offload(model.get_submodule(part), "cpu")
-        accelerate.hooks.add_hook_to_module(model, accelerate.hooks.AlignDevicesHook("cpu", io_same_device=True))
+        accelerate.hooks.add_hook_to_module(
+            model, accelerate.hooks.AlignDevicesHook("cpu", io_same_device=True)
+        )
     assert all(p.is_meta for p in model.get_submodule(part).parameters())
     assert torch.equal(model(**inputs).logits, wanted)
     if part == "model.layers.0":
         assert_the_models_own_logits(attach(model, num_heads=1), inputs)
         return
-    with pytest.raises(ConfigError, match=rf"accelerate offloads {part} of LlamaForCausalLM to disk .*device_map"):
+    with pytest.raises(
+        ConfigError, match=rf"accelerate offloads {part} of LlamaForCausalLM to disk .*device_map"
+    ):
         attach(model)
     assert torch.equal(model(**inputs).logits, wanted)
 
@@ -547,14 +618,18 @@ def test_a_copy_has_no_hooks_of_accelerate():
     copied = plain_copy(model.model.layers[-1], None)
     for module in copied.modules():
         assert not {"forward", "_old_forward", "_hf_hook"} & vars(module).keys()
-    assert "_hf_hook" in vars(model.model.layers[-1]) and "forward" in vars(model.model.layers[-1].mlp)
+    assert "_hf_hook" in vars(model.model.layers[-1]) and "forward" in vars(
+        model.model.layers[-1].mlp
+    )
     assert_the_models_own_logits(attach(model, num_heads=1), batch())
 
 
 def test_a_layer_that_cannot_be_copied_is_named():
     model = AutoModelForCausalLM.from_config(FAMILIES["plain"])
     model.model.layers[-1].recorder = (i for i in range(3))
-    with pytest.raises(ConfigError, match=r"last layer \(LlamaDecoderLayer\) cannot be copied .*generator"):
+    with pytest.raises(
+        ConfigError, match=r"last layer \(LlamaDecoderLayer\) cannot be copied .*generator"
+    ):
         attach(model)
 
 
@@ -598,18 +673,26 @@ def test_lora_without_a_linear_layer_is_refused():
 
     model = OwnModel(OwnConfig())
     model.transformer["h"] = nn.ModuleList(Bare() for _ in range(3))
-    with pytest.raises(ConfigError, match="caft.train_heads: got lora, .* Bare has no linear layer"):
+    with pytest.raises(
+        ConfigError, match="caft.train_heads: got lora, .* Bare has no linear layer"
+    ):
         attach(model, train_heads="lora")
 
 
 def test_lora_on_multihead_attention_is_in_the_copy():
     """PEFT wraps both its projections, the outer one inside of the other's base."""
-    model = get_peft_model(OwnModel(OwnConfig()), LoraConfig(r=2, target_modules=["attention", "mlp.0"])).eval()
+    model = get_peft_model(
+        OwnModel(OwnConfig()), LoraConfig(r=2, target_modules=["attention", "mlp.0"])
+    ).eval()
     before = plain_copy(find_trunk(model).last_layer, None)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             nn.init.normal_(parameter, std=0.2)
     copied = plain_copy(find_trunk(model).last_layer, None)
     assert (copied.attention.in_proj_weight - before.attention.in_proj_weight).abs().max() > 0.01
-    assert type(copied.attention.out_proj) is type(before.attention.out_proj) is NonDynamicallyQuantizableLinear
+    assert (
+        type(copied.attention.out_proj)
+        is type(before.attention.out_proj)
+        is NonDynamicallyQuantizableLinear
+    )
     assert_the_models_own_logits(attach(model, num_heads=1), batch())

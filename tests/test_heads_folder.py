@@ -44,16 +44,24 @@ def test_a_models_folder_is_told_from_a_heads_folder(tiny_model, folder):
     """The likely slip: the merged model's folder given as heads."""
     tiny_model.save_pretrained(folder.parent / "merged")
     with pytest.raises(
-        ConfigError, match=rf"merged, which is a model's folder without heads. Its heads are in {folder}"
+        ConfigError,
+        match=rf"merged, which is a model's folder without heads. Its heads are in {folder}",
     ):
         HeadsFolder.open(folder.parent / "merged")
     elsewhere = folder.parent / "elsewhere" / "model"
     tiny_model.save_pretrained(elsewhere)
-    with pytest.raises(ConfigError, match="model's folder without heads. A run saves its heads in caft_heads/"):
+    with pytest.raises(
+        ConfigError, match="model's folder without heads. A run saves its heads in caft_heads/"
+    ):
         HeadsFolder.open(elsewhere)
     keys = json.loads((elsewhere / "config.json").read_text())
-    # What tells it is the keys, not the text: one without `architectures`, one that speaks of heads somewhere inside.
-    for other in ({"architectures": None}, {"note": '"head_input"'}, {"text_config": {"head_input": "final"}}):
+    # What tells it is the keys, not the text: one without `architectures`, one that speaks of heads
+    # somewhere inside.
+    for other in (
+        {"architectures": None},
+        {"note": '"head_input"'},
+        {"text_config": {"head_input": "final"}},
+    ):
         (elsewhere / "config.json").write_text(json.dumps({**keys, **other}))
         with pytest.raises(ConfigError, match="model's folder without heads"):
             HeadsFolder.open(elsewhere)
@@ -68,7 +76,9 @@ def test_a_drafters_folder_is_told_from_a_heads_folder(tiny_model, folder):
     for form in ("vllm", "eagle3"):
         drafter = folder.parent / form
         export_drafter(str(folder.parent), str(folder), drafter, form, num_heads=1)
-        with pytest.raises(ConfigError, match="which is a drafter's folder for an inference engine. Give the heads"):
+        with pytest.raises(
+            ConfigError, match="which is a drafter's folder for an inference engine. Give the heads"
+        ):
             HeadsFolder.open(drafter)
 
 
@@ -97,17 +107,23 @@ def test_lora_is_merged_at_the_end_and_kept_apart_in_a_checkpoint(tiny_model, tm
     expected = module(source)
     save_heads(tmp_path / "final", heads, trunk, config, resumable=False)
     merged = load_file(tmp_path / "final" / FOLDER / WEIGHTS)
-    torch.testing.assert_close(source @ merged["1.mlp.up_proj.weight"].T, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        source @ merged["1.mlp.up_proj.weight"].T, expected, rtol=1e-5, atol=1e-5
+    )
     assert not (tmp_path / "final" / FOLDER / LORA).exists()
 
     save_heads(tmp_path / "checkpoint-1", heads, trunk, config, resumable=True)
     other, _, _ = make(tiny_model, train_heads="lora")
     load_checkpoint(tmp_path / "checkpoint-1", other, config)
-    for (name, ours), (_, theirs) in zip(heads.named_parameters(), other.named_parameters(), strict=True):
+    for (name, ours), (_, theirs) in zip(
+        heads.named_parameters(), other.named_parameters(), strict=True
+    ):
         assert torch.equal(ours, theirs), name
     with pytest.raises(ConfigError, match="LoRA is not merged"):
         load(tiny_model, tmp_path / "checkpoint-1" / FOLDER)
-    with pytest.raises(ConfigError, match="caft.train_heads: this run has full, but .* was made with lora"):
+    with pytest.raises(
+        ConfigError, match="caft.train_heads: this run has full, but .* was made with lora"
+    ):
         load_checkpoint(tmp_path / "checkpoint-1", make(tiny_model)[0], config)
 
 
@@ -126,14 +142,22 @@ def test_locate(folder, tmp_path, monkeypatch):
 
 def test_misfits_are_named(tiny_model, folder):
     opened = HeadsFolder.open(folder)
-    with pytest.raises(ConfigError, match=r"caft.num_heads: got 5, but the folder .* holds 4 heads"):
+    with pytest.raises(
+        ConfigError, match=r"caft.num_heads: got 5, but the folder .* holds 4 heads"
+    ):
         opened.check_model(CAFTConfig(num_heads=5), tiny_model.config)
     config = LlamaConfig(**{**tiny_model.config.to_dict(), "hidden_size": 64})
-    with pytest.raises(ConfigError, match="made for hidden_size 32 .* but this model has hidden_size 64"):
+    with pytest.raises(
+        ConfigError, match="made for hidden_size 32 .* but this model has hidden_size 64"
+    ):
         opened.check_model(CAFTConfig(), config)
-    with pytest.raises(ConfigError, match="are of class LlamaDecoderLayer .* of class MistralDecoderLayer"):
+    with pytest.raises(
+        ConfigError, match="are of class LlamaDecoderLayer .* of class MistralDecoderLayer"
+    ):
         HeadsFolder.open(folder).load_into(make(tiny_model)[0], "MistralDecoderLayer")
-    wide = LlamaForCausalLM(LlamaConfig(**{**tiny_model.config.to_dict(), "intermediate_size": 128}))
+    wide = LlamaForCausalLM(
+        LlamaConfig(**{**tiny_model.config.to_dict(), "intermediate_size": 128})
+    )
     with pytest.raises(ConfigError, match=r"holds 0.mlp.down_proj.weight with shape \(32, 64\)"):
         load(wide, folder)
 
@@ -148,7 +172,8 @@ def test_heads_hold_no_vocabulary(tiny_model, folder, tokens):
 
 def damaged(folder, how):
     weights, record = folder / WEIGHTS, folder / RECORD
-    tensors = {name: tensor.clone() for name, tensor in load_file(weights).items()}  # not the mapped file
+    # not the mapped file
+    tensors = {name: tensor.clone() for name, tensor in load_file(weights).items()}
     match how:
         case "truncated":
             weights.write_bytes(weights.read_bytes()[:-100])
@@ -197,7 +222,9 @@ def test_damage_is_named_and_nothing_changes(tiny_model, folder, how):
 
 def test_lora_on_transposed_weights_is_merged_the_right_way_round(tmp_path):
     """GPT-2's linear layers are Conv1D, weights (in, out); that of attention's output is square."""
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_positions=64))
+    model = GPT2LMHeadModel(
+        GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_positions=64)
+    )
     heads, trunk, config = make(model, train_heads="lora", num_heads=1)
     save_heads(tmp_path, heads, trunk, config, resumable=False)
     merged = load_file(tmp_path / FOLDER / WEIGHTS)

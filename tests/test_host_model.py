@@ -1,4 +1,5 @@
-"""The model is the host's: outside of `train()` and evaluation it is what it would be without us."""
+"""The model is the host's: outside of `train()` and evaluation it is what it would be without
+us."""
 
 from __future__ import annotations
 
@@ -24,7 +25,9 @@ def anatomy(model):
     """All of a model that a plugin might leave something on."""
     return {
         "modules": [(name, type(module)) for name, module in model.named_modules()],
-        "parameters": [(name, tuple(p.shape), p.requires_grad) for name, p in model.named_parameters()],
+        "parameters": [
+            (name, tuple(p.shape), p.requires_grad) for name, p in model.named_parameters()
+        ],
         "state": list(model.state_dict()),
         "attributes": [sorted(vars(module)) for module in model.modules()],
         "hooks": [[len(getattr(module, name)) for name in HOOKS] for module in model.modules()],
@@ -33,7 +36,8 @@ def anatomy(model):
 
 
 def saved_how(model):
-    """How `torch.save` of a whole model ends: some models cannot be pickled, whoever trained them."""
+    """How `torch.save` of a whole model ends: some models cannot be pickled, whoever trained
+    them."""
     try:
         torch.save(model, io.BytesIO())
     except (AttributeError, TypeError, pickle.PicklingError) as error:
@@ -65,7 +69,9 @@ ERRORS = {"an interrupt": KeyboardInterrupt, "a failure": RuntimeError}
 
 @pytest.mark.parametrize("base", ["full", "lora"])
 @pytest.mark.parametrize("after", AFTER)
-def test_outside_of_training_and_evaluation_it_is_as_a_plain_trainer_leaves_it(tiny_model, tmp_path, base, after):
+def test_outside_of_training_and_evaluation_it_is_as_a_plain_trainer_leaves_it(
+    tiny_model, tmp_path, base, after
+):
     found = []
     for trainer_class in (Trainer, CAFTTrainer):
         model = copy.deepcopy(tiny_model)
@@ -105,9 +111,12 @@ METHODS = {"compute_loss", "training_step", "prediction_step", "evaluate", "log"
 EVENTS = {"on_train_begin", "on_step_end", "on_prediction_step"}
 
 
-@pytest.mark.parametrize("ours", [{"caft": {}}, {"meap": {"mode": "pretrain", "mask_token": "add"}}])
+@pytest.mark.parametrize(
+    "ours", [{"caft": {}}, {"meap": {"mode": "pretrain", "mask_token": "add"}}]
+)
 def test_the_hosts_own_code_finds_the_model_as_without_us(tiny_model, tmp_path, ours):
-    """In its loss, its steps and its callbacks. What its loop needs (the optimizer, clipping) has what is ours."""
+    """In its loss, its steps and its callbacks. What its loop needs (the optimizer, clipping) has
+    what is ours."""
     seen = {}
 
     class Looks(Trainer):
@@ -147,7 +156,13 @@ def test_the_hosts_own_code_finds_the_model_as_without_us(tiny_model, tmp_path, 
             seen.setdefault("on_prediction_step", names_in(model))
 
     plain = names_in(tiny_model)
-    settings = {"callbacks": [Look()], "evaluate": DATA[:4], "eval_strategy": "steps", "eval_steps": 1, "max_steps": 1}
+    settings = {
+        "callbacks": [Look()],
+        "evaluate": DATA[:4],
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "max_steps": 1,
+    }
     trainer_of(tiny_model, tmp_path, trainer_class=with_caft(Looks), **ours, **settings).train()
     assert {place for place, found in seen.items() if found == plain} == METHODS | EVENTS
     loop = [set(names) for names in seen["create_optimizer"][:3]]
@@ -156,7 +171,8 @@ def test_the_hosts_own_code_finds_the_model_as_without_us(tiny_model, tmp_path, 
 
 
 class KeepsCopies(Trainer):
-    """Copies the model, or a part of it, wherever a user may: for an average of weights or as a teacher."""
+    """Copies the model, or a part of it, wherever a user may: for an average of weights or as a
+    teacher."""
 
     def compute_loss(self, model, *args, **kwargs):
         self.copies.setdefault("compute_loss", copy.deepcopy(model))
@@ -180,7 +196,9 @@ class CopyIn(TrainerCallback):
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         self.copies.setdefault("on_step_end", copy.deepcopy(model))
-        for average, own in zip(self.copies["average"].parameters(), model.parameters(), strict=True):
+        for average, own in zip(
+            self.copies["average"].parameters(), model.parameters(), strict=True
+        ):
             average.data.lerp_(own.data, 0.5)
 
 
@@ -190,7 +208,8 @@ BOTH = {"caft": {"num_heads": 2}, "meap": {"mode": "pretrain", "mask_token": "ad
 @pytest.mark.parametrize("ours", [{"caft": {}}, BOTH], ids=["caft", "both"])
 @pytest.mark.parametrize("base", ["full", "lora"])
 def test_copies_made_in_mid_training_are_those_of_a_plain_run(tiny_model, tmp_path, base, ours):
-    """They have its parts and nothing of ours, can be pickled and saved, and a second trainer takes them."""
+    """They have its parts and nothing of ours, can be pickled and saved, and a second trainer takes
+    them."""
     found = []
     for trainer_class, more in ((KeepsCopies, {}), (with_caft(KeepsCopies), ours)):
         model = copy.deepcopy(tiny_model)
@@ -206,7 +225,9 @@ def test_copies_made_in_mid_training_are_those_of_a_plain_run(tiny_model, tmp_pa
         trainer.copies = keep.copies = {}
         trainer.train()
         assert len(losses(trainer)) == 2
-        found.append({place: (anatomy(made), saved_how(made)) for place, made in keep.copies.items()})
+        found.append(
+            {place: (anatomy(made), saved_how(made)) for place, made in keep.copies.items()}
+        )
     assert found[0] == found[1] and len(found[0]) == 5 + ("saved" in found[0])
     made = keep.copies["on_step_end"]
     trainer_of(made, tmp_path / "second", caft={"num_heads": 2}, max_steps=1).train()
@@ -225,7 +246,11 @@ def test_a_copy_of_a_part_has_nothing_of_ours(tiny_model, tmp_path):
     trainer_of(tiny_model, tmp_path, caft={}, callbacks=[Copies()], max_steps=1).train()
     for part, whole in zip(parts.values(), (wanted, wanted.layers, wanted.norm), strict=True):
         for made, plain in zip(part.modules(), whole.modules(), strict=True):
-            assert type(made) is type(plain) and not made._forward_hooks and "__deepcopy__" not in vars(made)
+            assert (
+                type(made) is type(plain)
+                and not made._forward_hooks
+                and "__deepcopy__" not in vars(made)
+            )
 
 
 def test_a_sharded_save_in_mid_training_is_the_plain_one(tiny_model, tmp_path):
@@ -237,7 +262,9 @@ def test_a_sharded_save_in_mid_training_is_the_plain_one(tiny_model, tmp_path):
 
     for name, trainer_class in (("plain", Trainer), ("ours", CAFTTrainer)):
         model = copy.deepcopy(tiny_model)
-        trainer_of(model, tmp_path / name, {}, trainer_class, callbacks=[Save()], max_steps=1).train()
+        trainer_of(
+            model, tmp_path / name, {}, trainer_class, callbacks=[Save()], max_steps=1
+        ).train()
 
     def content(folder):
         tensors = {}
@@ -248,13 +275,18 @@ def test_a_sharded_save_in_mid_training_is_the_plain_one(tiny_model, tmp_path):
         return tensors, texts
 
     plain, ours = (content(tmp_path / name / "mid") for name in ("plain", "ours"))
-    assert ours == plain and "total_parameters" in ours[1]["model.safetensors.index.json"]["metadata"]
+    assert (
+        ours == plain and "total_parameters" in ours[1]["model.safetensors.index.json"]["metadata"]
+    )
 
 
 @pytest.mark.parametrize("drop", [0.0, 0.3])
-@pytest.mark.parametrize("name", ["layers.2", "layers.2.mlp", "norm", "lm_head", "layers.1", "embed_tokens"])
+@pytest.mark.parametrize(
+    "name", ["layers.2", "layers.2.mlp", "norm", "lm_head", "layers.1", "embed_tokens"]
+)
 def test_a_users_hooks_see_what_they_see_without_heads(tiny_model, tmp_path, name, drop):
-    """Forward hooks: as often and the same tensors; backward hooks: as often. `drop` is that of a LoRA."""
+    """Forward hooks: as often and the same tensors; backward hooks: as often. `drop` is that of a
+    LoRA."""
     runs = []
     for trainer_class in (Trainer, CAFTTrainer):
         model = copy.deepcopy(tiny_model)
@@ -262,11 +294,21 @@ def test_a_users_hooks_see_what_they_see_without_heads(tiny_model, tmp_path, nam
         before, after, backward = [], [], []
         if drop:
             torch.manual_seed(0)
-            model = get_peft_model(model, LoraConfig(r=2, lora_dropout=drop, target_modules=["lm_head", "up_proj"]))
-            module = model.get_submodule(next(n for n, _ in model.named_modules() if n.endswith(name)))
-        module.register_forward_pre_hook(lambda module, args, before=before: before.append(args[0].clone()))
-        module.register_forward_hook(lambda module, args, output, after=after: after.append(output.clone()))
-        module.register_full_backward_hook(lambda module, given, made, backward=backward: backward.append(made))
+            model = get_peft_model(
+                model, LoraConfig(r=2, lora_dropout=drop, target_modules=["lm_head", "up_proj"])
+            )
+            module = model.get_submodule(
+                next(n for n, _ in model.named_modules() if n.endswith(name))
+            )
+        module.register_forward_pre_hook(
+            lambda module, args, before=before: before.append(args[0].clone())
+        )
+        module.register_forward_hook(
+            lambda module, args, output, after=after: after.append(output.clone())
+        )
+        module.register_full_backward_hook(
+            lambda module, given, made, backward=backward: backward.append(made)
+        )
         caft = {"num_heads": 2, "train_heads": "frozen"}
         trainer_of(model, tmp_path, caft, trainer_class, max_steps=1, learning_rate=0.0).train()
         runs.append((before, after, len(backward)))
@@ -287,11 +329,16 @@ def test_flops_are_counted_without_heads(tiny_model, tmp_path):
 
 
 def test_the_trainer_goes_on_with_its_heads(tiny_model, tmp_path):
-    """Two calls of train() with a save, an evaluation and a deepcopy between them are as without these."""
+    """Two calls of train() with a save, an evaluation and a deepcopy between them are as without
+    these."""
     runs = []
     for between in (False, True):
         trainer = trainer_of(
-            copy.deepcopy(tiny_model), tmp_path, {"num_heads": 2, "beta": 0.5}, evaluate=DATA[:4], max_steps=2
+            copy.deepcopy(tiny_model),
+            tmp_path,
+            {"num_heads": 2, "beta": 0.5},
+            evaluate=DATA[:4],
+            max_steps=2,
         )
         trainer.train()
         if between:
@@ -330,14 +377,18 @@ def test_a_second_attach_is_refused_by_name(tiny_model, tmp_path, how):
     class Meddle(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
             with pytest.raises(ConfigError, match="LlamaForCausalLM is in use by another trainer"):
-                trainer_of(tiny_model, tmp_path, {}) if how == "construct" else getattr(other, how)()
+                (
+                    trainer_of(tiny_model, tmp_path, {})
+                    if how == "construct"
+                    else getattr(other, how)()
+                )
 
     trainer = trainer_of(tiny_model, tmp_path, {}, callbacks=[Meddle()])
     trainer.train()
     assert len(losses(trainer)) == 3 and anatomy(tiny_model) == anatomy(plain)
 
 
-# -- optimizers ------------------------------------------------------------------------------------------
+# -- optimizers ------------------------------------------------------------------------------------
 
 
 def test_an_optimizer_made_by_hand_holds_the_heads(tiny_model, tmp_path):
@@ -345,7 +396,9 @@ def test_an_optimizer_made_by_hand_holds_the_heads(tiny_model, tmp_path):
     trainer.create_optimizer_and_scheduler(num_training_steps=3)
     before = [p.detach().clone() for p in trainer.caft.heads.parameters()]
     trainer.train()
-    assert not any(torch.equal(a, b) for a, b in zip(before, trainer.caft.heads.parameters(), strict=True))
+    assert not any(
+        torch.equal(a, b) for a, b in zip(before, trainer.caft.heads.parameters(), strict=True)
+    )
 
 
 def test_an_optimizer_without_the_heads_is_refused(tiny_model, tmp_path):
@@ -354,10 +407,21 @@ def test_an_optimizer_without_the_heads_is_refused(tiny_model, tmp_path):
             self.optimizer = torch.optim.SGD(self.model.lm_head.parameters(), lr=0.1)
             return self.optimizer
 
-    trainer = CAFTTrainer(model=tiny_model, args=arguments(tmp_path), train_dataset=DATA, data_collator=pad, caft={})
+    trainer = CAFTTrainer(
+        model=tiny_model, args=arguments(tmp_path), train_dataset=DATA, data_collator=pad, caft={}
+    )
     trainer.optimizer = torch.optim.SGD(tiny_model.parameters(), lr=0.1)  # given after construction
-    for late in (trainer_of(copy.deepcopy(tiny_model), tmp_path, {}, type("CAFTOwn", (CAFTTrainer, Own), {})), trainer):
-        with pytest.raises(ConfigError, match=r"the optimizer SGD of \w+ lacks 36 of the 36 tensors that caft"):
+    for late in (
+        trainer_of(
+            copy.deepcopy(tiny_model), tmp_path, {}, type("CAFTOwn", (CAFTTrainer, Own), {})
+        ),
+        trainer,
+    ):
+        with pytest.raises(
+            ConfigError, match=r"the optimizer SGD of \w+ lacks 36 of the 36 tensors that caft"
+        ):
             late.train()
-    frozen = trainer_of(tiny_model, tmp_path, {"train_heads": "frozen"}, type("CAFTOwn", (CAFTTrainer, Own), {}))
+    frozen = trainer_of(
+        tiny_model, tmp_path, {"train_heads": "frozen"}, type("CAFTOwn", (CAFTTrainer, Own), {})
+    )
     frozen.train()

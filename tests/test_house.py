@@ -1,4 +1,5 @@
-"""The walls of the house, read from the source: who may import whom, how large a class may be, where the map leads."""
+"""The walls of the house, read from the source: who may import whom, how large a class may be,
+where the map leads."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ HOUSE = ROOT / "caft_plugin"
 FILES = sorted(file for file in HOUSE.rglob("*.py") if "figures" not in file.parts)
 FRAMEWORKS = {"axolotl", "trl"}
 ENGINE = "serving/parallel"  # imported by vLLM alone
-# The floors, from the ground up. A wing (a folder) or a file of the hall imports only itself and what is on floors below.
+# The floors, from the ground up. A wing (a folder) or a file of the hall imports only itself and
+# what is on floors below.
 FLOORS = (
     {"errors", "config", "files", "logs", "precision", "quiet", "targets", "refusals"},
     {"model"},
@@ -68,7 +70,9 @@ def of_ours(file: Path) -> list[str]:
     found = []
     for module, names in imports_of(file):
         if module == "caft_plugin":
-            found += [name for name in names if (HOUSE / f"{name}.py").exists() or (HOUSE / name).is_dir()]
+            found += [
+                name for name in names if (HOUSE / f"{name}.py").exists() or (HOUSE / name).is_dir()
+            ]
         elif module.startswith("caft_plugin."):
             found.append(module.removeprefix("caft_plugin.").replace(".", "/"))
     return found
@@ -80,8 +84,14 @@ def test_a_file_imports_its_own_wing_and_floors_below(file):
     if name == "__init__":
         return
     for imported in of_ours(file):
-        assert not {imported, room_of(imported)} & CLOSED.get(room_of(name), set()), f"{name} imports {imported}"
-        if room_of(name) == room_of(imported) or {name, imported} <= GROUND or (name, imported) in BRIDGE:
+        assert not {imported, room_of(imported)} & CLOSED.get(room_of(name), set()), (
+            f"{name} imports {imported}"
+        )
+        if (
+            room_of(name) == room_of(imported)
+            or {name, imported} <= GROUND
+            or (name, imported) in BRIDGE
+        ):
             continue
         assert floor_of(imported) < floor_of(name), f"{name} imports {imported}"
 
@@ -94,7 +104,12 @@ def test_only_doors_import_frameworks(file):
 
 
 def test_only_the_draft_class_imports_vllm():
-    importing = {name_of(file) for file in FILES for module, _ in imports_of(file) if module.split(".")[0] == "vllm"}
+    importing = {
+        name_of(file)
+        for file in FILES
+        for module, _ in imports_of(file)
+        if module.split(".")[0] == "vllm"
+    }
     assert importing == {ENGINE, "serving", "stage1/answers"}  # the last two inside of a function
 
 
@@ -124,10 +139,13 @@ def test_a_large_class_says_why():
             if not isinstance(node, ast.ClassDef):
                 continue
             lines = node.end_lineno - node.lineno + 1
-            methods = sum(isinstance(part, (ast.FunctionDef, ast.AsyncFunctionDef)) for part in node.body)
+            methods = sum(
+                isinstance(part, (ast.FunctionDef, ast.AsyncFunctionDef)) for part in node.body
+            )
             if lines > LINES or methods > METHODS:
                 assert re.search(r"\bso it has many\b", ast.get_docstring(node) or ""), (
-                    f"{node.name} in {name_of(file)} has {lines} lines and {methods} methods, and no reason for it"
+                    f"{node.name} in {name_of(file)} has {lines} lines and {methods} methods, and"
+                    " no reason for it"
                 )
 
 
@@ -142,7 +160,9 @@ def test_the_map_leads_to_every_file_and_to_no_other():
     text = (HOUSE / "README.md").read_text(encoding="utf-8")
     section = text.split("## The map")[1].split("\n## ")[0]
     mapped = {
-        name for row in re.findall(r"^\| (.+?) \|", section, re.MULTILINE) for name in re.findall(r"`([^`]+\.py)`", row)
+        name
+        for row in re.findall(r"^\| (.+?) \|", section, re.MULTILINE)
+        for name in re.findall(r"`([^`]+\.py)`", row)
     }
     inits = {file.relative_to(HOUSE).as_posix() for file in FILES if file.name == "__init__.py"}
     there = {file.relative_to(HOUSE).as_posix() for file in HOUSE.rglob("*.py")}
@@ -158,12 +178,15 @@ def test_the_engine_is_imported_without_a_framework():
         if room_of(name_of(file)) != "axolotl" and name_of(file) != ENGINE
     ]
     modules = [
-        name for name in modules if name not in ("caft_plugin.trl", "caft_plugin._startup", "caft_plugin.__init__")
+        name
+        for name in modules
+        if name not in ("caft_plugin.trl", "caft_plugin._startup", "caft_plugin.__init__")
     ]
     code = "\n".join(
         [
             "import importlib, sys",
-            f"for name in {FRAMEWORKS}: sys.modules[name] = None",  # importing one of these now fails
+            # importing one of these now fails
+            f"for name in {FRAMEWORKS}: sys.modules[name] = None",
             f"for name in {modules}: importlib.import_module(name)",
         ]
     )

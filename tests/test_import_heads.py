@@ -1,4 +1,5 @@
-"""`caft import-heads`: the authors' heads through the user's path, and every file it has to refuse."""
+"""`caft import-heads`: the authors' heads through the user's path, and every file it has to
+refuse."""
 
 from __future__ import annotations
 
@@ -36,15 +37,21 @@ AT_STEPS = (0, 25, 50, 99)
 def state(golden):
     """The heads as the authors' file has them: K.layers.0.NAME."""
     prefix = "weights.auxiliary_head."
-    return OrderedDict((k.removeprefix(prefix), v) for k, v in golden[0].items() if k.startswith(prefix))
+    return OrderedDict(
+        (k.removeprefix(prefix), v) for k, v in golden[0].items() if k.startswith(prefix)
+    )
 
 
 @pytest.fixture(scope="module")
 def base(golden, tmp_path_factory):
     """The golden's base model, a folder."""
-    weights = {k.removeprefix("weights."): v for k, v in golden[0].items() if k.startswith("weights.")}
+    weights = {
+        k.removeprefix("weights."): v for k, v in golden[0].items() if k.startswith("weights.")
+    }
     model = LlamaForCausalLM(golden[1])
-    model.load_state_dict({k: v for k, v in weights.items() if not k.startswith("auxiliary_head.")}, strict=True)
+    model.load_state_dict(
+        {k: v for k, v in weights.items() if not k.startswith("auxiliary_head.")}, strict=True
+    )
     folder = tmp_path_factory.mktemp("golden") / "base"
     model.save_pretrained(folder)
     return folder
@@ -55,7 +62,13 @@ def imported(state, base, tmp_path_factory):
     """The heads folder that the command line makes of heads.pth."""
     folder = tmp_path_factory.mktemp("imported")
     torch.save(state, folder / "heads.pth")
-    command = ["import-heads", str(folder / "heads.pth"), "--base-model", str(base), str(folder / "out")]
+    command = [
+        "import-heads",
+        str(folder / "heads.pth"),
+        "--base-model",
+        str(base),
+        str(folder / "out"),
+    ]
     result = CliRunner().invoke(commands, command)
     assert result.exit_code == 0, result.output
     assert sorted(path.name for path in folder.iterdir()) == ["heads.pth", "out"]
@@ -123,10 +136,18 @@ def write(state, file, how):
 
 @pytest.mark.parametrize(
     "how",
-    ["safetensors", "prefixed", "old torch.save format", "parameters", "shared memory, not contiguous"],
+    [
+        "safetensors",
+        "prefixed",
+        "old torch.save format",
+        "parameters",
+        "shared memory, not contiguous",
+    ],
 )
 def test_other_ways_to_write_the_same_heads(state, imported, config_only, tmp_path, how):
-    folder = import_heads(write(state, tmp_path / "heads.pth", how), str(config_only), tmp_path / "out")
+    folder = import_heads(
+        write(state, tmp_path / "heads.pth", how), str(config_only), tmp_path / "out"
+    )
     ours, theirs = load_file(folder / WEIGHTS), load_file(imported / WEIGHTS)
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
@@ -134,20 +155,30 @@ def test_other_ways_to_write_the_same_heads(state, imported, config_only, tmp_pa
 
 def test_heads_that_share_their_memory(state, config_only, tmp_path):
     torch.save({name: state["0" + name[1:]] for name in state}, tmp_path / "heads.pth")
-    tensors = load_file(import_heads(tmp_path / "heads.pth", str(config_only), tmp_path / "out") / WEIGHTS)
+    tensors = load_file(
+        import_heads(tmp_path / "heads.pth", str(config_only), tmp_path / "out") / WEIGHTS
+    )
     assert all(torch.equal(tensors[name], tensors["0" + name[1:]]) for name in tensors)
 
 
 def test_wiring_can_be_said_and_the_dtype_is_kept(state, config_only, tmp_path):
     torch.save({name: tensor.bfloat16() for name, tensor in state.items()}, tmp_path / "heads.pth")
     (tmp_path / "out").mkdir()  # an empty folder is as good as none
-    command = ["import-heads", str(tmp_path / "heads.pth"), "--base-model", str(config_only), str(tmp_path / "out")]
+    command = [
+        "import-heads",
+        str(tmp_path / "heads.pth"),
+        "--base-model",
+        str(config_only),
+        str(tmp_path / "out"),
+    ]
     result = CliRunner().invoke(commands, [*command, "--head-input", "penultimate", "--head-norm"])
     assert result.exit_code == 0, result.output
     assert "head_input penultimate, head_norm true" in result.output and "BF16" in result.output
     record = read_record(tmp_path / "out")
     assert (record.head_input, record.head_norm) == ("penultimate", True)
-    assert {tensor.dtype for tensor in load_file(tmp_path / "out" / WEIGHTS).values()} == {torch.bfloat16}
+    assert {tensor.dtype for tensor in load_file(tmp_path / "out" / WEIGHTS).values()} == {
+        torch.bfloat16
+    }
 
 
 class Executes:
@@ -157,9 +188,18 @@ class Executes:
 
 UP = "0.layers.0.mlp.up_proj.weight"
 CONTENTS = {
-    "an object": (lambda s: {**s, "extra": Executes()}, r"holds an object \(posix.system\), which is refused"),
-    "a config beside the tensors": (lambda s: {**s, "alpha": 0.8}, r"holds a float, not a tensor, under 'alpha'"),
-    "a state dict in a dict": (lambda s: {"state_dict": dict(s)}, r"holds a dict, not a tensor, under 'state_dict'"),
+    "an object": (
+        lambda s: {**s, "extra": Executes()},
+        r"holds an object \(posix.system\), which is refused",
+    ),
+    "a config beside the tensors": (
+        lambda s: {**s, "alpha": 0.8},
+        r"holds a float, not a tensor, under 'alpha'",
+    ),
+    "a state dict in a dict": (
+        lambda s: {"state_dict": dict(s)},
+        r"holds a dict, not a tensor, under 'state_dict'",
+    ),
     "a key that is a number": (lambda s: {0: s[UP]}, r"holds a key that is not a string under 0"),
     "a list": (lambda s: list(s.values()), r"holds a list\. import-heads accepts the state dict"),
     "a tensor": (lambda s: s[UP], r"holds a Tensor\. import-heads accepts the state dict"),
@@ -168,19 +208,37 @@ CONTENTS = {
         lambda s: {**s, UP: s[UP].to(torch.int8)},
         r"not a plain weight \(torch.int8.*'0.layers.0.mlp",
     ),
-    "sparse weights": (lambda s: {**s, UP: s[UP].to_sparse()}, r"not a plain weight \(.*torch.sparse_coo"),
-    "weights without data": (lambda s: {**s, UP: s[UP].to("meta")}, r"not a plain weight \(.* meta\)"),
-    "a whole model": (lambda s: {**s, "lm_head.weight": s[UP]}, r"holds the unknown key 'lm_head.weight'"),
-    "another prefix": (lambda s: {f"module.{k}": v for k, v in s.items()}, r"the unknown key 'module.0.layers.0"),
+    "sparse weights": (
+        lambda s: {**s, UP: s[UP].to_sparse()},
+        r"not a plain weight \(.*torch.sparse_coo",
+    ),
+    "weights without data": (
+        lambda s: {**s, UP: s[UP].to("meta")},
+        r"not a plain weight \(.* meta\)",
+    ),
+    "a whole model": (
+        lambda s: {**s, "lm_head.weight": s[UP]},
+        r"holds the unknown key 'lm_head.weight'",
+    ),
+    "another prefix": (
+        lambda s: {f"module.{k}": v for k, v in s.items()},
+        r"the unknown key 'module.0.layers.0",
+    ),
     "several layers": (
         lambda s: {**s, UP.replace("s.0", "s.1"): s[UP]},
         r"several layers for head 0, .*one layer each",
     ),
     "linear blocks": (
-        lambda s: {"0.layers.0.linear.weight": torch.eye(32), "0.layers.0.linear.bias": torch.zeros(32)},
+        lambda s: {
+            "0.layers.0.linear.weight": torch.eye(32),
+            "0.layers.0.linear.bias": torch.zeros(32),
+        },
         r"holds 0.layers.0.linear.weight, a `linear` residual block .*--head-arch transformer",
     ),
-    "an unembedding": (lambda s: {**s, "3.lm_head.weight": torch.ones(89, 32)}, r"separate unembedding for head 3"),
+    "an unembedding": (
+        lambda s: {**s, "3.lm_head.weight": torch.ones(89, 32)},
+        r"separate unembedding for head 3",
+    ),
     "a gap": (
         lambda s: {k: v for k, v in s.items() if not k.startswith("1.")},
         r"holds heads numbered 0, 2, 3, but .* from 0 without gaps",
@@ -205,11 +263,14 @@ CONTENTS = {
 
 
 def refused(file, base, out, match):
-    """Neither the output nor anything else is there afterwards, and the command line says the same."""
+    """Neither the output nor anything else is there afterwards, and the command line says the
+    same."""
     before = sorted(file.parent.iterdir()) if file.parent.is_dir() else None
     with pytest.raises(ConfigError, match=match) as caught:
         import_heads(file, str(base), out)
-    result = CliRunner().invoke(commands, ["import-heads", str(file), "--base-model", str(base), str(out)])
+    result = CliRunner().invoke(
+        commands, ["import-heads", str(file), "--base-model", str(base), str(out)]
+    )
     assert (result.exit_code, result.output) == (
         1,
         "Error: " + re.sub("^base_model:", "--base-model:", str(caught.value)) + "\n",
@@ -232,30 +293,61 @@ def test_damaged_files(state, config_only, tmp_path, suffix, damage):
     file = tmp_path / f"heads{suffix}"
     (save_file if suffix == ".safetensors" else torch.save)(dict(state), file)
     whole = file.read_bytes()
-    parts = {"cut at the end": whole[:-100], "cut at the start": whole[:50], "empty": b"", "text": b"K.layers.0\n"}
+    parts = {
+        "cut at the end": whole[:-100],
+        "cut at the start": whole[:50],
+        "empty": b"",
+        "text": b"K.layers.0\n",
+    }
     file.write_bytes(parts[damage])
-    refused(file, config_only, tmp_path / "out", r"cannot be read as .* incomplete, damaged or of another kind")
+    refused(
+        file,
+        config_only,
+        tmp_path / "out",
+        r"cannot be read as .* incomplete, damaged or of another kind",
+    )
 
 
 def test_a_missing_file(config_only, tmp_path):
-    refused(tmp_path / "heads.pth", config_only, tmp_path / "out", r"got '.*heads.pth', which is not a file")
+    refused(
+        tmp_path / "heads.pth",
+        config_only,
+        tmp_path / "out",
+        r"got '.*heads.pth', which is not a file",
+    )
 
 
 def test_base_models_that_are_refused(state, tmp_path):
     file, out = tmp_path / "heads.pth", tmp_path / "out"
     torch.save(state, file)
-    refused(file, "nobody/no-such-model", out, r"base_model: got 'nobody/no-such-model', whose config could not be")
+    refused(
+        file,
+        "nobody/no-such-model",
+        out,
+        r"base_model: got 'nobody/no-such-model', whose config could not be",
+    )
     (tmp_path / "empty").mkdir()
-    refused(file, tmp_path / "empty", out, r"base_model: got '.*empty', whose config could not be read")
+    refused(
+        file, tmp_path / "empty", out, r"base_model: got '.*empty', whose config could not be read"
+    )
     T5Config().save_pretrained(tmp_path / "t5")
-    refused(file, tmp_path / "t5", out, r"t5 is an encoder-decoder model, but CAFT accepts decoder-only")
+    refused(
+        file, tmp_path / "t5", out, r"t5 is an encoder-decoder model, but CAFT accepts decoder-only"
+    )
     BertConfig(num_hidden_layers=2).save_pretrained(tmp_path / "bert")
     refused(file, tmp_path / "bert", out, r"BertLMHeadModel has no")
     (tmp_path / "remote").mkdir()
-    text = json.dumps({"model_type": "unheard_of", "auto_map": {"AutoConfig": "configuration_x.XConfig"}})
+    text = json.dumps(
+        {"model_type": "unheard_of", "auto_map": {"AutoConfig": "configuration_x.XConfig"}}
+    )
     (tmp_path / "remote" / "config.json").write_text(text)
     (tmp_path / "remote" / "configuration_x.py").write_text("raise SystemExit('executed')")
-    refused(file, tmp_path / "remote", out, r"base_model: got '.*remote', whose config could not be read")
+    refused(
+        file,
+        tmp_path / "remote",
+        out,
+        r"base_model: got '.*remote', whose config could not be read",
+    )
 
 
 def test_an_output_that_is_there_is_left_alone(state, config_only, tmp_path):
@@ -278,12 +370,19 @@ def test_a_failed_write_leaves_nothing(state, config_only, tmp_path, monkeypatch
 
     torch.save(state, tmp_path / "heads.pth")
     monkeypatch.setattr("caft_plugin.caft.heads_folder.save_file", full)
-    refused(tmp_path / "heads.pth", config_only, tmp_path / "out", r"cannot be written \(OSError: no space left\)")
+    refused(
+        tmp_path / "heads.pth",
+        config_only,
+        tmp_path / "out",
+        r"cannot be written \(OSError: no space left\)",
+    )
 
 
 def test_a_wiring_that_does_not_exist(state, config_only, tmp_path):
     torch.save(state, tmp_path / "heads.pth")
-    with pytest.raises(ConfigError, match=r"caft.head_input: got 'last', but it accepts one of penultimate, final"):
+    with pytest.raises(
+        ConfigError, match=r"caft.head_input: got 'last', but it accepts one of penultimate, final"
+    ):
         import_heads(tmp_path / "heads.pth", str(config_only), tmp_path / "out", head_input="last")
 
 
@@ -292,7 +391,9 @@ def test_only_the_config_of_the_base_is_read(state, config_only, tmp_path, monke
     devices = []
     monkeypatch.setattr(
         "caft_plugin.model.trunk.find_trunk",
-        lambda model: devices.extend({p.device.type for p in model.parameters()}) or find_trunk(model),
+        lambda model: (
+            devices.extend({p.device.type for p in model.parameters()}) or find_trunk(model)
+        ),
     )
     torch.save(state, tmp_path / "heads.pth")
     import_heads(tmp_path / "heads.pth", str(config_only), tmp_path / "out")

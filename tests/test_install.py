@@ -1,6 +1,8 @@
-"""The wheel goes into an environment that somebody has already, and pip changes nothing that is installed there.
+"""The wheel goes into an environment that somebody has already, and pip changes nothing that is
+installed there.
 
-The environments hold the metadata of releases alone, which is all that pip looks at. Needs the package index.
+The environments hold the metadata of releases alone, which is all that pip looks at. Needs the
+package index.
 """
 
 from __future__ import annotations
@@ -17,7 +19,13 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 from paths import ROOT
 
-LOWEST = {"torch": "2.11.0", "transformers": "5.16.0", "trl": "1.9.0", "peft": "0.20.0", "accelerate": "1.13.0"}
+LOWEST = {
+    "torch": "2.11.0",
+    "transformers": "5.16.0",
+    "trl": "1.9.0",
+    "peft": "0.20.0",
+    "accelerate": "1.13.0",
+}
 OTHERS = ("click", "pydantic", "pyyaml", "safetensors")
 
 
@@ -37,7 +45,16 @@ def pip(*arguments):
 def to_install(folder, *arguments, into=sys.executable):
     """What `pip install` would install: versions by name."""
     report = folder / "report.json"
-    pip("--python", str(into), "install", "--dry-run", "--quiet", "--report", str(report), *arguments)
+    pip(
+        "--python",
+        str(into),
+        "install",
+        "--dry-run",
+        "--quiet",
+        "--report",
+        str(report),
+        *arguments,
+    )
     entries = [entry["metadata"] for entry in json.loads(report.read_text())["install"]]
     return {entry["name"].lower(): entry["version"] for entry in entries}
 
@@ -58,13 +75,16 @@ def wheel(tmp_path_factory):
 
 
 def would_change(wheel, folder, installed):
-    """The packages of `installed` (version by name) that pip would replace on installing the wheel with TRL."""
+    """The packages of `installed` (version by name) that pip would replace on installing the wheel
+    with TRL."""
     venv.create(folder, with_pip=False)
     (packages,) = folder.glob("lib/python*/site-packages")
     for name, version in installed.items():
         record = packages / f"{name}-{version}.dist-info"
         record.mkdir()
-        (record / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        (record / "METADATA").write_text(
+            f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+        )
     found = to_install(folder, f"{wheel}[trl]", into=folder / "bin" / "python")
     return found.keys() - {"caft_plugin"} if "caft_plugin" in found else "the wheel was not taken"
 
@@ -88,7 +108,10 @@ def test_in_this_environment(wheel, tmp_path):
 
 def test_upper_bounds_are_the_next_major_version(wheel):
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    hosts = [*project["dependencies"], *(r for e in ("axolotl", "trl") for r in project["optional-dependencies"][e])]
+    hosts = [
+        *project["dependencies"],
+        *(r for e in ("axolotl", "trl") for r in project["optional-dependencies"][e]),
+    ]
     for requirement in map(Requirement, hosts):
         upper = [Version(s.version) for s in requirement.specifier if s.operator == "<"]
         lower = [Version(s.version) for s in requirement.specifier if s.operator == ">="]

@@ -11,11 +11,13 @@ from caft_plugin.caft import loss
 from caft_plugin.caft.loss import cross_entropy_of, gamma, head_weights, weighted_sum
 from caft_plugin.targets import IGNORE, count_targets, document_ids, head_targets
 
-LABELS = torch.tensor([[IGNORE, 1, 2, 3, 4, 5, 6, 7], [IGNORE, IGNORE, 8, 9, 10, IGNORE, IGNORE, IGNORE]])
+LABELS = torch.tensor(
+    [[IGNORE, 1, 2, 3, 4, 5, 6, 7], [IGNORE, IGNORE, 8, 9, 10, IGNORE, IGNORE, IGNORE]]
+)
 
 
-# M-RoPE: time, height and width (3, batch, length). Row 0: a token, an image of 2 x 2, a token; then a document of
-# two tokens. Row 1: an image of 2 x 2, two tokens, two frames of one token each.
+# M-RoPE: time, height and width (3, batch, length). Row 0: a token, an image of 2 x 2, a token;
+# then a document of two tokens. Row 1: an image of 2 x 2, two tokens, two frames of one token each.
 IMAGES = torch.tensor(
     [
         [[0, 1, 1, 1, 1, 3, 0, 1], [0, 0, 0, 0, 2, 3, 4, 5]],
@@ -52,7 +54,11 @@ ONE = [["a"] * 8, ["b"] * 8]
             [list("aaabbccc"), list("dddddddE")],
         ),
         (
-            {"position_ids": torch.tensor([[[0, 1, 2, 0, 1, 0, 1, 2], [0, 1, 2, 3, 4, 5, 6, 0]]] * 3)},
+            {
+                "position_ids": torch.tensor(
+                    [[[0, 1, 2, 0, 1, 0, 1, 2], [0, 1, 2, 3, 4, 5, 6, 0]]] * 3
+                )
+            },
             [list("aaabbccc"), list("dddddddE")],
         ),
         ({"position_ids": IMAGES}, [list("aaaaaabb"), list("cccccccc")]),
@@ -73,7 +79,10 @@ ONE = [["a"] * 8, ["b"] * 8]
 )
 def test_targets_follow_the_definition(marks, documents):
     torch.testing.assert_close(
-        head_targets({"labels": LABELS, **marks}, 5), slow_targets(LABELS, documents, 5), rtol=0, atol=0
+        head_targets({"labels": LABELS, **marks}, 5),
+        slow_targets(LABELS, documents, 5),
+        rtol=0,
+        atol=0,
     )
 
 
@@ -103,7 +112,8 @@ def test_weights():
 @pytest.mark.parametrize("frozen", [(), ("hidden",), ("weight",), ("hidden", "weight")])
 @pytest.mark.parametrize("rows", [0, 1, 7, 64, 150])
 def test_weighted_sum(rows, frozen, monkeypatch):
-    monkeypatch.setitem(loss.LOGITS_AT_A_TIME, "cpu", 1)  # chunks of 64 rows, so 150 has a partial one
+    # chunks of 64 rows, so 150 has a partial one
+    monkeypatch.setitem(loss.LOGITS_AT_A_TIME, "cpu", 1)
     weight = torch.randn(31, 8, requires_grad="weight" not in frozen)
     unused = torch.randn(3, requires_grad=True)
     hidden = torch.randn(rows, 8, requires_grad="hidden" not in frozen)
@@ -120,14 +130,18 @@ def test_weighted_sum(rows, frozen, monkeypatch):
         wanted = torch.autograd.grad((slow * weights).sum() * 3, learning)
         torch.testing.assert_close(torch.autograd.grad(total * 3, learning), wanted)
     with torch.no_grad():
-        without, _ = weighted_sum(cross_entropy_of(lambda h: h @ weight.T), weights, hidden, targets, 31, [weight])
+        without, _ = weighted_sum(
+            cross_entropy_of(lambda h: h @ weight.T), weights, hidden, targets, 31, [weight]
+        )
     torch.testing.assert_close(without, total.detach(), rtol=0, atol=0)
 
 
 def test_half_precision_losses_are_summed_in_float32():
     weight, hidden = torch.randn(1000, 64).bfloat16(), torch.randn(500, 64).bfloat16()
     targets = torch.randint(0, 1000, (500,))
-    total, _ = weighted_sum(cross_entropy_of(lambda h: h @ weight.T), torch.ones(500), hidden, targets, 1000)
+    total, _ = weighted_sum(
+        cross_entropy_of(lambda h: h @ weight.T), torch.ones(500), hidden, targets, 1000
+    )
     assert total.dtype == torch.float32
     exact = F.cross_entropy((hidden @ weight.T).double(), targets, reduction="sum")
     assert total.item() == pytest.approx(exact.item(), rel=1e-6)
@@ -137,19 +151,23 @@ def test_float16_gradients_of_small_weights_do_not_vanish():
     """A head's weight for one of 100,000 targets is about 1e-7; the smallest float16 is 6e-8."""
     weight, hidden = torch.randn(1000, 64).half(), torch.randn(50, 64).half().requires_grad_()
     targets, weights = torch.randint(0, 1000, (50,)), torch.full((50,), 1e-7)
-    total, _ = weighted_sum(cross_entropy_of(lambda h: h @ weight.T), weights, hidden, targets, 1000)
+    total, _ = weighted_sum(
+        cross_entropy_of(lambda h: h @ weight.T), weights, hidden, targets, 1000
+    )
     (got,) = torch.autograd.grad(total * 2.0**20, hidden)  # the factor is a GradScaler's
     exact = hidden.detach().float().requires_grad_()
     slow = F.cross_entropy(exact @ weight.float().T, targets, reduction="sum") * 1e-7 * 2.0**20
-    torch.testing.assert_close(got.float(), torch.autograd.grad(slow, exact)[0], rtol=0.01, atol=2e-3)
+    torch.testing.assert_close(
+        got.float(), torch.autograd.grad(slow, exact)[0], rtol=0.01, atol=2e-3
+    )
 
 
-# -- masks of queries and keys -----------------------------------------------------------------------------
+# -- masks of queries and keys ---------------------------------------------------------------------
 
 
 def masks_of(allowed):
-    """One mask in all the forms that hosts give it in; `allowed` (batch, length, length) is True where a query sees a
-    key."""
+    """One mask in all the forms that hosts give it in; `allowed` (batch, length, length) is True
+    where a query sees a key."""
     four = allowed[:, None]
     added = torch.zeros(four.shape)
     return {
@@ -162,7 +180,10 @@ def masks_of(allowed):
         "-1e9": added.masked_fill(~four, -1e9),
         "half precision": added.half().masked_fill(~four, torch.finfo(torch.float16).min),
         "with a bias": (added - torch.arange(four.shape[-1]) * 0.1).masked_fill(~four, -1e4),
-        "by kind of layer": {"full_attention": four, "sliding_attention": four & torch.ones_like(four).triu(-1)},
+        "by kind of layer": {
+            "full_attention": four,
+            "sliding_attention": four & torch.ones_like(four).triu(-1),
+        },
     }
 
 
@@ -174,7 +195,9 @@ def blocks(*lengths):
 INTERLEAVED = (torch.arange(9)[:, None] % 2 == torch.arange(9) % 2).tril()[None].repeat(2, 1, 1)
 
 
-@pytest.mark.parametrize("allowed", [blocks(4, 5), blocks(1, 6, 2), INTERLEAVED], ids=["two", "three", "interleaved"])
+@pytest.mark.parametrize(
+    "allowed", [blocks(4, 5), blocks(1, 6, 2), INTERLEAVED], ids=["two", "three", "interleaved"]
+)
 @pytest.mark.parametrize("form", masks_of(blocks(1)))
 def test_a_target_is_valid_where_its_position_sees_the_heads(allowed, form):
     labels = torch.arange(1, 19).view(2, 9)
@@ -184,26 +207,47 @@ def test_a_target_is_valid_where_its_position_sees_the_heads(allowed, form):
             for t in range(9):
                 there = t + k + 1
                 valid = there < 9 and bool(allowed[row, there, t])
-                assert found[k - 1, row, t] == (labels[row, there] if valid else IGNORE), (k, row, t)
+                assert found[k - 1, row, t] == (labels[row, there] if valid else IGNORE), (
+                    k,
+                    row,
+                    t,
+                )
 
 
 @pytest.mark.parametrize("form", masks_of(blocks(1)))
 def test_such_a_mask_separates_documents(form):
-    documents = document_ids({"labels": torch.ones(2, 9).long(), "attention_mask": masks_of(blocks(1, 6, 2))[form]})
+    documents = document_ids(
+        {"labels": torch.ones(2, 9).long(), "attention_mask": masks_of(blocks(1, 6, 2))[form]}
+    )
     assert documents.diff(dim=1).ne(0).tolist() == [[True, *[False] * 5, True, False]] * 2
 
 
 def test_position_ids_and_such_a_mask_both_count():
-    batch = {"labels": torch.ones(2, 9).long(), "position_ids": torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])}
+    batch = {
+        "labels": torch.ones(2, 9).long(),
+        "position_ids": torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]]),
+    }
     alone = head_targets(batch, 2)
     assert torch.equal(head_targets({**batch, "attention_mask": blocks(9)[:, None]}, 2), alone)
     both = head_targets({**batch, "attention_mask": blocks(7, 2)[:, None]}, 2)
-    assert (both[0, 0] != IGNORE).tolist() == [True, True, False, False, True, False, False, False, False]
+    assert (both[0, 0] != IGNORE).tolist() == [
+        True,
+        True,
+        False,
+        False,
+        True,
+        False,
+        False,
+        False,
+        False,
+    ]
 
 
 @pytest.mark.parametrize("mask", [torch.ones(2, 1, 9, 12), torch.ones(2, 12), object()])
 def test_a_mask_that_cannot_be_read_is_an_error(mask):
-    with pytest.raises(ConfigError, match="attention_mask is .*, from which documents cannot be separated"):
+    with pytest.raises(
+        ConfigError, match="attention_mask is .*, from which documents cannot be separated"
+    ):
         head_targets({"labels": torch.ones(2, 9).long(), "attention_mask": mask}, 2)
 
 

@@ -1,4 +1,5 @@
-"""The choice of a mask token, on tokenizers shaped like those of five families, and the added vector."""
+"""The choice of a mask token, on tokenizers shaped like those of five families, and the added
+vector."""
 
 from __future__ import annotations
 
@@ -26,13 +27,22 @@ from caft_plugin.meap.mask_token import FILE, AddedMaskToken, choose_mask_token,
 from caft_plugin.meap.roles import placeholder_ids
 from caft_plugin.meap.training_set import used_ids
 
-TEMPLATE = "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m.role }}{{ m.content }}<|im_end|>{% endfor %}"
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m.role }}{{ m.content }}<|im_end|>{%"
+    " endfor %}"
+)
 
 
 def tokenizer(words, special, template=TEMPLATE, **named):
-    vocabulary = {word: i for i, word in enumerate([*words, *(word for word in special if word not in words)])}
-    made = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(vocabulary, unk_token=words[0])), **named)
-    made.add_special_tokens({"additional_special_tokens": [AddedToken(word, special=True) for word in special]})
+    vocabulary = {
+        word: i for i, word in enumerate([*words, *(word for word in special if word not in words)])
+    }
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel(vocabulary, unk_token=words[0])), **named
+    )
+    made.add_special_tokens(
+        {"additional_special_tokens": [AddedToken(word, special=True) for word in special]}
+    )
     made.chat_template = template
     return made
 
@@ -43,7 +53,12 @@ FAMILIES = {
     "Llama 3": (
         lambda: tokenizer(
             WORDS,
-            ["<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>", "<|reserved_special_token_1|>"],
+            [
+                "<|begin_of_text|>",
+                "<|end_of_text|>",
+                "<|reserved_special_token_0|>",
+                "<|reserved_special_token_1|>",
+            ],
             bos_token="<|begin_of_text|>",
             eos_token="<|end_of_text|>",
         ),
@@ -61,20 +76,36 @@ FAMILIES = {
     ),
     "Qwen": (
         lambda: tokenizer(
-            WORDS, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], eos_token="<|im_end|>", pad_token="<|endoftext|>"
+            WORDS,
+            ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+            eos_token="<|im_end|>",
+            pad_token="<|endoftext|>",
         ),
         64,
         53,
     ),
     "Gemma": (
         lambda: tokenizer(
-            ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "[multimodal]", "<unused0>", "<unused1>", *WORDS], []
+            [
+                "<pad>",
+                "<eos>",
+                "<bos>",
+                "<unk>",
+                "<mask>",
+                "[multimodal]",
+                "<unused0>",
+                "<unused1>",
+                *WORDS,
+            ],
+            [],
         ),
         60,
         "<unused0>",
     ),
     "Mistral": (
-        lambda: tokenizer(["<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[control_8]", "[control_9]", *WORDS], []),
+        lambda: tokenizer(
+            ["<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[control_8]", "[control_9]", *WORDS], []
+        ),
         57,
         "[control_8]",
     ),
@@ -106,7 +137,9 @@ def test_smollm2_itself(smollm2):
     from transformers import AutoTokenizer
 
     made = AutoTokenizer.from_pretrained(smollm2)
-    used = frozenset(made.encode("<|endoftext|>")) | {made.convert_tokens_to_ids(t) for t in ("<repo_name>",)}
+    used = frozenset(made.encode("<|endoftext|>")) | {
+        made.convert_tokens_to_ids(t) for t in ("<repo_name>",)
+    }
     token = choose_mask_token("auto", made, len(made), used)
     assert made.convert_ids_to_tokens(token.id) == "<reponame>"
     with pytest.raises(ConfigError, match="streamed data"):
@@ -126,13 +159,17 @@ def test_auto_passes_over_what_the_data_uses():
 
 def test_a_token_by_name_or_id():
     made = FAMILIES["SmolLM2"][0]()
-    assert choose_mask_token("<repo_name>", made, 55, frozenset()).id == made.convert_tokens_to_ids("<repo_name>")
+    assert choose_mask_token("<repo_name>", made, 55, frozenset()).id == made.convert_tokens_to_ids(
+        "<repo_name>"
+    )
     assert choose_mask_token(7, made, 55, frozenset()).id == 7
     with pytest.raises(ConfigError, match=r"got 'w7' \(id 7\), but the training data contains it"):
         choose_mask_token("w7", made, 55, frozenset([7]))
     with pytest.raises(ConfigError, match="got 'w700', which is not a token of this tokenizer"):
         choose_mask_token("w700", made, 55, frozenset())
-    with pytest.raises(ConfigError, match=r"got 55 \(id 55\), but the model's input embedding has 55 rows"):
+    with pytest.raises(
+        ConfigError, match=r"got 55 \(id 55\), but the model's input embedding has 55 rows"
+    ):
         choose_mask_token(55, made, 55, frozenset())
 
 
@@ -159,9 +196,11 @@ def test_a_token_named_by_the_user_is_warned_of():
     made, norms = FAMILIES["SmolLM2"][0](), torch.full((55,), 2.0)
     norms[7] = 0.1
     token = choose_mask_token(7, made, 55, frozenset(), norms)
-    assert token.words == (
-        "'w7' (id 7), as configured, but its input vector is untrained: its norm is 0.1, the embedding's median is 2, "
-        "so the first gradients will be large. Use mask_token: add, or another token"
+    assert (
+        token.words
+        == "'w7' (id 7), as configured, but its input vector is untrained: its norm is 0.1, the"
+        " embedding's median is 2, so the first gradients will be large. Use mask_token: add, or"
+        " another token"
     )
     assert choose_mask_token(8, made, 55, frozenset(), norms).words == "'w8' (id 8), as configured"
 
@@ -169,10 +208,13 @@ def test_a_token_named_by_the_user_is_warned_of():
 def test_norms_are_read_where_they_can_be():
     table = torch.nn.Embedding(5000, 4)
     torch.testing.assert_close(row_norms(table), table.weight.detach().norm(dim=1))
-    torch.testing.assert_close(row_norms(table.bfloat16()), table.weight.detach().float().norm(dim=1))
+    torch.testing.assert_close(
+        row_norms(table.bfloat16()), table.weight.detach().float().norm(dim=1)
+    )
     assert row_norms(torch.nn.Embedding(5, 4, device="meta")) is None
     assert row_norms(torch.nn.Module()) is None
-    table.weight = torch.nn.Parameter(torch.zeros(20, 1, dtype=torch.uint8), requires_grad=False)  # as 4 bits are
+    # as 4 bits are
+    table.weight = torch.nn.Parameter(torch.zeros(20, 1, dtype=torch.uint8), requires_grad=False)
     assert row_norms(table) is None
     table.weight = torch.nn.Parameter(torch.zeros(0))  # as ZeRO-3 leaves it
     assert row_norms(table) is None
@@ -182,14 +224,19 @@ def test_norms_are_read_where_they_can_be():
 def test_placeholders_are_read_from_the_config(family):
     config = getattr(transformers, f"{family}Config")(**copy.deepcopy(FAMILIES_WITH_IMAGES[family]))
     ids = placeholder_ids(config)
-    assert IMAGE in ids and not ids & {config.get_text_config().eos_token_id, config.get_text_config().pad_token_id}
+    assert IMAGE in ids and not ids & {
+        config.get_text_config().eos_token_id,
+        config.get_text_config().pad_token_id,
+    }
     if family in MROPE_FAMILIES:
         assert {91, VISION_START, 93} <= ids
 
 
 def test_placeholders_of_parts_and_in_lists():
     thinker = {"audio_token_id": 5, "audio_config": {"audio_end_token_id": 6}}
-    config = PreTrainedConfig(thinker_config=thinker, visual_indicator_token_ids=[7, 8], boi_token_index=9)
+    config = PreTrainedConfig(
+        thinker_config=thinker, visual_indicator_token_ids=[7, 8], boi_token_index=9
+    )
     assert placeholder_ids(config) == {5, 6, 7, 8, 9}
     assert placeholder_ids(LlamaConfig()) == frozenset()
 
@@ -198,7 +245,9 @@ def test_a_placeholder_is_no_mask_token():
     made = FAMILIES["Gemma"][0]()
     unused = made.convert_tokens_to_ids("<unused0>")
     assert choose_mask_token("auto", made, 60, frozenset(), None, {unused}).id == unused + 1
-    with pytest.raises(ConfigError, match=r"got '<unused0>' \(id 6\), but the model's config uses it for images"):
+    with pytest.raises(
+        ConfigError, match=r"got '<unused0>' \(id 6\), but the model's config uses it for images"
+    ):
         choose_mask_token("<unused0>", made, 60, frozenset(), None, {unused})
 
 
@@ -208,10 +257,12 @@ def test_used_ids():
     assert used_ids(Dataset.from_list(rows)) == {1, 2, 9}
     assert used_ids(Dataset.from_list(rows).select([0])) == {1, 2}
     assert used_ids(IterableDataset.from_generator(lambda: iter(rows))) is None
-    assert used_ids(Dataset.from_list([{"text": "w1"}])) is None and used_ids([{"text": "w1"}]) is None
+    assert (
+        used_ids(Dataset.from_list([{"text": "w1"}])) is None and used_ids([{"text": "w1"}]) is None
+    )
 
 
-# -- the added vector ------------------------------------------------------------------------------------
+# -- the added vector ------------------------------------------------------------------------------
 
 
 def added(model):
@@ -244,7 +295,8 @@ def test_add_trains_where_the_embedding_trains(tiny_model):
     ids = torch.tensor([[5, 97, 7, 97]])
     tiny_model(input_ids=ids, labels=ids.clamp(max=96)).loss.backward()
     assert mask.vector.grad.norm() > 0
-    assert tiny_model.get_input_embeddings().weight.grad[96].norm() == 0  # what stands in for it inside the table
+    # what stands in for it inside the table
+    assert tiny_model.get_input_embeddings().weight.grad[96].norm() == 0
     mask.detach()
     lora = get_peft_model(tiny_model, LoraConfig(r=2, target_modules="all-linear"))
     frozen = added(lora)
@@ -255,7 +307,12 @@ def test_add_trains_where_the_embedding_trains(tiny_model):
 def test_add_starts_as_the_mean_of_what_the_embedding_gives():
     """Gemma scales what it looks up; an added vector that is not scaled would be out of place."""
     config = Gemma3TextConfig(
-        vocab_size=30, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, head_dim=16
+        vocab_size=30,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        head_dim=16,
     )
     model = Gemma3ForCausalLM(config)
     embedding = model.get_input_embeddings()

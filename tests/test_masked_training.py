@@ -40,7 +40,9 @@ class Batches(TrainerCallback):
         )
 
 
-def trainer_of(model, folder, meap=None, caft=None, data=ROWS, evaluate=None, processing_class=None, **settings):
+def trainer_of(
+    model, folder, meap=None, caft=None, data=ROWS, evaluate=None, processing_class=None, **settings
+):
     return CAFTTrainer(
         model=model,
         args=arguments(folder, **{"max_steps": -1, "num_train_epochs": 2, **settings}),
@@ -74,19 +76,33 @@ def test_logs_and_steps(model, tmp_path, layout, caplog):
     assert len(seen.train) == trainer.state.max_steps
     assert all(PLAN not in batch["keys"] for batch in seen.train)
     masked = sum((batch["input_ids"] == MASK).sum().item() for batch in seen.train)
-    assert masked == 2 * sum(len(row["input_ids"][3:-1]) // 10 for row in ROWS if len(row["input_ids"]) > 54)
+    assert masked == 2 * sum(
+        len(row["input_ids"][3:-1]) // 10 for row in ROWS if len(row["input_ids"]) > 54
+    )
     logs = losses(trainer)
     assert sum(entry["meap/examples_masked"] for entry in logs) == 2 * LONG
-    assert all(0.08 < entry["meap/masked_fraction"] <= 0.1 for entry in logs if entry["meap/examples_masked"])
+    assert all(
+        0.08 < entry["meap/masked_fraction"] <= 0.1
+        for entry in logs
+        if entry["meap/examples_masked"]
+    )
     assert all("meap/masked_fraction" in entry for entry in logs if entry["meap/examples_masked"])
     assert all(entry["meap/examples_too_long"] == 0 for entry in logs)
     assert trainer.data_collator is pad
 
 
 def test_it_is_training_on_rows_doubled_by_hand(model, tmp_path):
-    """Same steps, same schedules of gamma and of the learning rate, and where nothing is masked the same losses."""
-    by_hand = [{k: v * 2 for k, v in row.items()} if len(row["input_ids"]) > 54 else row for row in ROWS]
-    settings = {"caft": {}, "lr_scheduler_type": "cosine", "warmup_steps": 2, "per_device_train_batch_size": 2}
+    """Same steps, same schedules of gamma and of the learning rate, and where nothing is masked the
+    same losses."""
+    by_hand = [
+        {k: v * 2 for k, v in row.items()} if len(row["input_ids"]) > 54 else row for row in ROWS
+    ]
+    settings = {
+        "caft": {},
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 2,
+        "per_device_train_batch_size": 2,
+    }
     plain = trainer_of(copy.deepcopy(model), tmp_path, data=by_hand, **settings)
     ours = trainer_of(copy.deepcopy(model), tmp_path, meap={}, **settings)
     plain.train(), ours.train()
@@ -96,7 +112,9 @@ def test_it_is_training_on_rows_doubled_by_hand(model, tmp_path):
     nothing = trainer_of(copy.deepcopy(model), tmp_path, meap={"min_answer_tokens": 1000})
     without = trainer_of(copy.deepcopy(model), tmp_path)
     nothing.train(), without.train()
-    assert [entry["loss"] for entry in losses(nothing)] == [entry["loss"] for entry in losses(without)]
+    assert [entry["loss"] for entry in losses(nothing)] == [
+        entry["loss"] for entry in losses(without)
+    ]
 
 
 def test_masks_are_new_every_epoch_and_the_same_with_workers(model, tmp_path):
@@ -107,12 +125,17 @@ def test_masks_are_new_every_epoch_and_the_same_with_workers(model, tmp_path):
         return [batch["input_ids"] for batch in seen.train]
 
     plain = masks(per_device_train_batch_size=2, train_sampling_strategy="sequential")
-    first, second = torch.cat([p.flatten() for p in plain[:4]]), torch.cat([p.flatten() for p in plain[4:]])
+    first, second = (
+        torch.cat([p.flatten() for p in plain[:4]]),
+        torch.cat([p.flatten() for p in plain[4:]]),
+    )
     assert (first == MASK).sum() == (second == MASK).sum() > 0
     assert not torch.equal(first == MASK, second == MASK)
     for persistent in (False, True):
         settings = {"dataloader_num_workers": 2, "dataloader_persistent_workers": persistent}
-        with_workers = masks(per_device_train_batch_size=2, train_sampling_strategy="sequential", **settings)
+        with_workers = masks(
+            per_device_train_batch_size=2, train_sampling_strategy="sequential", **settings
+        )
         assert all(torch.equal(a, b) for a, b in zip(plain, with_workers, strict=True))
 
 
@@ -127,7 +150,9 @@ def test_evaluation_is_never_masked(model, tmp_path):
         assert batch["input_ids"].shape[1] < 66
     plain = trainer_of(model, tmp_path, evaluate=ROWS)
     assert ours.evaluate()["eval_loss"] == plain.evaluate()["eval_loss"]
-    assert not any("meap" in key for entry in ours.state.log_history for key in entry if key.startswith("eval"))
+    assert not any(
+        "meap" in key for entry in ours.state.log_history for key in entry if key.startswith("eval")
+    )
 
 
 @pytest.mark.parametrize("mask_token", [MASK, "add"])
@@ -155,7 +180,10 @@ def test_add_leaves_the_saved_model_as_it_was(model, tmp_path, lora):
     ours.train(), ours.save_model()
     assert torch.equal(before, ours.meap.handle.vector) == lora
     name = "adapter_model.safetensors" if lora else "model.safetensors"
-    shapes = [{k: v.shape for k, v in load_file(tmp_path / run / name).items()} for run in ("plain", "ours")]
+    shapes = [
+        {k: v.shape for k, v in load_file(tmp_path / run / name).items()}
+        for run in ("plain", "ours")
+    ]
     assert shapes[0] == shapes[1]
     assert torch.equal(load_file(tmp_path / "ours" / FILE)["vector"], ours.meap.handle.vector)
     ours.detach_ours()
@@ -166,11 +194,15 @@ def test_add_leaves_the_saved_model_as_it_was(model, tmp_path, lora):
 def tokenizer_with(kind):
     """A tokenizer for 97 embedding rows in which `auto` finds a mask token of this kind."""
     words = ["<pad>", "</s>", "<unk>", *(f"w{i}" for i in range(92))]
-    words += {"reserved": ["<unused0>", "w92"], "a spare row": [], "special": ["<extra>", "w92"]}.get(
-        kind, ["w92", "w93"]
-    )
+    words += {
+        "reserved": ["<unused0>", "w92"],
+        "a spare row": [],
+        "special": ["<extra>", "w92"],
+    }.get(kind, ["w92", "w93"])
     made = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>")),
+        tokenizer_object=Tokenizer(
+            WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>")
+        ),
         pad_token="<pad>",
         eos_token="</s>",
         unk_token="<unk>",
@@ -240,7 +272,11 @@ def test_pairs_too_long_for_the_model(model, tmp_path):
 def test_the_column_of_lengths_counts_the_pair(model, tmp_path, column):
     """Whatever the host calls it: rows are grouped by it."""
     data = Dataset.from_list([{**row, column: len(row["input_ids"])} for row in ROWS])
-    settings = {"length_column_name": column, "train_sampling_strategy": "group_by_length", "max_steps": 2}
+    settings = {
+        "length_column_name": column,
+        "train_sampling_strategy": "group_by_length",
+        "max_steps": 2,
+    }
     trainer = trainer_of(model, tmp_path, meap={}, data=data, **settings)
     lengths = [len(ids) for ids in trainer.train_dataset["input_ids"]]
     assert list(trainer.train_dataset[column]) == lengths != list(data[column])
@@ -249,11 +285,17 @@ def test_the_column_of_lengths_counts_the_pair(model, tmp_path, column):
 
 def test_caft_and_meap_together(model, tmp_path, monkeypatch):
     """Heads' losses are means over what a plain computation says their targets are."""
-    trainer = trainer_of(model, tmp_path, meap={}, caft={"beta": 0.5, "num_heads": 2}, max_steps=1, data=ROWS[:4])
+    trainer = trainer_of(
+        model, tmp_path, meap={}, caft={"beta": 0.5, "num_heads": 2}, max_steps=1, data=ROWS[:4]
+    )
     seen = Batches(model)
     windows = []
     open_window = Window.open
-    monkeypatch.setattr(Window, "open", lambda *args, **more: windows.append(open_window(*args, **more)) or windows[-1])
+    monkeypatch.setattr(
+        Window,
+        "open",
+        lambda *args, **more: windows.append(open_window(*args, **more)) or windows[-1],
+    )
     trainer.train()
     counts = [0, 0]
     (batch,) = seen.train
@@ -265,7 +307,9 @@ def test_caft_and_meap_together(model, tmp_path, monkeypatch):
                 counts[k - 1] += sum(label != IGNORE for label in part[k + 1 :])
     assert windows[0].counts.tolist() == counts
     entry = losses(trainer)[0]
-    assert entry["loss"] == pytest.approx(entry["caft/next_token_loss"] + entry["caft/aux_loss"], rel=1e-6)
+    assert entry["loss"] == pytest.approx(
+        entry["caft/next_token_loss"] + entry["caft/aux_loss"], rel=1e-6
+    )
     assert {"caft/loss_head_2", "meap/masked_fraction"} <= entry.keys()
 
 
@@ -286,7 +330,9 @@ def test_what_cannot_work_is_said(model, tmp_path):
     with pytest.raises(ConfigError, match="the training data contains it"):
         make(meap={"mask_token": ROWS[0]["input_ids"][0]})
     finished = (torch.optim.SGD(model.parameters()), None)
-    with pytest.raises(ConfigError, match="got add, but the trainer was given a finished optimizer"):
+    with pytest.raises(
+        ConfigError, match="got add, but the trainer was given a finished optimizer"
+    ):
         make(meap={"mask_token": "add"}, optimizers=finished)
     assert not any("caft" in name for name, _ in model.named_modules())
     with pytest.raises(ConfigError, match="meap: got 3, but it accepts settings by name"):
@@ -312,7 +358,10 @@ def said(caplog):
 @pytest.mark.parametrize("kind", [list, Dataset.from_list])
 def test_a_run_in_which_nothing_can_be_masked_says_so_once(model, tmp_path, caplog, kind):
     short = trainer_of(model, tmp_path, meap={"min_answer_tokens": 1000}, data=kind(ROWS))
-    assert len(said(caplog)) == 1 and "none of the 8 training rows has a masked copy" in said(caplog)[0]
+    assert (
+        len(said(caplog)) == 1
+        and "none of the 8 training rows has a masked copy" in said(caplog)[0]
+    )
     short.train()
     assert len(said(caplog)) == 1
     caplog.clear()
@@ -345,7 +394,9 @@ class OwnLoader(Trainer):
     """A trainer with a data loader of its own, as the recipes for weighted sampling have it."""
 
     def get_train_dataloader(self):
-        collate = {"own": pad, "late": lambda rows: self.data_collator(rows)}.get(self.how, self.data_collator)
+        collate = {"own": pad, "late": lambda rows: self.data_collator(rows)}.get(
+            self.how, self.data_collator
+        )
         if self.how == "drops keys":
             ours = self.data_collator
             collate = lambda rows: {key: ours(rows)[key] for key in ("input_ids", "labels")}  # noqa: E731
@@ -370,7 +421,10 @@ def test_a_data_loader_of_the_users(model, tmp_path, how, mode):
         assert sum(entry["meap/examples_masked"] for entry in losses(trainer)) > 0
         assert any((batch["input_ids"] == MASK).any() for batch in seen.train)
         return
-    with pytest.raises(ConfigError, match=r"batch of CAFTOwnLoader was not masked.*'input_ids'.*self.data_collator as"):
+    with pytest.raises(
+        ConfigError,
+        match=r"batch of CAFTOwnLoader was not masked.*'input_ids'.*self.data_collator as",
+    ):
         trainer.train()
     assert trainer.state.global_step == 0
 
@@ -382,12 +436,17 @@ def test_evaluating_the_training_set_is_evaluating_it_plainly(model, tmp_path, k
     plain = trainer_of(model, tmp_path, data=kind(ROWS), **settings)
     ours = trainer_of(model, tmp_path, meap={"layout": layout}, data=kind(ROWS), **settings)
     wanted = plain.evaluate(plain.train_dataset)["eval_loss"]
-    for evaluate in (lambda: ours.evaluate(ours.train_dataset), lambda: ours.evaluate({"train": ours.train_dataset})):
+    for evaluate in (
+        lambda: ours.evaluate(ours.train_dataset),
+        lambda: ours.evaluate({"train": ours.train_dataset}),
+    ):
         seen = Batches(model)
         metrics = evaluate()
         assert metrics.get("eval_loss", metrics.get("eval_train_loss")) == wanted
         assert [row.tolist() for b in seen.evaluation for row in b["labels"]] == [
-            row.tolist() for b in plain.get_eval_dataloader(plain.train_dataset) for row in b["labels"]
+            row.tolist()
+            for b in plain.get_eval_dataloader(plain.train_dataset)
+            for row in b["labels"]
         ]
     assert ours.predict(ours.train_dataset).metrics["test_loss"] == wanted
     ours.train()
@@ -396,14 +455,20 @@ def test_evaluating_the_training_set_is_evaluating_it_plainly(model, tmp_path, k
 
 @pytest.mark.parametrize("layout", ["concat", "separate"])
 def test_evaluating_a_part_of_the_training_set(model, tmp_path, layout):
-    """One example at a time, so that the mean over batches is over examples, and each copy counts as its example."""
+    """One example at a time, so that the mean over batches is over examples, and each copy counts
+    as its example."""
     settings = {"per_device_eval_batch_size": 1}
     plain = trainer_of(model, tmp_path, **settings)
-    ours = trainer_of(model, tmp_path, meap={"layout": layout}, data=Dataset.from_list(ROWS), **settings)
+    ours = trainer_of(
+        model, tmp_path, meap={"layout": layout}, data=Dataset.from_list(ROWS), **settings
+    )
     of_rows = [plain.evaluate([row])["eval_loss"] for row in ROWS]
     indices = {"concat": [0, 1, 2], "separate": [0, 0, 1, 2, 2]}[layout]
     wanted = np.mean([of_rows[i] for i in indices])
-    for part in (ours.train_dataset.select(range(len(indices))), Subset(ours.train_dataset, range(len(indices)))):
+    for part in (
+        ours.train_dataset.select(range(len(indices))),
+        Subset(ours.train_dataset, range(len(indices))),
+    ):
         assert ours.evaluate(part)["eval_loss"] == pytest.approx(wanted, rel=1e-6)
 
 
@@ -418,9 +483,14 @@ def test_a_training_set_that_is_set_later(model, tmp_path, before, mode):
     keys = ("loss", "meap/examples_masked")
     for key in keys:
         assert [entry[key] for entry in losses(at_once)] == [entry[key] for entry in losses(later)]
-    assert later.evaluate(later.train_dataset)["eval_loss"] == at_once.evaluate(at_once.train_dataset)["eval_loss"]
+    assert (
+        later.evaluate(later.train_dataset)["eval_loss"]
+        == at_once.evaluate(at_once.train_dataset)["eval_loss"]
+    )
     later.train_dataset = [{"input_ids": [5, MASK, 7], "labels": [5, MASK, 7]}]
-    with pytest.raises(ConfigError, match="meap.mask_token: got 96, which chose id 96 before this training"):
+    with pytest.raises(
+        ConfigError, match="meap.mask_token: got 96, which chose id 96 before this training"
+    ):
         later.train()
 
 
@@ -431,10 +501,13 @@ def test_masks_are_asked_for_once(model, tmp_path):
 
 
 def test_a_zero_vector_is_passed_over_or_warned_of(model, tmp_path, caplog):
-    """Of two reserved tokens the first was never trained; the model's first norm would blow its gradients up."""
+    """Of two reserved tokens the first was never trained; the model's first norm would blow its
+    gradients up."""
     words = ["<pad>", "</s>", "<unk>", "<unused0>", "<unused1>", *(f"w{i}" for i in range(92))]
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>")),
+        tokenizer_object=Tokenizer(
+            WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>")
+        ),
         pad_token="<pad>",
         eos_token="</s>",
         unk_token="<unk>",
@@ -443,8 +516,13 @@ def test_a_zero_vector_is_passed_over_or_warned_of(model, tmp_path, caplog):
         model.get_input_embeddings().weight[3] = 0.0
     chosen = trainer_of(model, tmp_path, meap={"mask_token": "auto"}, processing_class=tokenizer)
     assert chosen.meap.collator.mask_id == 4 and "untrained" not in caplog.text
-    named = trainer_of(model, tmp_path, meap={"mask_token": "<unused0>"}, processing_class=tokenizer)
-    assert named.meap.collator.mask_id == 3 and "its input vector is untrained: its norm is 0" in caplog.text
+    named = trainer_of(
+        model, tmp_path, meap={"mask_token": "<unused0>"}, processing_class=tokenizer
+    )
+    assert (
+        named.meap.collator.mask_id == 3
+        and "its input vector is untrained: its norm is 0" in caplog.text
+    )
 
 
 class PreparesItself(Trainer):
@@ -460,7 +538,9 @@ class PreparesItself(Trainer):
         return super().get_eval_dataloader(self.eval_dataset)
 
 
-@pytest.mark.parametrize("more", [{}, {"caft": {"num_heads": 1}}, {"meap": {"mask_token": MASK}}], ids=str)
+@pytest.mark.parametrize(
+    "more", [{}, {"caft": {"num_heads": 1}}, {"meap": {"mask_token": MASK}}], ids=str
+)
 def test_a_host_with_methods_of_its_own(model, tmp_path, more):
     trainer = with_caft(PreparesItself)(
         model=model,
@@ -479,7 +559,9 @@ def test_a_stream_of_datasets(model, tmp_path):
     from datasets import IterableDataset as Stream
 
     rows = Stream.from_generator(lambda: iter(ROWS))
-    trainer = trainer_of(model, tmp_path, meap={}, data=rows, max_steps=2, per_device_train_batch_size=4)
+    trainer = trainer_of(
+        model, tmp_path, meap={}, data=rows, max_steps=2, per_device_train_batch_size=4
+    )
     seen = Batches(model)
     trainer.train()
     wanted = [row["input_ids"] for r in ROWS for row in duplication(max_length=256)(r)]

@@ -1,4 +1,5 @@
-"""Duplication and masking, against the authors' rows, a slow formula and statistics; under every collator."""
+"""Duplication and masking, against the authors' rows, a slow formula and statistics; under every
+collator."""
 
 from __future__ import annotations
 
@@ -15,7 +16,11 @@ import torch.nn.functional as F
 from datasets import Dataset, IterableDataset
 from paths import GOLDENS
 from tiny import word_tokenizer
-from transformers import DataCollatorForLanguageModeling, DataCollatorForSeq2Seq, DataCollatorWithFlattening
+from transformers import (
+    DataCollatorForLanguageModeling,
+    DataCollatorForSeq2Seq,
+    DataCollatorWithFlattening,
+)
 
 from caft_plugin import ConfigError, MEAPConfig
 from caft_plugin.meap.masking import (
@@ -55,7 +60,11 @@ def pad(rows):
 
     mask = [{"mask": torch.ones(len(row["input_ids"]), dtype=torch.long)} for row in rows]
     mask = torch.nn.utils.rnn.pad_sequence([m["mask"] for m in mask], batch_first=True)
-    return {"input_ids": padded("input_ids", PAD), "labels": padded("labels", IGNORE), "attention_mask": mask}
+    return {
+        "input_ids": padded("input_ids", PAD),
+        "labels": padded("labels", IGNORE),
+        "attention_mask": mask,
+    }
 
 
 def example(prompt=3, answer=60, seed=0, end=True):
@@ -78,11 +87,12 @@ def collator(host=pad, seed=0, **settings):
     return MEAPCollator(host, MEAPConfig(**settings), MASK, seed)
 
 
-# -- the authors' rows ------------------------------------------------------------------------------------
+# -- the authors' rows -----------------------------------------------------------------------------
 
 
 def as_the_authors_cut(row, length):
-    """Their rows end in the end token, which the host's cutting would have lost; nothing else is done here."""
+    """Their rows end in the end token, which the host's cutting would have lost; nothing else is
+    done here."""
     ids, labels = row["input_ids"][:length], row["labels"][:length]
     if len(row["input_ids"]) > length:
         ids[-1] = EOS_OF_AUTHORS
@@ -94,27 +104,40 @@ def as_the_authors_cut(row, length):
 EOS_OF_AUTHORS = 2
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda c: f"{len(c['answer'])} tokens in {c['max_length']}")
+@pytest.mark.parametrize(
+    "case", CASES, ids=lambda c: f"{len(c['answer'])} tokens in {c['max_length']}"
+)
 def test_separate_rows_are_the_authors(case, monkeypatch):
     ids = [case["bos"], *case["prompt"], *case["answer"], case["eos"]]
-    row = {"input_ids": ids, "labels": [IGNORE] * (len(case["prompt"]) + 1) + [*case["answer"], case["eos"]]}
-    duplicate = Duplication("separate", 51, case["max_length"], special=(case["bos"], case["eos"]), blank=())
+    row = {
+        "input_ids": ids,
+        "labels": [IGNORE] * (len(case["prompt"]) + 1) + [*case["answer"], case["eos"]],
+    }
+    duplicate = Duplication(
+        "separate", 51, case["max_length"], special=(case["bos"], case["eos"]), blank=()
+    )
     rows = [as_the_authors_cut(r, case["max_length"]) for r in duplicate(row)]
     assert len(rows) == len(case["rows"])
 
-    collate = MEAPCollator(pad, MEAPConfig(mask_ratio=case["mask_ratio"], layout="separate"), case["mask"], seed=0)
+    collate = MEAPCollator(
+        pad, MEAPConfig(mask_ratio=case["mask_ratio"], layout="separate"), case["mask"], seed=0
+    )
     own = collate(copy.deepcopy(rows))
-    theirs = [[i for i, id_ in enumerate(r["input_ids"]) if id_ == case["mask"]] for r in case["rows"]]
+    theirs = [
+        [i for i, id_ in enumerate(r["input_ids"]) if id_ == case["mask"]] for r in case["rows"]
+    ]
     assert [(r == case["mask"]).sum().item() for r in own["input_ids"]] == [len(m) for m in theirs]
 
     monkeypatch.setattr(collate, "_draw", lambda generator, eligible, tokens: theirs[1])
     batch = collate(rows)
-    for got_ids, got_labels, wanted in zip(batch["input_ids"], batch["labels"], case["rows"], strict=True):
+    for got_ids, got_labels, wanted in zip(
+        batch["input_ids"], batch["labels"], case["rows"], strict=True
+    ):
         assert got_ids.tolist() == wanted["input_ids"]
         assert got_labels.tolist() == wanted["labels"]
 
 
-# -- duplication -----------------------------------------------------------------------------------------
+# -- duplication -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("answer", "masked"), [(50, False), (51, True)])
@@ -127,13 +150,25 @@ def test_answers_of_more_than_50_tokens(layout, answer, masked):
 
 
 def test_a_pair_is_the_example_twice_with_positions_running_on():
-    row = {**example(), "position_ids": list(range(64)), "attention_mask": [1] * 64, "length": 64, "tag": "x"}
+    row = {
+        **example(),
+        "position_ids": list(range(64)),
+        "attention_mask": [1] * 64,
+        "length": 64,
+        "tag": "x",
+    }
     (pair,) = duplication()(row)
     assert pair["input_ids"] == row["input_ids"] * 2
     assert pair["position_ids"] == list(range(128))
     assert (pair["attention_mask"], pair["length"], pair["tag"]) == ([1] * 128, 128, "x")
     assert pair["labels"][:64] == row["labels"]
-    assert pair["labels"][64:] == [COPY_START, COPY, COPY, *(i + ELIGIBLE for i in row["input_ids"][3:-1]), KEPT]
+    assert pair["labels"][64:] == [
+        COPY_START,
+        COPY,
+        COPY,
+        *(i + ELIGIBLE for i in row["input_ids"][3:-1]),
+        KEPT,
+    ]
 
 
 def test_rule_and_end_tokens_go_by_turn():
@@ -209,7 +244,8 @@ def test_data_sets_of_every_kind_become_the_same_rows(layout):
 
 
 def test_the_package_datasets_is_not_needed(monkeypatch):
-    """The wheel does not require it: `with_caft(Trainer)` trains on a list of rows where it is not installed."""
+    """The wheel does not require it: `with_caft(Trainer)` trains on a list of rows where it is not
+    installed."""
     rows = [example(answer=n, seed=n) for n in (10, 60)]
     wanted = [row for r in rows for row in duplication()(r)]
     monkeypatch.setitem(sys.modules, "datasets", None)  # importing it now fails
@@ -226,7 +262,8 @@ def test_labels_in_a_narrow_column():
 
 
 class Endless:
-    """Says that it has three rows, and has one for any number: random crops of a long text do so."""
+    """Says that it has three rows, and has one for any number: random crops of a long text do
+    so."""
 
     def __init__(self):
         self.read = []
@@ -242,7 +279,9 @@ class Endless:
 
 def test_a_data_set_is_as_long_as_it_says():
     endless = Endless()
-    assert duplication().doubled(endless) == [row for i in range(3) for row in duplication()(example(seed=i))]
+    assert duplication().doubled(endless) == [
+        row for i in range(3) for row in duplication()(example(seed=i))
+    ]
     assert endless.read == [0, 1, 2]
     assert used_ids(Endless()) == {id_ for i in range(3) for id_ in example(seed=i)["input_ids"]}
 
@@ -260,7 +299,9 @@ def test_a_set_that_is_doubled_already_is_named(layout):
 def test_a_set_with_a_transform_is_named(how):
     rows = Dataset.from_list([{"text": "w1"}])
     made = getattr(rows, how)(lambda batch: {key: [value] for key, value in example().items()})
-    with pytest.raises(ConfigError, match="with_transform or set_transform.*Dataset.map.*mode: pretrain"):
+    with pytest.raises(
+        ConfigError, match="with_transform or set_transform.*Dataset.map.*mode: pretrain"
+    ):
         duplication().doubled(made if made is not None else rows)
     assert used_ids(made if made is not None else rows) is None
 
@@ -276,7 +317,13 @@ def test_rows_with_images_are_copied_in_sequences_of_their_own_alone():
     with pytest.raises(ConfigError, match="the column pixel_values"):
         duplication()({**example(), "pixel_values": np.zeros(3)})
     _, copy_ = Duplication("separate", 51, None, **of_media)(row)
-    assert [label >= ELIGIBLE for label in copy_["labels"][19:24]] == [True, False, False, False, True]
+    assert [label >= ELIGIBLE for label in copy_["labels"][19:24]] == [
+        True,
+        False,
+        False,
+        False,
+        True,
+    ]
     short = {**row, "labels": [IGNORE] * len(row["labels"])}
     assert Duplication("concat", 51, None, **of_media)(short) == [short]
 
@@ -286,7 +333,10 @@ def test_whether_anything_is_masked_is_counted():
     for kind in (list, Dataset.from_list):
         assert nothing_to_mask(kind([r for row in rows for r in duplication()(row)])) is None
         short = nothing_to_mask(kind([r for row in rows for r in duplication(max_length=100)(row)]))
-        assert "none of the 3 training rows has a masked copy" in short and "1 examples are too long" in short
+        assert (
+            "none of the 3 training rows has a masked copy" in short
+            and "1 examples are too long" in short
+        )
     assert nothing_to_mask(IterableDataset.from_generator(lambda: iter(rows))) is None
 
 
@@ -295,17 +345,21 @@ def test_doubled_rows_are_evaluated_as_they_were(layout):
     row = conversation((3, 60), (4, 10), (2, 55))
     length = len(row["labels"])
     for made in duplication(layout)(row):
-        labels = plain_labels(torch.tensor(made["input_ids"]), torch.tensor(made["labels"]), layout).tolist()
+        labels = plain_labels(
+            torch.tensor(made["input_ids"]), torch.tensor(made["labels"]), layout
+        ).tolist()
         assert labels == row["labels"] + [IGNORE] * (len(labels) - length)
     (marked,) = duplication(max_length=100)(row)
     assert max(marked["labels"]) >= TOO_LONG
     assert (
-        plain_labels(torch.tensor(marked["input_ids"]), torch.tensor(marked["labels"]), "concat").tolist()
+        plain_labels(
+            torch.tensor(marked["input_ids"]), torch.tensor(marked["labels"]), "concat"
+        ).tolist()
         == (row["labels"])
     )
 
 
-# -- masks -----------------------------------------------------------------------------------------------
+# -- masks -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("layout", ["concat", "separate"])
@@ -314,7 +368,9 @@ def test_a_batch(layout):
     rows = duplication(layout)(row)
     batch = collator(layout=layout)(copy.deepcopy(rows))
     assert batch["labels"][0][: len(row["labels"])].tolist() == row["labels"]
-    ids, labels, plan = (batch[key].flatten()[-len(row["labels"]) :] for key in ("input_ids", "labels", PLAN))
+    ids, labels, plan = (
+        batch[key].flatten()[-len(row["labels"]) :] for key in ("input_ids", "labels", PLAN)
+    )
     masked = (ids == MASK).nonzero().flatten()
     assert len(masked) == 6 + 5  # int(60 * 0.1) and int(55 * 0.1), by turn
     assert ((masked >= 3) & (masked < 63)).sum() == 6
@@ -326,8 +382,9 @@ def test_a_batch(layout):
 
 
 def test_every_eligible_position_is_hit_alike_and_no_other():
-    """Chi-square over 10,000 epochs: 60 positions, 6 drawn in each. Its 0.9999 quantile is 109 at 59 degrees of
-    freedom (fewer in truth: draws are without replacement, which only makes the sum smaller)."""
+    """Chi-square over 10,000 epochs: 60 positions, 6 drawn in each. Its 0.9999 quantile is 109 at
+    59 degrees of freedom (fewer in truth: draws are without replacement, which only makes the sum
+    smaller)."""
     (pair,) = duplication()(example())
     collate, hits = collator(), Counter()
     for epoch in range(10_000):
@@ -339,7 +396,8 @@ def test_every_eligible_position_is_hit_alike_and_no_other():
 
 
 def test_pretraining_draws_alike_too_and_never_the_last():
-    """15 of 100 positions, 99 of them eligible; 0.9999 quantile of chi-square at 98 degrees of freedom: 159."""
+    """15 of 100 positions, 99 of them eligible; 0.9999 quantile of chi-square at 98 degrees of
+    freedom: 159."""
     ids = list(range(5, 95)) + list(range(5, 15))
     row = {"input_ids": ids, "labels": ids}
     collate, hits = collator(mode="pretrain"), Counter()
@@ -371,7 +429,9 @@ def test_draws_depend_on_seed_epoch_and_tokens_alone():
     def masks(collate, order=range(6), epoch=0):
         collate.epoch.fill_(epoch)
         ids = collate([pairs[i] for i in order])["input_ids"]
-        return {i: (row == MASK).nonzero().flatten().tolist() for i, row in zip(order, ids, strict=True)}
+        return {
+            i: (row == MASK).nonzero().flatten().tolist() for i, row in zip(order, ids, strict=True)
+        }
 
     first = masks(collator())
     assert masks(collator()) == first
@@ -380,12 +440,15 @@ def test_draws_depend_on_seed_epoch_and_tokens_alone():
     assert masks(collator(), epoch=1) != first != masks(collator(seed=1))
     separate = [row for r in rows for row in duplication("separate")(r)]
     ids = collator(layout="separate")(separate)["input_ids"][1::2]
-    assert [[i + 64 for i in (row == MASK).nonzero().flatten().tolist()] for row in ids] == list(first.values())
+    assert [[i + 64 for i in (row == MASK).nonzero().flatten().tolist()] for row in ids] == list(
+        first.values()
+    )
 
 
 @pytest.mark.parametrize("text", [1, 2, 20])
 def test_pretraining_never_masks_placeholders_and_takes_its_share_of_the_rest(text):
-    """As many image tokens as a real picture has: 15 % of the row would be more than all of its text."""
+    """As many image tokens as a real picture has: 15 % of the row would be more than all of its
+    text."""
     ids = [91] * 576 + list(range(5, 5 + text)) + [92]
     collate = MEAPCollator(pad, MEAPConfig(mode="pretrain"), MASK, 0, placeholders={91, 92})
     hit = set()
@@ -411,8 +474,12 @@ def test_documents_of_a_pretraining_row_draw_on_their_own():
 
     packed = collator(host, mode="pretrain")([{"input_ids": ids, "labels": ids}])
     parts = np.split(np.array(ids), np.cumsum(lengths)[:-1])
-    alone = [collator(mode="pretrain")([{"input_ids": p.tolist(), "labels": p.tolist()}]) for p in parts]
-    assert packed["input_ids"][0].tolist() == [t for batch in alone for t in batch["input_ids"][0].tolist()]
+    alone = [
+        collator(mode="pretrain")([{"input_ids": p.tolist(), "labels": p.tolist()}]) for p in parts
+    ]
+    assert packed["input_ids"][0].tolist() == [
+        t for batch in alone for t in batch["input_ids"][0].tolist()
+    ]
     assert packed[PLAN][0].tolist() == [t for batch in alone for t in batch[PLAN][0].tolist()]
     assert ((packed[PLAN] & EXAMPLE) > 0).sum() == 3
     assert packed["labels"][0].tolist() == ids
@@ -421,7 +488,9 @@ def test_documents_of_a_pretraining_row_draw_on_their_own():
 def test_a_collator_that_makes_its_own_labels_is_named(tokenizer):
     rows = duplication()(example())
     host = DataCollatorForLanguageModeling(tokenizer, mlm=False)
-    with pytest.raises(ConfigError, match="DataCollatorForLanguageModeling replaces the rows' labels"):
+    with pytest.raises(
+        ConfigError, match="DataCollatorForLanguageModeling replaces the rows' labels"
+    ):
         collator(host)(rows)
     with pytest.raises(ConfigError, match="without labels"):
         collator(lambda rows: {"input_ids": torch.tensor([[1]])})(rows)
@@ -431,7 +500,9 @@ def test_a_collator_that_makes_its_own_labels_is_named(tokenizer):
 
 def test_a_collator_that_cuts_a_copy_to_nothing_is_not_blamed():
     _, copy_ = duplication("separate")(example(prompt=8))
-    batch = collator(lambda rows: pad([{k: v[:6] for k, v in r.items()} for r in rows]), layout="separate")([copy_])
+    batch = collator(
+        lambda rows: pad([{k: v[:6] for k, v in r.items()} for r in rows]), layout="separate"
+    )([copy_])
     assert batch["labels"].tolist() == [[IGNORE] * 6] and not batch[PLAN].any()
 
 
@@ -441,7 +512,7 @@ def test_masks_are_never_drawn_twice(mode):
         collator(collator(mode=mode), mode=mode)(duplication()(example()))
 
 
-# -- under every collator that hosts use --------------------------------------------------------------------
+# -- under every collator that hosts use -----------------------------------------------------------
 
 
 def hosts(tokenizer):
@@ -456,7 +527,10 @@ def hosts(tokenizer):
     made = {
         "transformers seq2seq": (DataCollatorForSeq2Seq(tokenizer), without_positions),
         "transformers flattening": (DataCollatorWithFlattening(), list),
-        "transformers flattening, flash": (DataCollatorWithFlattening(return_flash_attn_kwargs=True), list),
+        "transformers flattening, flash": (
+            DataCollatorWithFlattening(return_flash_attn_kwargs=True),
+            list,
+        ),
     }
     try:
         from trl.trainer.sft_trainer import DataCollatorForLanguageModeling as TRLCollator
@@ -469,8 +543,14 @@ def hosts(tokenizer):
         from axolotl.utils import collators
 
         made["axolotl"] = (collators.DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=64), list)
-        made["axolotl multipack"] = (collators.BatchSamplerDataCollatorForSeq2Seq(tokenizer), as_packed)
-        made["axolotl multipack v2"] = (collators.V2BatchSamplerDataCollatorForSeq2Seq(tokenizer), as_packed)
+        made["axolotl multipack"] = (
+            collators.BatchSamplerDataCollatorForSeq2Seq(tokenizer),
+            as_packed,
+        )
+        made["axolotl multipack v2"] = (
+            collators.V2BatchSamplerDataCollatorForSeq2Seq(tokenizer),
+            as_packed,
+        )
     except ImportError:
         pass
     return made
@@ -482,11 +562,16 @@ HOSTS = list(hosts(word_tokenizer("")))
 @pytest.mark.parametrize("name", HOSTS)
 @pytest.mark.parametrize("layout", ["concat", "separate"])
 def test_every_collator_gives_the_same_masks(tokenizer, name, layout):
-    """What stands at a token, its label and its marks, is what the plainest collator gives, row after row."""
+    """What stands at a token, its label and its marks, is what the plainest collator gives, row
+    after row."""
     rows = [example(answer=n, seed=n) for n in (60, 20, 75)]
     rows.append({"input_ids": [7, 8], "labels": [7, 8]})
     doubled = [
-        {**row, "attention_mask": [1] * len(row["input_ids"]), "position_ids": list(range(len(row["input_ids"])))}
+        {
+            **row,
+            "attention_mask": [1] * len(row["input_ids"]),
+            "position_ids": list(range(len(row["input_ids"]))),
+        }
         for r in rows
         for row in duplication(layout)(r)
     ]
@@ -503,16 +588,17 @@ def test_every_collator_gives_the_same_masks(tokenizer, name, layout):
     assert tokens(batch, "input_ids") == tokens(plain, "input_ids")
     assert tokens(batch, PLAN) == tokens(plain, PLAN)
     for ours, theirs in zip(tokens(batch, "labels"), tokens(plain, "labels"), strict=True):
-        assert ours[1:] == theirs[1:]  # flattening collators ignore the first token's label, which nothing predicts
+        # flattening collators ignore the first token's label, which nothing predicts
+        assert ours[1:] == theirs[1:]
     assert (batch["input_ids"] == MASK).sum() == 6 + 7
 
 
-# -- the loss --------------------------------------------------------------------------------------------
+# -- the loss --------------------------------------------------------------------------------------
 
 
 def slow_concat_loss(model, row, masked):
-    """The paper's equation, fine-tuning, position by position: all answer tokens of the original, and in the copy,
-    which attends to the original, the masked ones. Sum and number of terms."""
+    """The paper's equation, fine-tuning, position by position: all answer tokens of the original,
+    and in the copy, which attends to the original, the masked ones. Sum and number of terms."""
     ids = row["input_ids"]
     answer = [i for i, label in enumerate(row["labels"]) if i > 0 and label != IGNORE]
     sequence = ids + [MASK if i in masked else id_ for i, id_ in enumerate(ids)]
@@ -527,7 +613,11 @@ def test_concat_loss_is_the_papers(tiny_model, packed):
     """1e-6 relative, float32: the padded or packed forward sums the same terms in another order."""
     rows = [example(answer=n, seed=n) for n in (20, 52, 55)]
     rows[0]["labels"][:3] = rows[0]["input_ids"][:3]  # supervised from its first token
-    doubled = [{**row, "position_ids": list(range(len(row["input_ids"])))} for r in rows for row in duplication()(r)]
+    doubled = [
+        {**row, "position_ids": list(range(len(row["input_ids"])))}
+        for r in rows
+        for row in duplication()(r)
+    ]
     batch = collator(DataCollatorWithFlattening() if packed else pad)(doubled)
     assert (batch.pop(PLAN) & BOUNDARY).sum() == 2
     labels = batch.pop("labels")
@@ -535,7 +625,9 @@ def test_concat_loss_is_the_papers(tiny_model, packed):
     documents = batch["input_ids"][0].split(lengths) if packed else batch["input_ids"]
     with torch.no_grad():
         logits = tiny_model(**batch, use_cache=False).logits
-        ours = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE)
+        ours = F.cross_entropy(
+            logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE
+        )
         parts = []
         for row, document in zip(rows, documents, strict=True):
             length = len(row["input_ids"])
@@ -547,7 +639,8 @@ def test_concat_loss_is_the_papers(tiny_model, packed):
 
 
 def test_targets_of_heads_are_masked_tokens_and_never_cross_into_the_copy():
-    row = example(prompt=0, answer=60)  # supervised from the first token: a target near the copy's start is possible
+    # supervised from the first token: a target near the copy's start is possible
+    row = example(prompt=0, answer=60)
     batch = collator(mask_ratio=0.9)(duplication()(row))
     length = len(row["input_ids"])
     targets = head_targets(batch, 4)
@@ -562,10 +655,14 @@ def test_targets_of_heads_are_masked_tokens_and_never_cross_into_the_copy():
 
 @pytest.mark.parametrize("ratio", [0, 1, -0.1, 1.5, math.nan, "x", True])
 def test_ratios_that_are_none(ratio):
-    with pytest.raises(ConfigError, match="meap.mask_ratio: got .*accepts a number above 0 and below 1"):
+    with pytest.raises(
+        ConfigError, match="meap.mask_ratio: got .*accepts a number above 0 and below 1"
+    ):
         MEAPConfig(mask_ratio=ratio)
 
 
 def test_layout_misspelt():
-    with pytest.raises(ConfigError, match="meap.layout: got 'concta', but it accepts one of concat, separate"):
+    with pytest.raises(
+        ConfigError, match="meap.layout: got 'concta', but it accepts one of concat, separate"
+    ):
         MEAPConfig(layout="concta")

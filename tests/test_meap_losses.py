@@ -1,4 +1,5 @@
-"""`meap/loss_masked` and `meap/loss_original`, against the model's own logits of every batch, written out."""
+"""`meap/loss_masked` and `meap/loss_original`, against the model's own logits of every batch,
+written out."""
 
 from __future__ import annotations
 
@@ -51,10 +52,16 @@ def summed(model, batches):
 
 
 @pytest.mark.parametrize("steps", [1, 2], ids=["logged every step", "every second step"])
-@pytest.mark.parametrize("meap", [{"layout": "concat"}, {"layout": "separate"}, {"mode": "pretrain"}], ids=str)
+@pytest.mark.parametrize(
+    "meap", [{"layout": "concat"}, {"layout": "separate"}, {"mode": "pretrain"}], ids=str
+)
 def test_each_kind_is_the_mean_over_its_tokens(model, tmp_path, meap, steps):
     """Of all micro-batches of a step, and of all steps since the last log."""
-    settings = {"learning_rate": 0.0, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    settings = {
+        "learning_rate": 0.0,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+    }
     reference = copy.deepcopy(model)
     trainer = trainer_of(model, tmp_path, meap=meap, logging_steps=steps, **settings)
     seen = Batches(model)
@@ -69,14 +76,19 @@ def test_each_kind_is_the_mean_over_its_tokens(model, tmp_path, meap, steps):
             assert (key in entry) == (count > 0)
             assert count == 0 or entry[key] == pytest.approx(total / count, rel=1e-5)
         if steps == 1:
-            assert entry["loss"] == pytest.approx((sums[:, 0].sum() / sums[:, 1].sum()).item(), rel=1e-5)
+            assert entry["loss"] == pytest.approx(
+                (sums[:, 0].sum() / sums[:, 1].sum()).item(), rel=1e-5
+            )
 
 
 @pytest.mark.parametrize("kind", ["fused", "lora", "added", "bf16"])
 def test_with_caft_and_without_logits(model, tmp_path, kind):
-    """Where the model makes no logits (`fused_loss`), its final hidden states give them; the split adds up."""
+    """Where the model makes no logits (`fused_loss`), its final hidden states give them; the split
+    adds up."""
     if kind == "lora":
-        model = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", modules_to_save=["lm_head"]))
+        model = get_peft_model(
+            model, LoraConfig(r=2, target_modules="all-linear", modules_to_save=["lm_head"])
+        )
     caft = {"num_heads": 2, "fused_loss": "on" if kind in ("fused", "bf16") else "off"}
     trainer = trainer_of(
         model,
@@ -92,8 +104,12 @@ def test_with_caft_and_without_logits(model, tmp_path, kind):
     tolerance = 2e-2 if kind == "bf16" else 1e-5
     for entry, batch in zip(losses(trainer), seen.train, strict=True):
         masked = (batch["input_ids"] == trainer.meap.collator.mask_id).sum().item()
-        tokens = entry["meap/loss_masked"] * masked + entry["meap/loss_original"] * (count(trainer) - masked)
-        assert tokens / count(trainer) == pytest.approx(entry["caft/next_token_loss"], rel=tolerance)
+        tokens = entry["meap/loss_masked"] * masked + entry["meap/loss_original"] * (
+            count(trainer) - masked
+        )
+        assert tokens / count(trainer) == pytest.approx(
+            entry["caft/next_token_loss"], rel=tolerance
+        )
 
 
 def count(trainer):
@@ -103,8 +119,8 @@ def count(trainer):
 
 
 def test_it_costs_no_forward_pass_and_changes_nothing(model, tmp_path):
-    """The same weights to the bit as without reading, as many forward passes, no hook after training, and nothing in
-    evaluation."""
+    """The same weights to the bit as without reading, as many forward passes, no hook after
+    training, and nothing in evaluation."""
 
     def trained(read):
         own = copy.deepcopy(model)
@@ -115,7 +131,13 @@ def test_it_costs_no_forward_pass_and_changes_nothing(model, tmp_path):
             trainer.meap.losses = None
         trainer.train()
         hooks = [len(module._forward_hooks) for module in own.modules()]
-        return own.state_dict(), len(seen.train), len(seen.evaluation), hooks, trainer.state.log_history
+        return (
+            own.state_dict(),
+            len(seen.train),
+            len(seen.evaluation),
+            hooks,
+            trainer.state.log_history,
+        )
 
     (weights, *counts, logs), (others, *other_counts, other_logs) = trained(True), trained(False)
     assert all(torch.equal(weights[name], others[name]) for name in weights)

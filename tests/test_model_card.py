@@ -1,4 +1,5 @@
-"""The card that a framework writes next to a model says what CAFT and MEAP did; where it writes none, there is none."""
+"""The card that a framework writes next to a model says what CAFT and MEAP did; where it writes
+none, there is none."""
 
 from __future__ import annotations
 
@@ -15,12 +16,22 @@ from caft_plugin.model_card import END, START, FrameworkCard, section
 
 def model_of(kind):
     model = LlamaForCausalLM(LlamaConfig(**{**LLAMA, "max_position_embeddings": 256}))
-    return get_peft_model(model, LoraConfig(r=2, target_modules="all-linear")) if kind == "lora" else model
+    return (
+        get_peft_model(model, LoraConfig(r=2, target_modules="all-linear"))
+        if kind == "lora"
+        else model
+    )
 
 
 def run(folder, kind="lora", **blocks):
     trainer = trainer_of(
-        model_of(kind), folder, max_steps=2, num_train_epochs=1, save_strategy="steps", save_steps=1, **blocks
+        model_of(kind),
+        folder,
+        max_steps=2,
+        num_train_epochs=1,
+        save_strategy="steps",
+        save_steps=1,
+        **blocks,
     )
     trainer.train()
     trainer.save_model()
@@ -35,7 +46,8 @@ def keys_in(card):
 
 
 def test_an_adapters_card(tmp_path):
-    """PEFT's, in the run's folder and in each checkpoint; saved twice, and with other settings the second time."""
+    """PEFT's, in the run's folder and in each checkpoint; saved twice, and with other settings the
+    second time."""
     run(tmp_path, caft={"num_heads": 2}, meap={})
     for folder in (tmp_path, tmp_path / "checkpoint-1"):
         text, keys = keys_in((folder / "README.md").read_text())
@@ -65,7 +77,8 @@ def test_a_plain_run_says_nothing_also_in_the_folder_of_another(tmp_path):
 def test_a_models_card_is_completed_when_the_trainer_makes_it(tmp_path, blocks):
     (tmp_path / "README.md").write_text("# Mine\n")
     trainer = run(tmp_path, "full", **blocks)
-    assert (tmp_path / "README.md").read_text() == "# Mine\n"  # the Trainer writes none with a model
+    # the Trainer writes none with a model
+    assert (tmp_path / "README.md").read_text() == "# Mine\n"
     (tmp_path / "README.md").unlink()
     trainer.save_model()
     assert not (tmp_path / "README.md").exists()

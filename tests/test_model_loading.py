@@ -1,4 +1,5 @@
-"""A model is loaded as it was trained: adapters with a larger vocabulary, a run's config next to them, revisions."""
+"""A model is loaded as it was trained: adapters with a larger vocabulary, a run's config next to
+them, revisions."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ def base(tmp_path):
 
 
 def run(base, out, tokens=None, overrides=None, leaves_config=True, **lora):
-    """What a LoRA run leaves: its adapter, and Axolotl's config.json next to it. Returns the logits of its model."""
+    """What a LoRA run leaves: its adapter, and Axolotl's config.json next to it. Returns the logits
+    of its model."""
     config = LlamaConfig.from_pretrained(base)
     for key, value in (overrides or {}).items():
         setattr(config, key, value)
@@ -38,7 +40,9 @@ def run(base, out, tokens=None, overrides=None, leaves_config=True, **lora):
         model.resize_token_embeddings(tokens)
     if leaves_config:
         model.config.save_pretrained(out)
-    model = get_peft_model(model, LoraConfig(**{"r": 4, "target_modules": ["q_proj", "up_proj"], **lora})).eval()
+    model = get_peft_model(
+        model, LoraConfig(**{"r": 4, "target_modules": ["q_proj", "up_proj"], **lora})
+    ).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -63,7 +67,11 @@ RUNS = {
     "LoRA on them, no config": {"tokens": 103, "leaves_config": False, **ON_THEM},
     "fewer tokens": {"tokens": 90, **SAVED},
     "overrides": {"overrides": {"rms_norm_eps": 0.5}},
-    "overrides and tokens": {"overrides": {"rms_norm_eps": 0.5, "rope_theta": 500.0}, "tokens": 128, **SAVED},
+    "overrides and tokens": {
+        "overrides": {"rms_norm_eps": 0.5, "rope_theta": 500.0},
+        "tokens": 128,
+        **SAVED,
+    },
 }
 
 
@@ -77,7 +85,8 @@ def test_an_adapter_brings_the_model_that_was_trained(base, tmp_path, how):
 
 
 def test_tokens_that_the_adapter_does_not_hold(base, tmp_path):
-    """A new pad token, without its row in the adapter: the row was never trained, and all others are as they were."""
+    """A new pad token, without its row in the adapter: the row was never trained, and all others
+    are as they were."""
     wanted = run(base, tmp_path / "out", tokens=98)
     file = tmp_path / "out" / "adapter_model.safetensors"
     from safetensors.torch import load_file, save_file
@@ -135,13 +144,23 @@ def test_attention_report_of_an_adapter_is_that_of_the_merged_model(base, tmp_pa
     run(base, tmp_path / "out", tokens=103, overrides={"rms_norm_eps": 0.5}, **SAVED)
     merged(load_model(str(tmp_path / "out"), torch.float32)).save_pretrained(tmp_path / "whole")
     word_tokenizer("").save_pretrained(tmp_path / "whole")
-    (tmp_path / "texts.jsonl").write_text(json.dumps(ROW) + "\n" + json.dumps({"text": "w1 w2 w3 w4 w5"}) + "\n")
+    (tmp_path / "texts.jsonl").write_text(
+        json.dumps(ROW) + "\n" + json.dumps({"text": "w1 w2 w3 w4 w5"}) + "\n"
+    )
     texts = read_texts(tmp_path / "texts.jsonl")
 
     def figures(tuned):
-        settings = {"mask_ratio": 0.2, "mask_token": "95", "max_length": 64, "seed": 0, "dtype": torch.float32}
+        settings = {
+            "mask_ratio": 0.2,
+            "mask_token": "95",
+            "max_length": 64,
+            "seed": 0,
+            "dtype": torch.float32,
+        }
         return attention_report(str(base), str(tmp_path / tuned), texts, **settings)
 
     adapter, whole, itself = map(figures, ("out", "whole", "base"))
-    assert adapter.masked == pytest.approx(whole.masked) and adapter.variance == pytest.approx(whole.variance)
+    assert adapter.masked == pytest.approx(whole.masked) and adapter.variance == pytest.approx(
+        whole.variance
+    )
     assert adapter.masked["tuned", "unmasked"] != pytest.approx(itself.masked["tuned", "unmasked"])

@@ -1,4 +1,5 @@
-"""Number formats: what is logged is exact to float32 whatever training runs in, and nothing becomes NaN."""
+"""Number formats: what is logged is exact to float32 whatever training runs in, and nothing becomes
+NaN."""
 
 from __future__ import annotations
 
@@ -37,7 +38,8 @@ def autocast(dtype):
 
 
 def slow_means(trainer, batches, outputs, dtype):
-    """Mean cross-entropy of each head over all batches: the model's own logits, the rest in float64."""
+    """Mean cross-entropy of each head over all batches: the model's own logits, the rest in
+    float64."""
     sums, counts = torch.zeros(4, dtype=torch.float64), torch.zeros(4)
     trunk = trainer.caft.trunk
     for batch in batches:
@@ -82,7 +84,8 @@ def test_logged_losses_are_exact(tiny_model, tmp_path, outputs, name):
 
 
 def gradients_of_heads(trainer, batch, dtype, scaler=None):
-    """Of the total loss of one batch; with a scaler, scaled for the backward pass and unscaled afterwards."""
+    """Of the total loss of one batch; with a scaler, scaled for the backward pass and unscaled
+    afterwards."""
     model = trainer.model
     with trainer.caft.handle:
         model.zero_grad(set_to_none=True)
@@ -95,7 +98,11 @@ def gradients_of_heads(trainer, batch, dtype, scaler=None):
         else:
             scaler.scale(loss).backward()
             scaler.unscale_(optimizer)
-        return loss.detach(), {n: p.grad for n, p in model.named_parameters() if MODULE_NAME in n}, optimizer
+        return (
+            loss.detach(),
+            {n: p.grad for n, p in model.named_parameters() if MODULE_NAME in n},
+            optimizer,
+        )
 
 
 def at_start(trainer, steps=10):
@@ -146,7 +153,8 @@ def test_fp16_scaling_skips_a_step_that_overflows_and_goes_on(tiny_model, tmp_pa
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("lengths", [[2, 2], [3, 3, 2], [4, 2, 5]])
 def test_rows_too_short_for_some_heads(tiny_model, tmp_path, outputs, name, lengths):
-    """Head k needs k+2 tokens in a row: those without any give 0, and no gradient that is not a number."""
+    """Head k needs k+2 tokens in a row: those without any give 0, and no gradient that is not a
+    number."""
     weights, dtype = FORMATS[name]
     trainer = at_start(trainer_of(tiny_model.to(weights), tmp_path, caft={"beta": 0.5}))
     batch = pad(rows(lengths, prompt=1))
@@ -173,7 +181,9 @@ def test_nothing_supervised_adds_nothing(tiny_model, tmp_path, name):
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             return model(**inputs).logits.float().sum() * 0
 
-    trainer = trainer_of(tiny_model.to(weights), tmp_path, caft={}, trainer_class=with_caft(ZeroLoss))
+    trainer = trainer_of(
+        tiny_model.to(weights), tmp_path, caft={}, trainer_class=with_caft(ZeroLoss)
+    )
     batch = pad(DATA[:4])
     batch["labels"] = torch.full_like(batch["labels"], IGNORE)
     loss, gradients, _ = gradients_of_heads(at_start(trainer), batch, dtype)
@@ -184,7 +194,9 @@ def test_nothing_supervised_adds_nothing(tiny_model, tmp_path, name):
 
 def test_training_in_bf16_is_finite_and_learns(tiny_model, tmp_path):
     seen = Gradients()
-    trainer = trainer_of(tiny_model.bfloat16(), tmp_path, caft={"beta": 0.5}, callbacks=[seen], max_steps=8)
+    trainer = trainer_of(
+        tiny_model.bfloat16(), tmp_path, caft={"beta": 0.5}, callbacks=[seen], max_steps=8
+    )
     trainer.train()
     logs = losses(trainer)
     for k in range(1, 5):

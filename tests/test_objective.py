@@ -1,5 +1,5 @@
-"""Hosts that ask for the loss more often than once a micro-batch, for parts of it, by hand, or not at all; and what
-sums begin with."""
+"""Hosts that ask for the loss more often than once a micro-batch, for parts of it, by hand, or not
+at all; and what sums begin with."""
 
 from __future__ import annotations
 
@@ -18,7 +18,14 @@ from caft_plugin import ConfigError, with_caft
 from caft_plugin.caft.heads import LayerCall, replay
 from caft_plugin.targets import IGNORE
 
-KEYS = ("loss", "grad_norm", "caft/next_token_loss", "caft/loss_head_1", "caft/gamma", "caft/aux_loss")
+KEYS = (
+    "loss",
+    "grad_norm",
+    "caft/next_token_loss",
+    "caft/loss_head_1",
+    "caft/gamma",
+    "caft/aux_loss",
+)
 
 
 class AsksTwice(Trainer):
@@ -26,7 +33,11 @@ class AsksTwice(Trainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         loss = super().training_step(model, inputs, num_items_in_batch)
-        again = [self.compute_loss(model, self._prepare_inputs(inputs), num_items_in_batch=num_items_in_batch)]
+        again = [
+            self.compute_loss(
+                model, self._prepare_inputs(inputs), num_items_in_batch=num_items_in_batch
+            )
+        ]
         again.append(self.compute_loss(model, dict(inputs), num_items_in_batch=num_items_in_batch))
         assert torch.equal(again[0], again[1]) and torch.equal(again[0].detach(), loss)
         return loss
@@ -58,7 +69,9 @@ class AsksOnceForAll(Trainer):
         length = max(batch["labels"].shape[1] for batch in self.held)
         fill = {"input_ids": 0, "labels": IGNORE, "attention_mask": 0}
         joined = {
-            key: torch.cat([F.pad(b[key], (0, length - b[key].shape[1]), value=value) for b in self.held])
+            key: torch.cat(
+                [F.pad(b[key], (0, length - b[key].shape[1]), value=value) for b in self.held]
+            )
             for key, value in fill.items()
         }
         self.held.clear()
@@ -67,7 +80,13 @@ class AsksOnceForAll(Trainer):
 
 @pytest.mark.parametrize(
     ("host", "drawn"),
-    [(AsksTwice, None), (AsksTwice, 1), (AsksForHalves, None), (AsksForHalves, 1), (AsksOnceForAll, None)],
+    [
+        (AsksTwice, None),
+        (AsksTwice, 1),
+        (AsksForHalves, None),
+        (AsksForHalves, 1),
+        (AsksOnceForAll, None),
+    ],
 )
 def test_how_a_host_asks_changes_nothing(tiny_model, tmp_path, host, drawn):
     """Losses, logs and gradients against the Trainer's own step: float32, 1e-5 relative."""
@@ -87,7 +106,9 @@ def test_how_a_host_asks_changes_nothing(tiny_model, tmp_path, host, drawn):
         runs.append((losses(trainer), seen.steps))
     for one, other in zip(runs[0][0], runs[1][0], strict=True):
         assert one.keys() == other.keys()
-        assert [other[k] for k in KEYS if k in one] == pytest.approx([one[k] for k in KEYS if k in one], rel=1e-5)
+        assert [other[k] for k in KEYS if k in one] == pytest.approx(
+            [one[k] for k in KEYS if k in one], rel=1e-5
+        )
     for one, other in zip(runs[0][1], runs[1][1], strict=True):
         for name, gradient in one.items():
             if gradient is None:
@@ -97,7 +118,8 @@ def test_how_a_host_asks_changes_nothing(tiny_model, tmp_path, host, drawn):
 
 
 def test_a_step_whose_inputs_the_host_has_changed_keeps_its_draws(tiny_model, tmp_path):
-    """Other dicts and other labels than those that were counted: micro-batches are then taken in turn."""
+    """Other dicts and other labels than those that were counted: micro-batches are then taken in
+    turn."""
 
     class Relabels(CAFTTrainer):
         def training_step(self, model, inputs, num_items_in_batch=None):
@@ -114,7 +136,9 @@ def test_a_step_whose_inputs_the_host_has_changed_keeps_its_draws(tiny_model, tm
             caft={"heads_per_step": 1, "beta": 0.5},
         )
         trainer.train()
-        runs.append([{k: v for k, v in e.items() if "caft" in k or k == "loss"} for e in losses(trainer)])
+        runs.append(
+            [{k: v for k, v in e.items() if "caft" in k or k == "loss"} for e in losses(trainer)]
+        )
     assert runs[0] == runs[1]
 
 
@@ -160,7 +184,9 @@ def test_a_loss_by_hand_is_a_window_of_its_own(tiny_model, tmp_path):
 class MakesItsOwnTargets(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         outputs = model(input_ids=inputs["input_ids"])
-        loss = F.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), inputs["input_ids"][:, 1:].flatten())
+        loss = F.cross_entropy(
+            outputs.logits[:, :-1].flatten(0, 1), inputs["input_ids"][:, 1:].flatten()
+        )
         return (loss, outputs) if return_outputs else loss
 
 
@@ -178,10 +204,14 @@ def test_a_host_that_passes_over_a_batch_trains_on_the_others(tiny_model, tmp_pa
                 return torch.zeros(())
             return super().training_step(model, inputs, num_items_in_batch)
 
-    trainer = trainer_of(tiny_model, tmp_path, {"beta": 0.5}, with_caft(PassesOver), gradient_accumulation_steps=2)
+    trainer = trainer_of(
+        tiny_model, tmp_path, {"beta": 0.5}, with_caft(PassesOver), gradient_accumulation_steps=2
+    )
     trainer.train()
     for entry in losses(trainer):
-        assert entry["loss"] == pytest.approx(entry["caft/next_token_loss"] + entry["caft/aux_loss"], rel=1e-5)
+        assert entry["loss"] == pytest.approx(
+            entry["caft/next_token_loss"] + entry["caft/aux_loss"], rel=1e-5
+        )
 
 
 def only_ids(rows):
@@ -200,7 +230,9 @@ def one_label_a_row(rows):
         (StepsByItself, pad, "StepsByItself made its first step without calling compute_loss"),
     ],
 )
-def test_a_host_that_heads_cannot_follow_is_named_at_the_first_step(tiny_model, tmp_path, host, collator, words):
+def test_a_host_that_heads_cannot_follow_is_named_at_the_first_step(
+    tiny_model, tmp_path, host, collator, words
+):
     trainer = trainer_of(tiny_model, tmp_path, {}, with_caft(host))
     trainer.data_collator = collator
     with pytest.raises(ConfigError, match=words):
@@ -208,7 +240,7 @@ def test_a_host_that_heads_cannot_follow_is_named_at_the_first_step(tiny_model, 
     assert trainer.state.global_step == 0
 
 
-# -- which call is read -------------------------------------------------------------------------------------
+# -- which call is read ----------------------------------------------------------------------------
 
 
 def other_text(inputs):
@@ -217,11 +249,15 @@ def other_text(inputs):
 
 def as_embeddings(model, inputs):
     embedded = model.get_input_embeddings()(inputs["input_ids"])
-    return {**{key: value for key, value in inputs.items() if key != "input_ids"}, "inputs_embeds": embedded}
+    return {
+        **{key: value for key, value in inputs.items() if key != "input_ids"},
+        "inputs_embeds": embedded,
+    }
 
 
 def calling(*calls):
-    """A host whose loss is that of the batch and that calls the model with what `calls` make of it, in this order."""
+    """A host whose loss is that of the batch and that calls the model with what `calls` make of it,
+    in this order."""
 
     class Calls(Trainer):
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -248,7 +284,10 @@ READ = {
     ("part", "equal"): None,
     ("other", "part", "batch"): None,
     ("batch", "other"): None,
-    ("other",): r"with different input_ids than the batch \(called with shapes \(4, 30\); the batch has \(4, 30\)\)",
+    ("other",): (
+        r"with different input_ids than the batch \(called with shapes \(4, 30\); the batch has"
+        r" \(4, 30\)\)"
+    ),
     ("part", "other"): "with different input_ids than the batch",
     ("embeddings of other", "batch"): "2 times, the first time without input_ids",
     ("embeddings of other", "embeddings"): "2 times, the first time without input_ids",
@@ -257,14 +296,17 @@ READ = {
 
 @pytest.mark.parametrize("calls", READ, ids=" then ".join)
 def test_heads_learn_from_the_call_about_the_batch(tiny_model, tmp_path, calls):
-    """Whatever else a host's loss calls the model with, before or after. It is the first step's loss and gradients of
-    the heads that are compared with those of a host that calls it once, to 1e-5 relative (float32)."""
+    """Whatever else a host's loss calls the model with, before or after. It is the first step's
+    loss and gradients of the heads that are compared with those of a host that calls it once, to
+    1e-5 relative (float32)."""
     settings = {"data": DATA[:4], "max_steps": 1, "max_grad_norm": 0.0}
     found = []
     for kinds in (("batch",), calls):
         seen = Gradients()
         host = with_caft(calling(*(CALLS[kind] for kind in kinds)))
-        trainer = trainer_of(copy.deepcopy(tiny_model), tmp_path, {"beta": 0.5}, host, callbacks=[seen], **settings)
+        trainer = trainer_of(
+            copy.deepcopy(tiny_model), tmp_path, {"beta": 0.5}, host, callbacks=[seen], **settings
+        )
         if READ[kinds] is not None:
             with pytest.raises(ConfigError, match=READ[kinds]):
                 trainer.train()
@@ -277,7 +319,7 @@ def test_heads_learn_from_the_call_about_the_batch(tiny_model, tmp_path, calls):
         torch.testing.assert_close(found[1][1][name], gradient, rtol=1e-5, atol=1e-7)
 
 
-# -- the model's output -------------------------------------------------------------------------------------
+# -- the model's output ----------------------------------------------------------------------------
 
 
 class UnpacksTuple(Trainer):
@@ -306,11 +348,15 @@ class PenalisesAll(Trainer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.start = {name: parameter.detach().clone() for name, parameter in self.model.named_parameters()}
+        self.start = {
+            name: parameter.detach().clone() for name, parameter in self.model.named_parameters()
+        }
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
-        penalties = [(p - self.start[name] + 0.01).pow(2).sum() for name, p in model.named_parameters()]
+        penalties = [
+            (p - self.start[name] + 0.01).pow(2).sum() for name, p in model.named_parameters()
+        ]
         return loss + 0.1 * sum(penalties)
 
 
@@ -321,10 +367,12 @@ def test_a_hosts_own_loss_is_what_it_is_without_heads(tiny_model, tmp_path, host
     ours = trainer_of(tiny_model, tmp_path, {"beta": 0.5}, with_caft(host), max_steps=1)
     plain.train()
     ours.train()
-    assert losses(ours)[0]["caft/next_token_loss"] == pytest.approx(losses(plain)[0]["loss"], rel=1e-6)
+    assert losses(ours)[0]["caft/next_token_loss"] == pytest.approx(
+        losses(plain)[0]["loss"], rel=1e-6
+    )
 
 
-# -- shapes ------------------------------------------------------------------------------------------------
+# -- shapes ----------------------------------------------------------------------------------------
 
 
 def joined(batch):  # as preference training does
@@ -341,7 +389,9 @@ def shortened(batch):
 
 @pytest.mark.parametrize("fused", ["off", "on"])
 @pytest.mark.parametrize("reshape", [joined, flattened, shortened])
-def test_a_host_that_reshapes_the_batch_is_an_error_with_both_shapes(tiny_model, tmp_path, reshape, fused):
+def test_a_host_that_reshapes_the_batch_is_an_error_with_both_shapes(
+    tiny_model, tmp_path, reshape, fused
+):
     class Reshapes(Trainer):
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             loss = model(**reshape(inputs)).loss
@@ -361,12 +411,13 @@ def test_a_host_that_reshapes_the_batch_is_an_error_with_both_shapes(tiny_model,
         trainer.train()
 
 
-# -- sums ----------------------------------------------------------------------------------------------------
+# -- sums ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("how", ["interrupted", "smaller batches"])
 def test_whatever_starts_a_loop_starts_with_empty_sums(tiny_model, tmp_path, how):
-    """The first log line after a loop that broke off between two lines is the mean of its own steps."""
+    """The first log line after a loop that broke off between two lines is the mean of its own
+    steps."""
 
     class BreaksOff(TrainerCallback):
         broken = False
@@ -374,9 +425,18 @@ def test_whatever_starts_a_loop_starts_with_empty_sums(tiny_model, tmp_path, how
         def on_step_end(self, args, state, control, **kwargs):
             if not self.broken and state.global_step == 8:
                 BreaksOff.broken = True
-                raise KeyboardInterrupt if how == "interrupted" else RuntimeError("CUDA out of memory.")
+                raise (
+                    KeyboardInterrupt
+                    if how == "interrupted"
+                    else RuntimeError("CUDA out of memory.")
+                )
 
-    settings = {"logging_steps": 5, "max_steps": 10, "learning_rate": 0.0, "per_device_train_batch_size": 8}
+    settings = {
+        "logging_steps": 5,
+        "max_steps": 10,
+        "learning_rate": 0.0,
+        "per_device_train_batch_size": 8,
+    }
     trainer = trainer_of(
         tiny_model,
         tmp_path,
@@ -392,15 +452,19 @@ def test_whatever_starts_a_loop_starts_with_empty_sums(tiny_model, tmp_path, how
     assert BreaksOff.broken
     for entry in losses(trainer):
         assert entry["caft/gamma"] == 1.0
-        assert entry["loss"] == pytest.approx(entry["caft/next_token_loss"] + entry["caft/aux_loss"], rel=1e-5)
+        assert entry["loss"] == pytest.approx(
+            entry["caft/next_token_loss"] + entry["caft/aux_loss"], rel=1e-5
+        )
         assert 4 < entry["caft/loss_head_1"] < 6
 
 
-# -- random numbers and caches -------------------------------------------------------------------------------
+# -- random numbers and caches ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("targets", [["q_proj", "lm_head"], "all-linear"])
-def test_the_host_draws_its_own_random_numbers_where_the_unembedding_has_dropout(tiny_model, tmp_path, targets):
+def test_the_host_draws_its_own_random_numbers_where_the_unembedding_has_dropout(
+    tiny_model, tmp_path, targets
+):
     """With a vanishing beta the losses are the plain run's, to the digit that float32 has."""
     runs = []
     for trainer_class in (Trainer, CAFTTrainer):
@@ -410,13 +474,17 @@ def test_the_host_draws_its_own_random_numbers_where_the_unembedding_has_dropout
             copy.deepcopy(tiny_model),
             LoraConfig(r=4, lora_dropout=0.3, target_modules=modules, init_lora_weights=False),
         )
-        trainer = trainer_of(model, tmp_path, {"train_heads": "frozen", "beta": 1e-12}, trainer_class, max_steps=6)
+        trainer = trainer_of(
+            model, tmp_path, {"train_heads": "frozen", "beta": 1e-12}, trainer_class, max_steps=6
+        )
         trainer.train()
         runs.append([entry["loss"] for entry in losses(trainer)])
     assert runs[0] == pytest.approx(runs[1], rel=1e-6)
 
 
-@pytest.mark.parametrize("name", ["cache", "past_key_values", "past_key_value", "layer_past", "kv_cache", "state"])
+@pytest.mark.parametrize(
+    "name", ["cache", "past_key_values", "past_key_value", "layer_past", "kv_cache", "state"]
+)
 def test_a_head_never_gets_the_models_cache(name):
     """Whatever a family or version calls that argument (transformers 5.24: `cache`)."""
     received = {}
@@ -434,7 +502,11 @@ def test_a_head_never_gets_the_models_cache(name):
     kwargs = {name: cache, "cache_position": positions, "use_cache": True}
     call = LayerCall((hidden,), kwargs, ("cpu", torch.bfloat16, False))
     assert torch.equal(replay(Layer(), hidden, call, positions), hidden[0])
-    assert received[name] is None and received["use_cache"] is False and received["cache_position"] is positions
+    assert (
+        received[name] is None
+        and received["use_cache"] is False
+        and received["cache_position"] is positions
+    )
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -444,7 +516,9 @@ def test_a_model_with_a_cache_trains_as_one_without(tiny_model, tmp_path, padded
         model = copy.deepcopy(tiny_model)
         model.config.use_cache = use_cache
         data = DATA[:4] if padded else [DATA[1]] * 4
-        trainer = trainer_of(model, tmp_path, {"num_heads": 2}, data=data, max_steps=1, use_cache=use_cache)
+        trainer = trainer_of(
+            model, tmp_path, {"num_heads": 2}, data=data, max_steps=1, use_cache=use_cache
+        )
         trainer.train()
         runs.append([losses(trainer)[0][key] for key in KEYS])
     assert runs[0] == pytest.approx(runs[1], rel=1e-5)

@@ -29,9 +29,11 @@ def test_a_chance_is_the_share_of_guesses_that_came_true():
 
 def test_as_many_as_pay():
     sure = [SURE] * 3
-    assert pace_of([1, 1, 1, 1]).how_many(sure, 3) == 3  # a pass costs the same whatever its width: as on a GPU
+    # a pass costs the same whatever its width: as on a GPU
+    assert pace_of([1, 1, 1, 1]).how_many(sure, 3) == 3
     assert pace_of([1, 1, 1, 1]).how_many(sure, 2) == 2
-    assert pace_of([1, 1.5, 3.5, 3.6]).how_many(sure, 3) == 1  # 0.95 tokens for 0.5; 1.81 for 2.5; 2.66 for 2.6
+    # 0.95 tokens for 0.5; 1.81 for 2.5; 2.66 for 2.6
+    assert pace_of([1, 1.5, 3.5, 3.6]).how_many(sure, 3) == 1
     assert pace_of([1, 1.5, 3.5, 3.0]).how_many(sure, 3) == 3  # 2.66 for 2.0
     assert pace_of([1, 3, 3, 9]).how_many(sure, 3) == 0
     assert pace_of([1, 1.5, 1.6, 1.7]).how_many([DOUBTFUL, SURE, SURE], 3) == 0
@@ -48,7 +50,8 @@ def test_plain_passes_are_measured_first_and_every_width_is_tried():
     for _ in range(10):
         sent.append(pace.how_many([SURE] * 3, 3))
         pace.pass_took(sent[-1], 9.0 if sent[-1] else 1.0)
-    assert sent == [3] * FIRST_PASSES + [2] * FIRST_PASSES + [1] * FIRST_PASSES + [0]  # each may cost nothing more
+    # each may cost nothing more
+    assert sent == [3] * FIRST_PASSES + [2] * FIRST_PASSES + [1] * FIRST_PASSES + [0]
 
 
 def test_a_width_that_was_slow_once_is_tried_again():

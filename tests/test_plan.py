@@ -1,4 +1,5 @@
-"""`caft plan`: counts against models that are really built, memory against runs that are really made."""
+"""`caft plan`: counts against models that are really built, memory against runs that are really
+made."""
 
 from __future__ import annotations
 
@@ -18,7 +19,14 @@ from test_vision import model_of
 from tiny import LLAMA
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MixtralConfig, T5Config, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    T5Config,
+    TrainingArguments,
+)
 from transformers import Trainer as HFTrainer
 
 from caft_plugin import CAFTConfig, ConfigError, with_caft
@@ -32,7 +40,13 @@ from caft_plugin.plan.words import parse_memory
 from caft_plugin.precision import cpu_has_bf16
 from caft_plugin.tools.cli import commands
 
-BASE = {"caft": {"num_heads": 2}, "bf16": False, "micro_batch_size": 2, "sequence_len": 64, "optimizer": "adamw_torch"}
+BASE = {
+    "caft": {"num_heads": 2},
+    "bf16": False,
+    "micro_batch_size": 2,
+    "sequence_len": 64,
+    "optimizer": "adamw_torch",
+}
 LORA = {"adapter": "lora", "lora_r": 8, "lora_alpha": 16, "lora_target_linear": True}
 LLAMA_8B = {
     "vocab_size": 128256,
@@ -59,7 +73,9 @@ def tiny(tiny_config, tmp_path):
 @pytest.fixture
 def yml(tmp_path):
     def write(keys):
-        (tmp_path / "config.yml").write_text(keys if isinstance(keys, str) else yaml.safe_dump(keys))
+        (tmp_path / "config.yml").write_text(
+            keys if isinstance(keys, str) else yaml.safe_dump(keys)
+        )
         return tmp_path / "config.yml"
 
     return write
@@ -78,7 +94,9 @@ def trained(module):
 
 
 def adapted(model):
-    return get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"))
+    return get_peft_model(
+        model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    )
 
 
 @pytest.mark.parametrize(
@@ -97,7 +115,9 @@ def test_parameters_gradients_and_states(tiny, tiny_config, keys, how):
     plan = plan_of(keys)
     model = LlamaForCausalLM(tiny_config).to(torch.bfloat16 if keys["bf16"] else torch.float32)
     model = adapted(model) if "adapter" in keys else model
-    heads = build_heads(model, find_trunk(model), resolve_wiring(CAFTConfig.read(keys["caft"]), None), seed=0)
+    heads = build_heads(
+        model, find_trunk(model), resolve_wiring(CAFTConfig.read(keys["caft"]), None), seed=0
+    )
     of_lora = sum(p.numel() for name, p in heads.named_parameters() if ".lora_" in name)
     assert (plan.how, plan.heads) == (how, 2)
     assert plan.parameters == sum(p.numel() for p in heads.parameters()) - of_lora
@@ -117,15 +137,22 @@ def test_parameters_gradients_and_states(tiny, tiny_config, keys, how):
 
 @pytest.mark.parametrize("family", ["Qwen2VL", "Qwen3_5", "Gemma3"])
 def test_vision_language_models_are_counted_whole(family, tmp_path):
-    """As Axolotl loads them, also where transformers has a class for the text part alone (Qwen3_5)."""
+    """As Axolotl loads them, also where transformers has a class for the text part alone
+    (Qwen3_5)."""
     model = model_of(family)
     model.config.save_pretrained(tmp_path / "model")
     plan = plan_of({**BASE, "base_model": str(tmp_path / "model")})
-    heads = build_heads(model, find_trunk(model), resolve_wiring(CAFTConfig(num_heads=2), None), seed=0)
+    heads = build_heads(
+        model, find_trunk(model), resolve_wiring(CAFTConfig(num_heads=2), None), seed=0
+    )
     assert plan.base_parameters == sum(p.numel() for p in model.parameters())
-    assert plan.base.weights == bytes_of(model.parameters()) and plan.added.weights == bytes_of(heads.parameters())
+    assert plan.base.weights == bytes_of(model.parameters()) and plan.added.weights == bytes_of(
+        heads.parameters()
+    )
     assert [note for note in plan.notes if "rough estimate" in note] == []
-    assert "Rows are counted as text: the weights of the vision part are included" in " ".join(plan.notes)
+    assert "Rows are counted as text: the weights of the vision part are included" in " ".join(
+        plan.notes
+    )
     trained_on_text = plan_of({**BASE, **LORA, "base_model": str(tmp_path / "model")})
     assert trained_on_text.how == "lora" and 1 < trained_on_text.ratio < 2
 
@@ -170,13 +197,16 @@ def test_step_time_by_hand(tiny, tiny_config):
     keys = {**tiny, "caft": {"num_heads": 2, "train_heads": "frozen"}}
     assert plan_of(keys).ratio == pytest.approx(1 + 2 * frozen / plain)
     drawn = plan_of({**tiny, "caft": {"num_heads": 2, "heads_per_step": 1}})
-    assert drawn.ratio_drawn == pytest.approx(1 + head / plain) and drawn.ratio == plan_of(tiny).ratio
+    assert (
+        drawn.ratio_drawn == pytest.approx(1 + head / plain) and drawn.ratio == plan_of(tiny).ratio
+    )
     fused = plan_of({**tiny, "caft": {"num_heads": 2, "fused_loss": "on"}})
     assert fused.ratio == pytest.approx(1 + (2 * head - 0.7 * hidden * vocab) / plain)
 
 
 def test_heads_drawn_on_average():
-    """Two draws of two heads, weights 1 and 0.5: head 1 runs unless missed twice, (1/3)^2; head 2, (2/3)^2."""
+    """Two draws of two heads, weights 1 and 0.5: head 1 runs unless missed twice, (1/3)^2; head 2,
+    (2/3)^2."""
     config = CAFTConfig(num_heads=2, heads_per_step=2, alpha=0.5)
     assert expected_heads(config) == pytest.approx(8 / 9 + 5 / 9)
 
@@ -197,7 +227,9 @@ def test_experts_count_as_far_as_they_are_active(tmp_path):
 
 
 def test_fsdp_divides_what_stands(tiny):
-    alone, shared = (plan_of({**tiny, "fsdp_version": 2, "fsdp_config": {"x": 1}}, gpus=n) for n in (1, 4))
+    alone, shared = (
+        plan_of({**tiny, "fsdp_version": 2, "fsdp_config": {"x": 1}}, gpus=n) for n in (1, 4)
+    )
     for part in ("weights", "gradients", "states"):
         for of in ("base", "added"):
             assert getattr(getattr(shared, of), part) == getattr(getattr(alone, of), part) / 4
@@ -208,7 +240,9 @@ def test_fsdp_divides_what_stands(tiny):
 def test_quantised_weights_are_those_of_bitsandbytes(tmp_path):
     import bitsandbytes as bnb
 
-    config = LlamaConfig(**{**LLAMA, "hidden_size": 256, "intermediate_size": 512, "vocab_size": 128})
+    config = LlamaConfig(
+        **{**LLAMA, "hidden_size": 256, "intermediate_size": 512, "vocab_size": 128}
+    )
     config.save_pretrained(tmp_path)
     model = LlamaForCausalLM(config).bfloat16()
     total = 0
@@ -221,10 +255,20 @@ def test_quantised_weights_are_those_of_bitsandbytes(tmp_path):
             state = packed.quant_state
             total += packed.nbytes + state.absmax.nbytes + state.state2.absmax.nbytes
     linear = {
-        p for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head" for p in m.parameters()
+        p
+        for n, m in model.named_modules()
+        if isinstance(m, torch.nn.Linear) and n != "lm_head"
+        for p in m.parameters()
     }
     total += bytes_of(p for p in model.parameters() if p not in linear)
-    keys = {**BASE, **LORA, "base_model": str(tmp_path), "adapter": "qlora", "load_in_4bit": True, "bf16": True}
+    keys = {
+        **BASE,
+        **LORA,
+        "base_model": str(tmp_path),
+        "adapter": "qlora",
+        "load_in_4bit": True,
+        "bf16": True,
+    }
     factors = bytes_of(trained(adapted(LlamaForCausalLM(config))))
     plan = plan_of(keys)
     assert plan.base.weights == pytest.approx(total + factors, rel=0.01)
@@ -262,7 +306,9 @@ def test_beta_0_adds_nothing(tiny, yml):
     assert "caft.beta is 0: no heads are built" in output and "fits" in output
 
 
-@pytest.mark.parametrize(("text", "amount"), [("24GB", 24e9), ("24", 24e9), ("80 GB", 80e9), ("24GiB", 24 * 2**30)])
+@pytest.mark.parametrize(
+    ("text", "amount"), [("24GB", 24e9), ("24", 24e9), ("80 GB", 80e9), ("24GiB", 24 * 2**30)]
+)
 def test_memory_sizes(text, amount):
     assert parse_memory(text) == amount
 
@@ -272,7 +318,9 @@ def test_output(tiny, yml):
     assert result.exit_code == 0, result.output
     assert "tokens per GPU" in result.output and "The heads add, in GB per GPU" in result.output
     assert "trying changes" in result.stderr
-    assert "0.00 GB: does not fit" in result.output and "  caft.train_heads: frozen " in result.output
+    assert (
+        "0.00 GB: does not fit" in result.output and "  caft.train_heads: frozen " in result.output
+    )
     group = click.Group("axolotl", commands={"caft": commands})
     result = CliRunner().invoke(group, ["caft", "plan", str(yml(tiny)), "--gpu-memory", "24GB"])
     assert result.exit_code == 0 and "24.00 GB: fits" in result.output
@@ -282,16 +330,20 @@ def fitting(ways, pool):
     """All combinations that fit, the smallest and then the cheapest first, each tried."""
     for size in range(2, len(pool) + 1):
         for some in itertools.combinations(pool, size):
-            if not any(one.excludes(other) for one, other in itertools.combinations(some, 2)) and ways.fits(some):
+            if not any(
+                one.excludes(other) for one, other in itertools.combinations(some, 2)
+            ) and ways.fits(some):
                 yield list(some)
 
 
-FEW = {"gradient_checkpointing": True, "micro_batch_size": 1, "optimizer": "adamw_bnb_8bit"}  # few changes are left
+# few changes are left
+FEW = {"gradient_checkpointing": True, "micro_batch_size": 1, "optimizer": "adamw_bnb_8bit"}
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5])
 def test_the_first_combination_that_fits(tiny, share):
-    """Where no change suffices: the first of all combinations, tried one by one, and one that keeps the heads."""
+    """Where no change suffices: the first of all combinations, tried one by one, and one that keeps
+    the heads."""
     plan = plan_of({**tiny, **FEW})
     with WaysOut(plan, 0, 1, 0.3) as ways:
         best = min(ways.peak([change]) for change in ways.single())
@@ -303,7 +355,8 @@ def test_the_first_combination_that_fits(tiny, share):
         keeping = next(fitting(ways, [change for change in pool if not change.without_heads]), None)
         first = keeping or next(fitting(ways, [change for change in pool if not change.caft]))
         keys = [change.words.partition(": ")[0] for change in first]
-        assert [change.words.partition(": ")[0] for change in chosen] == keys  # of num_heads the largest that fits
+        # of num_heads the largest that fits
+        assert [change.words.partition(": ")[0] for change in chosen] == keys
 
 
 def test_where_nothing_fits_the_plan_says_what_does(tiny, yml):
@@ -343,7 +396,10 @@ def encoder_decoder(folder):
     ("change", "message"),
     [
         ({"base_model": None}, "base_model: got None"),
-        ({"base_model": "./nowhere"}, "base_model: got './nowhere', whose config could not be read"),
+        (
+            {"base_model": "./nowhere"},
+            "base_model: got './nowhere', whose config could not be read",
+        ),
         ({"base_model": encoder_decoder}, "is an encoder-decoder model"),
         (
             {"caft": {"num_heads": 33}},
@@ -351,16 +407,30 @@ def encoder_decoder(folder):
         ),
         ({"caft": {"nun_heads": 3}}, "caft.nun_heads: unknown setting"),
         ({"caft": {"heads": "./nowhere"}}, "caft.heads: got './nowhere'"),
-        ({"micro_batch_size": 0}, "micro_batch_size: got 0, but it accepts a whole number at least 1"),
+        (
+            {"micro_batch_size": 0},
+            "micro_batch_size: got 0, but it accepts a whole number at least 1",
+        ),
         ({"sequence_len": "long"}, "sequence_len: got 'long'"),
-        ({"adapter": "llama-adapter"}, "adapter: got 'llama-adapter', but plan accepts lora, qlora or no adapter"),
-        ({**LORA, "lora_target_linear": False, "lora_target_modules": ["no_such"]}, "no LoRA adapter can be put on"),
+        (
+            {"adapter": "llama-adapter"},
+            "adapter: got 'llama-adapter', but plan accepts lora, qlora or no adapter",
+        ),
+        (
+            {**LORA, "lora_target_linear": False, "lora_target_modules": ["no_such"]},
+            "no LoRA adapter can be put on",
+        ),
     ],
 )
 def test_wrong_values(tiny, yml, tmp_path, change, message):
-    change = {key: value(tmp_path / "other") if callable(value) else value for key, value in change.items()}
+    change = {
+        key: value(tmp_path / "other") if callable(value) else value
+        for key, value in change.items()
+    }
     result = run(yml({**tiny, **change}))
-    assert result.exit_code == 1 and result.output.startswith("Error: ") and message in result.output, result.output
+    assert (
+        result.exit_code == 1 and result.output.startswith("Error: ") and message in result.output
+    ), result.output
 
 
 @pytest.mark.parametrize(
@@ -368,7 +438,10 @@ def test_wrong_values(tiny, yml, tmp_path, change, message):
     [
         ("a: [", "is not YAML"),
         ("just words", "holds 'just words', but CONFIG accepts an Axolotl YAML"),
-        ("base_model: x", "the YAML has no `caft:` block, so it is a plain run without added cost. Add"),
+        (
+            "base_model: x",
+            "the YAML has no `caft:` block, so it is a plain run without added cost. Add",
+        ),
     ],
 )
 def test_wrong_files(yml, text, message):
@@ -379,13 +452,22 @@ def test_wrong_files(yml, text, message):
 def test_missing_file_and_wrong_memory(tiny, yml, tmp_path):
     assert "nowhere.yml cannot be read" in run(tmp_path / "nowhere.yml").output
     result = run(yml(tiny), "--gpu-memory", "much")
-    assert result.exit_code == 1 and "--gpu-memory: got 'much', but it accepts gigabytes above 0" in result.output
+    assert (
+        result.exit_code == 1
+        and "--gpu-memory: got 'much', but it accepts gigabytes above 0" in result.output
+    )
 
 
 def test_more_heads_than_the_folder_holds(tiny, tiny_model, tmp_path):
     config = resolve_wiring(CAFTConfig(num_heads=2), None)
     trunk = find_trunk(tiny_model)
-    save_heads(tmp_path / "run", build_heads(tiny_model, trunk, config, seed=0), trunk, config, resumable=False)
+    save_heads(
+        tmp_path / "run",
+        build_heads(tiny_model, trunk, config, seed=0),
+        trunk,
+        config,
+        resumable=False,
+    )
     keys = {**tiny, "caft": {"heads": str(tmp_path / "run"), "num_heads": 2}}
     assert plan_of(keys).heads == 2
     with pytest.raises(ConfigError, match="caft.num_heads: got 3, but the folder .* holds 2 heads"):
@@ -393,7 +475,8 @@ def test_more_heads_than_the_folder_holds(tiny, tiny_model, tmp_path):
 
 
 def test_shipped_configs(tmp_path):
-    """Every shipped YAML with a `caft:` block, over the published sizes of its kind of model, without weights."""
+    """Every shipped YAML with a `caft:` block, over the published sizes of its kind of model,
+    without weights."""
     LlamaConfig(**LLAMA_8B).save_pretrained(tmp_path / "8b")
     LlamaConfig(**LLAMA, tie_word_embeddings=True).save_pretrained(tmp_path / "small")
     planned = {}
@@ -442,7 +525,9 @@ class LiveBytes(TorchDispatchMode):
 
 def measured(model, tmp_path, caft, keys):
     """Of two real steps: the trainer, and the most bytes alive at a time."""
-    rows, window, length = (keys[k] for k in ("micro_batch_size", "gradient_accumulation_steps", "sequence_len"))
+    rows, window, length = (
+        keys[k] for k in ("micro_batch_size", "gradient_accumulation_steps", "sequence_len")
+    )
     ids = torch.randint(10, 40_000, (2 * rows * window, length)).tolist()
     trainer = with_caft(HFTrainer)(
         model=model,
@@ -467,10 +552,12 @@ def measured(model, tmp_path, caft, keys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("keys", [{"bf16": False}, {"bf16": cpu_has_bf16(), **LORA}], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    "keys", [{"bf16": False}, {"bf16": cpu_has_bf16(), **LORA}], ids=["full", "lora"]
+)
 def test_memory_of_real_runs(smollm2, tmp_path, keys):
-    """SmolLM2-135M, two windows of two passes: what stands exactly, the peak without and with heads, and what heads add
-    to it, to 15 %."""
+    """SmolLM2-135M, two windows of two passes: what stands exactly, the peak without and with
+    heads, and what heads add to it, to 15 %."""
     keys = {
         **keys,
         "base_model": str(smollm2),
@@ -481,7 +568,9 @@ def test_memory_of_real_runs(smollm2, tmp_path, keys):
         "optimizer": "adamw_torch",
     }
     plan = plan_of(keys, supervised=1.0, device="cpu")
-    model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.bfloat16 if keys["bf16"] else torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(
+        smollm2, dtype=torch.bfloat16 if keys["bf16"] else torch.float32
+    )
     peaks = []
     for settings in (None, keys["caft"]):
         of_run = copy.deepcopy(model)

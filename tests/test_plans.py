@@ -1,4 +1,5 @@
-"""A pair keeps its boundary, and is counted once, however often and in whatever pieces a host asks for its loss."""
+"""A pair keeps its boundary, and is counted once, however often and in whatever pieces a host asks
+for its loss."""
 
 from __future__ import annotations
 
@@ -18,13 +19,20 @@ HEADS = 8  # that reach over the prompt of a copy, which is not learned, to its 
 PARTS = {
     "again": lambda batch: [batch],
     "copies": lambda batch: [dict(batch), {**batch}],
-    "rows": lambda batch: [{k: v[i : i + 1] for k, v in batch.items()} for i in range(len(batch["labels"]))],
+    "rows": lambda batch: [
+        {k: v[i : i + 1] for k, v in batch.items()} for i in range(len(batch["labels"]))
+    ],
     "rows, by name": lambda batch: [
-        {k: batch[k][i : i + 1].clone() for k in ("input_ids", "labels")} for i in range(len(batch["labels"]))
+        {k: batch[k][i : i + 1].clone() for k in ("input_ids", "labels")}
+        for i in range(len(batch["labels"]))
     ],
     "the other way round": lambda batch: [{k: v.flip(0) for k, v in batch.items()}],
-    "other tokens": lambda batch: [{**batch, "input_ids": batch["input_ids"] + (batch["labels"] == -100).long()}],
-    "longer": lambda batch: [{k: torch.nn.functional.pad(v, (0, 5), value=PADDING[k]) for k, v in batch.items()}],
+    "other tokens": lambda batch: [
+        {**batch, "input_ids": batch["input_ids"] + (batch["labels"] == -100).long()}
+    ],
+    "longer": lambda batch: [
+        {k: torch.nn.functional.pad(v, (0, 5), value=PADDING[k]) for k, v in batch.items()}
+    ],
 }
 PADDING = {"input_ids": 0, "labels": -100, "attention_mask": 0}
 
@@ -46,7 +54,9 @@ def count(targets):
 
 
 @pytest.mark.parametrize("parts", [None, *PARTS])
-def test_no_target_crosses_from_an_original_into_its_copy(tiny_config, tmp_path, monkeypatch, parts):
+def test_no_target_crosses_from_an_original_into_its_copy(
+    tiny_config, tmp_path, monkeypatch, parts
+):
     """Against the targets in the collator's own batches, whatever the host asks for."""
     tiny_config.max_position_embeddings = 256
     seen, collated, asked = [], [], []
@@ -55,7 +65,9 @@ def test_no_target_crosses_from_an_original_into_its_copy(tiny_config, tmp_path,
 
     def collating(collator, *args):
         batch = collate(collator, *args)
-        collated.append((count(head_targets(batch, HEADS)), int((batch[PLAN] & EXAMPLE).bool().sum())))
+        collated.append(
+            (count(head_targets(batch, HEADS)), int((batch[PLAN] & EXAMPLE).bool().sum()))
+        )
         return batch
 
     def requesting(*args):
@@ -65,7 +77,9 @@ def test_no_target_crosses_from_an_original_into_its_copy(tiny_config, tmp_path,
     monkeypatch.setattr(MEAPCollator, "__call__", collating)
     monkeypatch.setattr(Window, "request", requesting)
     settings = {"per_device_train_batch_size": 4, "max_steps": 2, "gradient_accumulation_steps": 1}
-    trainer = trainer_of(LlamaForCausalLM(tiny_config), tmp_path, meap={}, caft={"num_heads": HEADS}, **settings)
+    trainer = trainer_of(
+        LlamaForCausalLM(tiny_config), tmp_path, meap={}, caft={"num_heads": HEADS}, **settings
+    )
     trainer.train()
     wholes, examples = zip(*collated[:2], strict=True)
     times = {None: 1, "copies": 3}.get(parts, 2)
@@ -93,10 +107,15 @@ def test_pieces_of_a_batch():
         "one row of two": {k: v.reshape(1, -1) for k, v in batch.items()},
         "one row, the other order": {k: v.flip(0).reshape(1, -1) for k, v in batch.items()},
         "another text": {k: v + 40 for k, v in batch.items()},
-        "nothing learned": {"input_ids": batch["input_ids"] + 40, "labels": torch.full((2, 12), -100)},
+        "nothing learned": {
+            "input_ids": batch["input_ids"] + 40,
+            "labels": torch.full((2, 12), -100),
+        },
         "labels alone": {"labels": batch["labels"].clone()},
     }
-    found = {name: (plans.of(piece) & BOUNDARY).nonzero().tolist() for name, piece in pieces.items()}
+    found = {
+        name: (plans.of(piece) & BOUNDARY).nonzero().tolist() for name, piece in pieces.items()
+    }
     assert found == {
         "chunk with the boundary": [[0, 3]],
         "chunk behind it": [],

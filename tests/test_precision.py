@@ -1,4 +1,5 @@
-"""Whether this CPU computes in bfloat16, and the warning of a run that does so without instructions for it."""
+"""Whether this CPU computes in bfloat16, and the warning of a run that does so without instructions
+for it."""
 
 from __future__ import annotations
 
@@ -20,12 +21,16 @@ CHOICES = {
     "--bf16=true": "== computing in bfloat16 on the",
     "--bf16=false": "== computing in float32: this CPU has no",
 }
-WARNING = "but this CPU has no bfloat16 instructions: a step takes about 30 times as long as in float32"
+WARNING = (
+    "but this CPU has no bfloat16 instructions: a step takes about 30 times as long as in float32"
+)
 
 
 def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", **environment}
-    result = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment)
+    result = subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, env=environment
+    )
     assert result.returncode == 0, result.stderr[-3000:]
     return result
 
@@ -50,7 +55,9 @@ def test_the_answer_is_the_measured_one():
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="the accelerator decides")
-@pytest.mark.parametrize("environment", [{}, SLOW, {"ONEDNN_MAX_CPU_ISA": "AVX2"}], ids=["as it is", "slow", "oneDNN"])
+@pytest.mark.parametrize(
+    "environment", [{}, SLOW, {"ONEDNN_MAX_CPU_ISA": "AVX2"}], ids=["as it is", "slow", "oneDNN"]
+)
 def test_the_makefile_gets_an_option_and_the_user_a_line(environment):
     result = python("-m", "caft_plugin.precision", **environment)
     option = result.stdout.strip()
@@ -72,19 +79,23 @@ in_4_bits = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
 
 
 def load(dtype, compute=None):
-    more = {} if compute is None else {"quantization_config": BitsAndBytesConfig(**in_4_bits, **compute)}
+    more = {}
+    if compute is not None:
+        settings = {**in_4_bits, "bnb_4bit_compute_dtype": compute}
+        more["quantization_config"] = BitsAndBytesConfig(**settings)
     return LlamaForCausalLM.from_pretrained(folder, dtype=dtype, device_map="cpu", **more)
 
 
 tokenizer = word_tokenizer("")
 run("asked for", folder, load("float32"), caft={}, bf16=True)
 run("beta 0", folder, load("float32"), caft={"beta": 0}, bf16=True)
-run("masks", folder, load("float32"), meap={"mode": "pretrain", "mask_token": "add"}, tokenizer=tokenizer, bf16=True)
+masks = {"mode": "pretrain", "mask_token": "add"}
+run("masks", folder, load("float32"), meap=masks, tokenizer=tokenizer, bf16=True)
 run("weights", folder, load("bfloat16"), caft={})
-run("4 bits", folder, load("float32", {"bnb_4bit_compute_dtype": "bfloat16"}), caft={}, adapter=True)
+run("4 bits", folder, load("float32", "bfloat16"), caft={}, adapter=True)
 run("neither", folder, load("float32"), bf16=True)
 run("float32", folder, load("float32"), caft={})
-run("4 bits, float32", folder, load("float32", {"bnb_4bit_compute_dtype": "float32"}), caft={}, adapter=True)
+run("4 bits, float32", folder, load("float32", "float32"), caft={}, adapter=True)
 """
 
 

@@ -1,7 +1,8 @@
-"""Private names of other packages that caft_plugin uses: each is there, with the parameters that are counted on.
+"""Private names of other packages that caft_plugin uses: each is there, with the parameters that
+are counted on.
 
-Where one is gone, the failure says in one sentence what needs it. `python tests/test_private_names.py` writes the table
-in caft_plugin/README.md.
+Where one is gone, the failure says in one sentence what needs it. `python
+tests/test_private_names.py` writes the table in caft_plugin/README.md.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ START, END = "<!-- private names -->\n", "<!-- end of private names -->\n"
 
 
 class PrivateName(NamedTuple):
-    """`owner` is a module, or a module and a class with a colon between; `parameters` are the first ones of a function,
-    None where it is no function; `instance` marks what is set on instances alone and found in the owner's source."""
+    """`owner` is a module, or a module and a class with a colon between; `parameters` are the first
+    ones of a function, None where it is no function; `instance` marks what is set on instances
+    alone and found in the owner's source."""
 
     owner: str
     name: str
@@ -36,9 +38,19 @@ class PrivateName(NamedTuple):
 TRAINER, MODULE = "transformers:Trainer", "torch.nn:Module"
 NAMES = [
     PrivateName(
-        TRAINER, "_save_checkpoint", "tell a half-written checkpoint", "training.py", ("self", "model", "trial")
+        TRAINER,
+        "_save_checkpoint",
+        "tell a half-written checkpoint",
+        "training.py",
+        ("self", "model", "trial"),
     ),
-    PrivateName(TRAINER, "_get_output_dir", "find the checkpoint that is written", "training.py", ("self", "trial")),
+    PrivateName(
+        TRAINER,
+        "_get_output_dir",
+        "find the checkpoint that is written",
+        "training.py",
+        ("self", "trial"),
+    ),
     PrivateName(
         TRAINER,
         "_save_optimizer_and_scheduler",
@@ -53,7 +65,13 @@ NAMES = [
         "training.py",
         ("self", "resume_from_checkpoint", "model"),
     ),
-    PrivateName(TRAINER, "_load_best_model", "load the heads of the best checkpoint", "training.py", ("self",)),
+    PrivateName(
+        TRAINER,
+        "_load_best_model",
+        "load the heads of the best checkpoint",
+        "training.py",
+        ("self",),
+    ),
     PrivateName(
         "transformers:GenerationMixin",
         "_update_model_kwargs_for_generation",
@@ -69,7 +87,10 @@ NAMES = [
         ("self", "custom_generate", "kwargs", "synced_gpus", "assistant_model", "streamer"),
     ),
     PrivateName(
-        "transformers:PreTrainedModel", "_no_split_modules", "find the list of decoder layers", "model/trunk.py"
+        "transformers:PreTrainedModel",
+        "_no_split_modules",
+        "find the list of decoder layers",
+        "model/trunk.py",
     ),
     PrivateName(
         "transformers.integrations.peft:PeftAdapterMixin",
@@ -77,8 +98,16 @@ NAMES = [
         "let the Trainer accept a quantised base of which only the heads train",
         "stage1/pretraining.py",
     ),
-    PrivateName("accelerate.hooks", "_hf_hook", "tell offloaded modules", "model/trunk.py", instance=True),
-    PrivateName("accelerate.hooks", "_old_forward", "copy a layer without its hooks", "model/copies.py", instance=True),
+    PrivateName(
+        "accelerate.hooks", "_hf_hook", "tell offloaded modules", "model/trunk.py", instance=True
+    ),
+    PrivateName(
+        "accelerate.hooks",
+        "_old_forward",
+        "copy a layer without its hooks",
+        "model/copies.py",
+        instance=True,
+    ),
     PrivateName(
         "peft.utils.other:AuxiliaryTrainingWrapper",
         "_adapters",
@@ -91,7 +120,15 @@ NAMES = [
         "_prepare_dataset",
         "double a training set between tokenising and packing",
         "trl.py",
-        ("self", "dataset", "processing_class", "args", "packing", "formatting_func", "dataset_name"),
+        (
+            "self",
+            "dataset",
+            "processing_class",
+            "args",
+            "packing",
+            "formatting_func",
+            "dataset_name",
+        ),
     ),
     PrivateName(
         "axolotl.loaders:ModelLoader",
@@ -100,7 +137,13 @@ NAMES = [
         "axolotl/loading.py",
         ("self",),
     ),
-    PrivateName("axolotl.loaders:ModelLoader", "auto_model_loader", "the same", "axolotl/loading.py", instance=True),
+    PrivateName(
+        "axolotl.loaders:ModelLoader",
+        "auto_model_loader",
+        "the same",
+        "axolotl/loading.py",
+        instance=True,
+    ),
     PrivateName(
         "axolotl.loaders:ModelLoader",
         "_configure_embedding_dtypes",
@@ -132,8 +175,18 @@ NAMES = [
     *(
         PrivateName(f"vllm.model_executor.{owner}", name, purpose, f"serving/{file}.py")
         for owner, name, purpose, file in (
-            ("models.llama_eagle3", "Eagle3LlamaForCausalLM", "be accepted by vLLM's proposer", "parallel"),
-            ("models.utils", "get_draft_quant_config", "keep heads plain next to a quantised model", "parallel"),
+            (
+                "models.llama_eagle3",
+                "Eagle3LlamaForCausalLM",
+                "be accepted by vLLM's proposer",
+                "parallel",
+            ),
+            (
+                "models.utils",
+                "get_draft_quant_config",
+                "keep heads plain next to a quantised model",
+                "parallel",
+            ),
             ("models.utils", "AutoWeightsLoader", "load the heads", "parallel"),
             ("models.utils", "WeightsMapper", "stack q, k, v and gate, up", "parallel"),
             ("layers.logits_processor", "LogitsProcessor", "compute the heads' logits", "parallel"),
@@ -142,10 +195,28 @@ NAMES = [
             ("models.qwen3", "Qwen3DecoderLayer", "the same", "families"),
         )
     ),
-    PrivateName(MODULE, "_parameters", "use a norm with its unsharded parameters", "model/sharding.py", instance=True),
+    PrivateName(
+        MODULE,
+        "_parameters",
+        "use a norm with its unsharded parameters",
+        "model/sharding.py",
+        instance=True,
+    ),
     PrivateName(MODULE, "_modules", "the same", "model/sharding.py", instance=True),
-    PrivateName(MODULE, "_forward_hooks", "leave a user's hooks out of the heads", "model/sharding.py", instance=True),
-    PrivateName(MODULE, "_compiled_call_impl", "tell a compiled module", "drafting/pass_notes.py", instance=True),
+    PrivateName(
+        MODULE,
+        "_forward_hooks",
+        "leave a user's hooks out of the heads",
+        "model/sharding.py",
+        instance=True,
+    ),
+    PrivateName(
+        MODULE,
+        "_compiled_call_impl",
+        "tell a compiled module",
+        "drafting/pass_notes.py",
+        instance=True,
+    ),
     PrivateName(
         "torch._dynamo.eval_frame",
         "_torchdynamo_orig_callable",
@@ -154,7 +225,11 @@ NAMES = [
         instance=True,
     ),
     PrivateName(
-        "torch.utils._pytree", "tree_map", "cast what a layer was called with", "caft/heads.py", ("func", "tree")
+        "torch.utils._pytree",
+        "tree_map",
+        "cast what a layer was called with",
+        "caft/heads.py",
+        ("func", "tree"),
     ),
     PrivateName(
         "torch._subclasses.fake_tensor",
@@ -194,7 +269,10 @@ def table():
     lines = ["| package | private name | used to | in |", "| --- | --- | --- | --- |"]
     for private in NAMES:
         owner = private.owner.replace(":", ".")
-        lines.append(f"| {owner.split('.')[0]} | `{owner}.{private.name}` | {private.purpose} | `{private.file}` |")
+        lines.append(
+            f"| {owner.split('.')[0]} | `{owner}.{private.name}` | {private.purpose} |"
+            f" `{private.file}` |"
+        )
     return "\n".join(lines) + "\n"
 
 

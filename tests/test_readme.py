@@ -1,6 +1,7 @@
 """The READMEs: links lead somewhere, keys exist, the package index gets links that work there.
 
-`python tests/test_readme.py` writes the configuration tables in caft_plugin/MANUAL.md from the config classes.
+`python tests/test_readme.py` writes the configuration tables in caft_plugin/MANUAL.md from the
+config classes.
 """
 
 from __future__ import annotations
@@ -19,12 +20,18 @@ README = ROOT / "README.md"
 KEYS = ROOT / "caft_plugin" / "MANUAL.md"
 BLOCKS = (CAFTConfig, MEAPConfig, PretrainConfig)
 FOLDERS = ("caft_plugin", "axolotl_configs", "trl_examples", "tests")
-PAGES = sorted([*ROOT.glob("*.md"), *(page for folder in FOLDERS for page in (ROOT / folder).rglob("*.md"))])
+PAGES = sorted(
+    [*ROOT.glob("*.md"), *(page for folder in FOLDERS for page in (ROOT / folder).rglob("*.md"))]
+)
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 
 def shown(value: object) -> str:
-    return f"`{str(value).lower() if isinstance(value, bool) else value}`" if value is not None else "not set"
+    return (
+        f"`{str(value).lower() if isinstance(value, bool) else value}`"
+        if value is not None
+        else "not set"
+    )
 
 
 def table(config_class) -> str:
@@ -53,7 +60,9 @@ def test_every_key_that_is_named_exists(config_class):
     named = {
         (key, page.name)
         for page in PAGES
-        for key in re.findall(rf"`{config_class.block}\.(?!py`)([a-z_]+)", page.read_text(encoding="utf-8"))
+        for key in re.findall(
+            rf"`{config_class.block}\.(?!py`)([a-z_]+)", page.read_text(encoding="utf-8")
+        )
     }
     assert not [one for one in named if one[0] not in config_class.model_fields]
     if config_class is CAFTConfig:
@@ -64,7 +73,7 @@ def test_the_readme_is_read_in_two_minutes():
     assert len(README.read_bytes()) <= 9_000
 
 
-# -- links ------------------------------------------------------------------------------------------
+# -- links -----------------------------------------------------------------------------------------
 
 
 def prose(text: str) -> str:
@@ -75,12 +84,17 @@ def prose(text: str) -> str:
 def links(text: str) -> list[str]:
     """Where the links and images of a page lead, as they are written."""
     text = prose(text)
-    return [*re.findall(r"\]\(([^)\s]+)\)", text), *re.findall(r"(?:src|srcset|href)=\"([^\"]+)\"", text)]
+    return [
+        *re.findall(r"\]\(([^)\s]+)\)", text),
+        *re.findall(r"(?:src|srcset|href)=\"([^\"]+)\"", text),
+    ]
 
 
 def anchors(page: Path) -> Iterator[str]:
     """The anchors that GitHub gives to the headings of a page."""
-    for heading in re.findall(r"(?m)^#+ (.+)$", re.sub(r"(?ms)^```.*?^```$", "", page.read_text(encoding="utf-8"))):
+    for heading in re.findall(
+        r"(?m)^#+ (.+)$", re.sub(r"(?ms)^```.*?^```$", "", page.read_text(encoding="utf-8"))
+    ):
         yield re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
 
 
@@ -90,7 +104,11 @@ def broken(link: str, folder: Path) -> str | None:
     target = (folder / path).resolve() if path else None
     if target is not None and not (target.exists() and target.is_relative_to(ROOT)):
         return f"{link}: no such file"
-    if anchor and target is not None and anchor not in anchors(target / "README.md" if target.is_dir() else target):
+    if (
+        anchor
+        and target is not None
+        and anchor not in anchors(target / "README.md" if target.is_dir() else target)
+    ):
         return f"{link}: no such heading"
     return None
 
@@ -101,18 +119,26 @@ def is_relative(link: str) -> bool:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_relative_link_leads_to_a_file_and_a_heading(page):
-    found = [f"{page.name}{link}" if link.startswith("#") else link for link in links(page.read_text(encoding="utf-8"))]
-    assert not [wrong for link in found if is_relative(link) and (wrong := broken(link, page.parent))]
+    found = [
+        f"{page.name}{link}" if link.startswith("#") else link
+        for link in links(page.read_text(encoding="utf-8"))
+    ]
+    assert not [
+        wrong for link in found if is_relative(link) and (wrong := broken(link, page.parent))
+    ]
 
 
 def test_a_broken_link_is_found():
     page = '[a](b.md) `[c](d)` ![e](f.png) <source srcset="g.png">\n\n    [h](i)\n'
     assert links(page) == ["b.md", "f.png", "g.png"]
-    assert broken("CHANGELOG.md", ROOT) is None and broken("SECURITY.md#the-start-up-file", ROOT) is None
+    assert (
+        broken("CHANGELOG.md", ROOT) is None
+        and broken("SECURITY.md#the-start-up-file", ROOT) is None
+    )
     assert broken("CHANGES.md", ROOT) and broken("SECURITY.md#the-start", ROOT)
 
 
-# -- the package index -------------------------------------------------------------------------------
+# -- the package index -----------------------------------------------------------------------------
 
 HOOK = PROJECT["tool"]["hatch"]["metadata"]["hooks"]["fancy-pypi-readme"]
 
@@ -124,19 +150,25 @@ def as_the_index_gets_it(text: str) -> str:
 
 
 def test_the_package_index_gets_no_relative_link():
-    """The wheel's description is README.md after the substitutions of pyproject.toml. No address leads into the
-    repository, which has none yet."""
+    """The wheel's description is README.md after the substitutions of pyproject.toml. No address
+    leads into the repository, which has none yet."""
     assert PROJECT["project"]["dynamic"] == ["readme"] and "urls" not in PROJECT["project"]
     assert HOOK["fragments"] == [{"path": "README.md"}]
     text = README.read_text(encoding="utf-8")
     shown = as_the_index_gets_it(text)
     assert "<picture" not in shown and "<source" not in shown and "<img" not in shown
-    assert set(links(text)) > {link for link in links(shown)} == {link for link in links(text) if not is_relative(link)}
+    assert (
+        set(links(text))
+        > {link for link in links(shown)}
+        == {link for link in links(text) if not is_relative(link)}
+    )
     code = re.compile(r"(?ms)^```.*?^```$")
     assert code.findall(shown) == code.findall(text)
     assert shown.count("\n| ") == text.count("\n| "), "tables stay"
     assert not re.search(r"(?m)^\S.*\n#", re.sub(code, "", shown)), "a heading follows a blank line"
-    assert "github.com/caft-plugin" not in (ROOT / "pyproject.toml").read_text(encoding="utf-8") + text
+    assert (
+        "github.com/caft-plugin" not in (ROOT / "pyproject.toml").read_text(encoding="utf-8") + text
+    )
 
 
 @pytest.mark.parametrize(
@@ -149,7 +181,10 @@ def test_the_package_index_gets_no_relative_link():
         ("![a](b.png)\nText", "Text"),
         ('<img src="b.png" width="8">\nText', "Text"),
         ('<picture>\n<source srcset="a.png">\n<img src="b.png">\n</picture>\n\nText', "Text"),
-        ("[a](https://arxiv.org/abs/1) ([a](mailto:b@c))", "[a](https://arxiv.org/abs/1) ([a](mailto:b@c))"),
+        (
+            "[a](https://arxiv.org/abs/1) ([a](mailto:b@c))",
+            "[a](https://arxiv.org/abs/1) ([a](mailto:b@c))",
+        ),
         ('<img src="https://x/b.png">', '<img src="https://x/b.png">'),
     ],
 )

@@ -1,7 +1,9 @@
-"""Every command in a shell block of a page is run: here as it is written, or by another test, or it says why not.
+"""Every command in a shell block of a page is run: here as it is written, or by another test, or it
+says why not.
 
-A block of `caft ...` runs here from its first line to its last, in a folder that holds what the pages assume: a tuned
-model `out` with its heads, prompts and rows. Other commands are listed in ELSEWHERE, by how they begin.
+A block of `caft ...` runs here from its first line to its last, in a folder that holds what the
+pages assume: a tuned model `out` with its heads, prompts and rows. Other commands are listed in
+ELSEWHERE, by how they begin.
 """
 
 from __future__ import annotations
@@ -39,23 +41,32 @@ ELSEWHERE = {
     "axolotl caft speculate": f"{AXOLOTL}::test_heads_go_on_over_the_tuned_model_and_draft_for_it",
     "axolotl caft plan": "tests/test_plan.py::test_shipped_configs",
     "caft plan": "tests/test_plan.py::test_shipped_configs",
-    ".venv/bin/caft speculate": "of the demo's model, a quarter of an hour; the same command is run here with others",
+    ".venv/bin/caft speculate": (
+        "of the demo's model, a quarter of an hour; the same command is run here with others"
+    ),
     "accelerate launch trl_examples/sft_caft.py": f"{EXAMPLES}::test_sft_caft",
     "accelerate launch trl_examples/sft_meap.py": f"{EXAMPLES}::test_sft_meap",
     "accelerate launch trl_examples/pretrain_heads.py": f"{EXAMPLES}::{HEADS_EXAMPLE}",
-    "accelerate launch --num_processes 1 trl_examples/pretrain_heads.py": f"{EXAMPLES}::{HEADS_EXAMPLE}",
+    "accelerate launch --num_processes 1 trl_examples/pretrain_heads.py": (
+        f"{EXAMPLES}::{HEADS_EXAMPLE}"
+    ),
     "git clone": "this checkout is one",
     "make environments": ".ci/run runs it",
     ".venv/bin/pytest": "pytest is running",
     "make test": "it runs this test",
     "make lint": ".ci/run runs it",
     "make format": "it changes files; .ci/run checks that it has nothing to do",
-    "make demo": "downloads and a quarter of an hour; tests/integration/test_axolotl.py runs its steps on a tiny model",
+    "make demo": (
+        "downloads and a quarter of an hour; tests/integration/test_axolotl.py runs its steps on a"
+        " tiny model"
+    ),
     "make soak": "an hour; tests/integration/test_restart.py does a few of its kills",
     "make bench": "hours",
     "make gpu": "needs a GPU; tests/test_gpu_check.py runs the program without one",
     "make study": "days",
-    "python tests/gpu/check.py": "needs a GPU; tests/test_gpu_check.py runs the program without one",
+    "python tests/gpu/check.py": (
+        "needs a GPU; tests/test_gpu_check.py runs the program without one"
+    ),
     "python -m study": "days; tests of the study run its parts",
 }
 
@@ -63,7 +74,10 @@ ELSEWHERE = {
 def blocks(text: str) -> list[list[str]]:
     """The commands of each shell block of a page, without comments, each on one line."""
     found = re.findall(r"(?ms)^ *```(?:bash|sh|shell|console)\n(.*?)^ *```$", text)
-    lines = [[shlex.split(line, comments=True) for line in block.replace("\\\n", " ").splitlines()] for block in found]
+    lines = [
+        [shlex.split(line, comments=True) for line in block.replace("\\\n", " ").splitlines()]
+        for block in found
+    ]
     return [[shlex.join(words) for words in block if words] for block in lines]
 
 
@@ -74,7 +88,10 @@ NAMES = [f"{page.relative_to(ROOT)}: {block[0][:40]}" for page, block in BLOCKS]
 def listed(command: str) -> str | None:
     """What is said of a command: of the longest beginning in the list."""
     plain = re.sub(r"^(?:[A-Z_]+=\S+ )+", "", command)
-    return max(((len(key), value) for key, value in ELSEWHERE.items() if plain.startswith(key)), default=(0, None))[1]
+    return max(
+        ((len(key), value) for key, value in ELSEWHERE.items() if plain.startswith(key)),
+        default=(0, None),
+    )[1]
 
 
 def runs_here(command: str) -> bool:
@@ -83,10 +100,13 @@ def runs_here(command: str) -> bool:
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory) -> Path:
-    """What the pages assume to be there: models (`out` with heads, BASE, TUNED, M), heads, rows, prompts and texts."""
+    """What the pages assume to be there: models (`out` with heads, BASE, TUNED, M), heads, rows,
+    prompts and texts."""
     folder, tokenizer = tmp_path_factory.mktemp("pages"), word_tokenizer(TEMPLATE)
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**{**LLAMA, "vocab_size": 98, "max_position_embeddings": 1024}))
+    model = LlamaForCausalLM(
+        LlamaConfig(**{**LLAMA, "vocab_size": 98, "max_position_embeddings": 1024})
+    )
     model.generation_config.eos_token_id = model.config.eos_token_id = 1
     arguments = TrainingArguments(
         output_dir=str(folder / "out"),
@@ -112,9 +132,16 @@ def prepared(tmp_path_factory) -> Path:
     trainer.save_model()
     shutil.copytree(folder / "out", folder / "TUNED")
     shutil.copytree(folder / "out" / FOLDER, folder / "DIR")
-    head = {f"{k}.layers.0.{n}": t for k in range(4) for n, t in model.model.layers[-1].state_dict().items()}
+    head = {
+        f"{k}.layers.0.{n}": t
+        for k in range(4)
+        for n, t in model.model.layers[-1].state_dict().items()
+    }
     torch.save(OrderedDict(head), folder / "heads.pth")
-    lines = [{"prompt": f"w{i} w{i + 1} w{i + 2}", "completion": f"w{i + 3} w{i + 4} w{i + 5}"} for i in range(24)]
+    lines = [
+        {"prompt": f"w{i} w{i + 1} w{i + 2}", "completion": f"w{i + 3} w{i + 4} w{i + 5}"}
+        for i in range(24)
+    ]
     for name, part in (("rows.jsonl", lines[4:]), ("held-out.jsonl", lines[:4])):
         (folder / name).write_text("\n".join(map(json.dumps, part)))
     texts = [{"text": " ".join(f"w{i + j}" for j in range(12))} for i in range(4)]
@@ -141,7 +168,9 @@ def test_a_block_runs_as_it_stands(page, block, prepared, tmp_path, monkeypatch)
 def test_every_other_command_is_run_by_a_test_or_says_why_not(page, block):
     for command in block:
         where = listed(command)
-        assert runs_here(command) or where, f"{command}: say in ELSEWHERE which test runs it, or why none does"
+        assert runs_here(command) or where, (
+            f"{command}: say in ELSEWHERE which test runs it, or why none does"
+        )
         if where is not None and "::" in where:
             file, name = where.split("::")
             assert f"def {name}(" in (ROOT / file).read_text(encoding="utf-8"), where
@@ -153,7 +182,9 @@ def test_every_other_command_is_run_by_a_test_or_says_why_not(page, block):
 
 
 def test_the_recipe_is_among_them():
-    recipe = next(block for page, block in BLOCKS if page == ROOT / "README.md" and "caft " in block[0])
+    recipe = next(
+        block for page, block in BLOCKS if page == ROOT / "README.md" and "caft " in block[0]
+    )
     assert [command.split()[1] for command in recipe if runs_here(command)] == [
         "pretrain-heads",
         "speculate",
@@ -162,6 +193,13 @@ def test_the_recipe_is_among_them():
 
 
 def test_a_command_that_nobody_listed_is_found():
-    (block,) = blocks("```bash\n# why\nA=1 make \\\n    test   # all\ncaft inspect DIR\nrm -r out\n```\n")
+    (block,) = blocks(
+        "```bash\n# why\nA=1 make \\\n    test   # all\ncaft inspect DIR\nrm -r out\n```\n"
+    )
     assert block == ["A=1 make test", "caft inspect DIR", "rm -r out"]
-    assert listed(block[0]) and runs_here(block[1]) and not listed(block[2]) and not runs_here(block[2])
+    assert (
+        listed(block[0])
+        and runs_here(block[1])
+        and not listed(block[2])
+        and not runs_here(block[2])
+    )

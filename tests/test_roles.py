@@ -1,4 +1,5 @@
-"""No token with a role is masked or taken as the mask token, whoever gives it the role; pairs fit the base model."""
+"""No token with a role is masked or taken as the mask token, whoever gives it the role; pairs fit
+the base model."""
 
 from __future__ import annotations
 
@@ -53,7 +54,13 @@ def test_added_tokens_with_a_role_are_never_masked():
     ids = made.convert_tokens_to_ids(["w2", "w3"])
     config = LlamaConfig(**{**LLAMA, "eos_token_id": ids[:1]})
     in_configs = role_ids(config, GenerationConfig(eos_token_id=[1, ids[1]]))
-    assert maskable(made, roles=Roles.of(made, in_configs)) == {"w1", "w4", "aspirin", "@end@", "@turn@"}
+    assert maskable(made, roles=Roles.of(made, in_configs)) == {
+        "w1",
+        "w4",
+        "aspirin",
+        "@end@",
+        "@turn@",
+    }
 
 
 def test_a_mark_in_the_template_has_a_role_though_it_was_not_added():
@@ -62,8 +69,12 @@ def test_a_mark_in_the_template_has_a_role_though_it_was_not_added():
 
 
 GIVEN = {
-    "the padding": lambda made: made.add_special_tokens({"pad_token": "<|reserved_special_token_0|>"}) and {},
-    "an end token of the model": lambda made: {"in_configs": role_ids(GenerationConfig(eos_token_id=[51, 52]))},
+    "the padding": (
+        lambda made: made.add_special_tokens({"pad_token": "<|reserved_special_token_0|>"}) and {}
+    ),
+    "an end token of the model": lambda made: {
+        "in_configs": role_ids(GenerationConfig(eos_token_id=[51, 52]))
+    },
     "an end of a turn": lambda made: {"said": Said(ends=["<|reserved_special_token_0|>"])},
     "the template": lambda made: {"said": Said(templates=["<|reserved_special_token_0|>"])},
 }
@@ -72,13 +83,16 @@ GIVEN = {
 @pytest.mark.parametrize("given", GIVEN)
 def test_a_token_with_a_role_is_not_taken_as_the_mask(given):
     made = FAMILIES["Llama 3"][0]()
-    first, second = made.convert_tokens_to_ids(["<|reserved_special_token_0|>", "<|reserved_special_token_1|>"])
+    first, second = made.convert_tokens_to_ids(
+        ["<|reserved_special_token_0|>", "<|reserved_special_token_1|>"]
+    )
     assert choose_mask_token("auto", made, 54, frozenset()).id == first
     roles = Roles.of(made, **(GIVEN[given](made) or {}))
     assert choose_mask_token("auto", made, 54, frozenset(), roles=roles).id == second
     for asked in (first, "<|reserved_special_token_0|>"):
         with pytest.raises(
-            ConfigError, match=r"meap.mask_token: got .* \(id 52\), but the chat template, .* gives it a"
+            ConfigError,
+            match=r"meap.mask_token: got .* \(id 52\), but the chat template, .* gives it a",
         ):
             choose_mask_token(asked, made, 54, frozenset(), roles=roles)
 
@@ -87,9 +101,17 @@ def test_a_token_that_was_added_may_be_named_as_the_mask():
     made = FAMILIES["Llama 3"][0]()
     roles = Roles.of(made, said=Said(added=["<|reserved_special_token_0|>"]))
     assert choose_mask_token("auto", made, 54, frozenset(), roles=roles).id == 53
-    assert choose_mask_token("<|reserved_special_token_0|>", made, 54, frozenset(), roles=roles).id == 52
+    assert (
+        choose_mask_token("<|reserved_special_token_0|>", made, 54, frozenset(), roles=roles).id
+        == 52
+    )
     bert = FAMILIES["BERT's"][0]()
-    assert choose_mask_token("auto", bert, 60, frozenset(), roles=Roles.of(bert, said=Said(added=["[MASK]"]))).id == 50
+    assert (
+        choose_mask_token(
+            "auto", bert, 60, frozenset(), roles=Roles.of(bert, said=Said(added=["[MASK]"]))
+        ).id
+        == 50
+    )
 
 
 def test_pretraining_masks_no_token_with_a_role():
@@ -128,20 +150,33 @@ POSITIONS = {
     "a vision model's text": (Gemma3Config(text_config={"max_position_embeddings": 64}), 64),
     "default": (LlamaConfig(max_position_embeddings=64), 64),
     "linear": (
-        LlamaConfig(max_position_embeddings=64, rope_parameters={"rope_type": "linear", "factor": 2.0, **ROPE}),
+        LlamaConfig(
+            max_position_embeddings=64,
+            rope_parameters={"rope_type": "linear", "factor": 2.0, **ROPE},
+        ),
         128,
     ),
     "YaRN, not yet lengthened": (
         LlamaConfig(
             max_position_embeddings=64,
-            rope_parameters={"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, **ROPE},
+            rope_parameters={
+                "rope_type": "yarn",
+                "factor": 4.0,
+                "original_max_position_embeddings": 64,
+                **ROPE,
+            },
         ),
         256,
     ),
     "YaRN, lengthened": (
         LlamaConfig(
             max_position_embeddings=256,
-            rope_parameters={"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, **ROPE},
+            rope_parameters={
+                "rope_type": "yarn",
+                "factor": 4.0,
+                "original_max_position_embeddings": 64,
+                **ROPE,
+            },
         ),
         256,
     ),
@@ -166,4 +201,6 @@ def test_a_base_model_by_name(tmp_path):
     model.save_pretrained(tmp_path)
     assert BaseModel.named(str(tmp_path)) == BaseModel.of_model(model)
     assert BaseModel.named(str(tmp_path)).roles >= {0, 1, 40}
-    assert BaseModel.named(str(tmp_path), max_position_embeddings=64, dtype="float32").positions == 64
+    assert (
+        BaseModel.named(str(tmp_path), max_position_embeddings=64, dtype="float32").positions == 64
+    )

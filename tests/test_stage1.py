@@ -21,7 +21,13 @@ from caft_plugin.stage1 import answers as answers_room
 from caft_plugin.stage1.answers import ANSWERS, AnswerFile, write_answers
 from caft_plugin.stage1.data import pad_rows, prompt_of, read_prompts, read_rows, with_answer
 from caft_plugin.stage1.figures import before_and_after
-from caft_plugin.stage1.pretraining import HeadsTrainer, Stage1, heads_block, load_base, pretrain_heads
+from caft_plugin.stage1.pretraining import (
+    HeadsTrainer,
+    Stage1,
+    heads_block,
+    load_base,
+    pretrain_heads,
+)
 from caft_plugin.targets import IGNORE
 from caft_plugin.tools.attention_report import read_texts
 from caft_plugin.tools.cli import commands
@@ -53,7 +59,17 @@ def rows(count=24):
     return made
 
 
-def job(base, tokenizer, folder, targets="dataset", data=None, heldout=None, steps=3, caft=None, **settings):
+def job(
+    base,
+    tokenizer,
+    folder,
+    targets="dataset",
+    data=None,
+    heldout=None,
+    steps=3,
+    caft=None,
+    **settings,
+):
     arguments = TrainingArguments(
         output_dir=str(folder),
         use_cpu=True,
@@ -66,9 +82,13 @@ def job(base, tokenizer, folder, targets="dataset", data=None, heldout=None, ste
         save_steps=2,
         seed=1,
     )
-    config = PretrainConfig(targets=targets, **{"max_new_tokens": 8, "generation_batch_size": 5, **settings})
+    config = PretrainConfig(
+        targets=targets, **{"max_new_tokens": 8, "generation_batch_size": 5, **settings}
+    )
     data = rows() if data is None else data
-    return Stage1(base, tokenizer, data, heldout, arguments, CAFTConfig(**caft or {}), config, "tiny")
+    return Stage1(
+        base, tokenizer, data, heldout, arguments, CAFTConfig(**caft or {}), config, "tiny"
+    )
 
 
 def counting(count=28):
@@ -91,7 +111,15 @@ def taught(base):
 def test_only_the_heads_change(taught, tokenizer, tmp_path, targets):
     before = {name: parameter.clone() for name, parameter in taught.named_parameters()}
     folder = pretrain_heads(
-        job(taught, tokenizer, tmp_path, targets, data=counting(), temperature=1.0, max_new_tokens=60)
+        job(
+            taught,
+            tokenizer,
+            tmp_path,
+            targets,
+            data=counting(),
+            temperature=1.0,
+            max_new_tokens=60,
+        )
     )
     for name, parameter in before.items():
         assert torch.equal(parameter, taught.get_parameter(name)), name
@@ -107,13 +135,16 @@ def test_only_the_heads_change(taught, tokenizer, tmp_path, targets):
         "metrics.json",
     ]
     checkpoint = next(tmp_path.glob("checkpoint-2"))
-    assert not (checkpoint / "model.safetensors").exists()  # the base is not copied into every checkpoint
+    # the base is not copied into every checkpoint
+    assert not (checkpoint / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize("targets", ["dataset", "distribution"])
 def test_training_lowers_the_held_out_loss_of_every_head(taught, tokenizer, tmp_path, targets):
     data = counting()
-    folder = pretrain_heads(job(taught, tokenizer, tmp_path, targets, data=data, heldout=data[:7], steps=25))
+    folder = pretrain_heads(
+        job(taught, tokenizer, tmp_path, targets, data=data, heldout=data[:7], steps=25)
+    )
     metrics = json.loads((folder / "metrics.json").read_text())
     for before, after in zip(metrics["untrained"], metrics["heads"], strict=True):
         assert after["loss"] < 0.5 * before["loss"]
@@ -126,7 +157,16 @@ def test_distribution_is_the_divergence_from_the_base_k_ahead(base, tokenizer, t
     """The first logged loss of each head, against the definition written out."""
     data = rows(4)
     torch.manual_seed(0)
-    done = job(base, tokenizer, tmp_path, "distribution", data=data, heldout=[], steps=1, caft={"num_heads": 2})
+    done = job(
+        base,
+        tokenizer,
+        tmp_path,
+        "distribution",
+        data=data,
+        heldout=[],
+        steps=1,
+        caft={"num_heads": 2},
+    )
     done.arguments.learning_rate = 0.0
     trainers = []
     original = HeadsTrainer.train
@@ -140,7 +180,8 @@ def test_distribution_is_the_divergence_from_the_base_k_ahead(base, tokenizer, t
     total = 0.0
     for k in (1, 2):
         summed, count = 0.0, 0
-        for row in data:  # an untrained head is a copy of the last layer, so it gives the base's own logits
+        # an untrained head is a copy of the last layer, so it gives the base's own logits
+        for row in data:
             logits = base(input_ids=torch.tensor([row["input_ids"]])).logits[0].log_softmax(-1)
             for t in range(len(logits) - k - 1):
                 teacher = logits[t + k]
@@ -152,11 +193,17 @@ def test_distribution_is_the_divergence_from_the_base_k_ahead(base, tokenizer, t
 
 
 def test_summed_divergence_and_hits():
-    weight, hidden, teacher = torch.randn(11, 4), torch.randn(70, 4, requires_grad=True), torch.randn(70, 4)
+    weight, hidden, teacher = (
+        torch.randn(11, 4),
+        torch.randn(70, 4, requires_grad=True),
+        torch.randn(70, 4),
+    )
     targets = torch.randint(0, 11, (70,))
     p, q = (teacher @ weight.T).log_softmax(-1), (hidden @ weight.T).log_softmax(-1)
     slow = (p.exp() * (p - q)).sum()
-    total, rows = weighted_sum(divergence_of(lambda h: h @ weight.T), torch.ones(70), hidden, teacher, 11)
+    total, rows = weighted_sum(
+        divergence_of(lambda h: h @ weight.T), torch.ones(70), hidden, teacher, 11
+    )
     torch.testing.assert_close(total, slow)
     torch.testing.assert_close(rows.sum(), slow)
     torch.testing.assert_close(*(torch.autograd.grad(x, hidden)[0] for x in (total, slow)))
@@ -165,11 +212,13 @@ def test_summed_divergence_and_hits():
     assert rows[:, 1].sum() == (q.argmax(-1) == targets).sum()
 
 
-# -- answers ------------------------------------------------------------------------------------------
+# -- answers ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_interrupted_answers_go_on_where_they_stopped(taught, tokenizer, tmp_path, monkeypatch, temperature):
+def test_interrupted_answers_go_on_where_they_stopped(
+    taught, tokenizer, tmp_path, monkeypatch, temperature
+):
     prompts = [prompt_of(row) for row in counting(17)]
     config = PretrainConfig(max_new_tokens=60, temperature=temperature, generation_batch_size=5)
     whole = write_answers(taught, tokenizer, prompts, config, tmp_path / "whole.jsonl", "tiny")
@@ -209,7 +258,9 @@ def test_a_batch_answers_as_its_prompts_one_by_one(taught, tokenizer, tmp_path):
     answers = []
     for size in (1, 3):
         config = PretrainConfig(max_new_tokens=60, generation_batch_size=size)
-        answers.append(write_answers(taught, tokenizer, prompts, config, tmp_path / f"{size}.jsonl", "tiny"))
+        answers.append(
+            write_answers(taught, tokenizer, prompts, config, tmp_path / f"{size}.jsonl", "tiny")
+        )
     assert answers[0] == answers[1]
     assert answers[0][0][:3] == [8, 9, 10]
 
@@ -226,17 +277,19 @@ def test_training_goes_on_from_the_newest_whole_checkpoint(base, tokenizer, tmp_
 
     whole = run(tmp_path / "whole", 6)
     run(tmp_path / "parts", 6)
-    (tmp_path / "parts" / "checkpoint-6" / "trainer_state.json").write_text('{"global_st')  # half a file
+    # half a file
+    (tmp_path / "parts" / "checkpoint-6" / "trainer_state.json").write_text('{"global_st')
     assert run(tmp_path / "parts", 6) == whole
     assert "checkpoint-6 has no readable trainer_state.json" in caplog.text
 
 
-# -- bad input ----------------------------------------------------------------------------------------
+# -- bad input -------------------------------------------------------------------------------------
 
 
 def test_bad_settings():
     with pytest.raises(
-        ConfigError, match=r"pretrain_heads.targets: got 'teacher', but it accepts one of model, dataset"
+        ConfigError,
+        match=r"pretrain_heads.targets: got 'teacher', but it accepts one of model, dataset",
     ):
         PretrainConfig(targets="teacher")
     with pytest.raises(ConfigError, match="pretrain_heads.tempratur: unknown setting"):
@@ -251,14 +304,25 @@ def test_empty_data(base, tokenizer, tmp_path):
 
 def test_prompts_longer_than_the_context(base, tokenizer, tmp_path):
     data = [*rows(3), with_answer([5] * 130, [6])]
-    with pytest.raises(ConfigError, match="row .* has a prompt of 130 tokens; with 8 new ones .* context of 128"):
+    with pytest.raises(
+        ConfigError, match="row .* has a prompt of 130 tokens; with 8 new ones .* context of 128"
+    ):
         pretrain_heads(job(base, tokenizer, tmp_path, "model", data=data))
     assert not (tmp_path / ANSWERS).exists()
 
 
 def test_rows_without_a_prompt(base, tokenizer, tmp_path):
     with pytest.raises(ConfigError, match="1 of 3 rows have none"):
-        pretrain_heads(job(base, tokenizer, tmp_path, "model", data=[*rows(2), with_answer([], [6, 7])], heldout=[]))
+        pretrain_heads(
+            job(
+                base,
+                tokenizer,
+                tmp_path,
+                "model",
+                data=[*rows(2), with_answer([], [6, 7])],
+                heldout=[],
+            )
+        )
 
 
 def test_no_answer_ends(base, tokenizer, tmp_path):
@@ -266,8 +330,12 @@ def test_no_answer_ends(base, tokenizer, tmp_path):
         base.lm_head.weight[1] = 0  # the end token is never the likeliest
     data, length = rows(2), PretrainConfig().max_new_tokens
     base.config.max_position_embeddings = 2 * length
-    with pytest.raises(ConfigError, match=f"none of the 2 answers came to an end within {length} tokens"):
-        pretrain_heads(job(base, tokenizer, tmp_path, "model", data=data, heldout=[], max_new_tokens=length))
+    with pytest.raises(
+        ConfigError, match=f"none of the 2 answers came to an end within {length} tokens"
+    ):
+        pretrain_heads(
+            job(base, tokenizer, tmp_path, "model", data=data, heldout=[], max_new_tokens=length)
+        )
 
 
 def test_no_answer_ends_where_short_ones_were_asked_for(base, tokenizer, tmp_path, caplog):
@@ -286,22 +354,31 @@ def test_no_end_token(base, tokenizer, tmp_path):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="vLLM may run here")
 def test_vllm_where_it_cannot_run(base, tokenizer, tmp_path):
-    """It is asked for, or not used at all. No file of answers is begun that a run without it could not go on with."""
+    """It is asked for, or not used at all. No file of answers is begun that a run without it could
+    not go on with."""
     base.save_pretrained(tmp_path)
-    nowhere = r"pretrain_heads.vllm: got true, but vLLM cannot write the answers: .*there is no GPU that CUDA can use"
+    nowhere = (
+        r"pretrain_heads.vllm: got true, but vLLM cannot write the answers: .*there is no GPU that"
+        r" CUDA can use"
+    )
     with pytest.raises(ConfigError, match=nowhere):
         pretrain_heads(job(base, tokenizer, tmp_path, "model", vllm=True))
     assert not (tmp_path / ANSWERS).exists()
     with pytest.raises(ConfigError, match=nowhere):
         load_base(str(tmp_path), torch.float32, vllm=True)
-    with pytest.raises(ConfigError, match="and the base is quantised, which vLLM would load unquantised"):
+    with pytest.raises(
+        ConfigError, match="and the base is quantised, which vLLM would load unquantised"
+    ):
         load_base(str(tmp_path), torch.float32, load_in_4bit=True, vllm=True)
-    with pytest.raises(ConfigError, match="pretrain_heads.vllm: got 'fast', but it accepts true or false"):
+    with pytest.raises(
+        ConfigError, match="pretrain_heads.vllm: got 'fast', but it accepts true or false"
+    ):
         PretrainConfig(vllm="fast")
 
 
 def test_a_base_that_heads_cannot_follow_is_refused_before_its_weights_are_loaded(tmp_path):
-    RwkvConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1).save_pretrained(tmp_path)  # and no weights
+    # and no weights
+    RwkvConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="passes a running state from layer to layer"):
         load_base(str(tmp_path), torch.float32)
 
@@ -309,7 +386,12 @@ def test_a_base_that_heads_cannot_follow_is_refused_before_its_weights_are_loade
 def test_rows_from_a_file(tokenizer, tmp_path):
     file = tmp_path / "rows.jsonl"
     lines = [
-        {"messages": [{"role": "user", "content": "w1 w2"}, {"role": "assistant", "content": "w3"}]},
+        {
+            "messages": [
+                {"role": "user", "content": "w1 w2"},
+                {"role": "assistant", "content": "w3"},
+            ]
+        },
         {"prompt": "w1 w2", "completion": "w3 w4"},
         {"text": "w1 w2 w3"},
     ]
@@ -317,7 +399,9 @@ def test_rows_from_a_file(tokenizer, tmp_path):
     chat, completion, text = read_rows(file, tokenizer, 100)
     assert tokenizer.decode(prompt_of(chat)).endswith("assistant")
     assert tokenizer.decode([label for label in chat["labels"] if label != IGNORE]) == "w3 </s>"
-    assert prompt_of(completion) == tokenizer("w1 w2").input_ids and completion["input_ids"][-1] == 1
+    assert (
+        prompt_of(completion) == tokenizer("w1 w2").input_ids and completion["input_ids"][-1] == 1
+    )
     assert prompt_of(text) == [] and text["labels"] == text["input_ids"]
     assert all(len(row["input_ids"]) <= 2 for row in read_rows(file, tokenizer, 2))
 
@@ -329,19 +413,25 @@ def test_rows_from_a_file(tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize("inside", ["\u2028", "\u2029", "\x85", "\x0b", "\f", "\x1c"])
-@pytest.mark.parametrize("start, end", [("", "\n"), ("\ufeff", "\n"), ("", "\r\n"), ("\ufeff", "\r\n")])
+@pytest.mark.parametrize(
+    "start, end", [("", "\n"), ("\ufeff", "\n"), ("", "\r\n"), ("\ufeff", "\r\n")]
+)
 def test_a_line_of_json_ends_at_a_newline_as_for_datasets(tokenizer, tmp_path, inside, start, end):
     rows = [{"text": f"w{i} w2{inside}w3"} for i in range(3)]
     file = tmp_path / "rows.jsonl"
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]
     file.write_bytes((start + "".join(line + end for line in lines) + end).encode())
-    theirs = [row["text"] for row in load_dataset("json", data_files=str(file), cache_dir=str(tmp_path))["train"]]
+    theirs = [
+        row["text"]
+        for row in load_dataset("json", data_files=str(file), cache_dir=str(tmp_path))["train"]
+    ]
     assert theirs == [row["text"] for row in rows]
     assert [text.text for text in read_texts(file)] == theirs
     wanted = [tokenizer(text).input_ids for text in theirs]
     assert read_prompts(file, tokenizer) == wanted
     assert [
-        row["input_ids"][: len(ids)] for row, ids in zip(read_rows(file, tokenizer, 9), wanted, strict=True)
+        row["input_ids"][: len(ids)]
+        for row, ids in zip(read_rows(file, tokenizer, 9), wanted, strict=True)
     ] == wanted
     file.write_bytes((start + lines[0] + end + end + "{" + end).encode())
     with pytest.raises(ConfigError, match="--data: line 3 of"):
@@ -365,13 +455,16 @@ def test_pretrained_heads_serve_fine_tuning(base, tokenizer, tmp_path):
     assert all(torch.equal(ours[name], tensor) for name, tensor in trained.items())
 
 
-# -- heads that go on over a tuned model ----------------------------------------------------------------
+# -- heads that go on over a tuned model -----------------------------------------------------------
 
 
 def test_heads_go_on_from_a_folder(taught, tokenizer, tmp_path):
-    """They start as they are in the folder, as many as there are, and learn; the model stays bit for bit."""
+    """They start as they are in the folder, as many as there are, and learn; the model stays bit
+    for bit."""
     data = counting()
-    first = pretrain_heads(job(taught, tokenizer, tmp_path / "a", data=data, heldout=data[:7], caft={"num_heads": 3}))
+    first = pretrain_heads(
+        job(taught, tokenizer, tmp_path / "a", data=data, heldout=data[:7], caft={"num_heads": 3})
+    )
     block = heads_block({"heads": str(first)})
     assert block.num_heads == 3
     before = {name: parameter.clone() for name, parameter in taught.named_parameters()}
@@ -383,7 +476,9 @@ def test_heads_go_on_from_a_folder(taught, tokenizer, tmp_path):
     assert "untrained" not in metrics or metrics["untrained"] == []
     for old, start, end in zip(earlier["heads"], metrics["before"], metrics["heads"], strict=True):
         assert end["loss"] < start["loss"] < 1.5 * old["loss"]  # other answers than the data's
-    assert all(torch.equal(parameter, taught.get_parameter(name)) for name, parameter in before.items())
+    assert all(
+        torch.equal(parameter, taught.get_parameter(name)) for name, parameter in before.items()
+    )
     assert metrics["tokens_per_pass"] > 1
     assert f"started from the heads in: {first}" in (folder / "README.md").read_text()
 
@@ -392,7 +487,15 @@ def test_heads_before_are_those_of_the_folder(taught, tokenizer, tmp_path):
     data = counting()
     first = pretrain_heads(job(taught, tokenizer, tmp_path / "a", data=data, heldout=data[:7]))
     again = pretrain_heads(
-        job(taught, tokenizer, tmp_path / "b", data=data, heldout=data[:7], caft={"heads": str(first)}, steps=1)
+        job(
+            taught,
+            tokenizer,
+            tmp_path / "b",
+            data=data,
+            heldout=data[:7],
+            caft={"heads": str(first)},
+            steps=1,
+        )
     )
     earlier, metrics = (json.loads((made / "metrics.json").read_text()) for made in (first, again))
     assert metrics["before"] == earlier["heads"]
@@ -414,7 +517,9 @@ def test_an_adapter_is_loaded_over_its_base(base, tokenizer, tmp_path):
     with torch.no_grad():
         torch.testing.assert_close(loaded(ids).logits, model(ids).logits)
     (tmp_path / "adapter" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
-    with pytest.raises(ConfigError, match=r"adapter is an adapter, but its adapter_config.json names no base_model"):
+    with pytest.raises(
+        ConfigError, match=r"adapter is an adapter, but its adapter_config.json names no base_model"
+    ):
         load_base(str(tmp_path / "adapter"), torch.float32)
 
 
@@ -427,7 +532,7 @@ def test_answers_of_a_model_that_was_trained_again_are_not_taken(taught, tokeniz
         write_answers(taught, tokenizer, prompts, config, tmp_path / "a.jsonl", "tiny")
 
 
-# -- what is printed and written at the end ----------------------------------------------------------------
+# -- what is printed and written at the end --------------------------------------------------------
 
 
 def test_figures_before_and_after_are_printed_and_in_the_card(taught, tokenizer, tmp_path):
@@ -435,21 +540,38 @@ def test_figures_before_and_after_are_printed_and_in_the_card(taught, tokenizer,
     taught.save_pretrained(tmp_path / "out")
     tokenizer.save_pretrained(tmp_path / "out")
     lines = [
-        {"prompt": f"w{i} w{i + 1}", "completion": " ".join(f"w{j}" for j in range(i + 2, i + 9))} for i in range(40)
+        {"prompt": f"w{i} w{i + 1}", "completion": " ".join(f"w{j}" for j in range(i + 2, i + 9))}
+        for i in range(40)
     ]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, lines)))
 
     def run(output, *more):
         command = ["pretrain-heads", "--model", tmp_path / "out", "--data", tmp_path / "rows.jsonl"]
-        command += ["--output", tmp_path / output, "--targets", "dataset", "--float32", "--steps", "12", *more]
-        result = CliRunner().invoke(commands, [*map(str, command), "--learning-rate", "0.01"], catch_exceptions=False)
+        command += [
+            "--output",
+            tmp_path / output,
+            "--targets",
+            "dataset",
+            "--float32",
+            "--steps",
+            "12",
+            *more,
+        ]
+        result = CliRunner().invoke(
+            commands, [*map(str, command), "--learning-rate", "0.01"], catch_exceptions=False
+        )
         assert result.exit_code == 0, result.output
         folder = tmp_path / output / "caft_heads"
-        return result.output, json.loads((folder / "metrics.json").read_text()), (folder / "README.md").read_text()
+        return (
+            result.output,
+            json.loads((folder / "metrics.json").read_text()),
+            (folder / "README.md").read_text(),
+        )
 
     run("first")
     printed, metrics, card = run("second", "--heads", tmp_path / "first")
-    assert metrics["positions"] == 2 * (7 + 1)  # the words and the end of two rows that were held out
+    # the words and the end of two rows that were held out
+    assert metrics["positions"] == 2 * (7 + 1)
     for k, (before, after) in enumerate(zip(metrics["before"], metrics["heads"], strict=True), 1):
         cells = [
             f"{before['loss']:.4f}",
@@ -461,9 +583,9 @@ def test_figures_before_and_after_are_printed_and_in_the_card(taught, tokenizer,
         assert f"| {k} | {k + 1} ahead | {' | '.join(cells)} |" in card
     assert metrics["tokens_per_pass_before"] != metrics["tokens_per_pass"]
     said = (
-        f"As drafters these heads give {metrics['tokens_per_pass']:.2f} tokens per step "
-        f"({metrics['tokens_per_pass_before']:.2f} before this training), estimated at {metrics['positions']} held-out "
-        "positions. Plain generation gives 1."
+        f"As drafters these heads give {metrics['tokens_per_pass']:.2f} tokens per step"
+        f" ({metrics['tokens_per_pass_before']:.2f} before this training), estimated at"
+        f" {metrics['positions']} held-out positions. Plain generation gives 1."
     )
     assert said in printed and said in card
     assert "Drafter.from_pretrained" in card and "caft speculate --model" in card
@@ -471,5 +593,8 @@ def test_figures_before_and_after_are_printed_and_in_the_card(taught, tokenizer,
 
 def test_without_held_out_rows_it_says_that_there_are_no_figures(base, tokenizer, tmp_path):
     folder = pretrain_heads(job(base, tokenizer, tmp_path, data=rows(1), steps=1))
-    assert before_and_after(folder) == "No figures before and after: no held-out row has a target of every head."
+    assert (
+        before_and_after(folder)
+        == "No figures before and after: no held-out row has a target of every head."
+    )
     assert "## Figures" not in (folder / "README.md").read_text()

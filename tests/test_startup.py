@@ -1,4 +1,5 @@
-"""The start-up bridge: bare plugin names, its cost, and how to switch it off. Needs the installed wheel."""
+"""The start-up bridge: bare plugin names, its cost, and how to switch it off. Needs the installed
+wheel."""
 
 from __future__ import annotations
 
@@ -46,13 +47,17 @@ def test_switched_off_by_the_environment():
 
 
 def test_starting_python_imports_nothing_of_the_package():
-    code = "import sys; print([m for m in sys.modules if m.split('.')[0] in ('caft_plugin', 'torch', 'axolotl')])"
+    code = (
+        "import sys; print([m for m in sys.modules if m.split('.')[0] in ('caft_plugin', 'torch',"
+        " 'axolotl')])"
+    )
     assert python(code).stdout.strip() == "[]"
 
 
 def test_importing_the_package_needs_nothing_optional():
     code = (
-        "import sys, caft_plugin; print([m for m in ('torch', 'axolotl', 'trl', 'transformers') if m in sys.modules])"
+        "import sys, caft_plugin; print([m for m in ('torch', 'axolotl', 'trl', 'transformers') if"
+        " m in sys.modules])"
     )
     assert python(code).stdout.strip() == "[]"
 

@@ -22,7 +22,7 @@ from study.second import report as pages
 
 from caft_plugin import CAFTConfig, MEAPConfig
 
-# -- data -------------------------------------------------------------------------------------------
+# -- data ------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -46,12 +46,18 @@ def canonical(smiles: str) -> str:
 
 
 def test_no_compound_is_in_two_splits(made):
-    splits = {name: rows for name, rows in made.items() if name.startswith(("molecules", "records"))}
+    splits = {
+        name: rows for name, rows in made.items() if name.startswith(("molecules", "records"))
+    }
     assert {name: len(rows) for name, rows in splits.items()} == {
         **{f"molecules-{name}": size for name, size in data.MOLECULES.items()},
         **{f"records-{name}": size for name, size in data.RECORDS.items()},
     }
-    for what in (lambda row: canonical(row["smiles"]), lambda row: row["name"], lambda row: row["cas"]):
+    for what in (
+        lambda row: canonical(row["smiles"]),
+        lambda row: row["name"],
+        lambda row: row["cas"],
+    ):
         everything = [what(row) for rows in splits.values() for row in rows]
         assert len(everything) == len(set(everything))
 
@@ -62,7 +68,13 @@ def test_training_text_holds_nothing_held_out(made):
     names, numbers = ({row[key] for row in unseen} for key in ("name", "cas"))
     structures = {row["canonical"] for row in unseen}
     kinds = dict.fromkeys(("molecule", "documents", "record", "passage"), 0)
-    for split in ("stage1", "molecules-train", "molecules-validation", "records-train", "records-validation"):
+    for split in (
+        "stage1",
+        "molecules-train",
+        "molecules-validation",
+        "records-train",
+        "records-validation",
+    ):
         for row in made[split]:
             text = row["prompt"] + row["completion"]
             assert not numbers & {word.strip(".") for word in text.split()}
@@ -72,7 +84,11 @@ def test_training_text_holds_nothing_held_out(made):
                 told = [row["prompt"].removeprefix("Name: ").removesuffix("\nSMILES:")]
             elif text.startswith("Documents:\n"):
                 kinds["documents"] += 1
-                told = [line.split(" has the formula ")[0] for line in text.splitlines() if " has the formula " in line]
+                told = [
+                    line.split(" has the formula ")[0]
+                    for line in text.splitlines()
+                    if " has the formula " in line
+                ]
                 assert len(told) == data.DOCUMENTS_IN_TRAINING and row["name"] in told
             elif text.startswith("What is recorded of "):
                 kinds["record"] += 1
@@ -86,13 +102,14 @@ def test_training_text_holds_nothing_held_out(made):
 
 
 def test_the_shipped_script_is_the_source(made):
-    """The molecules are among those that make_molecules.py lets through, with its names and SMILES."""
+    """The molecules are among those that make_molecules.py lets through, with its names and
+    SMILES."""
     script = data.script()
     passed = set(script.select_molecules(script.read_table(None)))
     assert all((row["name"], row["smiles"]) in passed for row in made["molecules-train"])
 
 
-# -- measures ---------------------------------------------------------------------------------------
+# -- measures --------------------------------------------------------------------------------------
 
 
 def test_judged_answers_equal_the_slow_way(tiny_model):
@@ -101,7 +118,12 @@ def test_judged_answers_equal_the_slow_way(tiny_model):
     draw = random.Random(0)
     vocabulary = tiny_model.config.vocab_size
     rows = [
-        measure.Asked(*([draw.randrange(1, vocabulary) for _ in range(draw.randrange(2, 12))] for _ in range(2)))
+        measure.Asked(
+            *(
+                [draw.randrange(1, vocabulary) for _ in range(draw.randrange(2, 12))]
+                for _ in range(2)
+            )
+        )
         for _ in range(9)
     ]
     with torch.no_grad():
@@ -115,7 +137,9 @@ def test_judged_answers_equal_the_slow_way(tiny_model):
             assert one.tokens == len(row.answer)
             assert one.loss == pytest.approx(loss, rel=0.02)  # judged in bfloat16
     assert found[-1].right and not found[1].right
-    assert measure.mean_loss(found) == pytest.approx(sum(f.loss for f in found) / sum(f.tokens for f in found))
+    assert measure.mean_loss(found) == pytest.approx(
+        sum(f.loss for f in found) / sum(f.tokens for f in found)
+    )
 
 
 def test_written_molecules_are_judged_by_rdkit():
@@ -124,14 +148,21 @@ def test_written_molecules_are_judged_by_rdkit():
     assert items == {name: [1.0, 1.0, 0.0, 0.0] for name in ("exact", "valid", "tanimoto")}
 
 
-# -- the protocol -------------------------------------------------------------------------------------
+# -- the protocol ----------------------------------------------------------------------------------
 
 
 def line(task, arm, seed, processor="this", **metrics):
     if task == "few":
         metrics = {**dict.fromkeys(pages.MOLECULE_METRICS, 0.5), **metrics}
     return {
-        **{"task": task, "arm": arm, "seed": seed, "metrics": metrics, "processor": processor, "dtype": "float32"},
+        **{
+            "task": task,
+            "arm": arm,
+            "seed": seed,
+            "metrics": metrics,
+            "processor": processor,
+            "dtype": "float32",
+        },
         **{"items": {key: [0.0, 1.0] for key in pages.BY_ITEM}, "wall_seconds": 60.0},
     }
 
@@ -139,7 +170,13 @@ def line(task, arm, seed, processor="this", **metrics):
 def pilots(best="0.0002-0-0", epochs=6, found=(0.1, 0.55, 0.9), control=1.0):
     """Made-up pilots, by which settings are chosen."""
     few = [
-        line("few-pilot", arm.name, 100, validation_loss=0.5 if arm.name == best else 1.0, epochs=epochs)
+        line(
+            "few-pilot",
+            arm.name,
+            100,
+            validation_loss=0.5 if arm.name == best else 1.0,
+            epochs=epochs,
+        )
         for arm in second.TASKS["few-pilot"].arms
     ]
     found = [
@@ -161,7 +198,9 @@ def test_every_declared_run_can_be_set_up():
         if run.task in ("few", "documents"):
             assert None not in [settings[key] for key in ("rows", "learning_rate", "weight_decay")]
     for task in second.TASKS.values():
-        assert {name for arm in task.arms for name in arm.against} <= {arm.name for arm in task.arms} | {"ntp"}
+        assert {name for arm in task.arms for name in arm.against} <= {
+            arm.name for arm in task.arms
+        } | {"ntp"}
     for question in second.QUESTIONS:
         task = second.TASKS[question.task]
         assert (question.arm, question.against) in task.comparisons()
@@ -170,19 +209,31 @@ def test_every_declared_run_can_be_set_up():
 
 def test_pilots_choose_by_the_rules():
     chosen = second.chosen_few(pilots())
-    assert chosen == {"learning_rate": 2e-4, "weight_decay": 0.0, "attention_dropout": 0.0, "rows": 500}
+    assert chosen == {
+        "learning_rate": 2e-4,
+        "weight_decay": 0.0,
+        "attention_dropout": 0.0,
+        "rows": 500,
+    }
     assert second.chosen_few(pilots(epochs=second.EPOCHS))["rows"] == 250, "it did not overfit"
     assert second.chosen_rows(pilots()) == 40
     assert second.chosen_rows(pilots(found=(0.5, 0.7, 0.8))) == 40, "the most that leave headroom"
     assert second.chosen_rows(pilots(found=(0.01, 0.2, 0.8))) is None, "no headroom"
     assert second.control_works(pilots()) and not second.control_works(pilots(control=0.94))
-    with pytest.raises(protocol.NotYet, match=r"few-pilot 0.0001-0-0 is missing \(make study does it\)"):
+    with pytest.raises(
+        protocol.NotYet, match=r"few-pilot 0.0001-0-0 is missing \(make study does it\)"
+    ):
         second.chosen_few([])
 
 
 def test_runs_wait_for_what_they_depend_on():
     first = second.plan([])
-    assert {run.task for run in first} == {"few-heads", "few-pilot", "graphs-pilot", "documents-pilot"}
+    assert {run.task for run in first} == {
+        "few-heads",
+        "few-pilot",
+        "graphs-pilot",
+        "documents-pilot",
+    }
     then = second.plan(pilots())
     assert {run.seed for run in then if run.task == "few"} == {0, 1, 2, 3}
     assert {run.task for run in then} == set(second.TASKS)
@@ -191,8 +242,8 @@ def test_runs_wait_for_what_they_depend_on():
 
 
 def seeds_of_few(apart, more=-0.08, seeds=4, kinds="same"):
-    """Four seeds of every arm; those of `caft` are `apart` from next-token training's. `kinds` of machine: a letter a
-    seed, at most."""
+    """Four seeds of every arm; those of `caft` are `apart` from next-token training's. `kinds` of
+    machine: a letter a seed, at most."""
     draw = random.Random(1)
     found = []
     for arm in second.FEW_ARMS:
@@ -207,26 +258,37 @@ def test_an_arm_stops_after_four_seeds_without_half_the_gain_of_more_data():
     assert second.stopped(seeds_of_few(apart=0.0)) == {"caft"}
     assert second.stopped(seeds_of_few(apart=-0.05)) == set()
     assert second.stopped(seeds_of_few(apart=0.0, seeds=3)) == set()
-    assert second.stopped(seeds_of_few(apart=0.0, kinds="abba")) == {"caft"}, "seeds on machines of two kinds"
-    elsewhere = [{**one, "processor": "b"} if one["arm"] != "ntp" else one for one in seeds_of_few(apart=0.0)]
+    assert second.stopped(seeds_of_few(apart=0.0, kinds="abba")) == {"caft"}, (
+        "seeds on machines of two kinds"
+    )
+    elsewhere = [
+        {**one, "processor": "b"} if one["arm"] != "ntp" else one for one in seeds_of_few(apart=0.0)
+    ]
     assert second.stopped(elsewhere) == set(), "runs on other kinds of machine are no pairs"
     wanted = second.plan([*pilots(), *seeds_of_few(apart=0.0)])
     later = {run.arm for run in wanted if run.task == "few" and run.seed >= second.INTERIM}
     assert later == {"ntp", "ntp-more", "meap", "caft-frozen", "noise"}
 
 
-# -- the tasks ----------------------------------------------------------------------------------------
+# -- the tasks -------------------------------------------------------------------------------------
 
 
 def test_molecules_of_a_seed_are_in_no_other_split(folder):
     stage1 = {row["name"] for row in data.read("molecules-train")[: second.STAGE1["rows"]]}
-    tested = {row["name"] for split in ("validation", "heldout") for row in data.read(f"molecules-{split}")}
+    tested = {
+        row["name"]
+        for split in ("validation", "heldout")
+        for row in data.read(f"molecules-{split}")
+    }
     few, more = (
-        [row["name"] for row in molecules.rows_of({"rows": 500, "times_rows": times}, seed=3)] for times in (1.0, 1.3)
+        [row["name"] for row in molecules.rows_of({"rows": 500, "times_rows": times}, seed=3)]
+        for times in (1.0, 1.3)
     )
     assert len(set(few)) == 500 and len(set(more)) == 650 and more[:500] == few
     assert not set(more) & (stage1 | tested)
-    assert few != [row["name"] for row in molecules.rows_of({"rows": 500, "times_rows": 1.0}, seed=4)]
+    assert few != [
+        row["name"] for row in molecules.rows_of({"rows": 500, "times_rows": 1.0}, seed=4)
+    ]
 
 
 def test_documents_stand_in_every_place_and_tests_ask_for_the_middle(folder):
@@ -235,7 +297,9 @@ def test_documents_stand_in_every_place_and_tests_ask_for_the_middle(folder):
     for row in rows:
         shown = [text for text in row["prompt"].splitlines() if " has the formula " in text]
         asked = row["prompt"].rsplit("recorded of ", 1)[1].removesuffix("?\nAnswer:")
-        place = next(i for i, text in enumerate(shown) if text.startswith(f"{asked} has the formula "))
+        place = next(
+            i for i, text in enumerate(shown) if text.startswith(f"{asked} has the formula ")
+        )
         assert row["completion"].startswith(f" The CAS number of {asked} is ")
         places.setdefault(len(shown), []).append(place)
     assert sorted(places) == [6, 7, 8]
@@ -251,15 +315,21 @@ def test_documents_stand_in_every_place_and_tests_ask_for_the_middle(folder):
     assert len(questions) == 400 and len(names) == len(set(names)) == 2_800
     for row in questions:
         shown = [text for text in row["prompt"].splitlines() if " has the formula " in text]
-        assert [row["completion"].strip() in text for text in shown] == [False] * 3 + [True] + [False] * 3
+        assert [row["completion"].strip() in text for text in shown] == [False] * 3 + [True] + [
+            False
+        ] * 3
     with pytest.raises(ValueError, match="need 4200 records, and there are 4000"):
         documents.middle_questions(data.read("records-heldout"), 600)
 
 
 def test_a_seed_draws_what_it_drew_when_the_runs_were_done(folder):
-    """Digests of rows as they were at the commits in results.jsonl: a deleted line is the same run again."""
+    """Digests of rows as they were at the commits in results.jsonl: a deleted line is the same run
+    again."""
     lines = results.read(study.STUDY.file)
-    few, documents_ = (second.settings(Run(*run), lines) for run in (("few", "ntp-more", 0), ("documents", "ntp", 0)))
+    few, documents_ = (
+        second.settings(Run(*run), lines)
+        for run in (("few", "ntp-more", 0), ("documents", "ntp", 0))
+    )
     drawn = [
         molecules.rows_of(few, seed=3),
         documents.rows_of(documents_, seed=3),
@@ -276,7 +346,9 @@ def test_a_path_follows_the_edges_from_start_to_goal(reverse):
     settings = {**second.GRAPHS, "reversed": reverse}
     rows = graphs.make(settings, 50, 7)
     nodes, length = settings["nodes"], settings["length"]
-    assert (rows == graphs.make(settings, 50, 7)).all() and (rows != graphs.make(settings, 50, 8)).any()
+    assert (rows == graphs.make(settings, 50, 7)).all() and (
+        rows != graphs.make(settings, 50, 8)
+    ).any()
     chosen = set()
     for row in rows.tolist():
         edges = [tuple(row[i : i + 2]) for i in range(0, 45, 3)]
@@ -304,7 +376,7 @@ def test_noise_replaces_inputs_and_leaves_labels():
     assert not torch.equal(once["input_ids"], again["input_ids"]), "other places each time"
 
 
-# -- the tables ---------------------------------------------------------------------------------------
+# -- the tables ------------------------------------------------------------------------------------
 
 
 def test_the_tables_name_what_was_not_run():
@@ -313,14 +385,23 @@ def test_the_tables_name_what_was_not_run():
     assert "| B. Does CAFT learn to look ahead? |" in found["second questions"]
     assert found["second questions"].count("| not run |") == 2
     assert "graphs-pilot" not in found["second pilots"] and "task done" in found["second pilots"]
-    assert "few-pilot 0.0001-0-0 is missing (make study does it)" in pages.tables([])["second pilots"]
-    row = next(row for row in found["second molecules differences"].splitlines() if row.startswith("| `caft` - "))
+    assert (
+        "few-pilot 0.0001-0-0 is missing (make study does it)" in pages.tables([])["second pilots"]
+    )
+    row = next(
+        row
+        for row in found["second molecules differences"].splitlines()
+        if row.startswith("| `caft` - ")
+    )
     assert row.startswith("| `caft` - `ntp` | 0, 1 |")
 
 
 def test_a_gain_is_told_in_labelled_rows():
-    """Half of what 30 % more rows bring is 15 % more rows; without a gain of theirs there is no scale."""
-    lines = [line("few", arm, seed, heldout_loss=loss) for seed in (0, 1) for arm, loss in LOSSES.items()]
+    """Half of what 30 % more rows bring is 15 % more rows; without a gain of theirs there is no
+    scale."""
+    lines = [
+        line("few", arm, seed, heldout_loss=loss) for seed in (0, 1) for arm, loss in LOSSES.items()
+    ]
     assert "| +15 % rows |" in pages.tables(lines)["second questions"]
     worse = [one for one in lines if one["arm"] != "ntp-more"]
     assert "% rows" not in pages.tables(worse)["second questions"]
@@ -328,19 +409,21 @@ def test_a_gain_is_told_in_labelled_rows():
 
 LOSSES = {"ntp": 1.0, "ntp-more": 0.9, "caft": 0.95}
 
-# -- the runs that are ready --------------------------------------------------------------------------
+# -- the runs that are ready -----------------------------------------------------------------------
 
 
 def test_heads_that_are_gone_are_made_before_the_runs_that_need_them(monkeypatch):
     monkeypatch.setattr(study, "heads_are_there", lambda kind: False)
     lines = [*pilots(), line("few-heads", "few-heads", 0)]
     runs = study.ready(lines)
-    assert runs[0] == Run("few-heads", "few-heads", 0) and not any(run.arm == "caft-frozen" for run in runs)
+    assert runs[0] == Run("few-heads", "few-heads", 0) and not any(
+        run.arm == "caft-frozen" for run in runs
+    )
     monkeypatch.setattr(study, "heads_are_there", lambda kind: True)
     assert any(run.arm == "caft-frozen" for run in study.ready(lines))
 
 
-# -- the real thing -----------------------------------------------------------------------------------
+# -- the real thing --------------------------------------------------------------------------------
 
 TINY = second.Sizes(
     heldout=8,
@@ -375,7 +458,8 @@ RUNS = (
 
 @pytest.fixture(scope="module")
 def short(smollm2, tmp_path_factory):
-    """SmolLM2-135M without all but its first two layers: nothing that a small run shows depends on the others."""
+    """SmolLM2-135M without all but its first two layers: nothing that a small run shows depends on
+    the others."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     made = tmp_path_factory.mktemp("study") / "short"
@@ -388,7 +472,10 @@ def short(smollm2, tmp_path_factory):
 def places(short, tmp_path, monkeypatch):
     monkeypatch.setattr(study, "MODEL", short)
     monkeypatch.setattr(study, "HEADS", tmp_path / "heads")
-    deterministic, precision = torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision()
+    deterministic, precision = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.get_float32_matmul_precision(),
+    )
     yield fine_tuning.Places(short, tmp_path / "heads", tmp_path / "trainer")
     torch.use_deterministic_algorithms(deterministic)
     torch.set_float32_matmul_precision(precision)
@@ -412,13 +499,27 @@ def test_a_small_run_of_each_kind(folder, places):
         assert again[key] == found["few", "caft"][key], "the same seed, the same figures"
     for arm in ("ntp-more", "noise", "meap", "caft", "caft-frozen"):
         made = found["few", arm]
-        assert set(pages.MOLECULE_METRICS) <= set(made["metrics"]) and len(made["items"]["valid"]) == 4
+        assert (
+            set(pages.MOLECULE_METRICS) <= set(made["metrics"]) and len(made["items"]["valid"]) == 4
+        )
         epochs = len(made["validation"])
-        assert made["metrics"]["epochs"] == epochs and made["metrics"]["validation_loss"] == min(made["validation"])
-        assert ("tokens_per_pass" in made["metrics"]) == bool(made["dose"]) == arm.startswith("caft")
-    assert set(found["few-pilot", "0.0002-1-0.1"]["metrics"]) == {"validation_loss", "best_epoch", "epochs"}
+        assert made["metrics"]["epochs"] == epochs and made["metrics"]["validation_loss"] == min(
+            made["validation"]
+        )
+        assert (
+            ("tokens_per_pass" in made["metrics"]) == bool(made["dose"]) == arm.startswith("caft")
+        )
+    assert set(found["few-pilot", "0.0002-1-0.1"]["metrics"]) == {
+        "validation_loss",
+        "best_epoch",
+        "epochs",
+    }
     for arm in ("meap-separate", "meap-concat"):
-        masked = {f"masked_{kind}_{how}" for kind in ("loss", "molecule_loss") for how in ("alone", "with_original")}
+        masked = {
+            f"masked_{kind}_{how}"
+            for kind in ("loss", "molecule_loss")
+            for how in ("alone", "with_original")
+        }
         assert {"found", "answer_loss", *masked} == set(found["documents", arm]["metrics"])
         assert found["documents", arm]["steps"] == 2, "one epoch of two originals each"
     once = found["documents", "ntp-once"]
@@ -431,7 +532,9 @@ def test_a_small_run_of_each_kind(folder, places):
     assert {"trained_accuracy_head_1"} <= set(found["few-heads", "few-heads"]["metrics"])
     kept = results.read(study.STUDY.file)
     for (task, _), made in found.items():
-        assert any(set(one) == set(made) for one in kept if one["task"] == task), "what a line holds"
+        assert any(set(one) == set(made) for one in kept if one["task"] == task), (
+            "what a line holds"
+        )
 
 
 @pytest.mark.slow
@@ -444,8 +547,13 @@ def test_the_best_epoch_is_brought_back(folder, places):
     for chosen in (settings, {**settings, "learning_rate": 0.5, "epochs": 3}):
         made = molecules.do(run, chosen, TINY, places)
         best = made["metrics"]["best_epoch"]
-        assert made["validation"][best - 1] == pytest.approx(made["metrics"]["validation_loss"], abs=1e-6)
-        tokenizer, saved = AutoTokenizer.from_pretrained(places.model), measure.load(places.trainer).eval()
+        assert made["validation"][best - 1] == pytest.approx(
+            made["metrics"]["validation_loss"], abs=1e-6
+        )
+        tokenizer, saved = (
+            AutoTokenizer.from_pretrained(places.model),
+            measure.load(places.trainer).eval(),
+        )
         asked = measure.asked(tokenizer, data.read("molecules-validation")[: TINY.validation])
         loss = measure.mean_loss(measure.judge(saved, asked, tokenizer.pad_token_id))
         assert loss == pytest.approx(made["metrics"]["validation_loss"], rel=1e-5)
@@ -453,7 +561,8 @@ def test_the_best_epoch_is_brought_back(folder, places):
 
 @pytest.mark.slow
 def test_the_heads_gradient_is_the_difference_of_two(folder, places, monkeypatch):
-    """Against the plain way: the first step's gradient with heads, without them, and their difference, in float32."""
+    """Against the plain way: the first step's gradient with heads, without them, and their
+    difference, in float32."""
     monkeypatch.setattr(measure, "dtype", lambda: "float32")
     seen = {}
 
@@ -464,7 +573,11 @@ def test_the_heads_gradient_is_the_difference_of_two(folder, places, monkeypatch
                 kind = "heads" if self.caft is not None else "next token"
                 named = sorted(self.model.named_parameters())
                 seen[kind] = torch.cat(
-                    [p.grad.flatten() for name, p in named if p.grad is not None and "caft" not in name]
+                    [
+                        p.grad.flatten()
+                        for name, p in named
+                        if p.grad is not None and "caft" not in name
+                    ]
                 ).clone()
             return loss
 
@@ -472,10 +585,14 @@ def test_the_heads_gradient_is_the_difference_of_two(folder, places, monkeypatch
     made = {}
     for arm in ("ntp", "caft"):
         run = Run("few", arm, 0)
-        made[arm] = molecules.do(run, {**second.settings(run, pilots()), **FEW, "epochs": 1}, TINY, places)
+        made[arm] = molecules.do(
+            run, {**second.settings(run, pilots()), **FEW, "epochs": 1}, TINY, places
+        )
     apart = seen["heads"] - seen["next token"]
     first = made["caft"]["dose"][0]
-    assert first["ratio"] == pytest.approx((apart.norm() / seen["next token"].norm()).item(), rel=1e-3)
+    assert first["ratio"] == pytest.approx(
+        (apart.norm() / seen["next token"].norm()).item(), rel=1e-3
+    )
     cosine = torch.nn.functional.cosine_similarity(apart, seen["next token"], dim=0).item()
     assert first["cosine"] == pytest.approx(cosine, abs=1e-3)
     assert [entry["step"] for entry in made["caft"]["dose"]] == [0]

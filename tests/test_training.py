@@ -38,10 +38,16 @@ def rows(lengths, prompt=2):
 
 def pad(examples):
     def padded(key, value):
-        return torch.nn.utils.rnn.pad_sequence([e[key] for e in examples], batch_first=True, padding_value=value)
+        return torch.nn.utils.rnn.pad_sequence(
+            [e[key] for e in examples], batch_first=True, padding_value=value
+        )
 
     ids = padded("input_ids", 0)
-    return {"input_ids": ids, "labels": padded("labels", IGNORE), "attention_mask": (ids != 0).long()}
+    return {
+        "input_ids": ids,
+        "labels": padded("labels", IGNORE),
+        "attention_mask": (ids != 0).long(),
+    }
 
 
 DATA = rows([4, 30, 7, 3, 22, 9, 5, 15, 28, 6, 3, 12, 19, 4, 8, 25])
@@ -67,7 +73,15 @@ def arguments(folder, **settings):
 
 
 def trainer_of(
-    model, folder, caft=None, trainer_class=CAFTTrainer, data=DATA, callbacks=None, evaluate=None, meap=None, **settings
+    model,
+    folder,
+    caft=None,
+    trainer_class=CAFTTrainer,
+    data=DATA,
+    callbacks=None,
+    evaluate=None,
+    meap=None,
+    **settings,
 ):
     more = {"caft": caft} if trainer_class is with_caft(trainer_class) else {}
     if meap is not None:
@@ -89,7 +103,9 @@ def losses(trainer):
 
 def lora(model):
     torch.manual_seed(11)
-    return get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", lora_dropout=0.1))
+    return get_peft_model(
+        model, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", lora_dropout=0.1)
+    )
 
 
 class Gradients(TrainerCallback):
@@ -99,7 +115,9 @@ class Gradients(TrainerCallback):
         self.steps = []
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        self.steps.append({n: None if p.grad is None else p.grad.clone() for n, p in parameters_with_ours(model)})
+        self.steps.append(
+            {n: None if p.grad is None else p.grad.clone() for n, p in parameters_with_ours(model)}
+        )
 
 
 def test_one_class_for_one_class():
@@ -113,21 +131,29 @@ def test_without_caft_it_is_the_class_it_was(tiny_model, tmp_path):
     plain = trainer_of(copy.deepcopy(tiny_model), tmp_path, trainer_class=Trainer)
     ours = trainer_of(copy.deepcopy(tiny_model), tmp_path, caft=None)
     plain.train(), ours.train()
-    assert [(e["loss"], e["grad_norm"]) for e in losses(plain)] == [(e["loss"], e["grad_norm"]) for e in losses(ours)]
+    assert [(e["loss"], e["grad_norm"]) for e in losses(plain)] == [
+        (e["loss"], e["grad_norm"]) for e in losses(ours)
+    ]
 
 
 def test_beta_zero_is_a_plain_run_to_the_digit(tiny_model, tmp_path):
-    plain = trainer_of(lora(copy.deepcopy(tiny_model)), tmp_path, trainer_class=Trainer, max_steps=5)
+    plain = trainer_of(
+        lora(copy.deepcopy(tiny_model)), tmp_path, trainer_class=Trainer, max_steps=5
+    )
     plain.train()
     ours = trainer_of(lora(copy.deepcopy(tiny_model)), tmp_path, caft={"beta": 0}, max_steps=5)
     ours.train()
-    assert [(e["loss"], e["grad_norm"]) for e in losses(plain)] == [(e["loss"], e["grad_norm"]) for e in losses(ours)]
+    assert [(e["loss"], e["grad_norm"]) for e in losses(plain)] == [
+        (e["loss"], e["grad_norm"]) for e in losses(ours)
+    ]
     assert losses(plain)[0].keys() == losses(ours)[0].keys()
 
 
 def test_the_base_sees_the_same_random_numbers(tiny_model, tmp_path):
     """With a vanishing beta the base, dropout included, trains as without heads."""
-    plain = trainer_of(lora(copy.deepcopy(tiny_model)), tmp_path, trainer_class=Trainer, max_steps=4)
+    plain = trainer_of(
+        lora(copy.deepcopy(tiny_model)), tmp_path, trainer_class=Trainer, max_steps=4
+    )
     plain.train()
     ours = trainer_of(lora(copy.deepcopy(tiny_model)), tmp_path, caft={"beta": 1e-12}, max_steps=4)
     ours.train()
@@ -139,8 +165,9 @@ def test_the_base_sees_the_same_random_numbers(tiny_model, tmp_path):
 @pytest.mark.parametrize("rows_in_data", [8, 11])
 @pytest.mark.parametrize("wiring", [{}, {"head_input": "final", "head_norm": False}])
 def test_accumulation_layouts_agree(tiny_model, tmp_path, host_divides, rows_in_data, wiring):
-    """8x1, 4x2, 2x4, 1x8: head losses, auxiliary loss and its gradients; also in a last window that is not full
-    (11 rows), also where a micro-batch has no target for some head (rows of 3 tokens)."""
+    """8x1, 4x2, 2x4, 1x8: head losses, auxiliary loss and its gradients; also in a last window that
+    is not full (11 rows), also where a micro-batch has no target for some head (rows of 3
+    tokens)."""
     results = []
     for batch, accumulation in [(8, 1), (4, 2), (2, 4), (1, 8)]:
         seen = Gradients()
@@ -219,7 +246,9 @@ def test_loss_and_gradients_equal_the_formula(tiny_model, tmp_path, host_divides
     assert log["caft/loss_head_1"] == pytest.approx(means[0].item(), rel=1e-5)
     assert log["caft/loss_head_2"] == pytest.approx(means[1].item(), rel=1e-5)
     assert log["caft/aux_loss"] == pytest.approx(aux.item(), rel=1e-5)
-    assert log["loss"] == pytest.approx(log["caft/next_token_loss"] + log["caft/aux_loss"], rel=1e-6)
+    assert log["loss"] == pytest.approx(
+        log["caft/next_token_loss"] + log["caft/aux_loss"], rel=1e-6
+    )
 
     if not host_divides:  # an exact host: the total is exact too
         next_token = F.cross_entropy(
@@ -253,7 +282,12 @@ def test_what_trains_changes_and_what_is_frozen_does_not(tiny_model, tmp_path, b
 
 def test_logs(tiny_model, tmp_path):
     trainer = trainer_of(
-        tiny_model, tmp_path, caft=CAFTConfig(num_heads=2), logging_steps=2, max_steps=4, evaluate=DATA[:6]
+        tiny_model,
+        tmp_path,
+        caft=CAFTConfig(num_heads=2),
+        logging_steps=2,
+        max_steps=4,
+        evaluate=DATA[:6],
     )
     trainer.train()
     first, second = losses(trainer)
@@ -271,11 +305,15 @@ def test_logs(tiny_model, tmp_path):
 
 
 def test_evaluation_adds_nothing_and_reports_the_heads(tiny_model, tmp_path):
-    plain = trainer_of(copy.deepcopy(tiny_model), tmp_path, trainer_class=Trainer, evaluate=DATA[:6])
+    plain = trainer_of(
+        copy.deepcopy(tiny_model), tmp_path, trainer_class=Trainer, evaluate=DATA[:6]
+    )
     ours = trainer_of(copy.deepcopy(tiny_model), tmp_path, caft={}, evaluate=DATA[:6])
     metrics = ours.evaluate()
     assert metrics["eval_loss"] == plain.evaluate()["eval_loss"]
-    small = trainer_of(tiny_model, tmp_path, caft={}, evaluate=DATA[:6], per_device_eval_batch_size=1)
+    small = trainer_of(
+        tiny_model, tmp_path, caft={}, evaluate=DATA[:6], per_device_eval_batch_size=1
+    )
     one_by_one = small.evaluate()
     for k in range(1, 5):
         key = f"eval_caft/loss_head_{k}"
@@ -285,8 +323,8 @@ def test_evaluation_adds_nothing_and_reports_the_heads(tiny_model, tmp_path):
 
 
 def test_tokens_per_pass_against_a_slow_formula(tiny_model, tmp_path):
-    """Fresh heads say what the model says, so head k is right where the model's likeliest token at t is the target at
-    t + k + 1."""
+    """Fresh heads say what the model says, so head k is right where the model's likeliest token at
+    t is the target at t + k + 1."""
     generator, data = random.Random(0), rows([30, 7, 22, 3, 2])
     runs = []
     for row in data:
@@ -300,13 +338,19 @@ def test_tokens_per_pass_against_a_slow_formula(tiny_model, tmp_path):
                 continue
             runs.append(next((i for i, label in enumerate(ahead) if label != guess), len(ahead)))
     assert 0 < sum(runs) and max(runs) > 1
-    metrics = trainer_of(tiny_model, tmp_path, caft={}, evaluate=data, per_device_eval_batch_size=2).evaluate()
-    assert metrics["eval_caft/tokens_per_pass"] == pytest.approx(1 + sum(runs) / len(runs), rel=1e-6)
+    metrics = trainer_of(
+        tiny_model, tmp_path, caft={}, evaluate=data, per_device_eval_batch_size=2
+    ).evaluate()
+    assert metrics["eval_caft/tokens_per_pass"] == pytest.approx(
+        1 + sum(runs) / len(runs), rel=1e-6
+    )
 
 
 def test_no_head_works_where_gamma_is_zero(tiny_model, tmp_path):
     seen = Gradients()
-    trainer = trainer_of(tiny_model, tmp_path, caft={"schedule": "linear"}, callbacks=[seen], max_steps=2)
+    trainer = trainer_of(
+        tiny_model, tmp_path, caft={"schedule": "linear"}, callbacks=[seen], max_steps=2
+    )
     trainer.train()
     heads = [{n: g for n, g in step.items() if MODULE_NAME in n} for step in seen.steps]
     assert all(g is None for g in heads[0].values())
@@ -322,7 +366,9 @@ def test_nothing_supervised(tiny_model, tmp_path):
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             return model(**inputs).logits.sum() * 0
 
-    trainer = trainer_of(tiny_model, tmp_path, caft={}, trainer_class=with_caft(ZeroLoss), data=data, max_steps=1)
+    trainer = trainer_of(
+        tiny_model, tmp_path, caft={}, trainer_class=with_caft(ZeroLoss), data=data, max_steps=1
+    )
     trainer.train()
     log = losses(trainer)[0]
     assert log["loss"] == 0 and log["grad_norm"] == 0 and log["caft/aux_loss"] == 0
@@ -345,16 +391,22 @@ def test_a_subclass_with_its_own_loss_keeps_it(tiny_model, tmp_path):
     assert Doubled.calls == 2
     log = losses(ours)[0]
     assert log["caft/next_token_loss"] == pytest.approx(losses(plain)[0]["loss"], rel=1e-6)
-    assert log["loss"] == pytest.approx(log["caft/next_token_loss"] + log["caft/aux_loss"], rel=1e-6)
+    assert log["loss"] == pytest.approx(
+        log["caft/next_token_loss"] + log["caft/aux_loss"], rel=1e-6
+    )
 
 
 @pytest.mark.parametrize("extra", ["label_smoothing", "compute_loss_func"])
 def test_hosts_that_take_the_labels_away(tiny_model, tmp_path, extra):
-    """Label smoothing and a custom loss remove `labels` from the inputs before they call the model."""
+    """Label smoothing and a custom loss remove `labels` from the inputs before they call the
+    model."""
 
     def custom(outputs, labels, num_items_in_batch=None):
         flat = outputs.logits[:, :-1].flatten(0, 1)
-        return F.cross_entropy(flat, labels[:, 1:].flatten(), ignore_index=IGNORE, reduction="sum") / num_items_in_batch
+        return (
+            F.cross_entropy(flat, labels[:, 1:].flatten(), ignore_index=IGNORE, reduction="sum")
+            / num_items_in_batch
+        )
 
     settings = {"label_smoothing_factor": 0.1} if extra == "label_smoothing" else {}
     reference = trainer_of(copy.deepcopy(tiny_model), tmp_path, caft={"beta": 0.5}, max_steps=1)
@@ -410,7 +462,13 @@ class StopAt(TrainerCallback):
 
 
 def test_resuming_without_heads_says_so(tiny_model, tmp_path):
-    plain = trainer_of(copy.deepcopy(tiny_model), tmp_path, trainer_class=Trainer, save_strategy="steps", save_steps=3)
+    plain = trainer_of(
+        copy.deepcopy(tiny_model),
+        tmp_path,
+        trainer_class=Trainer,
+        save_strategy="steps",
+        save_steps=3,
+    )
     plain.train()
     ours = trainer_of(tiny_model, tmp_path, caft={})
     with pytest.raises(ConfigError, match="checkpoint-3 has no caft_heads/ folder"):
@@ -423,7 +481,8 @@ def shapes(file):
 
 @pytest.mark.parametrize("base", ["full", "lora"])
 def test_what_is_saved_is_what_a_plain_run_saves(tiny_model, tmp_path, base):
-    """On every path: checkpoint, save_model, save_pretrained in mid-run and after, merge_and_unload."""
+    """On every path: checkpoint, save_model, save_pretrained in mid-run and after,
+    merge_and_unload."""
     file = "adapter_model.safetensors" if base == "lora" else "model.safetensors"
 
     class SaveInMidRun(TrainerCallback):
@@ -461,17 +520,25 @@ def test_what_is_saved_is_what_a_plain_run_saves(tiny_model, tmp_path, base):
             assert keys == found["plain", folder], folder
     assert (tmp_path / "ours" / "final" / "caft_heads" / "heads.safetensors").is_file()
     assert not (tmp_path / "ours" / "final" / "caft_heads" / "lora.safetensors").exists()
-    assert (tmp_path / "ours" / "checkpoint-2" / "caft_heads" / "lora.safetensors").exists() == (base == "lora")
+    assert (tmp_path / "ours" / "checkpoint-2" / "caft_heads" / "lora.safetensors").exists() == (
+        base == "lora"
+    )
     if base == "full":
         loaded = LlamaForCausalLM.from_pretrained(tmp_path / "ours" / "final")
         assert loaded.generate(torch.ones(1, 3, dtype=torch.long), max_new_tokens=2).shape == (1, 5)
 
 
 def test_pretrained_heads_are_used(tiny_model, tmp_path):
-    first = trainer_of(copy.deepcopy(tiny_model), tmp_path / "a", caft={"beta": 0.5, "head_input": "final"})
+    first = trainer_of(
+        copy.deepcopy(tiny_model), tmp_path / "a", caft={"beta": 0.5, "head_input": "final"}
+    )
     first.train()
     first.save_model()
-    second = trainer_of(copy.deepcopy(tiny_model), tmp_path / "b", caft={"heads": str(tmp_path / "a"), "num_heads": 2})
+    second = trainer_of(
+        copy.deepcopy(tiny_model),
+        tmp_path / "b",
+        caft={"heads": str(tmp_path / "a"), "num_heads": 2},
+    )
     assert second.caft_config.head_input == "final"  # as the folder records
     for ours, theirs in zip(second.caft.heads.layers, first.caft.heads.layers[:2], strict=True):
         for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
@@ -544,7 +611,9 @@ def test_the_best_checkpoint_is_that_of_the_best_heads(tiny_model, tmp_path, met
 
 class NamesByPosition(Trainer):
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        output = self.evaluation_loop(self.get_eval_dataloader(eval_dataset), "Evaluation", None, ignore_keys, "valid")
+        output = self.evaluation_loop(
+            self.get_eval_dataloader(eval_dataset), "Evaluation", None, ignore_keys, "valid"
+        )
         return output.metrics
 
 
@@ -573,7 +642,9 @@ def test_refusals(tiny_model, tmp_path):
             caft={},
         )
     with pytest.raises(ConfigError, match="model_init creates a new model"):
-        CAFTTrainer(model_init=lambda: tiny_model, args=arguments(tmp_path), train_dataset=DATA, caft={})
+        CAFTTrainer(
+            model_init=lambda: tiny_model, args=arguments(tmp_path), train_dataset=DATA, caft={}
+        )
     several = arguments(tmp_path)
     several._n_gpu = 2
     with pytest.raises(ConfigError, match="2 GPUs"):
@@ -607,11 +678,12 @@ def test_record(tiny_model, tmp_path):
     }
 
 
-# -- heads drawn for each micro-batch ------------------------------------------------------------------------
+# -- heads drawn for each micro-batch --------------------------------------------------------------
 
 
 def test_drawn_heads_give_the_gradient_of_all_on_average(tiny_model, tmp_path, monkeypatch):
-    """One head a step: over the heads, probability times gradient adds up to the gradient of all four (1e-5)."""
+    """One head a step: over the heads, probability times gradient adds up to the gradient of all
+    four (1e-5)."""
     caft = {"beta": 0.5, "schedule": "constant"}
     mean = gradients_of(tiny_model, tmp_path, {**caft, "beta": 0})
     everything = gradients_of(tiny_model, tmp_path, caft)
@@ -651,7 +723,9 @@ def test_draws_are_in_proportion_to_alpha_and_the_same_everywhere():
     counts = torch.zeros(4)
     for step in range(3000):
         draws = draw_heads(config, 2, seed=42, step=step)
-        assert draws == draw_heads(config, 2, seed=42, step=step) and all(sum(times) == 2 for times in draws)
+        assert draws == draw_heads(config, 2, seed=42, step=step) and all(
+            sum(times) == 2 for times in draws
+        )
         counts += torch.tensor(draws).sum(0)
     share = torch.tensor([0.5**k for k in range(1, 5)])
     # 12,000 draws: 0.02 is four standard deviations of the largest share
@@ -659,13 +733,17 @@ def test_draws_are_in_proportion_to_alpha_and_the_same_everywhere():
 
 
 def test_only_drawn_heads_are_logged_and_updated(tiny_model, tmp_path):
-    trainer = trainer_of(tiny_model, tmp_path, caft={"heads_per_step": 1, "num_heads": 3}, max_steps=6)
+    trainer = trainer_of(
+        tiny_model, tmp_path, caft={"heads_per_step": 1, "num_heads": 3}, max_steps=6
+    )
     before = [p.detach().clone() for p in trainer.caft.heads.parameters()]
     draws = [draw_heads(trainer.caft_config, 1, trainer.args.seed, step)[0] for step in range(6)]
     trainer.train()
     for times, entry in zip(draws, losses(trainer), strict=True):
         assert [f"caft/loss_head_{k}" in entry for k in (1, 2, 3)] == [count > 0 for count in times]
-        assert entry["loss"] == pytest.approx(entry["caft/next_token_loss"] + entry["caft/aux_loss"], rel=1e-6)
+        assert entry["loss"] == pytest.approx(
+            entry["caft/next_token_loss"] + entry["caft/aux_loss"], rel=1e-6
+        )
     ever = [any(times[k] for times in draws) for k in range(3)]
     per_head = len(before) // 3
     for index, (old, new) in enumerate(zip(before, trainer.caft.heads.parameters(), strict=True)):
@@ -673,22 +751,30 @@ def test_only_drawn_heads_are_logged_and_updated(tiny_model, tmp_path):
 
 
 def test_a_drawn_heads_loss_is_its_mean_where_it_was_drawn(tiny_model, tmp_path, monkeypatch):
-    """Two micro-batches, head 1 drawn for the first alone: its logged loss is that of a run over the first alone."""
+    """Two micro-batches, head 1 drawn for the first alone: its logged loss is that of a run over
+    the first alone."""
     monkeypatch.setattr(window, "draw_heads", lambda config, n, *_: [[1, 0], [0, 1]][:n])
     settings = {"max_steps": 1, "learning_rate": 0.0, "train_sampling_strategy": "sequential"}
     caft = {"heads_per_step": 1, "num_heads": 2}
-    both = trainer_of(copy.deepcopy(tiny_model), tmp_path, caft, gradient_accumulation_steps=2, **settings)
+    both = trainer_of(
+        copy.deepcopy(tiny_model), tmp_path, caft, gradient_accumulation_steps=2, **settings
+    )
     first = trainer_of(copy.deepcopy(tiny_model), tmp_path, caft, **settings)
     both.train(), first.train()
-    assert losses(both)[0]["caft/loss_head_1"] == pytest.approx(losses(first)[0]["caft/loss_head_1"], rel=1e-6)
+    assert losses(both)[0]["caft/loss_head_1"] == pytest.approx(
+        losses(first)[0]["caft/loss_head_1"], rel=1e-6
+    )
     assert "caft/loss_head_2" in losses(both)[0] and "caft/loss_head_2" not in losses(first)[0]
 
 
 @pytest.mark.parametrize("caft", [None, {}, {"fused_loss": "on"}])
 @pytest.mark.parametrize("gradient_checkpointing", [False, True])
-def test_what_a_host_saves_comes_back_in_one_backward_pass(tiny_model, tmp_path, gradient_checkpointing, caft):
-    """As TRL's activation offloading needs it: it takes the first tensor that comes back for the start of the backward
-    pass, and lets go of all others when the gradient computation ends in which that was."""
+def test_what_a_host_saves_comes_back_in_one_backward_pass(
+    tiny_model, tmp_path, gradient_checkpointing, caft
+):
+    """As TRL's activation offloading needs it: it takes the first tensor that comes back for the
+    start of the backward pass, and lets go of all others when the gradient computation ends in
+    which that was."""
 
     class Offloading(Trainer):
         def training_step(self, *args, **kwargs):
@@ -710,7 +796,11 @@ def test_what_a_host_saves_comes_back_in_one_backward_pass(tiny_model, tmp_path,
 
     steps = []
     trainer = trainer_of(
-        tiny_model, tmp_path, caft, with_caft(Offloading), gradient_checkpointing=gradient_checkpointing
+        tiny_model,
+        tmp_path,
+        caft,
+        with_caft(Offloading),
+        gradient_checkpointing=gradient_checkpointing,
     )
     trainer.train()
     assert [passes for passes, _ in steps] == [1, 1, 1]

@@ -1,8 +1,10 @@
-"""Vision-language models as tiny random ones: heads over their text part, for batches with images and without.
+"""Vision-language models as tiny random ones: heads over their text part, for batches with images
+and without.
 
-As for other families: a head that is a copy of the last layer gives the model's own logits, training lowers every
-head's loss, and what is saved is what a model without heads saves. `python tests/test_vision.py` prints
-tests/README.md's list.
+As for other families: a head that is a copy of the last layer gives the model's own logits,
+    training lowers every
+head's loss, and what is saved is what a model without heads saves. `python tests/test_vision.py`
+prints tests/README.md's list.
 """
 
 from __future__ import annotations
@@ -50,7 +52,12 @@ QWEN_TOKENS = {
     "vision_end_token_id": 93,
 }
 HEAD_DIM = {**GATED, "head_dim": 8}
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "decoder_sparse_step": 1}
+EXPERTS = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "decoder_sparse_step": 1,
+}
 LINEAR_ATTENTION = {
     "linear_num_value_heads": 4,
     "linear_num_key_heads": 2,
@@ -138,13 +145,15 @@ def model_of(family):
     torch.manual_seed(0)
     model = AutoModelForImageTextToText.from_config(config, attn_implementation="sdpa")
     for name, parameter in model.named_parameters():
-        if name.endswith("mm_input_projection_weight"):  # Gemma 3 starts with zeros, and an image would be nothing
+        # Gemma 3 starts with zeros, and an image would be nothing
+        if name.endswith("mm_input_projection_weight"):
             torch.nn.init.normal_(parameter, std=0.1)
     return model
 
 
 def rows_of(family, with_image, rows=4):
-    """Rows as a processor makes them, each with one image of 16 x 16 pixels or none; the loss is on the last 8 tokens.
+    """Rows as a processor makes them, each with one image of 16 x 16 pixels or none; the loss is on
+    the last 8 tokens.
 
     Qwen's pixel values are patches, one after the other, the others' (rows, 3, 16, 16).
     """
@@ -223,13 +232,16 @@ def test_training_lowers_every_heads_loss_and_the_saved_model_is_plain(family, t
     for k in range(1, 5):
         losses = [entry[f"caft/loss_head_{k}"] for entry in logs]
         assert sum(losses[-6:]) < 0.9 * sum(losses[:6]), losses
-    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("before", "after"))
+    before, after = (
+        load_file(tmp_path / name / "model.safetensors") for name in ("before", "after")
+    )
     assert {k: v.shape for k, v in before.items()} == {k: v.shape for k, v in after.items()}
 
 
 @pytest.mark.parametrize("family", MROPE_FAMILIES)
 def test_the_positions_of_an_image_are_no_document_boundary(family):
-    """With the position ids that the model itself makes, and with those a collator for packed rows would add."""
+    """With the position ids that the model itself makes, and with those a collator for packed rows
+    would add."""
     model = model_of(family)
     batch = rows_of(family, with_image=True)
     seen = {}
@@ -245,7 +257,9 @@ def test_the_positions_of_an_image_are_no_document_boundary(family):
     counted = torch.arange(axes.shape[-1]).expand(1, *axes.shape[1:])
     wanted = head_targets(batch, 4)
     for positions in (axes, torch.cat([counted, axes])):
-        torch.testing.assert_close(head_targets({**batch, "position_ids": positions}, 4), wanted, rtol=0, atol=0)
+        torch.testing.assert_close(
+            head_targets({**batch, "position_ids": positions}, 4), wanted, rtol=0, atol=0
+        )
 
 
 def listing() -> str:
@@ -254,7 +268,9 @@ def listing() -> str:
 
 def test_the_readme_lists_the_families_of_this_test():
     text = " ".join((ROOT / "tests" / "README.md").read_text(encoding="utf-8").split())
-    assert listing() in text, f"the list in tests/README.md of vision-language models is to read: {listing()}"
+    assert listing() in text, (
+        f"the list in tests/README.md of vision-language models is to read: {listing()}"
+    )
 
 
 if __name__ == "__main__":

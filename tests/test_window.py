@@ -1,4 +1,5 @@
-"""One optimisation step, without a trainer: against counts, weights and draws written out slowly."""
+"""One optimisation step, without a trainer: against counts, weights and draws written out
+slowly."""
 
 from __future__ import annotations
 
@@ -31,10 +32,17 @@ def opened(batches, processes=1, step=3, **settings):
 def slow_targets(batch, ahead):
     """Labels that lie `ahead` tokens after a token that is not padding."""
     found = 0
-    for labels, mask in zip(batch["labels"].tolist(), batch["attention_mask"].tolist(), strict=True):
+    for labels, mask in zip(
+        batch["labels"].tolist(), batch["attention_mask"].tolist(), strict=True
+    ):
         for at in range(len(labels)):
             there = at + ahead
-            found += mask[at] == 1 and there < len(labels) and mask[there] == 1 and labels[there] != IGNORE
+            found += (
+                mask[at] == 1
+                and there < len(labels)
+                and mask[there] == 1
+                and labels[there] != IGNORE
+            )
     return found
 
 
@@ -45,23 +53,31 @@ BATCHES = [batch([IGNORE, 5, 6, 7, 8], [IGNORE, IGNORE, 9]), batch([1, 2, 3]), b
 def test_counts_are_those_of_all_processes(processes):
     window = opened(BATCHES, processes)
     counts = [sum(slow_targets(b, k + 1) for b in BATCHES) for k in (1, 2)]
-    assert window.counts.tolist() == window.drawn_counts.tolist() == [processes * count for count in counts]
+    assert (
+        window.counts.tolist()
+        == window.drawn_counts.tolist()
+        == [processes * count for count in counts]
+    )
     next_tokens = sum(slow_targets(b, 1) for b in BATCHES)
     assert window.next_tokens == processes * next_tokens and window.own_tokens == next_tokens
     assert [int(next_tokens_in(b)) for b in BATCHES] == [5, 2, 0]
 
 
 def test_the_weights_make_a_mean_over_the_window():
-    """Weights times the sums of all micro-batches are beta gamma alpha^k times the mean over all targets."""
+    """Weights times the sums of all micro-batches are beta gamma alpha^k times the mean over all
+    targets."""
     window = opened(BATCHES)
     gamma = math.sin((1 - 3 / 10) * math.pi / 2)
     assert window.gamma == pytest.approx(gamma)
-    for k, (weight, count) in enumerate(zip(window.weights([1, 1]).tolist(), window.counts.tolist(), strict=True), 1):
+    for k, (weight, count) in enumerate(
+        zip(window.weights([1, 1]).tolist(), window.counts.tolist(), strict=True), 1
+    ):
         assert weight == pytest.approx(0.5 * gamma * 0.8**k / count, rel=1e-6)
 
 
 def test_the_weights_of_drawn_heads_are_those_of_all_on_average():
-    """Over all outcomes of two draws, probability times weight is the weight that a head has where all run."""
+    """Over all outcomes of two draws, probability times weight is the weight that a head has where
+    all run."""
     every, drawn = opened(BATCHES).weights([1, 1]), opened(BATCHES, heads_per_step=2)
     shares = [0.8**k / (1 + 0.8) for k in (0, 1)]
     mean = torch.zeros(2)
@@ -79,7 +95,8 @@ def test_a_head_without_a_target_weighs_nothing_that_is_not_a_number():
 
 def test_begun_knows_a_micro_batch_by_what_it_is_or_by_its_labels_or_by_its_turn():
     window = opened(BATCHES)
-    second, first = BATCHES[1], {**BATCHES[0], "more": 1}  # the second is asked for first; the first was copied
+    # the second is asked for first; the first was copied
+    second, first = BATCHES[1], {**BATCHES[0], "more": 1}
     assert window.begun(second).inputs is second
     assert window.begun(first).inputs is BATCHES[0]
     made_anew = {key: value.clone() for key, value in BATCHES[2].items()}
@@ -95,7 +112,10 @@ def test_a_request_for_labels_that_the_host_has_made_is_for_these():
     fewer["labels"][0, 3] = IGNORE
     made = window.request(micro_batch, fewer)
     assert (made.targets != IGNORE).sum() < (micro_batch.request.targets != IGNORE).sum()
-    assert torch.equal(made.weights, micro_batch.request.weights) and made.run == micro_batch.request.run
+    assert (
+        torch.equal(made.weights, micro_batch.request.weights)
+        and made.run == micro_batch.request.run
+    )
 
 
 def test_a_request_undoes_what_the_host_will_do():
@@ -125,16 +145,29 @@ def test_the_log_has_means_over_steps_and_a_batch_asked_for_twice_counts_once():
         tally.add(window)
     log = tally.log(5, 1, lambda tensor: tensor)
     assert log.next_token_loss == pytest.approx(2.0) and log.aux_loss == pytest.approx(0.5)
-    assert log.head_losses == pytest.approx({1: 6.0, 2: 4.0}) and log.gamma == pytest.approx(window.gamma)
+    assert log.head_losses == pytest.approx({1: 6.0, 2: 4.0}) and log.gamma == pytest.approx(
+        window.gamma
+    )
 
 
 def test_a_head_that_was_not_drawn_is_not_logged():
-    seed = next(s for s in range(100) if draw_heads(CAFTConfig(num_heads=2, heads_per_step=1), 1, s, 3) == [[0, 1]])
+    seed = next(
+        s
+        for s in range(100)
+        if draw_heads(CAFTConfig(num_heads=2, heads_per_step=1), 1, s, 3) == [[0, 1]]
+    )
     config = CAFTConfig(num_heads=2, heads_per_step=1)
     more = {"step": 3, "total_steps": 10, "seed": seed, "device": CPU}
     window = Window.open(BATCHES[:1], config, over_processes=lambda tensor: tensor, **more)
-    assert window.run == [False, True] and window.drawn_counts.tolist() == [0, slow_targets(BATCHES[0], 3)]
-    window.sums.add(torch.tensor(2.0), torch.tensor(0.5), torch.tensor([0.0, 8.0]), next_tokens_in(BATCHES[0]))
+    assert window.run == [False, True] and window.drawn_counts.tolist() == [
+        0,
+        slow_targets(BATCHES[0], 3),
+    ]
+    window.sums.add(
+        torch.tensor(2.0), torch.tensor(0.5), torch.tensor([0.0, 8.0]), next_tokens_in(BATCHES[0])
+    )
     tally = Tally(2, 3, CPU)
     tally.add(window)
-    assert tally.log(4, 1, lambda tensor: tensor).head_losses == pytest.approx({2: 8.0 / slow_targets(BATCHES[0], 3)})
+    assert tally.log(4, 1, lambda tensor: tensor).head_losses == pytest.approx(
+        {2: 8.0 / slow_targets(BATCHES[0], 3)}
+    )

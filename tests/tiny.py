@@ -33,25 +33,30 @@ def word_tokenizer(template: str) -> PreTrainedTokenizerFast:
     words = ["<pad>", "</s>", "<unk>", "user", "assistant", *(f"w{i}" for i in range(92))]
     model = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     model.pre_tokenizer = Whitespace()
-    made = PreTrainedTokenizerFast(tokenizer_object=model, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=model, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    )
     made.chat_template = template
     return made
 
 
 def add_adapter(model, config):
-    """The adapter put on by transformers itself; skips where transformers takes no PEFT as old as this one (5.24 asks
-    for PEFT 0.22, which was not out when it came)."""
+    """The adapter put on by transformers itself; skips where transformers takes no PEFT as old as
+    this one (5.24 asks for PEFT 0.22, which was not out when it came)."""
     if version.parse(peft.__version__) < version.parse(MIN_PEFT_VERSION):
         import pytest  # tests/gpu runs where there is none
 
-        pytest.skip(f"this transformers' add_adapter needs PEFT {MIN_PEFT_VERSION}, and this is {peft.__version__}")
+        pytest.skip(
+            f"this transformers' add_adapter needs PEFT {MIN_PEFT_VERSION}, and this is"
+            f" {peft.__version__}"
+        )
     model.add_adapter(config)
     return model
 
 
 def parameters_with_ours(model):
-    """Names and parameters of a model in mid-training, and of the heads and mask token on it, which callbacks and a
-    host's own code do not find there."""
+    """Names and parameters of a model in mid-training, and of the heads and mask token on it, which
+    callbacks and a host's own code do not find there."""
     yield from model.named_parameters()
     copier = copier_of(model)
     for handle in [] if copier is None else (h for h in copier.handles if hasattr(h, "hidden")):
@@ -61,7 +66,8 @@ def parameters_with_ours(model):
 
 @contextlib.contextmanager
 def head_outputs():
-    """While this is open, each call of a head adds to the list its positions and its output at them."""
+    """While this is open, each call of a head adds to the list its positions and its output at
+    them."""
     seen, original = [], attach.run_head
 
     def noting(layer, source, call, positions, checkpointing):

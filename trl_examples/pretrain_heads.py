@@ -1,12 +1,14 @@
 """Stage 1: train auxiliary heads on a frozen base model, once, for every later fine-tuning of it.
 
     accelerate launch --num_processes 1 trl_examples/pretrain_heads.py \\
-        --model_name_or_path Qwen/Qwen3-0.6B --dataset_name rows.jsonl --output_dir outputs/qwen3-heads --bf16
+        --model_name_or_path Qwen/Qwen3-0.6B --dataset_name rows.jsonl --output_dir
+        outputs/qwen3-heads --bf16
 
-`--dataset_name` is a JSONL file of `messages`, `prompt` and `completion`, or `text`. `--targets` selects the heads'
-targets; the other options are those of `caft pretrain-heads` and of `transformers.TrainingArguments` (`--help` lists
-them). Without a GPU add `--use_cpu`. Without `--bf16` it computes in float32, which is about 30 times as fast as
-bfloat16 on a CPU without instructions for it. `--push_to_hub --hub_model_id owner/name` uploads the heads. After an
+`--dataset_name` is a JSONL file of `messages`, `prompt` and `completion`, or `text`. `--targets`
+selects the heads' targets; the other options are those of `caft pretrain-heads` and of
+`transformers.TrainingArguments` (`--help` lists them). Without a GPU add `--use_cpu`. Without
+`--bf16` it computes in float32, which is about 30 times as fast as bfloat16 on a CPU without
+instructions for it. `--push_to_hub --hub_model_id owner/name` uploads the heads. After an
 interruption, the same command resumes the run.
 """
 
@@ -38,19 +40,33 @@ def key_of(config: Any, name: str) -> Any:
 @dataclass
 class HeadsArguments:
     model_name_or_path: str = field(metadata={"help": "Folder or Hub id of the base model."})
-    dataset_name: str = field(metadata={"help": "JSONL file of messages, prompt and completion, or text."})
-    max_length: int = field(default=1024, metadata={"help": "Longer rows are truncated, in tokens."})
-    load_in_4bit: bool = field(default=False, metadata={"help": "Keep the base in 4 bits (bitsandbytes NF4)."})
-    load_in_8bit: bool = field(default=False, metadata={"help": "Keep the base in 8 bits (bitsandbytes)."})
-    attn_implementation: str | None = field(default=None, metadata={"help": "Attention of the base model."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run model code from the Hub."})
+    dataset_name: str = field(
+        metadata={"help": "JSONL file of messages, prompt and completion, or text."}
+    )
+    max_length: int = field(
+        default=1024, metadata={"help": "Longer rows are truncated, in tokens."}
+    )
+    load_in_4bit: bool = field(
+        default=False, metadata={"help": "Keep the base in 4 bits (bitsandbytes NF4)."}
+    )
+    load_in_8bit: bool = field(
+        default=False, metadata={"help": "Keep the base in 8 bits (bitsandbytes)."}
+    )
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "Attention of the base model."}
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run model code from the Hub."}
+    )
     targets: str | None = key_of(PretrainConfig, "targets")
     max_new_tokens: int | None = key_of(PretrainConfig, "max_new_tokens")
     temperature: float | None = key_of(PretrainConfig, "temperature")
     top_p: float | None = key_of(PretrainConfig, "top_p")
     generation_batch_size: int | None = key_of(PretrainConfig, "generation_batch_size")
     vllm: bool | None = key_of(PretrainConfig, "vllm")
-    heads: str | None = field(default=None, metadata={"help": "Train these heads further: a folder or a Hub id."})
+    heads: str | None = field(
+        default=None, metadata={"help": "Train these heads further: a folder or a Hub id."}
+    )
     num_heads: int | None = key_of(CAFTConfig, "num_heads")
     head_input: str | None = key_of(CAFTConfig, "head_input")
     head_norm: bool | None = key_of(CAFTConfig, "head_norm")
@@ -58,7 +74,9 @@ class HeadsArguments:
 
 @dataclass
 class HeadsTrainingArguments(TrainingArguments):
-    learning_rate: float = field(default=1e-4, metadata={"help": "Initial learning rate; 1e-4 is the paper's."})
+    learning_rate: float = field(
+        default=1e-4, metadata={"help": "Initial learning rate; 1e-4 is the paper's."}
+    )
     logging_steps: float = field(default=10, metadata={"help": "Steps between logs."})
 
 
@@ -80,9 +98,14 @@ def main() -> None:
         trust_remote_code=given.trust_remote_code,
         vllm=config.vllm,
     )
-    repo = (training.hub_model_id or Path(training.output_dir).name) if training.push_to_hub else None
-    training.push_to_hub = False  # the Trainer would upload the answers and the checkpoints' remains too
-    folder = pretrain_heads(Stage1(model, tokenizer, rows, None, training, caft, config, given.model_name_or_path))
+    repo = (
+        (training.hub_model_id or Path(training.output_dir).name) if training.push_to_hub else None
+    )
+    # the Trainer would upload the answers and the checkpoints' remains too
+    training.push_to_hub = False
+    folder = pretrain_heads(
+        Stage1(model, tokenizer, rows, None, training, caft, config, given.model_name_or_path)
+    )
     print(describe(folder))
     if repo:
         push_heads(folder, repo, training.hub_token)

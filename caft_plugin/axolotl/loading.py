@@ -15,8 +15,8 @@ from transformers.utils import find_adapter_config_file
 
 from caft_plugin.model.trunk import trunk_without_weights
 
-# Keys for sharding a model, saving memory in training, or the adapter's kernels. A frozen model in one process does
-# not need them.
+# Keys for sharding a model, saving memory in training, or the adapter's kernels. A frozen model in
+# one process does not need them.
 OF_TRAINING = (
     "fsdp",
     "fsdp_config",
@@ -35,7 +35,8 @@ OF_TRAINING = (
 
 
 class FrozenLoader(ModelLoader):
-    """Axolotl's loader without the preparation for training: no adapter, norms and embeddings in the layers' dtype."""
+    """Axolotl's loader without the preparation for training: no adapter, norms and embeddings in
+    the layers' dtype."""
 
     def _configure_embedding_dtypes(self) -> None:
         pass
@@ -59,7 +60,8 @@ def load_frozen(
     dtype: torch.dtype | None = None,
     quantised: bool = True,
 ) -> PreTrainedModel:
-    """Load a YAML's base with its settings: added tokens, config overrides, revision, quantisation, attention.
+    """Load a YAML's base with its settings: added tokens, config overrides, revision, quantisation,
+    attention.
 
     Args:
         cfg: the YAML as Axolotl reads it.
@@ -83,7 +85,9 @@ def load_frozen(
     loader = FrozenLoader(cfg, tokenizer)
     trunk_without_weights(loader.model_config, cfg.base_model, lambda: build_empty(loader))
     loaded, _ = loader.load()
-    return cast(PreTrainedModel, loaded if adapter is None else PeftModel.from_pretrained(loaded, adapter))
+    return cast(
+        PreTrainedModel, loaded if adapter is None else PeftModel.from_pretrained(loaded, adapter)
+    )
 
 
 def build_empty(loader: ModelLoader) -> nn.Module:
@@ -91,7 +95,11 @@ def build_empty(loader: ModelLoader) -> nn.Module:
     cfg = loader.cfg
     loader._set_auto_model_loader()
     model_class = loader.auto_model_loader
-    if cfg.type_of_model not in (None, "AutoModelForCausalLM") and not cfg.trust_remote_code and not cfg.gptq:
+    if (
+        cfg.type_of_model not in (None, "AutoModelForCausalLM")
+        and not cfg.trust_remote_code
+        and not cfg.gptq
+    ):
         model_class = getattr(transformers, cfg.type_of_model)
     if issubclass(model_class, transformers.PreTrainedModel):
         return model_class(loader.model_config)

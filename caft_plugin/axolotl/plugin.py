@@ -1,4 +1,5 @@
-"""The Axolotl plugin: reads the blocks `caft:` and `meap:`, sets the trainer class, duplicates the training set."""
+"""The Axolotl plugin: reads the blocks `caft:` and `meap:`, sets the trainer class, duplicates the
+training set."""
 
 from __future__ import annotations
 
@@ -46,7 +47,8 @@ CUTTING = {
 
 
 class CAFTPlugin(BasePlugin):
-    """CAFT and MEAP for `axolotl train`. Other commands (merge-lora, inference, preprocess) never build heads."""
+    """CAFT and MEAP for `axolotl train`. Other commands (merge-lora, inference, preprocess) never
+    build heads."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -62,8 +64,9 @@ class CAFTPlugin(BasePlugin):
         if "caft" not in cfg and "meap" not in cfg:
             if "pretrain_heads" not in cfg:
                 LOG.warning(
-                    "caft_plugin is listed under `plugins:` but the config has neither a `caft:` nor a `meap:` block, "
-                    "so this is a plain run. Add a line `caft:` to enable CAFT with its defaults."
+                    "caft_plugin is listed under `plugins:` but the config has neither a `caft:`"
+                    " nor a `meap:` block, so this is a plain run. Add a line `caft:` to enable"
+                    " CAFT with its defaults."
                 )
             return
         for block, config_class in (("caft", CAFTConfig), ("meap", MEAPConfig)):
@@ -73,14 +76,16 @@ class CAFTPlugin(BasePlugin):
             for key in OTHER_TRAINING:
                 if cfg.get(key):
                     raise ConfigError(
-                        f"{block}: cannot be used together with `{key}: {cfg[key]}`; {block.upper()} supports "
-                        f"supervised fine-tuning and pretraining. Remove the `{block}:` block or the key `{key}`."
+                        f"{block}: cannot be used together with `{key}: {cfg[key]}`;"
+                        f" {block.upper()} supports supervised fine-tuning and pretraining. Remove"
+                        f" the `{block}:` block or the key `{key}`."
                     )
             if isinstance(config, MEAPConfig) and cfg.get("processor_type"):
                 raise ConfigError(
-                    f"meap: cannot be used together with `processor_type: {cfg['processor_type']}`: Axolotl then makes "
-                    "tokens and labels from images and text in each batch, where examples cannot be copied. Remove "
-                    "the `meap:` block or, if the data is text only, the key `processor_type`."
+                    f"meap: cannot be used together with `processor_type: {cfg['processor_type']}`:"
+                    " Axolotl then makes tokens and labels from images and text in each batch,"
+                    " where examples cannot be copied. Remove the `meap:` block or, if the data is"
+                    " text only, the key `processor_type`."
                 )
             if isinstance(config, MEAPConfig) and config.mode == "sft":
                 _refuse_packed_stream(cfg)
@@ -95,9 +100,11 @@ class CAFTPlugin(BasePlugin):
         return "caft_plugin.axolotl.schema.CAFTArgs"
 
     def load_datasets(self, cfg: DictDefault, preprocess: bool = False) -> TrainDatasetMeta | None:
-        """Check what can be checked before data and weights are loaded; with MEAP, load and duplicate the data.
+        """Check what can be checked before data and weights are loaded; with MEAP, load and
+        duplicate the data.
 
-        This is the first hook that is called only in training. Prepared data on disk is not changed.
+        This is the first hook that is called only in training. Prepared data on disk is not
+        changed.
         """
         caft, meap = caft_config(cfg), meap_config(cfg)
         if preprocess or (caft is None and meap is None):
@@ -113,7 +120,9 @@ class CAFTPlugin(BasePlugin):
         generation = generation_config_of(cfg.base_model, cfg.revision_of_model)
         return self._duplicated_datasets(cfg, meap, BaseModel.of(loader.model_config, generation))
 
-    def _duplicated_datasets(self, cfg: DictDefault, meap: MEAPConfig, base: BaseModel) -> TrainDatasetMeta:
+    def _duplicated_datasets(
+        self, cfg: DictDefault, meap: MEAPConfig, base: BaseModel
+    ) -> TrainDatasetMeta:
         said = {key: cfg[key] for key in COUNTED}
         data = load_datasets(cfg=cfg)
         tokenizer = load_tokenizer(cfg)
@@ -141,7 +150,8 @@ class CAFTPlugin(BasePlugin):
         return axolotl_trainer(AxolotlTrainer)
 
     def get_training_args(self, cfg: DictDefault) -> dict[str, object]:
-        # Without an accelerator Axolotl rejects `bf16: true` unless use_cpu is set, for which it has no key.
+        # Without an accelerator Axolotl rejects `bf16: true` unless use_cpu is set, for which it
+        # has no key.
         return {} if torch.accelerator.is_available() else {"use_cpu": True}
 
     def post_trainer_create(self, cfg: DictDefault, trainer: Trainer) -> None:
@@ -155,18 +165,20 @@ class CAFTPlugin(BasePlugin):
         if meap is not None:
             if meap.mode == "sft" and not self._duplicated:
                 raise ConfigError(
-                    "meap: another plugin provides the training data, so examples were not duplicated. Remove it from "
-                    "`plugins:`, or remove the `meap:` block."
+                    "meap: another plugin provides the training data, so examples were not"
+                    " duplicated. Remove it from `plugins:`, or remove the `meap:` block."
                 )
             trainer.attach_meap(meap, said_of_tokens(cfg))
         self._trainer = trainer
         if cfg.auto_resume_from_checkpoints and cfg.resume_from_checkpoint is None:
-            # Axolotl would use the highest number, complete or not. Without a complete one, the run starts over.
+            # Axolotl would use the highest number, complete or not. Without a complete one, the run
+            # starts over.
             cfg.resume_from_checkpoint = trainer.newest_whole_checkpoint()
             cfg.auto_resume_from_checkpoints = False
 
     def post_train(self, cfg: DictDefault, model: torch.nn.Module) -> None:
-        """Save the heads and remove them from the model, before Axolotl saves it; complete the model card afterwards.
+        """Save the heads and remove them from the model, before Axolotl saves it; complete the
+        model card afterwards.
 
         Axolotl calls this after training, and again after its final save.
         """
@@ -175,7 +187,9 @@ class CAFTPlugin(BasePlugin):
         if trainer is not None:
             trainer.save_ours(cfg.output_dir)
             trainer.detach_ours()
-            self._card = trainer.framework_card(cfg.output_dir) if trainer.is_world_process_zero() else None
+            self._card = (
+                trainer.framework_card(cfg.output_dir) if trainer.is_world_process_zero() else None
+            )
         elif card is not None:
             card.complete()
 
@@ -189,7 +203,8 @@ def meap_config(cfg: DictDefault) -> MEAPConfig | None:
 
 
 def said_of_tokens(cfg: DictDefault) -> Said:
-    """Return an Axolotl config's settings of tokens. Named ones in `special_tokens:` are in the tokenizer."""
+    """Return an Axolotl config's settings of tokens. Named ones in `special_tokens:` are in the
+    tokenizer."""
     listed = (cfg.special_tokens or {}).get("additional_special_tokens") or []
     added = [*(cfg.tokens or []), *listed, *(cfg.added_tokens_overrides or {}).values()]
     templates = [dataset.get("chat_template_jinja") for dataset in cfg.datasets or []]
@@ -200,8 +215,9 @@ def _refuse_packed_stream(cfg: DictDefault) -> None:
     if cfg.get("pretraining_dataset") or (cfg.get("streaming") and cfg.get("sample_packing")):
         key = "pretraining_dataset" if cfg.get("pretraining_dataset") else "streaming"
         raise ConfigError(
-            f"meap.mode: got sft, but `{key}` packs its rows while it reads them, so examples cannot be duplicated. "
-            "Use mode: pretrain, or `datasets:` with one of sample_packing and streaming, not both."
+            f"meap.mode: got sft, but `{key}` packs its rows while it reads them, so examples"
+            " cannot be duplicated. Use mode: pretrain, or `datasets:` with one of sample_packing"
+            " and streaming, not both."
         )
 
 
@@ -226,27 +242,36 @@ def _refuse_cut_up(cfg: DictDefault, asks: str) -> None:
         }
         said = {key: version for key, version in said.items() if version}
         if not said:  # Axolotl's default is version 1
-            raise ConfigError(fsdp1(f"{'fsdp_config' if inside else 'fsdp'} without fsdp_version", asks))
+            raise ConfigError(
+                fsdp1(f"{'fsdp_config' if inside else 'fsdp'} without fsdp_version", asks)
+            )
         for key, version in said.items():
             if str(version) != "2":
                 raise ConfigError(fsdp1(f"{key}: {version}", asks))
 
 
 def _zero_stage(deepspeed: str | dict) -> str:
-    """Return the ZeRO stage of a DeepSpeed config: a dict or the path of a JSON file, as Axolotl accepts it."""
+    """Return the ZeRO stage of a DeepSpeed config: a dict or the path of a JSON file, as Axolotl
+    accepts it."""
     try:
         return str(HfDeepSpeedConfig(deepspeed).get_value("zero_optimization.stage"))
-    except (ValueError, OSError, AttributeError):  # no such file, or not JSON: Axolotl stops there itself
+    # no such file, or not JSON: Axolotl stops there itself
+    except (ValueError, OSError, AttributeError):
         return "unknown"
 
 
-def _check_model(loader: ModelLoader, caft: CAFTConfig, trainer_class: type[CAFTTrainerMixin]) -> None:
-    """Raise ConfigError if heads, the heads folder or `fused_loss: on` do not fit the model that Axolotl will load.
+def _check_model(
+    loader: ModelLoader, caft: CAFTConfig, trainer_class: type[CAFTTrainerMixin]
+) -> None:
+    """Raise ConfigError if heads, the heads folder or `fused_loss: on` do not fit the model that
+    Axolotl will load.
 
     Only the model's config is read.
     """
     cfg, model_config = loader.cfg, loader.model_config
-    trunk = trunk_without_weights(model_config, cfg.base_model, functools.partial(build_empty, loader))
+    trunk = trunk_without_weights(
+        model_config, cfg.base_model, functools.partial(build_empty, loader)
+    )
     if caft.heads is not None:
         folder = HeadsFolder.open(caft.heads)
         folder.check_model(caft, model_config)
@@ -264,8 +289,8 @@ def _as_dict(block: object) -> object:
 
 def _two_trainers(other: str) -> str:
     return (
-        f"caft_plugin: {other} sets its own trainer class, so CAFT and MEAP cannot be used with it. "
-        "Remove it from `plugins:`, or remove the `caft:` and `meap:` blocks."
+        f"caft_plugin: {other} sets its own trainer class, so CAFT and MEAP cannot be used with it."
+        " Remove it from `plugins:`, or remove the `caft:` and `meap:` blocks."
     )
 
 

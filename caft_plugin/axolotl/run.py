@@ -36,7 +36,9 @@ UNCOUNTED = {
     "lora_on_cpu": _OFFLOADED,
     "max_memory": _OFFLOADED,
     "model_quantization_config": "counted as if the base was not quantised",
-    "optim_target_modules": "the optimizer's states are counted for all trained parameters, in full rank",
+    "optim_target_modules": (
+        "the optimizer's states are counted for all trained parameters, in full rank"
+    ),
     "overrides_of_model_kwargs": "ignored",
     "ple_cpu_offload": _OFFLOADED,
     "qat": "counted without fake quantisation",
@@ -59,20 +61,27 @@ def read_run(keys: Keys) -> Run:
     """
     if not isinstance(keys.get("base_model"), str):
         raise ConfigError(
-            f"base_model: got {shown(keys.get('base_model'))}, but it accepts a model folder or a Hub id. Add the key."
+            f"base_model: got {shown(keys.get('base_model'))}, but it accepts a model folder or a"
+            " Hub id. Add the key."
         )
     if "caft" not in keys:
         raise ConfigError(
-            "plan: the YAML has no `caft:` block, so it is a plain run without added cost. Add a line `caft:` and "
-            "`plugins: [caft_plugin]`."
+            "plan: the YAML has no `caft:` block, so it is a plain run without added cost. Add a"
+            " line `caft:` and `plugins: [caft_plugin]`."
         )
     adapter = keys.get("adapter") or None
     if adapter not in (None, "lora", "qlora"):
-        raise ConfigError(f"adapter: got {shown(adapter)}, but plan accepts lora, qlora or no adapter.")
+        raise ConfigError(
+            f"adapter: got {shown(adapter)}, but plan accepts lora, qlora or no adapter."
+        )
     if keys.get("bf16", "auto") or keys.get("bfloat16"):
         dtype = torch.bfloat16
     else:
-        dtype = torch.float16 if any(map(keys.get, ("fp16", "float16", "load_in_8bit"))) else torch.float32
+        dtype = (
+            torch.float16
+            if any(map(keys.get, ("fp16", "float16", "load_in_8bit")))
+            else torch.float32
+        )
     sharded = bool(keys.get("fsdp_config") or keys.get("fsdp"))
     attention = keys.get("attn_implementation")
     unfrozen = keys.get("unfrozen_parameters") or []
@@ -109,7 +118,9 @@ def _lora(keys: Keys) -> dict[str, object]:
         "r": _count(keys, "lora_r", 8),
         "lora_alpha": keys.get("lora_alpha") or 16,
         "lora_dropout": keys.get("lora_dropout") or 0.0,
-        "target_modules": "all-linear" if keys.get("lora_target_linear") or not targets else targets,
+        "target_modules": (
+            "all-linear" if keys.get("lora_target_linear") or not targets else targets
+        ),
         "modules_to_save": keys.get("lora_modules_to_save") or None,
         "layers_to_transform": keys.get("peft_layers_to_transform"),
         "use_dora": bool(keys.get("peft_use_dora")),
@@ -122,7 +133,11 @@ def _notes(keys: Keys, sharded: bool) -> list[str]:
     if keys.get("bf16", "auto") == "auto":
         notes.append("bf16 is auto: counted as true.")
     notes += [f"{key}: {counted}." for key, counted in UNCOUNTED.items() if keys.get(key)]
-    return notes if sharded or not keys.get("deepspeed") else [*notes, "deepspeed: counted without sharding."]
+    return (
+        notes
+        if sharded or not keys.get("deepspeed")
+        else [*notes, "deepspeed: counted without sharding."]
+    )
 
 
 def _accumulation(keys: Keys) -> int:

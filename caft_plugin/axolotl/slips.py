@@ -1,4 +1,5 @@
-"""Report mistakes in a YAML that Axolotl ignores: misspelt blocks, keys outside their block, wrong plugin names."""
+"""Report mistakes in a YAML that Axolotl ignores: misspelt blocks, keys outside their block, wrong
+plugin names."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ FIX = f"Write:\n\n    plugins:\n      - {NAME}\n"
 
 
 def meant(key: object) -> str | None:
-    """Return the caft_plugin block that a YAML key misspells (`CAFT`, `cafft`, `caft.beta`), or None."""
+    """Return the caft_plugin block that a YAML key misspells (`CAFT`, `cafft`, `caft.beta`), or
+    None."""
     if not isinstance(key, str) or key in BLOCKS:
         return None
     plain = re.sub(r"[^a-z]+", "_", key.lower()).strip("_")
@@ -42,16 +44,16 @@ def refuse_slips(cfg: Mapping) -> None:
         block = meant(key)
         if block is not None and key not in known:
             raise ConfigError(
-                f"{key}: unknown key, which Axolotl ignores. Did you mean `{block}:`? It accepts the keys "
-                f"{', '.join(BLOCKS[block].model_fields)}, each on a line below it."
+                f"{key}: unknown key, which Axolotl ignores. Did you mean `{block}:`? It accepts"
+                f" the keys {', '.join(BLOCKS[block].model_fields)}, each on a line below it."
             )
     for name, block_class in BLOCKS.items():
         stray = [key for key in block_class.model_fields if key in cfg and key not in known]
         if stray:
             them = "it" if len(stray) == 1 else "them"
             raise ConfigError(
-                f"{', '.join(stray)}: found at the top level, where Axolotl ignores {them}. Indent {them} below "
-                f"`{name}:`."
+                f"{', '.join(stray)}: found at the top level, where Axolotl ignores {them}. Indent"
+                f" {them} below `{name}:`."
             )
 
 
@@ -68,13 +70,18 @@ def ours(name: object) -> bool:
 
 
 def settle_names(cfg: MutableMapping) -> None:
-    """Keep only one of several names of caft_plugin in `plugins:`, because each would add the blocks' schema again.
+    """Keep only one of several names of caft_plugin in `plugins:`, because each would add the
+    blocks' schema again.
 
     Raises:
         ConfigError: `plugins:` mentions caft_plugin, but is not a list of names.
     """
     names = cfg.get("plugins")
-    wrong = names if not isinstance(names, list) else next((n for n in names if not isinstance(n, str)), None)
+    wrong = (
+        names
+        if not isinstance(names, list)
+        else next((n for n in names if not isinstance(n, str)), None)
+    )
     if wrong is not None and "caft" in str(wrong).lower():
         raise ConfigError(f"plugins: got {shown(wrong)}, but it accepts a list of names. {FIX}")
     if wrong is None and names and sum(map(ours, names)) > 1:
@@ -88,16 +95,22 @@ def check_loaded(cfg: Mapping) -> None:
     Raises:
         ConfigError: the plugin is listed but failed to load (Axolotl only logs the reason).
     """
-    if any(type(plugin).__module__.split(".")[0] == NAME for plugin in PluginManager.get_instance().plugins.values()):
+    if any(
+        type(plugin).__module__.split(".")[0] == NAME
+        for plugin in PluginManager.get_instance().plugins.values()
+    ):
         return
     listed = [name for name in cfg.get("plugins") or [] if ours(name)]
     if listed:
-        raise ConfigError(f"plugins: {listed[0]} could not be loaded; see the log lines above for the reason. {FIX}")
+        raise ConfigError(
+            f"plugins: {listed[0]} could not be loaded; see the log lines above for the reason."
+            f" {FIX}"
+        )
     blocks = [key for key in cfg if key in BLOCKS or (meant(key) and key not in known_keys())]
     if blocks:
         LOG.warning(
-            "%s: the config has this block, but `plugins:` does not list %s, so this is a plain run without CAFT and "
-            "MEAP. %s",
+            "%s: the config has this block, but `plugins:` does not list %s, so this is a plain run"
+            " without CAFT and MEAP. %s",
             ", ".join(blocks),
             NAME,
             FIX,
@@ -105,9 +118,14 @@ def check_loaded(cfg: Mapping) -> None:
 
 
 def unknown_name(name: str, known: Iterable[str]) -> ConfigError | None:
-    """Return the error for an unknown name in `plugins:`, or None if it does not resemble a `known` one."""
+    """Return the error for an unknown name in `plugins:`, or None if it does not resemble a `known`
+    one."""
     spelt = {re.sub(r"[^a-z]", "", entry.lower()): entry for entry in known}
-    near = difflib.get_close_matches(re.sub(r"[^a-z]", "", name.split(".")[0].lower()), spelt, n=1, cutoff=0.55)
+    near = difflib.get_close_matches(
+        re.sub(r"[^a-z]", "", name.split(".")[0].lower()), spelt, n=1, cutoff=0.55
+    )
     if not near:
         return None
-    return ConfigError(f"plugins: got {name!r}, which is no plugin. Did you mean `{spelt[near[0]]}`? {FIX}")
+    return ConfigError(
+        f"plugins: got {name!r}, which is no plugin. Did you mean `{spelt[near[0]]}`? {FIX}"
+    )

@@ -1,4 +1,5 @@
-"""Set up stage 1 from an Axolotl YAML: model, tokenizer, chat template, data sets, quantisation, trainer settings."""
+"""Set up stage 1 from an Axolotl YAML: model, tokenizer, chat template, data sets, quantisation,
+trainer settings."""
 
 from __future__ import annotations
 
@@ -20,7 +21,11 @@ LOG = get_logger(__name__)
 
 
 def read_stage1(
-    config_file: Path, options: dict[str, object], caft: dict[str, object], model: str | None = None, **keys: object
+    config_file: Path,
+    options: dict[str, object],
+    caft: dict[str, object],
+    model: str | None = None,
+    **keys: object,
 ) -> Stage1:
     """Return the inputs of stage 1 from a YAML. Values from the command line take precedence.
 
@@ -44,7 +49,8 @@ def read_stage1(
         check_vllm(bool(cfg.load_in_4bit or cfg.load_in_8bit))
     if cfg.sample_packing:
         LOG.warning(
-            "pretrain_heads: sample_packing is ignored: stage 1 pads rows, with micro_batch_size rows per batch."
+            "pretrain_heads: sample_packing is ignored: stage 1 pads rows, with micro_batch_size"
+            " rows per batch."
         )
     tokenizer = load_tokenizer(cfg)
     meta = load_datasets(cfg=cfg, cli_args=TrainerCliArgs())

@@ -1,4 +1,5 @@
-"""Make stage 1's training settings from a YAML with Axolotl's builder, and test them before weights are loaded."""
+"""Make stage 1's training settings from a YAML with Axolotl's builder, and test them before weights
+are loaded."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ from caft_plugin.axolotl.loading import frozen
 from caft_plugin.errors import ConfigError, first_line, shown
 from caft_plugin.stage1.pretraining import HeadsTrainer
 
-# Keys for training or evaluating the fine-tuned model that stage 1 does not support for heads, and why.
+# Keys for training or evaluating the fine-tuned model that stage 1 does not support for heads, and
+# why.
 REFUSED = {
     "rl": "it supports supervised fine-tuning",
     "reward_model": "it supports supervised fine-tuning",
@@ -30,7 +32,8 @@ REFUSED = {
     "lr_groups": "heads have one learning rate",
     "loraplus_lr_ratio": "heads train fully, without LoRA",
 }
-# Keys hidden from the builder: they concern the fine-tuned model (its repository, its checkpoint, its callbacks).
+# Keys hidden from the builder: they concern the fine-tuned model (its repository, its checkpoint,
+# its callbacks).
 OF_THE_TUNED_MODEL = (
     "hub_model_id",
     "resume_from_checkpoint",
@@ -45,7 +48,14 @@ OF_THE_TUNED_MODEL = (
     "embedding_lr_scale",
 )
 # Keys that are named in the error if the optimizer or the scheduler does not work.
-CHOICES = ("optimizer", "optim_args", "lr_scheduler", "lr_scheduler_kwargs", "warmup_steps", "warmup_ratio")
+CHOICES = (
+    "optimizer",
+    "optim_args",
+    "lr_scheduler",
+    "lr_scheduler_kwargs",
+    "warmup_steps",
+    "warmup_ratio",
+)
 # Numbers that some optimizers and schedulers use, and others ignore silently.
 TUNING = (
     "adam_beta1",
@@ -66,7 +76,8 @@ class AxolotlHeadsTrainer(HeadsTrainer, OptimizerMixin, SchedulerMixin):  # type
 class Settings:
     """Settings made by Axolotl's builder from a YAML.
 
-    The builder calls this class in place of a trainer's class; it stores the arguments and builds nothing.
+    The builder calls this class in place of a trainer's class; it stores the arguments and builds
+    nothing.
     """
 
     def __init__(
@@ -76,11 +87,17 @@ class Settings:
         optimizer_cls_and_kwargs: tuple[type, Keys] | None = None,
         **for_a_trainer: object,
     ) -> None:
-        self.args, self.callbacks, self.optimizer_cls_and_kwargs = args, callbacks, optimizer_cls_and_kwargs
+        self.args, self.callbacks, self.optimizer_cls_and_kwargs = (
+            args,
+            callbacks,
+            optimizer_cls_and_kwargs,
+        )
 
     @property
     def trainer(self) -> functools.partial[HeadsTrainer]:
-        return functools.partial(AxolotlHeadsTrainer, optimizer_cls_and_kwargs=self.optimizer_cls_and_kwargs)
+        return functools.partial(
+            AxolotlHeadsTrainer, optimizer_cls_and_kwargs=self.optimizer_cls_and_kwargs
+        )
 
 
 class SettingsBuilder(HFCausalTrainerBuilder):
@@ -102,23 +119,28 @@ def refuse_keys(cfg: DictDefault) -> None:
     """Raise ConfigError if the YAML has a key that stage 1 does not support."""
     if cfg.pretraining_dataset or cfg.streaming:
         raise ConfigError(
-            "pretrain_heads: streamed data (`pretraining_dataset`, `streaming`) is not supported; use `datasets:`."
+            "pretrain_heads: streamed data (`pretraining_dataset`, `streaming`) is not supported;"
+            " use `datasets:`."
         )
     if cfg.processor_type:
         raise ConfigError(
-            f"pretrain_heads: got processor_type: {cfg.processor_type}, but it accepts only rows of text, also for a "
-            "vision-language model. Remove `processor_type` and `skip_prepare_dataset`; use text in `datasets:`."
+            f"pretrain_heads: got processor_type: {cfg.processor_type}, but it accepts only rows of"
+            " text, also for a vision-language model. Remove `processor_type` and"
+            " `skip_prepare_dataset`; use text in `datasets:`."
         )
     for key, instead in REFUSED.items():
         if cfg[key]:
             raise ConfigError(
-                f"pretrain_heads: does not support {key}: {shown(cfg[key])}: {instead}. Remove the key from stage 1's "
-                "YAML."
+                f"pretrain_heads: does not support {key}: {shown(cfg[key])}: {instead}. Remove the"
+                " key from stage 1's YAML."
             )
 
 
-def trainer_settings(cfg: DictDefault, tokenizer: PreTrainedTokenizerBase, heldout: Dataset | None) -> Settings:
-    """Return the settings that Axolotl's builder makes from a YAML, after a rehearsal of optimizer and scheduler.
+def trainer_settings(
+    cfg: DictDefault, tokenizer: PreTrainedTokenizerBase, heldout: Dataset | None
+) -> Settings:
+    """Return the settings that Axolotl's builder makes from a YAML, after a rehearsal of optimizer
+    and scheduler.
 
     Args:
         cfg: the YAML as Axolotl reads it.
@@ -126,7 +148,8 @@ def trainer_settings(cfg: DictDefault, tokenizer: PreTrainedTokenizerBase, heldo
         heldout: the evaluation set, or None.
 
     Raises:
-        ConfigError: an optimizer, a scheduler or another setting that does not work here or has no effect.
+        ConfigError: an optimizer, a scheduler or another setting that does not work here or has no
+            effect.
     """
     cfg = frozen(cfg)
     for key in OF_THE_TUNED_MODEL:
@@ -145,22 +168,25 @@ def trainer_settings(cfg: DictDefault, tokenizer: PreTrainedTokenizerBase, heldo
     except Exception as error:  # a missing package, GPU or adapter: each raises its own kind
         said = ", ".join(f"{key}: {shown(cfg[key])}" for key in CHOICES if cfg[key])
         raise ConfigError(
-            f"pretrain_heads: heads cannot be trained with {said} ({first_line(error)}). Use another optimizer or "
-            "scheduler, such as optimizer: adamw_torch with lr_scheduler: constant."
+            f"pretrain_heads: heads cannot be trained with {said} ({first_line(error)}). Use"
+            " another optimizer or scheduler, such as optimizer: adamw_torch with lr_scheduler:"
+            " constant."
         ) from error
     for key in (key for key in TUNING if cfg[key] is not None):
         other = DictDefault(dict(cfg))
         other[key] = 0.5 if cfg[key] != 0.5 else 0.25
         if torch.equal(tried(other)[1], outcome):
             raise ConfigError(
-                f"pretrain_heads: {key}: {shown(cfg[key])} has no effect with optimizer: {cfg.optimizer} and "
-                f"lr_scheduler: {cfg.lr_scheduler}. Remove the key, or use an optimizer or scheduler that supports it."
+                f"pretrain_heads: {key}: {shown(cfg[key])} has no effect with optimizer:"
+                f" {cfg.optimizer} and lr_scheduler: {cfg.lr_scheduler}. Remove the key, or use an"
+                " optimizer or scheduler that supports it."
             )
     return settings
 
 
 def with_optim_args(settings: Settings, optim_args: str | dict | None) -> Settings:
-    """Return `settings` whose optimizer gets all of `optim_args`: transformers passes on only those that it knows."""
+    """Return `settings` whose optimizer gets all of `optim_args`: transformers passes on only those
+    that it knows."""
     if not optim_args or settings.optimizer_cls_and_kwargs is not None:
         return settings
     if isinstance(optim_args, str):
@@ -199,7 +225,8 @@ class _Rehearsal(OptimizerMixin, SchedulerMixin, Trainer):
 
 
 def rehearse(settings: Settings) -> Tensor:
-    """Run some steps of the optimizer and the scheduler on a small layer, so that errors occur before loading weights.
+    """Run some steps of the optimizer and the scheduler on a small layer, so that errors occur
+    before loading weights.
 
     Returns:
         The layer's weights after these steps.
@@ -217,7 +244,9 @@ def rehearse(settings: Settings) -> Tensor:
         trainer.create_optimizer_and_scheduler(num_training_steps=steps)
         assert trainer.optimizer is not None and trainer.lr_scheduler is not None
         held = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
-        left_out = [name for name, parameter in layer.named_parameters() if id(parameter) not in held]
+        left_out = [
+            name for name, parameter in layer.named_parameters() if id(parameter) not in held
+        ]
         if left_out and not isinstance(trainer.optimizer, LayerWiseDummyOptimizer):
             raise ValueError(f"it does not include {', '.join(left_out)}")
         if hasattr(trainer.optimizer, "train"):  # schedule-free optimizers need this call
@@ -227,4 +256,6 @@ def rehearse(settings: Settings) -> Tensor:
             trainer.optimizer.step()
             trainer.lr_scheduler.step()
             trainer.optimizer.zero_grad()
-        return torch.cat([parameter.detach().flatten().float().cpu() for parameter in layer.parameters()])
+        return torch.cat(
+            [parameter.detach().flatten().float().cpu() for parameter in layer.parameters()]
+        )

@@ -1,4 +1,5 @@
-"""Attach heads to a model, run them inside its forward pass, and detach them: a Request in, a Result out."""
+"""Attach heads to a model, run them inside its forward pass, and detach them: a Request in, a
+Result out."""
 
 from __future__ import annotations
 
@@ -16,8 +17,22 @@ from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 from transformers.utils import ModelOutput
 
-from caft_plugin.caft.heads import MODULE_NAME, NOTING, AuxiliaryHeads, LayerCall, refuse_taken, run_head
-from caft_plugin.caft.loss import TOKENS, TOKENS_AND_HITS, Lesson, RowLoss, cross_entropy_of, weighted_sum
+from caft_plugin.caft.heads import (
+    MODULE_NAME,
+    NOTING,
+    AuxiliaryHeads,
+    LayerCall,
+    refuse_taken,
+    run_head,
+)
+from caft_plugin.caft.loss import (
+    TOKENS,
+    TOKENS_AND_HITS,
+    Lesson,
+    RowLoss,
+    cross_entropy_of,
+    weighted_sum,
+)
 from caft_plugin.config import CAFTConfig
 from caft_plugin.errors import ConfigError
 from caft_plugin.model.hidden import HiddenSubmodule, copies_hold_again, copies_leave_out
@@ -25,7 +40,8 @@ from caft_plugin.model.sharding import unsharded_twin
 from caft_plugin.model.trunk import Trunk
 from caft_plugin.targets import IGNORE, Batch, head_targets
 
-# `logits_to_keep` for the fewest logits. With a plain integer, Gemma 4 would cut the hidden states inside its layers.
+# `logits_to_keep` for the fewest logits. With a plain integer, Gemma 4 would cut the hidden states
+# inside its layers.
 LAST_POSITION = torch.tensor([-1])
 
 T = TypeVar("T")
@@ -35,10 +51,11 @@ T = TypeVar("T")
 class Request:
     """The heads' work during one loss of the host.
 
-    `targets` is (num_heads, batch, length), `weights` (num_heads,) the weight of each head's summed loss, and `run`
-    selects the heads that run. In training, the result is part of the graph and `lesson` defines what heads learn; in
-    evaluation, the result says where heads were right. With `next_tokens` (batch, length), the model's own targets, the
-    model is called without labels and builds no logits; the loss in its output is their summed cross-entropy times
+    `targets` is (num_heads, batch, length), `weights` (num_heads,) the weight of each head's summed
+    loss, and `run` selects the heads that run. In training, the result is part of the graph and
+    `lesson` defines what heads learn; in evaluation, the result says where heads were right. With
+    `next_tokens` (batch, length), the model's own targets, the model is called without labels and
+    builds no logits; the loss in its output is their summed cross-entropy times
     `next_token_weight`.
     """
 
@@ -53,10 +70,16 @@ class Request:
     @classmethod
     def for_evaluation(cls, inputs: Batch, num_heads: int) -> Request:
         """Return the request that evaluates all heads on a batch."""
-        return cls(head_targets(inputs, num_heads), torch.zeros(num_heads), [True] * num_heads, training=False)
+        return cls(
+            head_targets(inputs, num_heads),
+            torch.zeros(num_heads),
+            [True] * num_heads,
+            training=False,
+        )
 
     def with_next_tokens(self, labels: Tensor, weight: Tensor | float) -> Request:
-        """Return this request with the model's own loss: `weight` times the cross-entropy of each next token."""
+        """Return this request with the model's own loss: `weight` times the cross-entropy of each
+        next token."""
         next_tokens = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
         return dataclasses.replace(self, next_tokens=next_tokens, next_token_weight=weight)
 
@@ -65,9 +88,9 @@ class Request:
 class Result:
     """The result of a request.
 
-    `loss` is the weighted sum (part of the graph), `sums` (num_heads,) the summed loss of each head, float32, 0 for
-    heads that did not run. In evaluation, `right` (num_heads, batch * length) is True where a head's top-1 prediction
-    was its target.
+    `loss` is the weighted sum (part of the graph), `sums` (num_heads,) the summed loss of each
+    head, float32, 0 for heads that did not run. In evaluation, `right` (num_heads, batch * length)
+    is True where a head's top-1 prediction was its target.
     """
 
     loss: Tensor
@@ -79,8 +102,9 @@ class Result:
 class _Reading:
     """An open request: the noted call of the model, and the result.
 
-    `input_ids` are the batch's (None if it has none). `calls` holds the shape of the input_ids of each candidate call
-    (None for a call without input_ids). `of_batch` is True while the current call runs on the batch.
+    `input_ids` are the batch's (None if it has none). `calls` holds the shape of the input_ids of
+    each candidate call (None for a call without input_ids). `of_batch` is True while the current
+    call runs on the batch.
     """
 
     request: Request
@@ -105,7 +129,9 @@ class _Reading:
         self.calls.append(None if input_ids is None else input_ids.shape)
         if self.result is None:
             self.on_trust = input_ids is None and self.input_ids is not None
-            self.of_batch = input_ids is None or self.input_ids is None or _same(input_ids, self.input_ids)
+            self.of_batch = (
+                input_ids is None or self.input_ids is None or _same(input_ids, self.input_ids)
+            )
 
     def check(self, name: str) -> None:
         """Raise ConfigError if heads did not train on the batch, or if that cannot be determined.
@@ -117,29 +143,33 @@ class _Reading:
         if self.result is None:
             asked = ", ".join(str(tuple(shape or ())) for shape in self.calls)
             raise ConfigError(
-                f"caft: the loss called {name} with different input_ids than the batch (called with shapes {asked}; "
-                f"the batch has {tuple(self.input_ids.shape)}), so heads would learn the wrong tokens. Use a trainer "
-                "that passes the batch to the model unchanged (no reshaping, merging or replacing of rows), or train "
-                "without CAFT."
+                f"caft: the loss called {name} with different input_ids than the batch (called with"
+                f" shapes {asked}; the batch has {tuple(self.input_ids.shape)}), so heads would"
+                " learn the wrong tokens. Use a trainer that passes the batch to the model"
+                " unchanged (no reshaping, merging or replacing of rows), or train without CAFT."
             )
         if self.on_trust and len(self.calls) > 1:
             raise ConfigError(
-                f"caft: the loss called {name} {len(self.calls)} times, the first time without input_ids "
-                "(inputs_embeds), so caft_plugin cannot tell which call uses the batch. Pass the batch's input_ids in "
-                "the call that the heads should learn from, or train without CAFT."
+                f"caft: the loss called {name} {len(self.calls)} times, the first time without"
+                " input_ids (inputs_embeds), so caft_plugin cannot tell which call uses the batch."
+                " Pass the batch's input_ids in the call that the heads should learn from, or"
+                " train without CAFT."
             )
 
 
 class AttachedHeads:
     """A handle that attaches heads to a model and detaches them, also as a context manager.
 
-    While attached, the heads are the submodule `caft_heads` of `model`, so that optimizers and distributed wrappers
-    see them, but they are not in its state dict. They run in a forward hook of `model`, inside any wrapper, and only
-    within `answer`. While detached, they leave nothing on the model. If `model` is compiled, noting the heads' input
-    is part of its graph; the heads themselves are not, because which heads run, and where, changes every step.
+    While attached, the heads are the submodule `caft_heads` of `model`, so that optimizers and
+    distributed wrappers see them, but they are not in its state dict. They run in a forward hook of
+    `model`, inside any wrapper, and only within `answer`. While detached, they leave nothing on the
+    model. If `model` is compiled, noting the heads' input is part of its graph; the heads
+    themselves are not, because which heads run, and where, changes every step.
     """
 
-    def __init__(self, model: nn.Module, heads: AuxiliaryHeads, trunk: Trunk, config: CAFTConfig) -> None:
+    def __init__(
+        self, model: nn.Module, heads: AuxiliaryHeads, trunk: Trunk, config: CAFTConfig
+    ) -> None:
         self.model = model
         self.heads = heads
         self.trunk = trunk
@@ -174,7 +204,8 @@ class AttachedHeads:
         if self._noting_class is None or type(layer) is not self._own_class:
             self._own_class = type(layer)
             self._noting_class = _noting(type(layer), self._note_call)
-        layer.__class__ = self._noting_class  # the same each time, or a compiled model would be compiled again
+        # the same each time, or a compiled model would be compiled again
+        layer.__class__ = self._noting_class
         self._handles = [
             self.trunk.norm.register_forward_hook(self._note_norm),
             self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
@@ -198,7 +229,8 @@ class AttachedHeads:
             layer.__class__ = self._own_class
         elif self._noting_class in wrapper.__bases__:  # FSDP2 derived its own class from this one
             wrapper.__bases__ = tuple(
-                self._own_class if base is self._noting_class else base for base in wrapper.__bases__
+                self._own_class if base is self._noting_class else base
+                for base in wrapper.__bases__
             )
             self._noting_class = None
         self.hidden.detach()
@@ -217,18 +249,22 @@ class AttachedHeads:
         called: nn.Module | None = None,
         input_ids: Tensor | None = None,
     ) -> tuple[T, Result | None]:
-        """Return the result of `host_loss`, and the heads' result, or None if the model was not called.
+        """Return the result of `host_loss`, and the heads' result, or None if the model was not
+        called.
 
-        Heads run in the first call of the model on the batch (in training: the first one with gradients).
+        Heads run in the first call of the model on the batch (in training: the first one with
+        gradients).
 
         Args:
             request: what the heads compute.
             host_loss: computes the host's loss; it calls the model.
             called: the model that `host_loss` calls, wrapped or not.
-            input_ids: the batch's (batch, length), which identify its call; None: use the first call.
+            input_ids: the batch's (batch, length), which identify its call; None: use the first
+                call.
 
         Raises:
-            ConfigError: in training, no call used the batch, or it cannot be determined which one did.
+            ConfigError: in training, no call used the batch, or it cannot be determined which one
+                did.
         """
         with contextlib.nullcontext() if self.attached else self:
             reading = self._reading = _Reading(request, input_ids)
@@ -272,8 +308,8 @@ class AttachedHeads:
             return None
         if not isinstance(output, ModelOutput):
             raise ConfigError(
-                f"caft: the model returned a {type(output).__name__} instead of a ModelOutput; CAFT needs "
-                "`return_dict` (the default of transformers) switched on."
+                f"caft: the model returned a {type(output).__name__} instead of a ModelOutput; CAFT"
+                " needs `return_dict` (the default of transformers) switched on."
             )
         request, call, final = reading.request, reading.call, reading.final
         reading.call = None  # from here on, calls of the norm are the heads'
@@ -283,37 +319,53 @@ class AttachedHeads:
             self._check_logits(output, final, trunk)
             if request.next_tokens is not None:
                 loss = self._next_token_loss(request, final, trunk)
-                output = type(output)(**{**dict(output.items()), "loss": loss})  # fields keep their order
+                # fields keep their order
+                output = type(output)(**{**dict(output.items()), "loss": loss})
             with without_dropout(trunk.norm, trunk.unembedding):
                 reading.result = self._run(request, call, final, trunk)
-        return _with_aux_loss(output, reading.result.loss) if request.training and self._wrapper.runs else output
+        return (
+            _with_aux_loss(output, reading.result.loss)
+            if request.training and self._wrapper.runs
+            else output
+        )
 
     def _next_token_loss(self, request: Request, final: Tensor | None, trunk: Trunk) -> Tensor:
         if final is None or request.next_tokens is None:
             raise ConfigError(
-                f"caft.fused_loss: {type(self.trunk.model).__name__} did not call its final norm, so the plugin cannot "
-                "compute the next-token loss. Use fused_loss: off."
+                f"caft.fused_loss: {type(self.trunk.model).__name__} did not call its final norm,"
+                " so the plugin cannot compute the next-token loss. Use fused_loss: off."
             )
         _check_shape(self.trunk.model, final, request.next_tokens)
         targets = request.next_tokens.to(final.device).flatten()
         positions = (targets != IGNORE).nonzero().squeeze(1)
         weights = final.new_ones(len(positions), dtype=torch.float32) * request.next_token_weight
         hidden = final.flatten(0, 1)[positions]
-        return _weighted_loss(cross_entropy_of(trunk.logits), weights, hidden, targets[positions], trunk)[0]
+        return _weighted_loss(
+            cross_entropy_of(trunk.logits), weights, hidden, targets[positions], trunk
+        )[0]
 
     def _unsharded_trunk(self, dtype: torch.dtype) -> Trunk:
-        """Return the trunk with norm and unembedding unsharded and without hooks (the user's and FSDP2's).
+        """Return the trunk with norm and unembedding unsharded and without hooks (the user's and
+        FSDP2's).
 
-        The number of uses differs between processes (chunks of rows), so none of them may communicate; and hooks on
-        these modules expect only the model's own hidden states.
+        The number of uses differs between processes (chunks of rows), so none of them may
+        communicate; and hooks on these modules expect only the model's own hidden states.
         """
-        norm, unembedding = (unsharded_twin(module, dtype) for module in (self.trunk.norm, self.trunk.unembedding))
+        norm, unembedding = (
+            unsharded_twin(module, dtype) for module in (self.trunk.norm, self.trunk.unembedding)
+        )
         return dataclasses.replace(self.trunk, norm=norm, unembedding=unembedding)
 
     def _check_logits(self, output: ModelOutput, final: Tensor | None, trunk: Trunk) -> None:
-        """Check once, if the host has logits, that `trunk.logits` gives the model's logits from its hidden states."""
+        """Check once, if the host has logits, that `trunk.logits` gives the model's logits from its
+        hidden states."""
         logits = output.get("logits")
-        if self._logits_checked or logits is None or final is None or active_dropouts(trunk.unembedding):
+        if (
+            self._logits_checked
+            or logits is None
+            or final is None
+            or active_dropouts(trunk.unembedding)
+        ):
             return
         if logits.dim() != 3 or len(logits) != len(final):
             return
@@ -324,16 +376,17 @@ class AttachedHeads:
             same = (ours - theirs).norm() <= 0.05 * theirs.norm() + 1e-3
         if not same:
             raise ConfigError(
-                f"caft: {type(self.trunk.model).__name__} computes its logits in a way that CAFT does not support, so "
-                "heads would be trained on different logits than the model's. Please report the model's name."
+                f"caft: {type(self.trunk.model).__name__} computes its logits in a way that CAFT"
+                " does not support, so heads would be trained on different logits than the"
+                " model's. Please report the model's name."
             )
 
     def _run(self, request: Request, call: LayerCall, final: Tensor | None, trunk: Trunk) -> Result:
         source = final if self.from_final else call.hidden_states
         if source is None:
             raise ConfigError(
-                f"caft: {type(self.trunk.model).__name__} did not call its final norm, so heads cannot read the "
-                "final hidden state. Use head_input: penultimate."
+                f"caft: {type(self.trunk.model).__name__} did not call its final norm, so heads"
+                " cannot read the final hidden state. Use head_input: penultimate."
             )
         _check_shape(self.trunk.model, source, request.targets[0])
         device, num_heads = source.device, len(self.heads)
@@ -355,7 +408,9 @@ class AttachedHeads:
             places.append(positions)
         loss, sums = zero, zero.new_zeros(num_heads)
         right = (
-            None if request.training else torch.zeros(request.targets.flatten(1).shape, dtype=torch.bool, device=device)
+            None
+            if request.training
+            else torch.zeros(request.targets.flatten(1).shape, dtype=torch.bool, device=device)
         )
         if rows:
             hidden, number = torch.cat(rows), torch.cat(numbers)
@@ -388,15 +443,16 @@ def _same(ids: Tensor, others: Tensor) -> bool:
 def wrapper_of(model: nn.Module, called: nn.Module | None) -> nn.Module | None:
     """Return the module that searches the output of `model` for the graph when `called` is called.
 
-    That is a distributed wrapper around the model, or the model itself under FSDP2; None otherwise, also for a
-    compiled model.
+    That is a distributed wrapper around the model, or the model itself under FSDP2; None otherwise,
+    also for a compiled model.
     """
     called = getattr(called, "_orig_mod", called)
     return called if called is not model or isinstance(called, FSDPModule) else None
 
 
 class WatchedWrapper:
-    """Notes while a distributed wrapper runs, and removes the field `caft_loss` from the output it returns."""
+    """Notes while a distributed wrapper runs, and removes the field `caft_loss` from the output it
+    returns."""
 
     def __init__(self) -> None:
         self.runs = False
@@ -404,7 +460,8 @@ class WatchedWrapper:
         self._handles: list[RemovableHandle] = []
 
     def watch(self, wrapper: nn.Module | None) -> None:
-        """Watch this wrapper from now on. Its hooks stay until another one is watched: compiled code refers to them."""
+        """Watch this wrapper from now on. Its hooks stay until another one is watched: compiled
+        code refers to them."""
         if wrapper is self._wrapper:
             return
         for handle in self._handles:
@@ -427,24 +484,29 @@ class WatchedWrapper:
 
 
 def _check_shape(model: nn.Module, hidden: Tensor, targets: Tensor) -> None:
-    """Raise ConfigError unless `hidden` (batch, length, hidden size) fits `targets` (batch, length)."""
+    """Raise ConfigError unless `hidden` (batch, length, hidden size) fits `targets` (batch,
+    length)."""
     if hidden.shape[:-1] != targets.shape:
         raise ConfigError(
-            f"caft: {type(model).__name__} received inputs whose shape differs from the labels (hidden states "
-            f"{tuple(hidden.shape[:-1])}, targets {tuple(targets.shape)}, as (batch, length)), so heads would learn "
-            "the wrong tokens. Use a trainer that passes the batch to the model unchanged (no prompt tuning, "
-            "reshaping or merging of rows), or train without CAFT."
+            f"caft: {type(model).__name__} received inputs whose shape differs from the labels"
+            f" (hidden states {tuple(hidden.shape[:-1])}, targets {tuple(targets.shape)}, as"
+            " (batch, length)), so heads would learn the wrong tokens. Use a trainer that passes"
+            " the batch to the model unchanged (no prompt tuning, reshaping or merging of rows),"
+            " or train without CAFT."
         )
 
 
 def _weighted_loss(
     row_loss: RowLoss, weights: Tensor, hidden: Tensor, learned: Tensor, trunk: Trunk
 ) -> tuple[Tensor, Tensor]:
-    return weighted_sum(row_loss, weights, hidden, learned, trunk.vocab_size, trunk.unembedding.parameters())
+    return weighted_sum(
+        row_loss, weights, hidden, learned, trunk.vocab_size, trunk.unembedding.parameters()
+    )
 
 
 def joined_zero(module: nn.Module) -> Tensor:
-    """Return 0, connected to every trainable tensor of `module`: DDP needs them all in the graph (FSDP2 does not)."""
+    """Return 0, connected to every trainable tensor of `module`: DDP needs them all in the graph
+    (FSDP2 does not)."""
     zero = torch.zeros((), device=next(module.parameters()).device)
     for parameter in module.parameters():
         if parameter.requires_grad and not isinstance(parameter, DTensor):
@@ -458,7 +520,8 @@ def active_dropouts(module: nn.Module) -> list[nn.Module]:
 
 @contextlib.contextmanager
 def without_dropout(*modules: nn.Module) -> Iterator[None]:
-    """Disable dropout inside `modules` (such as that of a LoRA on the unembedding): it draws no random numbers."""
+    """Disable dropout inside `modules` (such as that of a LoRA on the unembedding): it draws no
+    random numbers."""
     dropouts = [dropout for module in modules for dropout in active_dropouts(module)]
     for dropout in dropouts:
         dropout.training = False
@@ -472,8 +535,8 @@ def without_dropout(*modules: nn.Module) -> Iterator[None]:
 def _noting(own_class: type, note: Callable[[nn.Module, tuple, dict[str, object]], None]) -> type:
     """Return a subclass of a layer's class that passes the arguments of each call to `note`.
 
-    It overrides `__call__` because module hooks run inside gradient checkpointing, where tensors are detached from
-    the graph. It keeps the class's name, because wrapping policies use it.
+    It overrides `__call__` because module hooks run inside gradient checkpointing, where tensors
+    are detached from the graph. It keeps the class's name, because wrapping policies use it.
     """
 
     def __call__(self: nn.Module, *args: object, **kwargs: object) -> object:
@@ -503,7 +566,8 @@ def _output_class(output_class: type) -> type:
 
 
 def _with_aux_loss(output: ModelOutput, loss: Tensor) -> ModelOutput:
-    """Return the model's output with a field `caft_loss`: distributed wrappers search the output for the graph."""
+    """Return the model's output with a field `caft_loss`: distributed wrappers search the output
+    for the graph."""
     return _output_class(type(output))(**dict(output.items()), caft_loss=loss)
 
 

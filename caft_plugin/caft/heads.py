@@ -1,7 +1,8 @@
 """Build heads, and run one.
 
-A head is one decoder layer of the model's own class. It receives exactly the arguments that the model passed to its
-last layer (masks, rotary embeddings, position ids, packing), so it works with any architecture.
+A head is one decoder layer of the model's own class. It receives exactly the arguments that the
+model passed to its last layer (masks, rotary embeddings, position ids, packing), so it works with
+any architecture.
 """
 
 from __future__ import annotations
@@ -32,7 +33,12 @@ from caft_plugin.errors import ConfigError
 from caft_plugin.model.copies import plain_copy
 from caft_plugin.model.fingerprint import Sample, take_sample
 from caft_plugin.model.hidden import taken
-from caft_plugin.model.trunk import Trunk, active_peft_configs, is_model_with_adapter, refuse_offloaded
+from caft_plugin.model.trunk import (
+    Trunk,
+    active_peft_configs,
+    is_model_with_adapter,
+    refuse_offloaded,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -43,14 +49,17 @@ LORA_RANK, LORA_ALPHA = 8, 16
 
 
 class AuxiliaryHeads(nn.Module):
-    """Auxiliary heads: `layers[k - 1]` is head k, a decoder layer that predicts the token k+1 ahead.
+    """Auxiliary heads: `layers[k - 1]` is head k, a decoder layer that predicts the token k+1
+    ahead.
 
-    Heads stay in evaluation mode. Without dropout they never draw from the global random generator, so the base
-    model's dropout is the same as without them. `origin` is a sample of the last layer they were built from, or None
-    if it is not available.
+    Heads stay in evaluation mode. Without dropout they never draw from the global random generator,
+    so the base model's dropout is the same as without them. `origin` is a sample of the last layer
+    they were built from, or None if it is not available.
     """
 
-    def __init__(self, layers: list[nn.Module], lora: LoraConfig | None = None, origin: Sample | None = None) -> None:
+    def __init__(
+        self, layers: list[nn.Module], lora: LoraConfig | None = None, origin: Sample | None = None
+    ) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
         self.lora = lora
@@ -79,7 +88,8 @@ class AuxiliaryHeads(nn.Module):
 def build_heads(model: nn.Module, trunk: Trunk, config: CAFTConfig, seed: int) -> AuxiliaryHeads:
     """Build `config.num_heads` copies of the last layer, trainable as set in `config.train_heads`.
 
-    Copies compute the same as the layer with its active adapters; they are plain, dequantised, in its compute dtype.
+    Copies compute the same as the layer with its active adapters; they are plain, dequantised, in
+    its compute dtype.
 
     Args:
         model: the model, PEFT-wrapped or not.
@@ -109,19 +119,23 @@ def build_heads(model: nn.Module, trunk: Trunk, config: CAFTConfig, seed: int) -
 
 @contextlib.contextmanager
 def own_random_numbers(device: torch.device, seed: int) -> Iterator[None]:
-    """Seed the random generators of the CPU and of `device` with `seed`, and restore the host's afterwards."""
+    """Seed the random generators of the CPU and of `device` with `seed`, and restore the host's
+    afterwards."""
     others = [] if device.type in ("cpu", "meta") else [device]
     with torch.random.fork_rng(others, device_type=device.type if others else "cuda"):
         torch.default_generator.manual_seed(seed)
-        for other in others:  # torch.manual_seed would also seed devices whose state is not restored
+        # torch.manual_seed would also seed devices whose state is not restored
+        for other in others:
             module = torch.get_device_module(other)
-            with getattr(module, "device", contextlib.nullcontext)(other):  # Apple's has only one device
+            # Apple's has only one device
+            with getattr(module, "device", contextlib.nullcontext)(other):
                 module.manual_seed(seed)
         yield
 
 
 def head_lora_config(model: nn.Module, layer: nn.Module) -> LoraConfig:
-    """Return a LoRA config for every linear layer of a head, with the rank and alpha of the base model's LoRA, if any.
+    """Return a LoRA config for every linear layer of a head, with the rank and alpha of the base
+    model's LoRA, if any.
 
     Warns if much of a head is not in linear layers, such as the experts of a mixture.
 
@@ -131,24 +145,34 @@ def head_lora_config(model: nn.Module, layer: nn.Module) -> LoraConfig:
     linear = {
         name: module
         for name, module in layer.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D)) and not isinstance(module, NonDynamicallyQuantizableLinear)
+        if isinstance(module, (nn.Linear, Conv1D))
+        and not isinstance(module, NonDynamicallyQuantizableLinear)
     }
     if not linear:
         raise ConfigError(
-            f"caft.train_heads: got lora, or auto with an adapter, but {type(layer).__name__} has no linear layer for "
-            "LoRA. Use train_heads: full or frozen."
+            f"caft.train_heads: got lora, or auto with an adapter, but {type(layer).__name__} has"
+            " no linear layer for LoRA. Use train_heads: full or frozen."
         )
     covered = {parameter for module in linear.values() for parameter in module.parameters()}
-    rest = {name: parameter.numel() for name, parameter in layer.named_parameters() if parameter not in covered}
+    rest = {
+        name: parameter.numel()
+        for name, parameter in layer.named_parameters()
+        if parameter not in covered
+    }
     share = sum(rest.values()) / sum(parameter.numel() for parameter in layer.parameters())
     if share > 0.1:
         logger.warning(
-            "caft.train_heads: LoRA trains only a head's linear layers; %.0f %% of its weights are elsewhere (most of "
-            "them in %s) and stay unchanged. Use train_heads: full to train them too.",
+            "caft.train_heads: LoRA trains only a head's linear layers; %.0f %% of its weights are"
+            " elsewhere (most of them in %s) and stay unchanged. Use train_heads: full to train"
+            " them too.",
             100 * share,
             max(rest, key=lambda name: rest[name]),
         )
-    lora = (config for config in active_peft_configs(model) if isinstance(config, LoraConfig) and config.r > 0)
+    lora = (
+        config
+        for config in active_peft_configs(model)
+        if isinstance(config, LoraConfig) and config.r > 0
+    )
     base = next(lora, LoraConfig(r=LORA_RANK, lora_alpha=LORA_ALPHA))
     return LoraConfig(
         r=base.r,
@@ -167,7 +191,8 @@ def refuse_taken(trunk: Trunk) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class LayerCall:
-    """One call of the last layer: its arguments, and the autocast it ran under (device, dtype, enabled)."""
+    """One call of the last layer: its arguments, and the autocast it ran under (device, dtype,
+    enabled)."""
 
     args: tuple
     kwargs: dict[str, Any]
@@ -176,8 +201,14 @@ class LayerCall:
     @classmethod
     def of(cls, args: tuple, kwargs: dict[str, Any]) -> LayerCall:
         """Return the call with these arguments, under the current autocast."""
-        device = next((a.device.type for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), "cpu")
-        return cls(args, dict(kwargs), (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)))
+        device = next(
+            (a.device.type for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), "cpu"
+        )
+        return cls(
+            args,
+            dict(kwargs),
+            (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)),
+        )
 
     @property
     def hidden_states(self) -> Tensor:
@@ -185,7 +216,9 @@ class LayerCall:
         return self.args[0] if self.args else self.kwargs["hidden_states"]
 
 
-def run_head(layer: nn.Module, source: Tensor, call: LayerCall, positions: Tensor, checkpointing: bool) -> Tensor:
+def run_head(
+    layer: nn.Module, source: Tensor, call: LayerCall, positions: Tensor, checkpointing: bool
+) -> Tensor:
     """Run one head and return its hidden states (n, hidden size), before norm and unembedding.
 
     Args:
@@ -196,12 +229,17 @@ def run_head(layer: nn.Module, source: Tensor, call: LayerCall, positions: Tenso
         checkpointing: whether to recompute the head in the backward pass.
     """
     if torch.is_grad_enabled() and checkpointing:
-        return checkpoint(replay, layer, source, call, positions, use_reentrant=False, preserve_rng_state=False)
+        return checkpoint(
+            replay, layer, source, call, positions, use_reentrant=False, preserve_rng_state=False
+        )
     return replay(layer, source, call, positions)
 
 
-def replay(layer: nn.Module, source: Tensor, call: LayerCall, positions: Tensor, cache: Cache | None = None) -> Tensor:
-    """Call a head with the last layer's arguments, but `source` as hidden states, and with its own cache or none."""
+def replay(
+    layer: nn.Module, source: Tensor, call: LayerCall, positions: Tensor, cache: Cache | None = None
+) -> Tensor:
+    """Call a head with the last layer's arguments, but `source` as hidden states, and with its own
+    cache or none."""
     bound = _forward_signature(type(layer)).bind(*call.args, **call.kwargs)  # type: ignore[arg-type]
     named = dict(bound.arguments)
     extra = dict(named.get("kwargs", {}))
@@ -219,7 +257,9 @@ def replay(layer: nn.Module, source: Tensor, call: LayerCall, positions: Tensor,
     dtype = next(p.dtype for p in layer.parameters() if p.is_floating_point())
     if not call.autocast[2] and source.dtype != dtype:
         named = tree_map(
-            lambda leaf: leaf.to(dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf,
+            lambda leaf: (
+                leaf.to(dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+            ),
             named,
         )
     bound.arguments.update(named)
@@ -245,7 +285,8 @@ def turn_with(heads: AuxiliaryHeads) -> Iterator[None]:
 def is_cache(name: str, value: object) -> bool:
     """Return True if a layer's argument is the model's KV cache, which a head must not write to.
 
-    Its name depends on the version and the family (`past_key_value(s)`, `layer_past`, `cache`, `cache_params`).
+    Its name depends on the version and the family (`past_key_value(s)`, `layer_past`, `cache`,
+    `cache_params`).
     """
     if value is None or isinstance(value, (Tensor, bool, int, float, str)):
         return False
@@ -254,10 +295,11 @@ def is_cache(name: str, value: object) -> bool:
 
 
 def pointwise_parts(layer: nn.Module) -> list[nn.Module]:
-    """Return the children of a decoder layer that are pointwise, so that positions can be skipped: usually the MLP.
+    """Return the children of a decoder layer that are pointwise, so that positions can be skipped:
+    usually the MLP.
 
-    A child is pointwise if its forward has one argument, and it has at least two linear layers, no other parameters
-    and no list of modules (experts).
+    A child is pointwise if its forward has one argument, and it has at least two linear layers, no
+    other parameters and no list of modules (experts).
     """
     return [child for child in layer.children() if _is_pointwise(child)]
 

@@ -1,4 +1,5 @@
-"""The heads' folder: `heads.safetensors`, `config.json` and `fingerprint.safetensors`. Write, open, check, load.
+"""The heads' folder: `heads.safetensors`, `config.json` and `fingerprint.safetensors`. Write, open,
+check, load.
 
 A finished folder holds plain weights with LoRA merged. A checkpoint's folder keeps LoRA separate
 (`lora.safetensors`), because exact resuming needs both.
@@ -48,7 +49,8 @@ from caft_plugin.model.trunk import Trunk
 logger = logging.getLogger(__name__)
 
 LARGEST_FINGERPRINT = 4_000_000  # bytes
-FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors' names of the types that weights can be read from
+# safetensors' names of the types that weights can be read from
+FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +62,8 @@ class HeadsFolder:
 
     @classmethod
     def open(cls, heads: str | os.PathLike[str]) -> HeadsFolder:
-        """Open a heads folder, given its path, the path of a run with `caft_heads/` in it, or a Hub id.
+        """Open a heads folder, given its path, the path of a run with `caft_heads/` in it, or a Hub
+        id.
 
         Raises:
             ConfigError: the folder does not exist or is not a readable heads folder.
@@ -79,14 +82,15 @@ class HeadsFolder:
         path, record, text_config = self.path, self.record, model_config.get_text_config()
         if record.num_heads < config.num_heads:
             raise ConfigError(
-                f"{setting_as('caft', 'num_heads')}: got {config.num_heads}, but the folder {path} holds "
-                f"{record.num_heads} heads. Use at most {record.num_heads}, or train more heads."
+                f"{setting_as('caft', 'num_heads')}: got {config.num_heads}, but the folder {path}"
+                f" holds {record.num_heads} heads. Use at most {record.num_heads}, or train more"
+                " heads."
             )
         if record.hidden_size != text_config.hidden_size:
             raise ConfigError(
-                f"{heads_as()}: {path} was made for hidden_size {record.hidden_size} (base model "
-                f"{named(record.base_model)}), but this model has hidden_size {text_config.hidden_size}. Use heads "
-                "only with the model they were trained with."
+                f"{heads_as()}: {path} was made for hidden_size {record.hidden_size} (base model"
+                f" {named(record.base_model)}), but this model has hidden_size"
+                f" {text_config.hidden_size}. Use heads only with the model they were trained with."
             )
 
     def check_layers(self, layer_class: str) -> None:
@@ -98,14 +102,14 @@ class HeadsFolder:
         path, record = self.path, self.record
         if record.layer_class != layer_class:
             raise ConfigError(
-                f"{heads_as()}: the heads in {path} are of class {named(record.layer_class)} (base model "
-                f"{named(record.base_model)}), but this model's layers are of class {layer_class}. Use heads only with "
-                "the model they were trained with."
+                f"{heads_as()}: the heads in {path} are of class {named(record.layer_class)} (base"
+                f" model {named(record.base_model)}), but this model's layers are of class"
+                f" {layer_class}. Use heads only with the model they were trained with."
             )
         if (path / LORA).exists():
             raise ConfigError(
-                f"{heads_as()}: {path} belongs to a checkpoint, so its LoRA is not merged. Use the {FOLDER}/ folder of "
-                "a finished run, or resume from that checkpoint."
+                f"{heads_as()}: {path} belongs to a checkpoint, so its LoRA is not merged. Use the"
+                f" {FOLDER}/ folder of a finished run, or resume from that checkpoint."
             )
 
     def warn_of_model(self, now: Sample | None, model_config: PretrainedConfig) -> None:
@@ -117,20 +121,26 @@ class HeadsFolder:
             now: a sample of this model, or None.
             model_config: this model's config.
         """
-        name, theirs = model_config.name_or_path or model_config.model_type, named(self.record.base_model)
+        name, theirs = (
+            model_config.name_or_path or model_config.model_type,
+            named(self.record.base_model),
+        )
         fingerprint = None if now is None else read_fingerprint(self.path)
         if now is None or fingerprint is None:
             if model_config.name_or_path and self.record.base_model != model_config.name_or_path:
                 logger.warning(
-                    "%s: these heads were made with base model %s, this run uses %s", heads_as(), theirs, name
+                    "%s: these heads were made with base model %s, this run uses %s",
+                    heads_as(),
+                    theirs,
+                    name,
                 )
             return
         verdict = fingerprint.verdict(now)
         if verdict == "base":
             logger.warning(
-                "%s: the heads in %s were trained together with a fine-tuned %s, but the last layer of this model, "
-                "%s, is the one from before that fine-tuning. Use the fine-tuned model: load its adapter or the "
-                "merged model",
+                "%s: the heads in %s were trained together with a fine-tuned %s, but the last layer"
+                " of this model, %s, is the one from before that fine-tuning. Use the fine-tuned"
+                " model: load its adapter or the merged model",
                 heads_as(),
                 self.path,
                 theirs,
@@ -138,9 +148,9 @@ class HeadsFolder:
             )
         elif verdict == "other":
             logger.warning(
-                "%s: the heads in %s (base model %s) were trained with a different last layer or final norm than "
-                "this model, %s, has: another base, or another training state of the same one. Use the model that "
-                "they were trained with",
+                "%s: the heads in %s (base model %s) were trained with a different last layer or"
+                " final norm than this model, %s, has: another base, or another training state of"
+                " the same one. Use the model that they were trained with",
                 heads_as(),
                 self.path,
                 theirs,
@@ -154,14 +164,16 @@ class HeadsFolder:
             written, recorded = getattr(config, key), getattr(record, key)
             if written is not None and written != recorded:
                 logger.warning(
-                    "%s: got %s, but these heads were made with %s; omit it to use the folder's setting",
+                    "%s: got %s, but these heads were made with %s; omit it to use the folder's"
+                    " setting",
                     setting_as("caft", key),
                     written,
                     recorded,
                 )
 
     def load_into(self, heads: AuxiliaryHeads, layer_class: str) -> None:
-        """Load the folder's weights into `heads`; of a folder with more heads, the first ones are used.
+        """Load the folder's weights into `heads`; of a folder with more heads, the first ones are
+        used.
 
         A checkpoint's LoRA factors are rejected: training merges them at its end.
 
@@ -169,15 +181,24 @@ class HeadsFolder:
             ConfigError: damaged files, another layer class, missing, unknown or misshapen tensors.
         """
         self.check_layers(layer_class)
-        wanted = {plain_name(name): t for name, t in heads.layers.state_dict().items() if ".lora_" not in name}
+        wanted = {
+            plain_name(name): t
+            for name, t in heads.layers.state_dict().items()
+            if ".lora_" not in name
+        }
         _copy_into(wanted, self.path / WEIGHTS, held=self.record.num_heads)
 
 
 def resolve_wiring(config: CAFTConfig, record: HeadsRecord | None) -> CAFTConfig:
-    """Return `config` with head_input and head_norm filled in: as written, else as recorded, else the defaults."""
-    recorded = (record.head_input, record.head_norm) if record else (DEFAULT_HEAD_INPUT, DEFAULT_HEAD_NORM)
+    """Return `config` with head_input and head_norm filled in: as written, else as recorded, else
+    the defaults."""
+    recorded = (
+        (record.head_input, record.head_norm) if record else (DEFAULT_HEAD_INPUT, DEFAULT_HEAD_NORM)
+    )
     written = (config.head_input, config.head_norm)
-    head_input, head_norm = (there if said is None else said for said, there in zip(written, recorded, strict=True))
+    head_input, head_norm = (
+        there if said is None else said for said, there in zip(written, recorded, strict=True)
+    )
     return config.model_copy(update={"head_input": head_input, "head_norm": head_norm})
 
 
@@ -187,7 +208,8 @@ def plain_name(name: str) -> str:
 
 
 def heads_state(heads: AuxiliaryHeads) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return plain weights `K.<layer's own name>`, and LoRA factors `K.<module>.lora_A.weight` (may be empty).
+    """Return plain weights `K.<layer's own name>`, and LoRA factors `K.<module>.lora_A.weight` (may
+    be empty).
 
     K counts from 0. Every process must call it; each gets unsharded tensors.
     """
@@ -198,7 +220,9 @@ def heads_state(heads: AuxiliaryHeads) -> tuple[dict[str, Tensor], dict[str, Ten
     return weights, lora
 
 
-def merged(heads: AuxiliaryHeads, weights: Mapping[str, Tensor], lora: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def merged(
+    heads: AuxiliaryHeads, weights: Mapping[str, Tensor], lora: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
     """Return plain weights with the LoRA factors merged: W + scaling * B A, computed in float32."""
     result = dict(weights)
     for name, module in heads.layers.named_modules():
@@ -240,7 +264,9 @@ def save_heads(
         if lora and not resumable:
             weights, lora = merged(heads, weights, lora), {}
         record = HeadsRecord.of(trunk, config, train_heads=heads.how if resumable else None)
-        fingerprint = None if heads.origin is None or after is None else Fingerprint(heads.origin, after)
+        fingerprint = (
+            None if heads.origin is None or after is None else Fingerprint(heads.origin, after)
+        )
         write_heads(folder, record, weights, lora, fingerprint, losses)
     return folder
 
@@ -253,7 +279,8 @@ def write_heads(
     fingerprint: Fingerprint | None = None,
     losses: Mapping[str, LoggedLosses] | None = None,
 ) -> None:
-    """Write the files of a heads folder atomically, the record last: if it exists, all files are of the same save."""
+    """Write the files of a heads folder atomically, the record last: if it exists, all files are of
+    the same save."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / RECORD).unlink(missing_ok=True)
     for of_earlier_heads in (DRAFTING, METRICS, LOSSES):
@@ -267,26 +294,37 @@ def write_heads(
             (folder / name).unlink(missing_ok=True)
     write_fingerprint(folder, fingerprint)
     if losses:
-        write_json(folder / LOSSES, {name: logged.model_dump(exclude_none=True) for name, logged in losses.items()})
+        write_json(
+            folder / LOSSES,
+            {name: logged.model_dump(exclude_none=True) for name, logged in losses.items()},
+        )
     write_json(folder / RECORD, record.model_dump(exclude_none=True))
 
 
 def _write_tensors(file: Path, tensors: Mapping[str, Tensor], **metadata: str) -> None:
-    write_atomically(file, lambda temporary: save_file(dict(tensors), temporary, {"format": "pt", **metadata}))
+    write_atomically(
+        file, lambda temporary: save_file(dict(tensors), temporary, {"format": "pt", **metadata})
+    )
 
 
 def write_fingerprint(folder: Path, fingerprint: Fingerprint | None) -> None:
-    """Write the fingerprint's file of a heads folder; with None, remove the one of earlier heads."""
+    """Write the fingerprint's file of a heads folder; with None, remove the one of earlier
+    heads."""
     if fingerprint is None:
         (folder / FINGERPRINT).unlink(missing_ok=True)
         return
     samples = {"before": fingerprint.before, "after": fingerprint.after}
-    tensors = {f"{end}.{name}": t for end, sample in samples.items() for name, t in sample.values.items()}
-    _write_tensors(folder / FINGERPRINT, tensors, quantised=json.dumps(sorted(fingerprint.before.quantised)))
+    tensors = {
+        f"{end}.{name}": t for end, sample in samples.items() for name, t in sample.values.items()
+    }
+    _write_tensors(
+        folder / FINGERPRINT, tensors, quantised=json.dumps(sorted(fingerprint.before.quantised))
+    )
 
 
 def read_fingerprint(folder: Path) -> Fingerprint | None:
-    """Read the fingerprint of a heads folder; return None if there is none, or (with a warning) if it is invalid.
+    """Read the fingerprint of a heads folder; return None if there is none, or (with a warning) if
+    it is invalid.
 
     Raises:
         ConfigError: the file is a link that points outside the folder.
@@ -303,13 +341,27 @@ def read_fingerprint(folder: Path) -> Fingerprint | None:
             for key in opened.keys():
                 end, _, name = key.partition(".")
                 tensor = opened.get_tensor(key)
-                if tensor.dtype != torch.float32 or tensor.dim() != 1 or not tensor.isfinite().all():
+                if (
+                    tensor.dtype != torch.float32
+                    or tensor.dim() != 1
+                    or not tensor.isfinite().all()
+                ):
                     raise ValueError(f"{key} is not a vector of finite float32 numbers")
                 samples[end][name] = tensor
         if samples["before"].keys() != samples["after"].keys() or not samples["before"]:
             raise ValueError("it is incomplete")
-        before, after = (Sample(values, frozenset(map(str, quantised))) for values in samples.values())
-    except (OSError, RuntimeError, ValueError, TypeError, KeyError, RecursionError, SafetensorError) as error:
+        before, after = (
+            Sample(values, frozenset(map(str, quantised))) for values in samples.values()
+        )
+    except (
+        OSError,
+        RuntimeError,
+        ValueError,
+        TypeError,
+        KeyError,
+        RecursionError,
+        SafetensorError,
+    ) as error:
         logger.warning(
             "%s: %s was not read, so whether these heads fit this model cannot be checked (%s)",
             heads_as(),
@@ -320,7 +372,9 @@ def read_fingerprint(folder: Path) -> Fingerprint | None:
     return Fingerprint(before, after)
 
 
-def load_checkpoint(checkpoint: str | os.PathLike[str], heads: AuxiliaryHeads, config: CAFTConfig) -> None:
+def load_checkpoint(
+    checkpoint: str | os.PathLike[str], heads: AuxiliaryHeads, config: CAFTConfig
+) -> None:
     """Load heads and LoRA factors from a checkpoint, for exact resuming.
 
     Raises:
@@ -329,8 +383,9 @@ def load_checkpoint(checkpoint: str | os.PathLike[str], heads: AuxiliaryHeads, c
     folder = Path(checkpoint) / FOLDER
     if not folder.is_dir():
         raise ConfigError(
-            f"caft: the checkpoint {checkpoint} has no {FOLDER}/ folder, so it was made without CAFT and cannot be "
-            "resumed with it. Resume without CAFT, or start from the beginning."
+            f"caft: the checkpoint {checkpoint} has no {FOLDER}/ folder, so it was made without"
+            " CAFT and cannot be resumed with it. Resume without CAFT, or start from the"
+            " beginning."
         )
     record = read_record(folder)
     this_run = {
@@ -343,9 +398,9 @@ def load_checkpoint(checkpoint: str | os.PathLike[str], heads: AuxiliaryHeads, c
         recorded = getattr(record, key)
         if recorded is not None and recorded != value:
             raise ConfigError(
-                f"caft.{key}: this run has {str(value).lower()}, but the checkpoint {checkpoint} was made with "
-                f"{str(recorded).lower()}. Resume with caft.{key}: {str(recorded).lower()}, or start from the "
-                "beginning."
+                f"caft.{key}: this run has {str(value).lower()}, but the checkpoint {checkpoint}"
+                f" was made with {str(recorded).lower()}. Resume with caft.{key}:"
+                f" {str(recorded).lower()}, or start from the beginning."
             )
     state = heads.layers.state_dict()
     weights = {plain_name(name): t for name, t in state.items() if ".lora_" not in name}
@@ -356,50 +411,59 @@ def load_checkpoint(checkpoint: str | os.PathLike[str], heads: AuxiliaryHeads, c
 
 
 def _copy_into(wanted: dict[str, Tensor], file: Path, *, held: int) -> None:
-    """Copy the first heads of a safetensors file with `held` heads into `wanted`, after checking names, shapes, types.
+    """Copy the first heads of a safetensors file with `held` heads into `wanted`, after checking
+    names, shapes, types.
 
     Other floating-point types are converted.
     """
     file = own_file(file.parent, file.name)
     try:
         with safe_open(file, framework="pt") as opened:
-            _check_tensors(wanted, {name: opened.get_slice(name) for name in opened.keys()}, file, held)
+            _check_tensors(
+                wanted, {name: opened.get_slice(name) for name in opened.keys()}, file, held
+            )
             with torch.no_grad():
                 for name, tensor in wanted.items():
                     tensor.copy_(shard_like(tensor, opened.get_tensor(name)))
     except (OSError, RuntimeError, SafetensorError) as error:
         raise ConfigError(
-            f"{heads_as()}: {file} cannot be read as safetensors ({shown(str(error))}). The file is damaged or has "
-            "another format: make or download the heads folder again."
+            f"{heads_as()}: {file} cannot be read as safetensors ({shown(str(error))}). The file is"
+            " damaged or has another format: make or download the heads folder again."
         ) from None
 
 
 def _check_tensors(wanted: dict[str, Tensor], found: dict[str, Any], file: Path, held: int) -> None:
-    first = {name.split(".")[0] for name in wanted}  # the requested heads; of the others only the number is checked
+    # the requested heads; of the others only the number is checked
+    first = {name.split(".")[0] for name in wanted}
     missing = sorted(wanted.keys() - found.keys())
     others = {name.split(".")[0] for name in found} - first
     unknown = sorted(name for name in found if name not in wanted and name.split(".")[0] in first)
-    unknown += sorted(name for name in others if not (name.isdecimal() and len(name) < 5 and int(name) < held))
+    unknown += sorted(
+        name for name in others if not (name.isdecimal() and len(name) < 5 and int(name) < held)
+    )
     for names, problem in [(missing, "lacks"), (unknown, "has unknown")]:
         if names:
             raise ConfigError(
-                f"{heads_as()}: {file} {problem} {len(names)} tensors, the first is {named(names[0])}. These heads do "
-                "not fit this model: use the model and the settings that they were trained with."
+                f"{heads_as()}: {file} {problem} {len(names)} tensors, the first is"
+                f" {named(names[0])}. These heads do not fit this model: use the model and the"
+                " settings that they were trained with."
             )
     if len(others | first) != held:
         raise ConfigError(
-            f"{heads_as()}: {file} holds {len(others | first)} heads, but {RECORD} next to it says {held}. The files "
-            "do not belong together: make or download the heads folder again."
+            f"{heads_as()}: {file} holds {len(others | first)} heads, but {RECORD} next to it says"
+            f" {held}. The files do not belong together: make or download the heads folder again."
         )
     for name, tensor in sorted(wanted.items()):
         shape, kind = tuple(found[name].get_shape()), found[name].get_dtype()
         if shape != tuple(tensor.shape):
             raise ConfigError(
-                f"{heads_as()}: {file} holds {name} with shape {shape}, but this model's heads need "
-                f"{tuple(tensor.shape)}. These heads do not fit this model: use the model they were trained with."
+                f"{heads_as()}: {file} holds {name} with shape {shape}, but this model's heads need"
+                f" {tuple(tensor.shape)}. These heads do not fit this model: use the model they"
+                " were trained with."
             )
-        if (kind in FLOATS) != tensor.is_floating_point():  # a few families have counters in their layers
+        # a few families have counters in their layers
+        if (kind in FLOATS) != tensor.is_floating_point():
             raise ConfigError(
-                f"{heads_as()}: {file} holds {name} as {kind}, but weights are one of {', '.join(FLOATS)}. Make or "
-                "download the heads folder again."
+                f"{heads_as()}: {file} holds {name} as {kind}, but weights are one of"
+                f" {', '.join(FLOATS)}. Make or download the heads folder again."
             )

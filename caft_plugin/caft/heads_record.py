@@ -1,4 +1,5 @@
-"""A heads folder without its weights: where it is, its record and its figures. No torch: `caft inspect` is quick."""
+"""A heads folder without its weights: where it is, its record and its figures. No torch: `caft
+inspect` is quick."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ if TYPE_CHECKING:
 
 FOLDER = "caft_heads"
 WEIGHTS, LORA, RECORD = "heads.safetensors", "lora.safetensors", "config.json"
-FINGERPRINT = "fingerprint.safetensors"  # of the last layer and final norm that the heads were trained with
+# of the last layer and final norm that the heads were trained with
+FINGERPRINT = "fingerprint.safetensors"
 LONGEST_JSON = 100_000  # bytes
 COPIES = "; omit it to start from copies of the last layer"
 METRICS, CARD = "metrics.json", "README.md"  # written for pretrained heads
@@ -26,7 +28,13 @@ DRAFTING = "drafting.json"  # written by `caft speculate`
 LOSSES = "losses.json"  # written by a run
 TRAINING = "training"  # in it, next to the names of evaluation sets
 # Keys that tell config.json of heads from that of a model, and that from a drafter's.
-OF_MODEL, OF_DRAFTER = {"architectures", "model_type"}, {"caft_heads", "eagle_aux_hidden_state_layer_ids"}
+OF_MODEL, OF_DRAFTER = (
+    {"architectures", "model_type"},
+    {
+        "caft_heads",
+        "eagle_aux_hidden_state_layer_ids",
+    },
+)
 
 
 class HeadsRecord(BaseModel):
@@ -71,8 +79,9 @@ class HeadFigures(BaseModel):
 class HeadsMetrics(BaseModel):
     """`metrics.json` of pretrained heads: their training data, and held-out figures of each head.
 
-    `heads` are the figures after training, `untrained` those of untrained heads, `before` those of the heads loaded
-    from the folder `started_from`. Lists are empty if nothing was held out. Other keys of the file are ignored.
+    `heads` are the figures after training, `untrained` those of untrained heads, `before` those of
+    the heads loaded from the folder `started_from`. Lists are empty if nothing was held out. Other
+    keys of the file are ignored.
     """
 
     targets: str
@@ -88,10 +97,11 @@ class HeadsMetrics(BaseModel):
 
 
 class LoggedLosses(BaseModel):
-    """One entry of `losses.json`: what a run logged last of its heads, in training or on one evaluation set.
+    """One entry of `losses.json`: what a run logged last of its heads, in training or on one
+    evaluation set.
 
-    `losses` has each head's mean cross-entropy in nats, by k, without the heads that had none; `step` is the optimiser
-    step of the log, `tokens_per_pass` as in HeadsEvaluation.
+    `losses` has each head's mean cross-entropy in nats, by k, without the heads that had none;
+    `step` is the optimiser step of the log, `tokens_per_pass` as in HeadsEvaluation.
     """
 
     step: int
@@ -103,7 +113,8 @@ LOSSES_BY_SET: TypeAdapter[dict[str, LoggedLosses]] = TypeAdapter(dict[str, Logg
 
 
 def locate_heads(heads: str) -> Path:
-    """Return the local folder of heads, given a folder (or one with `caft_heads/` in it) or a Hub id.
+    """Return the local folder of heads, given a folder (or one with `caft_heads/` in it) or a Hub
+    id.
 
     Raises:
         ConfigError: neither a folder with heads nor a Hub id that can be downloaded.
@@ -113,8 +124,9 @@ def locate_heads(heads: str) -> Path:
         return path / FOLDER if (path / FOLDER / RECORD).is_file() else path
     if path.exists() or heads.startswith((".", "/", "~")):
         raise ConfigError(
-            f"{heads_as()}: got {heads!r}, which is not a folder. It accepts a folder with {WEIGHTS} and {RECORD}, "
-            f"or a Hub id (owner/name){COPIES if heads_as() == HEADS_KEY else ''}."
+            f"{heads_as()}: got {heads!r}, which is not a folder. It accepts a folder with"
+            f" {WEIGHTS} and {RECORD}, or a Hub id"
+            f" (owner/name){COPIES if heads_as() == HEADS_KEY else ''}."
         )
     from huggingface_hub import snapshot_download
 
@@ -122,18 +134,20 @@ def locate_heads(heads: str) -> Path:
     patterns = [f"{folder}{name}" for folder in ("", f"{FOLDER}/") for name in files]
     try:
         return locate_heads(snapshot_download(heads, allow_patterns=patterns))
-    except Exception as error:  # the Hub's client raises many kinds: offline, no such name, no permission
+    # the Hub's client raises many kinds: offline, no such name, no permission
+    except Exception as error:
         raise ConfigError(
-            f"{heads_as()}: got {heads!r}, which is neither a local folder nor a Hub id that can be downloaded "
-            f"({type(error).__name__}: {str(error).splitlines()[0]}). Check the name, your connection and your "
-            "Hub token, or give a folder."
+            f"{heads_as()}: got {heads!r}, which is neither a local folder nor a Hub id that can be"
+            f" downloaded ({type(error).__name__}: {str(error).splitlines()[0]}). Check the name,"
+            " your connection and your Hub token, or give a folder."
         ) from error
 
 
 def own_file(folder: Path, name: str) -> Path:
     """Return the path of a file in a heads folder.
 
-    A link must not point outside the folder, except in the Hub's cache, which links a snapshot's files to its `blobs`.
+    A link must not point outside the folder, except in the Hub's cache, which links a snapshot's
+    files to its `blobs`.
 
     Raises:
         ConfigError: there is no such regular file, or it is outside the folder.
@@ -144,15 +158,21 @@ def own_file(folder: Path, name: str) -> Path:
     root = snapshot.parent if snapshot is not None and in_cache else folder
     try:
         inside = file.resolve(strict=True).is_relative_to(root.resolve())
-        problem = None if inside and file.is_file() else "not a regular file" if inside else "a link out of the folder"
+        problem = (
+            None
+            if inside and file.is_file()
+            else "not a regular file"
+            if inside
+            else "a link out of the folder"
+        )
     except OSError as error:
         problem = error.strerror
     except RuntimeError:
         problem = "a link to itself"
     if problem:
         raise ConfigError(
-            f"{heads_as()}: {folder} has no readable {name} ({problem}). It accepts a heads folder with {WEIGHTS} and "
-            f"{RECORD}, which training saves in {FOLDER}/."
+            f"{heads_as()}: {folder} has no readable {name} ({problem}). It accepts a heads folder"
+            f" with {WEIGHTS} and {RECORD}, which training saves in {FOLDER}/."
         )
     return file
 
@@ -167,8 +187,9 @@ def read_small(folder: Path, name: str) -> bytes:
         content = opened.read(LONGEST_JSON + 1)
     if len(content) > LONGEST_JSON:
         raise ConfigError(
-            f"{heads_as()}: {folder / name} is longer than {LONGEST_JSON} bytes, so it is not a file of caft_plugin. "
-            "Make the folder again, or use the file that was saved with these heads."
+            f"{heads_as()}: {folder / name} is longer than {LONGEST_JSON} bytes, so it is not a"
+            " file of caft_plugin. Make the folder again, or use the file that was saved with"
+            " these heads."
         )
     return content
 
@@ -186,29 +207,39 @@ def read_record(folder: Path) -> HeadsRecord:
     except ConfigError:
         raise
     except ValidationError as error:
-        problem = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors())
+        problem = "; ".join(
+            f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors()
+        )
     except RecursionError:
         problem = "nested too deeply"
     except ValueError as error:  # not UTF-8, not JSON, a key twice
         problem = str(error)
     raise ConfigError(
-        f"{heads_as()}: {folder / RECORD} is not a heads record that this version can read ({shown(problem)}). "
-        "Make the folder again, or use the file that was saved with these heads."
+        f"{heads_as()}: {folder / RECORD} is not a heads record that this version can read"
+        f" ({shown(problem)}). Make the folder again, or use the file that was saved with these"
+        " heads."
     )
 
 
 def _refuse_model(folder: Path, config: object) -> None:
-    """Raise ConfigError if a config.json is a model's or a drafter's, and say where the heads are."""
+    """Raise ConfigError if a config.json is a model's or a drafter's, and say where the heads
+    are."""
     if not isinstance(config, dict) or config.keys() & OF_RECORD or not config.keys() & OF_MODEL:
         return
     if config.keys() & OF_DRAFTER:
         raise ConfigError(
-            f"{heads_as()}: got {folder}, which is a drafter's folder for an inference engine. Give the heads folder "
-            "that it was made from."
+            f"{heads_as()}: got {folder}, which is a drafter's folder for an inference engine. Give"
+            " the heads folder that it was made from."
         )
     near = folder.parent / FOLDER  # of a merged model
-    heads = f"Its heads are in {near}." if (near / RECORD).is_file() else f"A run saves its heads in {FOLDER}/."
-    raise ConfigError(f"{heads_as()}: got {folder}, which is a model's folder without heads. {heads}")
+    heads = (
+        f"Its heads are in {near}."
+        if (near / RECORD).is_file()
+        else f"A run saves its heads in {FOLDER}/."
+    )
+    raise ConfigError(
+        f"{heads_as()}: got {folder}, which is a model's folder without heads. {heads}"
+    )
 
 
 def _once_each(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -219,7 +250,8 @@ def _once_each(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 
 def read_losses(folder: Path) -> dict[str, LoggedLosses]:
-    """Return what the run that trained these heads logged of them, by TRAINING and the names of evaluation sets.
+    """Return what the run that trained these heads logged of them, by TRAINING and the names of
+    evaluation sets.
 
     Raises:
         ConfigError: the file is damaged.
@@ -247,12 +279,14 @@ def read_metrics(folder: Path, record: HeadsRecord) -> HeadsMetrics | None:
         raise unreadable(file, error) from error
     if len(metrics.heads) not in (0, record.num_heads):
         raise ConfigError(
-            f"{file} holds figures of {len(metrics.heads)} heads, but the folder holds {record.num_heads}. Remove "
-            "it, or make or download the heads folder again."
+            f"{file} holds figures of {len(metrics.heads)} heads, but the folder holds"
+            f" {record.num_heads}. Remove it, or make or download the heads folder again."
         )
     return metrics
 
 
 def unreadable(file: Path, error: OSError | ValidationError) -> ConfigError:
     reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error.strerror
-    return ConfigError(f"{file} cannot be read ({reason}). Remove it, or make or download the heads folder again.")
+    return ConfigError(
+        f"{file} cannot be read ({reason}). Remove it, or make or download the heads folder again."
+    )

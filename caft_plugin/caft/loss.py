@@ -1,4 +1,5 @@
-"""The auxiliary loss: targets, linear cross-entropy, weights and schedule. Independent of any framework."""
+"""The auxiliary loss: targets, linear cross-entropy, weights and schedule. Independent of any
+framework."""
 
 from __future__ import annotations
 
@@ -13,11 +14,13 @@ from torch import Tensor
 
 from caft_plugin.errors import ConfigError
 
-# Maps hidden states (n, hidden size) and their targets (n, ...) to float32 figures (n, figures), the loss first.
+# Maps hidden states (n, hidden size) and their targets (n, ...) to float32 figures (n, figures),
+# the loss first.
 RowLoss = Callable[[Tensor, Tensor], Tensor]
 
-# Maximum number of logits in memory at a time. 2^23 float32 values are 32 MiB: small enough to be fast on a CPU, and
-# the size from which glibc always returns memory. Accelerators need more rows in one product.
+# Maximum number of logits in memory at a time. 2^23 float32 values are 32 MiB: small enough to be
+# fast on a CPU, and the size from which glibc always returns memory. Accelerators need more rows in
+# one product.
 LOGITS_AT_A_TIME = {"cpu": 2**23, "accelerator": 2**25}
 
 
@@ -46,12 +49,14 @@ def gamma(schedule: str, step: int, total_steps: int) -> float:
 
 
 def head_weights(beta: float, alpha: float, gamma: float, num_heads: int) -> list[float]:
-    """Return the weight of each head's mean loss in the total: beta * gamma * alpha^k for k = 1..num_heads."""
+    """Return the weight of each head's mean loss in the total: beta * gamma * alpha^k for k =
+    1..num_heads."""
     return [beta * gamma * alpha**k for k in range(1, num_heads + 1)]
 
 
 def cross_entropy_of(unembed: Callable[[Tensor], Tensor]) -> RowLoss:
-    """Return a row loss: hidden states (n, hidden size) and token ids (n,) to cross-entropies (n, 1)."""
+    """Return a row loss: hidden states (n, hidden size) and token ids (n,) to cross-entropies (n,
+    1)."""
 
     def row_loss(hidden: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(unembed(hidden).float(), targets, reduction="none")[:, None]
@@ -60,20 +65,25 @@ def cross_entropy_of(unembed: Callable[[Tensor], Tensor]) -> RowLoss:
 
 
 def cross_entropy_and_hit_of(unembed: Callable[[Tensor], Tensor]) -> RowLoss:
-    """Return a row loss like `cross_entropy_of`, plus 1 where the target has the largest logit: (n, 2)."""
+    """Return a row loss like `cross_entropy_of`, plus 1 where the target has the largest logit: (n,
+    2)."""
 
     def row_loss(hidden: Tensor, targets: Tensor) -> Tensor:
         logits = unembed(hidden).float()
         hits = logits.argmax(-1) == targets
-        return torch.stack([F.cross_entropy(logits, targets, reduction="none"), hits.float()], dim=1)
+        return torch.stack(
+            [F.cross_entropy(logits, targets, reduction="none"), hits.float()], dim=1
+        )
 
     return row_loss
 
 
 def divergence_of(unembed: Callable[[Tensor], Tensor]) -> RowLoss:
-    """Return a row loss: hidden states and a teacher's, both (n, hidden size), to KL(p || q), (n, 1).
+    """Return a row loss: hidden states and a teacher's, both (n, hidden size), to KL(p || q), (n,
+    1).
 
-    p is the distribution that `unembed` gives for the teacher's hidden state, q the one for the other.
+    p is the distribution that `unembed` gives for the teacher's hidden state, q the one for the
+    other.
     """
 
     def row_loss(hidden: Tensor, teacher: Tensor) -> Tensor:
@@ -89,9 +99,10 @@ def divergence_of(unembed: Callable[[Tensor], Tensor]) -> RowLoss:
 class Lesson:
     """The kind of target that heads learn.
 
-    `row_loss` makes the loss of each row from an unembedding. `learned` returns the targets (n,) of head `index` at
-    `positions` (n,) of the flattened batch, from the head's target tokens (batch, length) and the model's final hidden
-    state (batch, length, hidden size), or None if its norm was not called.
+    `row_loss` makes the loss of each row from an unembedding. `learned` returns the targets (n,) of
+    head `index` at `positions` (n,) of the flattened batch, from the head's target tokens (batch,
+    length) and the model's final hidden state (batch, length, hidden size), or None if its norm was
+    not called.
     """
 
     row_loss: Callable[[Callable[[Tensor], Tensor]], RowLoss]
@@ -102,12 +113,14 @@ def tokens_at(targets: Tensor, index: int, positions: Tensor, final: Tensor | No
     return targets.to(positions.device).flatten()[positions]
 
 
-def distributions_at(targets: Tensor, index: int, positions: Tensor, final: Tensor | None) -> Tensor:
+def distributions_at(
+    targets: Tensor, index: int, positions: Tensor, final: Tensor | None
+) -> Tensor:
     """Return the final hidden states (n, hidden size) from which the model predicts the targets."""
     if final is None:
         raise ConfigError(
-            "pretrain_heads.targets: got distribution, but the model did not call its final norm, from which its "
-            "distribution is computed. Use targets: model or dataset."
+            "pretrain_heads.targets: got distribution, but the model did not call its final norm,"
+            " from which its distribution is computed. Use targets: model or dataset."
         )
     return final.detach().roll(-(index + 1), dims=1).flatten(0, 1)[positions]
 
@@ -127,9 +140,9 @@ def weighted_sum(
 ) -> tuple[Tensor, Tensor]:
     """Return the weighted sum of the rows' losses, with few logits in memory at a time.
 
-    If gradients are needed, they are computed in the forward pass, chunk by chunk, so that logits are computed once
-    and freed. (`torch.nn.functional.linear_cross_entropy` does the same for a plain matrix, but returns the loss in
-    half precision for half-precision inputs.)
+    If gradients are needed, they are computed in the forward pass, chunk by chunk, so that logits
+    are computed once and freed. (`torch.nn.functional.linear_cross_entropy` does the same for a
+    plain matrix, but returns the loss in half precision for half-precision inputs.)
 
     Args:
         row_loss: called with chunks of `hidden` and `learned`.
@@ -140,7 +153,8 @@ def weighted_sum(
         parameters: other tensors that `row_loss` uses and that may need a gradient.
 
     Returns:
-        The sum, a float32 scalar in nats, and the figures of all rows (rows, figures), without gradient.
+        The sum, a float32 scalar in nats, and the figures of all rows (rows, figures), without
+        gradient.
     """
     if not torch.is_grad_enabled():
         hidden, parameters = hidden.detach(), ()
@@ -151,8 +165,8 @@ def weighted_sum(
 def _own_saved_tensors() -> torch.autograd.graph.saved_tensors_hooks:
     """Return hooks that override the host's for tensors of one chunk.
 
-    TRL's activation offloading would mistake the first of these tensors that is unpacked for the start of the backward
-    pass, and keep all later ones until its end.
+    TRL's activation offloading would mistake the first of these tensors that is unpacked for the
+    start of the backward pass, and keep all later ones until its end.
     """
     return torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
 
@@ -170,7 +184,8 @@ class _WeightedSum(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         wanted = [index for index, tensor in enumerate(parameters) if tensor.requires_grad]
         differentiate = hidden.requires_grad or bool(wanted)
-        # Gradients are computed with weights near 1, for float16; the factor is applied in the backward pass.
+        # Gradients are computed with weights near 1, for float16; the factor is applied in the
+        # backward pass.
         factor = weights.max().clamp(min=1e-30) if len(weights) else weights.new_ones(())
         figures, hidden_gradients = [], []
         parameter_gradients: list[Tensor | None] = [None] * len(parameters)
@@ -184,13 +199,20 @@ class _WeightedSum(torch.autograd.Function):
             if not loss.requires_grad:
                 continue
             inputs = [rows] if hidden.requires_grad else []
-            found = list(torch.autograd.grad(loss, inputs + [parameters[i] for i in wanted], allow_unused=True))
+            found = list(
+                torch.autograd.grad(
+                    loss, inputs + [parameters[i] for i in wanted], allow_unused=True
+                )
+            )
             hidden_gradients += [found.pop(0) for _ in inputs]
             for index, gradient in zip(wanted, found, strict=True):
                 before = parameter_gradients[index]
                 parameter_gradients[index] = gradient if before is None else before.add_(gradient)
         ctx.factor = factor
-        ctx.gradients = [torch.cat(hidden_gradients) if hidden_gradients else None, *parameter_gradients]
+        ctx.gradients = [
+            torch.cat(hidden_gradients) if hidden_gradients else None,
+            *parameter_gradients,
+        ]
         values = torch.cat(figures)
         ctx.mark_non_differentiable(values)
         return (values[:, 0] * weights).sum(), values
@@ -198,6 +220,15 @@ class _WeightedSum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.gradients is None:
-            raise RuntimeError("caft: backward was called twice through one loss of the heads, which keeps no graph.")
+            raise RuntimeError(
+                "caft: backward was called twice through one loss of the heads, which keeps no"
+                " graph."
+            )
         factor, found, ctx.gradients = gradients[0] * ctx.factor, ctx.gradients, None
-        return None, None, None, None, *(None if g is None else g.mul_(factor.to(g.dtype)) for g in found)
+        return (
+            None,
+            None,
+            None,
+            None,
+            *(None if g is None else g.mul_(factor.to(g.dtype)) for g in found),
+        )

@@ -1,4 +1,5 @@
-"""CAFT in a trainer: a loss's accumulation window, the heads' part of the loss, evaluation and log entries."""
+"""CAFT in a trainer: a loss's accumulation window, the heads' part of the loss, evaluation and log
+entries."""
 
 from __future__ import annotations
 
@@ -38,9 +39,11 @@ HostLoss = Tensor | tuple  # what compute_loss returns: a loss, or a loss and th
 
 
 class AuxiliaryObjective:
-    """The heads' objective in one trainer. `handle` attaches the heads to the model and detaches them.
+    """The heads' objective in one trainer. `handle` attaches the heads to the model and detaches
+    them.
 
-    It has a method for each place where a trainer meets heads (window, step, loss, evaluation, log), so it has many.
+    It has a method for each place where a trainer meets heads (window, step, loss, evaluation,
+    log), so it has many.
 
     Raises:
         ConfigError: the model, the trainer's settings or the heads folder do not fit.
@@ -62,8 +65,9 @@ class AuxiliaryObjective:
             folder.warn_of_model(heads.origin, trunk.model.config)
         if trainer.optimizer is not None and any(p.requires_grad for p in heads.parameters()):
             raise ConfigError(
-                "caft.train_heads: the trainer was given a finished optimizer (optimizers=...), which cannot contain "
-                "the heads' parameters. Pass optimizer_cls_and_kwargs instead, or set train_heads: frozen."
+                "caft.train_heads: the trainer was given a finished optimizer (optimizers=...),"
+                " which cannot contain the heads' parameters. Pass optimizer_cls_and_kwargs"
+                " instead, or set train_heads: frozen."
             )
         self.trainer = trainer
         self.lesson = lesson
@@ -72,7 +76,8 @@ class AuxiliaryObjective:
         self.heads = heads
         self.handle = AttachedHeads(model, heads, trunk, config)
         self.fused = may_fuse(trainer, trunk.model, config.fused_loss)
-        self.losses: dict[str, LoggedLosses] = {}  # what was logged of these heads last, saved with them
+        # what was logged of these heads last, saved with them
+        self.losses: dict[str, LoggedLosses] = {}
         self.start_afresh()
         self._step: tuple[Window, MicroBatch] | None = None  # of the current training_step
         self._totals: Totals | None = None  # of the current evaluation
@@ -80,7 +85,8 @@ class AuxiliaryObjective:
     def start_afresh(self) -> None:
         """Reset the sums at the start of a training loop.
 
-        A loop is the first one, one after an interrupt, or one with smaller batches (auto_find_batch_size).
+        A loop is the first one, one after an interrupt, or one with smaller batches
+        (auto_find_batch_size).
         """
         self._window: Window | None = None
         self._tally: Tally | None = None
@@ -89,7 +95,8 @@ class AuxiliaryObjective:
     # -- training ----------------------------------------------------------------------------------
 
     def begin_window(self, batches: Sequence[Batch]) -> None:
-        """Open the window of the next optimisation step's micro-batches. Every process must call it."""
+        """Open the window of the next optimisation step's micro-batches. Every process must call
+        it."""
         self.end_window()
         if not batches:
             return
@@ -132,16 +139,21 @@ class AuxiliaryObjective:
             return
         if not self._ran:
             raise no_heads_ran(self.trainer)
-        # These heads are in the graph only for DDP. Their gradient is None, not zero, so that neither the gradient
-        # norm nor the optimizer includes them.
+        # These heads are in the graph only for DDP. Their gradient is None, not zero, so that
+        # neither the gradient norm nor the optimizer includes them.
         for layer, ran in zip(self.heads.layers, window.run, strict=True):
             if not ran:
                 layer.zero_grad(set_to_none=True)
 
     def loss(
-        self, model: nn.Module, inputs: Batch, host_loss: Callable[[], HostLoss], items: Tensor | int | None
+        self,
+        model: nn.Module,
+        inputs: Batch,
+        host_loss: Callable[[], HostLoss],
+        items: Tensor | int | None,
     ) -> HostLoss:
-        """Return the host's loss plus the heads' loss, for `compute_loss`; in evaluation, only the host's.
+        """Return the host's loss plus the heads' loss, for `compute_loss`; in evaluation, only the
+        host's.
 
         Args:
             model: the model that `host_loss` calls, wrapped or not.
@@ -150,7 +162,8 @@ class AuxiliaryObjective:
             items: `num_items_in_batch`, as `compute_loss` received it.
 
         Raises:
-            ConfigError: the batch has no `labels`, or the model was called with other tokens or another shape.
+            ConfigError: the batch has no `labels`, or the model was called with other tokens or
+                another shape.
             RuntimeError: `host_loss` did not call the model with gradients.
         """
         training = torch.is_grad_enabled()
@@ -159,7 +172,11 @@ class AuxiliaryObjective:
                 raise no_labels(self.trainer, inputs)
             return host_loss()
         if not training:
-            return host_loss() if self._totals is None else self._evaluated(model, inputs, host_loss, self._totals)
+            return (
+                host_loss()
+                if self._totals is None
+                else self._evaluated(model, inputs, host_loss, self._totals)
+            )
         if self._step is None:  # called by user code, outside of training_step
             window = self._open_window([inputs])
             micro_batch = window.micro_batches[0]
@@ -173,21 +190,24 @@ class AuxiliaryObjective:
         returned, result = self.handle.answer(request, host_loss, called=model, input_ids=ids)
         if result is None:
             raise RuntimeError(
-                "caft: the trainer computed its loss without calling the model with gradients, so the auxiliary "
-                "heads did not run. Use a trainer whose compute_loss calls the model."
+                "caft: the trainer computed its loss without calling the model with gradients, so"
+                " the auxiliary heads did not run. Use a trainer whose compute_loss calls the"
+                " model."
             )
         self._ran = True
         loss, *outputs = returned if isinstance(returned, tuple) else (returned,)
         aux = result.loss.to(loss.device) * share.scale
         total = loss + aux
-        window.sums.add(loss.double() / share.divisor, aux.double() / share.divisor, result.sums, tokens)
+        window.sums.add(
+            loss.double() / share.divisor, aux.double() / share.divisor, result.sums, tokens
+        )
         return (total, *outputs) if isinstance(returned, tuple) else total
 
     def _share(self, items: Tensor | int | None) -> LossShare:
         """Return how the trainer scales the loss.
 
-        `training_step` divides it by the accumulation steps, unless the host's loss is already a share of the complete
-        window, or is computed outside of `training_step`.
+        `training_step` divides it by the accumulation steps, unless the host's loss is already a
+        share of the complete window, or is computed outside of `training_step`.
         """
         trainer = self.trainer
         counted = items if trainer.model_accepts_loss_kwargs else None
@@ -210,7 +230,8 @@ class AuxiliaryObjective:
 
     @contextlib.contextmanager
     def evaluation(self, prefix: str) -> Iterator[dict[str, float]]:
-        """Evaluate the heads together with the model; the yielded dict has their metrics at the end.
+        """Evaluate the heads together with the model; the yielded dict has their metrics at the
+        end.
 
         Every process must call it.
         """
@@ -228,7 +249,8 @@ class AuxiliaryObjective:
     # -- files and log -----------------------------------------------------------------------------
 
     def save(self, folder: Path, *, resumable: bool) -> None:
-        """Save the heads, and for exact resuming (`resumable`) their LoRA factors. Every process must call it."""
+        """Save the heads, and for exact resuming (`resumable`) their LoRA factors. Every process
+        must call it."""
         heads_folder.save_heads(
             folder,
             self.heads,
@@ -258,8 +280,11 @@ class AuxiliaryObjective:
         step = self.trainer.state.global_step
         training = CAFTLog.read(logs)
         if training is not None:
-            before = self.losses[TRAINING].losses if TRAINING in self.losses else {}  # of heads not drawn since
-            self.losses[TRAINING] = LoggedLosses(step=step, losses={**before, **training.head_losses})
+            # of heads not drawn since
+            before = self.losses[TRAINING].losses if TRAINING in self.losses else {}
+            self.losses[TRAINING] = LoggedLosses(
+                step=step, losses={**before, **training.head_losses}
+            )
         for name in evaluated_sets(logs):
             found = HeadsEvaluation.read(logs, name)
             self.losses[name] = LoggedLosses(

@@ -1,4 +1,5 @@
-"""One optimisation step: targets, counts, draws, weights and logged values. Independent of any trainer."""
+"""One optimisation step: targets, counts, draws, weights and logged values. Independent of any
+trainer."""
 
 from __future__ import annotations
 
@@ -21,8 +22,9 @@ from caft_plugin.targets import IGNORE, Batch, count_targets, head_targets
 class LossShare:
     """The host's scaling of the loss.
 
-    The host divides the loss by `divisor` (accumulation steps) and averages gradients over `processes`. `items` is the
-    number of next tokens by which the model divides its summed loss, or None if it uses the batch's mean.
+    The host divides the loss by `divisor` (accumulation steps) and averages gradients over
+    `processes`. `items` is the number of next tokens by which the model divides its summed loss, or
+    None if it uses the batch's mean.
     """
 
     divisor: int
@@ -31,7 +33,8 @@ class LossShare:
 
     @property
     def scale(self) -> int:
-        """The factor that undoes both, so that the result is the window's mean over all processes."""
+        """The factor that undoes both, so that the result is the window's mean over all
+        processes."""
         return self.divisor * self.processes
 
 
@@ -39,7 +42,8 @@ class LossShare:
 class MicroBatch:
     """One micro-batch of a window.
 
-    `draws` is how often each head was drawn, `request` the heads' work on its `labels` (None without labels).
+    `draws` is how often each head was drawn, `request` the heads' work on its `labels` (None
+    without labels).
     """
 
     inputs: Batch
@@ -48,9 +52,11 @@ class MicroBatch:
 
 
 class Sums:
-    """Sums of a window's losses on this process, float64; heads' losses are summed over their targets.
+    """Sums of a window's losses on this process, float64; heads' losses are summed over their
+    targets.
 
-    The host may compute a batch's loss more than once, or in parts: `tokens` counts the next tokens of all its calls.
+    The host may compute a batch's loss more than once, or in parts: `tokens` counts the next tokens
+    of all its calls.
     """
 
     def __init__(self, num_heads: int, device: torch.device) -> None:
@@ -68,8 +74,9 @@ class Sums:
 class Window:
     """One accumulation window, that is, one optimisation step.
 
-    `counts` (num_heads,) are each head's targets over all processes, `drawn_counts` those in micro-batches where the
-    head was drawn. `next_tokens` is the number of the model's own targets over all processes, `own_tokens` on this one.
+    `counts` (num_heads,) are each head's targets over all processes, `drawn_counts` those in
+    micro-batches where the head was drawn. `next_tokens` is the number of the model's own targets
+    over all processes, `own_tokens` on this one.
     """
 
     config: CAFTConfig
@@ -127,7 +134,9 @@ class Window:
             sums=Sums(num_heads, device),
         )
         for batch, own, times in zip(batches, targets, draws, strict=True):
-            window.micro_batches.append(MicroBatch(batch, times, None if own is None else window.ask(own, times)))
+            window.micro_batches.append(
+                MicroBatch(batch, times, None if own is None else window.ask(own, times))
+            )
         return window
 
     @property
@@ -139,7 +148,8 @@ class Window:
     def begun(self, inputs: Batch) -> MicroBatch | None:
         """Return the micro-batch of a `training_step` with `inputs`, or None if all are used.
 
-        It is the one with these inputs or labels; if the host has changed them, the next one in order.
+        It is the one with these inputs or labels; if the host has changed them, the next one in
+        order.
         """
         self.steps_begun += 1
         labels = inputs.get("labels") if isinstance(inputs, Mapping) else None
@@ -151,10 +161,11 @@ class Window:
         return self.micro_batches[in_turn] if in_turn < len(self.micro_batches) else None
 
     def weights(self, draws: Sequence[int]) -> Tensor:
-        """Return the weight of each head's summed loss in the window's mean: beta gamma alpha^k / its targets.
+        """Return the weight of each head's summed loss in the window's mean: beta gamma alpha^k /
+        its targets.
 
-        With `heads_per_step`, it is beta gamma sum(alpha^j) / heads_per_step / its targets for each draw, which has
-        the same expectation.
+        With `heads_per_step`, it is beta gamma sum(alpha^j) / heads_per_step / its targets for each
+        draw, which has the same expectation.
         """
         config = self.config
         weights = head_weights(config.beta, config.alpha, self.gamma, config.num_heads)
@@ -168,14 +179,19 @@ class Window:
         return Request(targets, self.weights(draws), run, training=True)
 
     def request(self, micro_batch: MicroBatch, inputs: Batch) -> Request:
-        """Return the request for `inputs`: the micro-batch's own, or a new one if the host has changed its labels."""
+        """Return the request for `inputs`: the micro-batch's own, or a new one if the host has
+        changed its labels."""
         if micro_batch.request is not None and micro_batch.inputs["labels"] is inputs["labels"]:
             return micro_batch.request
         return self.ask(head_targets(inputs, len(micro_batch.draws)), micro_batch.draws)
 
     def mean_weight(self, share: LossShare) -> Tensor | float:
         """Return the weight of each next token in the model's own loss."""
-        return share.scale / self.next_tokens.clamp(min=1) if share.items is None else 1.0 / share.items
+        return (
+            share.scale / self.next_tokens.clamp(min=1)
+            if share.items is None
+            else 1.0 / share.items
+        )
 
 
 class Tally:
@@ -217,7 +233,8 @@ class Tally:
 class Totals:
     """Sums of an evaluation on this process, float64.
 
-    They are, for each head: losses, correct predictions, predictions that are correct in all heads up to it, targets.
+    They are, for each head: losses, correct predictions, predictions that are correct in all heads
+        up to it, targets.
     """
 
     def __init__(self, num_heads: int, device: torch.device) -> None:
@@ -236,7 +253,9 @@ class Totals:
         return HeadsEvaluation(
             losses={k: total / count for k, (total, _, _, count) in found.items()},
             accuracies={k: right / count for k, (_, right, _, count) in found.items()},
-            tokens_per_pass=1 + sum(run for _, _, run, _ in rows) / rows[0][3] if 1 in found else None,
+            tokens_per_pass=(
+                1 + sum(run for _, _, run, _ in rows) / rows[0][3] if 1 in found else None
+            ),
             positions=int(rows[0][3]),
         )
 
@@ -247,7 +266,8 @@ def over_processes(accelerator: Accelerator, tensor: Tensor) -> Tensor:
 
 
 def draw_heads(config: CAFTConfig, micro_batches: int, seed: int, step: int) -> list[list[int]]:
-    """Return how often each head is drawn for each micro-batch; the same on all processes and after a restart."""
+    """Return how often each head is drawn for each micro-batch; the same on all processes and after
+    a restart."""
     if config.heads_per_step is None:
         return [[1] * config.num_heads] * micro_batches
     heads = range(config.num_heads)

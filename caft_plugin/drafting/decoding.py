@@ -1,4 +1,5 @@
-"""Speculative decoding with the heads: the same text as plain generation, in fewer forward passes of the model."""
+"""Speculative decoding with the heads: the same text as plain generation, in fewer forward passes
+of the model."""
 
 from __future__ import annotations
 
@@ -37,13 +38,14 @@ from caft_plugin.model.trunk import Trunk, find_trunk
 ASKED = 2  # heads that run at a time; the next ones run only if their draft tokens may pay off
 LONGEST_LAG = 32  # forward passes that a head may leave unread
 
-Kwargs = dict[str, Any]  # the model's keyword arguments, which `generate` updates after each forward pass
+# the model's keyword arguments, which `generate` updates after each forward pass
+Kwargs = dict[str, Any]
 
 
 @dataclasses.dataclass(repr=False)
 class Drafted:
-    """The draft tokens of one text: how many each head proposed and how many were accepted, and the number of forward
-    passes (`lengths`) that gave 1, 2, ... tokens."""
+    """The draft tokens of one text: how many each head proposed and how many were accepted, and the
+    number of forward passes (`lengths`) that gave 1, 2, ... tokens."""
 
     drafted: list[int]
     accepted: list[int]
@@ -60,8 +62,13 @@ class Drafted:
         return self
 
     def __repr__(self) -> str:
-        accepted = ", ".join(f"{right} of {sent}" for right, sent in zip(self.accepted, self.drafted, strict=True))
-        return f"<{self.tokens} tokens in {self.passes} forward passes, draft tokens accepted by head: {accepted}>"
+        accepted = ", ".join(
+            f"{right} of {sent}" for right, sent in zip(self.accepted, self.drafted, strict=True)
+        )
+        return (
+            f"<{self.tokens} tokens in {self.passes} forward passes, draft tokens accepted by head:"
+            f" {accepted}>"
+        )
 
     def note(self, sent: list[int], came: list[int]) -> None:
         """Count a forward pass that verified the draft tokens `sent` and gave the tokens `came`."""
@@ -84,25 +91,29 @@ class Drafted:
 
 
 class Drafter:
-    """Speeds up `generate` with the heads that a model was fine-tuned with: pass it as `custom_generate`.
+    """Speeds up `generate` with the heads that a model was fine-tuned with: pass it as
+    `custom_generate`.
 
-    Head k predicts the token k+1 ahead. The model verifies all draft tokens in one forward pass, and tokens that it
-    would not have generated are dropped. So the text is that of plain `generate`, greedy or sampled, the latter with
-    the same random numbers. (A forward pass over several tokens rounds differently from one over a single token: where
-    two tokens are almost equally likely, the other one may be chosen. In float32 this is rare.)
+    Head k predicts the token k+1 ahead. The model verifies all draft tokens in one forward pass,
+    and tokens that it would not have generated are dropped. So the text is that of plain
+    `generate`, greedy or sampled, the latter with the same random numbers. (A forward pass over
+    several tokens rounds differently from one over a single token: where two tokens are almost
+    equally likely, the other one may be chosen. In float32 this is rare.)
 
     Args:
         model: a decoder-only model, or one with a PEFT adapter.
         heads: heads for this model.
         config: the heads' wiring, with `head_input` and `head_norm` filled in.
-        num_draft: draft tokens per step, at most the number of heads. None: chosen each step from measured
-            forward-pass times and recent acceptance rates; if drafting does not pay off, it is switched off.
-        confidence: verify only draft tokens with at least this probability, and those before them; between 0 and 1.
-            None: no limit.
+        num_draft: draft tokens per step, at most the number of heads. None: chosen each step from
+            measured forward-pass times and recent acceptance rates; if drafting does not pay off,
+            it is switched off.
+        confidence: verify only draft tokens with at least this probability, and those before them;
+            between 0 and 1. None: no limit.
 
-    A drafter can generate in several threads at the same time, and several drafters can share a model or heads. Each
-    call has one prompt: batches, beams and caches that cannot be cropped are refused with a ConfigError. The model may
-    change between texts (adapters set, merged or unloaded, modules replaced, `compile`).
+    A drafter can generate in several threads at the same time, and several drafters can share a
+    model or heads. Each call has one prompt: batches, beams and caches that cannot be cropped are
+    refused with a ConfigError. The model may change between texts (adapters set, merged or
+    unloaded, modules replaced, `compile`).
     """
 
     __signature__ = TakesModeArguments()
@@ -118,10 +129,13 @@ class Drafter:
     ) -> None:
         if num_draft is not None and not 0 <= num_draft <= len(heads):
             raise ConfigError(
-                f"num_draft: got {num_draft}, but it accepts 0 to {len(heads)}, the number of heads, or None."
+                f"num_draft: got {num_draft}, but it accepts 0 to {len(heads)}, the number of"
+                " heads, or None."
             )
         if confidence is not None and not 0 <= confidence <= 1:
-            raise ConfigError(f"confidence: got {confidence}, but it accepts a probability, 0 to 1, or None.")
+            raise ConfigError(
+                f"confidence: got {confidence}, but it accepts a probability, 0 to 1, or None."
+            )
         self.model = find_trunk(model).model
         self.heads = heads
         self.config = config
@@ -148,7 +162,9 @@ class Drafter:
         with heads_named("heads"):
             trunk = find_trunk(model)
             folder = HeadsFolder.open(heads)
-            asked = CAFTConfig(num_heads=folder.record.num_heads, heads=os.fspath(heads), train_heads="frozen")
+            asked = CAFTConfig(
+                num_heads=folder.record.num_heads, heads=os.fspath(heads), train_heads="frozen"
+            )
             config = resolve_wiring(asked, folder.record)
             folder.check_model(config, trunk.model.config)
             folder.check_layers(trunk.layer_class)
@@ -158,8 +174,13 @@ class Drafter:
         return cls(model, built, config, num_draft=num_draft, confidence=confidence)
 
     def __repr__(self) -> str:
-        length = "chosen in every step" if self.num_draft is None else f"{self.num_draft} in every step"
-        return f"<Drafter for {type(self.model).__name__}: {len(self.heads)} heads, draft tokens: {length}>"
+        length = (
+            "chosen in every step" if self.num_draft is None else f"{self.num_draft} in every step"
+        )
+        return (
+            f"<Drafter for {type(self.model).__name__}: {len(self.heads)} heads, draft tokens:"
+            f" {length}>"
+        )
 
     @property
     def trunk(self) -> Trunk:
@@ -168,11 +189,15 @@ class Drafter:
 
     @property
     def last(self) -> Drafted:
-        """Return the counts of this thread's last text; in a thread without one, those of any thread's last text."""
+        """Return the counts of this thread's last text; in a thread without one, those of any
+        thread's last text."""
         return getattr(self._own, "last", self._newest)
 
-    def generate(self, model: Any, *inputs: Tensor, **settings: object) -> Tensor | GenerateDecoderOnlyOutput:
-        """Generate a text: `model.generate(*inputs, **settings)` with this drafter as its `custom_generate`.
+    def generate(
+        self, model: Any, *inputs: Tensor, **settings: object
+    ) -> Tensor | GenerateDecoderOnlyOutput:
+        """Generate a text: `model.generate(*inputs, **settings)` with this drafter as its
+        `custom_generate`.
 
         Raises:
             ConfigError: a batch, beams, or another setting that drafting does not support.
@@ -192,10 +217,12 @@ class Drafter:
         tokenizer: object = None,
         **model_kwargs: object,
     ) -> Tensor | GenerateDecoderOnlyOutput:
-        """Generate a text when `generate` calls this: from the prompt (1, length) to the complete text.
+        """Generate a text when `generate` calls this: from the prompt (1, length) to the complete
+        text.
 
-        `begun_streamer` is the `streamer` of `generate`, which already has the prompt; a `text_streamer` does not have
-        it yet. `tokenizer` is only used by `generate`, for `stop_strings`.
+        `begun_streamer` is the `streamer` of `generate`, which already has the prompt; a
+        `text_streamer` does not have it yet. `tokenizer` is only used by `generate`, for
+        `stop_strings`.
 
         Raises:
             ConfigError: a batch, beams, or another setting that drafting does not support.
@@ -215,7 +242,8 @@ class Drafter:
         return text.result(passes.end())
 
     def _write(self, text: _Text, passes: _Passes, drafted: Drafted, max_length: int) -> None:
-        """Generate step by step: a forward pass verifies the draft tokens, then heads propose the next ones."""
+        """Generate step by step: a forward pass verifies the draft tokens, then heads propose the
+        next ones."""
         side = _Side(self, passes.trunk) if self.num_draft != 0 and self.pace.awake() else None
         sent: list[int] = []
         while True:
@@ -241,16 +269,19 @@ class Drafter:
                     side, sent = None, []
 
     def _trunk_of(self, model: nn.Module) -> Trunk:
-        """Return the parts of the model. Raise ConfigError if it is another model, or in training mode."""
+        """Return the parts of the model. Raise ConfigError if it is another model, or in training
+        mode."""
         trunk = find_trunk(model)
         if trunk.model is not self.model:
             raise ConfigError(
-                f"Drafter: called by {type(model).__name__}, but made for another model "
-                f"({type(self.model).__name__}). Make a drafter for each model: Drafter.from_pretrained(model, heads)."
+                f"Drafter: called by {type(model).__name__}, but made for another model"
+                f" ({type(self.model).__name__}). Make a drafter for each model:"
+                " Drafter.from_pretrained(model, heads)."
             )
         if model.training:
             raise ConfigError(
-                "Drafter: the model is in training mode, where dropout changes each forward pass. Call model.eval()."
+                "Drafter: the model is in training mode, where dropout changes each forward pass."
+                " Call model.eval()."
             )
         device = next(trunk.last_layer.parameters()).device
         if next(self.heads.parameters()).device != device:  # the model was moved
@@ -275,8 +306,9 @@ class _Passes:
         """Run the model over the tokens that are not in its cache and the draft tokens after them.
 
         Returns:
-            The logits (1, draft tokens + 1, vocabulary) at the last of these tokens, the notes of the forward pass, and
-            the draft tokens that were in it: none if the model discards its cache, which can be because of them.
+            The logits (1, draft tokens + 1, vocabulary) at the last of these tokens, the notes of
+            the forward pass, and the draft tokens that were in it: none if the model discards its
+            cache, which can be because of them.
         """
         inputs = self._inputs(ids, sent)
         if sent and self._thrown_away(inputs):
@@ -306,14 +338,16 @@ class _Passes:
         return not any(value is self.cache for value in inputs.values())
 
     def _restart(self, inputs: Kwargs) -> None:
-        """Give the model a new cache that can be cropped. Phi-3 discards its own when its rotary embeddings change."""
+        """Give the model a new cache that can be cropped. Phi-3 discards its own when its rotary
+        embeddings change."""
         name = next(name for name, value in self.kwargs.items() if value is self.cache)
         self.cache = DynamicCache(config=self.model.config.get_text_config())
         self.cache.activate_past_recording()
         inputs[name] = self.cache
 
     def keep(self, came: int, wrong: int) -> None:
-        """Keep the `came` tokens of this forward pass, and remove its `wrong` draft tokens from the cache."""
+        """Keep the `came` tokens of this forward pass, and remove its `wrong` draft tokens from the
+        cache."""
         self.kwargs = self._lengthened(self.kwargs, came - 1)
         if self.first:
             _refuse_recurrent(self.model, self.cache)
@@ -324,11 +358,14 @@ class _Passes:
         for _ in range(
             tokens
         ):  # one by one, since several at a time repeat several token types instead of the last one
-            kwargs = self.model._update_model_kwargs_for_generation(outputs or {}, kwargs, is_encoder_decoder=False)
+            kwargs = self.model._update_model_kwargs_for_generation(
+                outputs or {}, kwargs, is_encoder_decoder=False
+            )
         return kwargs
 
     def room(self, length: int) -> float:
-        """Return how many draft tokens the next forward pass may have without changing the text, at this length."""
+        """Return how many draft tokens the next forward pass may have without changing the text, at
+        this length."""
         positions = self.kwargs.get("position_ids") if self.borders else None
         reach = length if positions is None else int(positions.max()) + 1
         return min((border.room(reach) for border in self.borders), default=math.inf)
@@ -343,8 +380,9 @@ class _Passes:
 
 @dataclasses.dataclass(frozen=True)
 class _Pass:
-    """The data of a forward pass that a head needs: the call of the last layer, the heads' input (1, length, hidden
-    size), the last valid position, (1,), and the number of rejected draft tokens after it."""
+    """The data of a forward pass that a head needs: the call of the last layer, the heads' input
+    (1, length, hidden size), the last valid position, (1,), and the number of rejected draft tokens
+    after it."""
 
     call: LayerCall
     source: Tensor
@@ -353,22 +391,29 @@ class _Pass:
 
 
 class _Side:
-    """The drafting state of one text: a KV cache for each head, and the draft tokens that are not verified yet.
+    """The drafting state of one text: a KV cache for each head, and the draft tokens that are not
+    verified yet.
 
-    A head runs only if its draft token may pay off. It then reads the forward passes since its last run, one after the
-    other. A head that has not run for too long is switched off for the rest of the text, with all later heads.
+    A head runs only if its draft token may pay off. It then reads the forward passes since its last
+    run, one after the other. A head that has not run for too long is switched off for the rest of
+    the text, with all later heads.
     """
 
     def __init__(self, drafter: Drafter, trunk: Trunk) -> None:
         self.drafter = drafter
-        dtype = trunk.model.dtype  # copies without hooks, since this is not a forward pass of the model
-        norm, unembedding = (unsharded_twin(module, dtype) for module in (trunk.norm, trunk.unembedding))
+        # copies without hooks, since this is not a forward pass of the model
+        dtype = trunk.model.dtype
+        norm, unembedding = (
+            unsharded_twin(module, dtype) for module in (trunk.norm, trunk.unembedding)
+        )
         self.trunk = dataclasses.replace(trunk, norm=norm, unembedding=unembedding)
         self.open: list[tuple[list[float], list[int], list[int]]] = []
         self._start()
 
     def _start(self) -> None:
-        self.caches = [DynamicCache(config=self.trunk.model.config) for _ in self.drafter.heads.layers]
+        self.caches = [
+            DynamicCache(config=self.trunk.model.config) for _ in self.drafter.heads.layers
+        ]
         for cache in self.caches:
             cache.activate_past_recording()
         self.unread: list[list[_Pass]] = [[] for _ in self.caches]  # by head
@@ -387,7 +432,9 @@ class _Side:
         probabilities: list[float] = []
         tokens: list[int] = []
         most = min(max(most, 0), len(self.unread))
-        while len(tokens) < most and self._how_many([*probabilities, *[1.0] * ASKED], most) > len(tokens):
+        while len(tokens) < most and self._how_many([*probabilities, *[1.0] * ASKED], most) > len(
+            tokens
+        ):
             asked = range(len(tokens), min(len(tokens) + ASKED, most))
             hidden = torch.cat([self._read(head) for head in asked])
             if self.drafter.config.head_norm:
@@ -415,7 +462,8 @@ class _Side:
         with turn_with(self.drafter.heads):
             for a_pass in self.unread[head]:
                 output = replay(layer, a_pass.source, a_pass.call, a_pass.at, cache)
-                for own in cache.layers[last : last + 1]:  # none if the last layer uses another layer's cache
+                # none if the last layer uses another layer's cache
+                for own in cache.layers[last : last + 1]:
                     own.crop(-a_pass.wrong)  # type: ignore[union-attr]
         self.unread[head].clear()
         return output
@@ -464,7 +512,8 @@ class _Text:
         return self.ids.shape[1]
 
     def check(self, logits: Tensor, sent: list[int]) -> list[int]:
-        """Append the model's tokens up to the first that differs from its draft token, and return them.
+        """Append the model's tokens up to the first that differs from its draft token, and return
+        them.
 
         `logits` has the shape (1, draft tokens + 1, vocabulary).
         """
@@ -494,7 +543,11 @@ class _Text:
             self.streamer.end()
         if not self.config.return_dict_in_generate:
             return self.ids
-        name = "cache" if "cache" in inspect.signature(GenerateDecoderOnlyOutput).parameters else "past_key_values"
+        name = (
+            "cache"
+            if "cache" in inspect.signature(GenerateDecoderOnlyOutput).parameters
+            else "past_key_values"
+        )
         fields = {"sequences": self.ids, "scores": self.scores, "logits": self.logits, name: cache}
         return GenerateDecoderOnlyOutput(**fields)  # type: ignore[arg-type]
 
@@ -503,16 +556,21 @@ def _refuse_settings(model: nn.Module, input_ids: Tensor, config: GenerationConf
     """Raise ConfigError for settings of `generate` that drafting does not support."""
     if len(input_ids) > 1:
         raise ConfigError(
-            f"Drafter: got a batch of {len(input_ids)} texts, but it accepts 1: when texts accept different numbers of "
-            "draft tokens, their rows no longer line up. Generate one text after the other, with "
-            "num_return_sequences=1."
+            f"Drafter: got a batch of {len(input_ids)} texts, but it accepts 1: when texts accept"
+            " different numbers of draft tokens, their rows no longer line up. Generate one text"
+            " after the other, with num_return_sequences=1."
         )
     mode = config.get_generation_mode()
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
-        raise ConfigError(f"Drafter: got {mode.value}, but it accepts greedy search and sampling (num_beams=1).")
+        raise ConfigError(
+            f"Drafter: got {mode.value}, but it accepts greedy search and sampling (num_beams=1)."
+        )
     for key in ("output_attentions", "output_hidden_states", "prefill_chunk_size"):
         if getattr(config, key, None):
-            raise ConfigError(f"Drafter: {key} is not supported with drafting. Remove it, or remove custom_generate.")
+            raise ConfigError(
+                f"Drafter: {key} is not supported with drafting. Remove it, or remove"
+                " custom_generate."
+            )
 
 
 def _croppable_cache(model_kwargs: Kwargs) -> DynamicCache:
@@ -521,23 +579,23 @@ def _croppable_cache(model_kwargs: Kwargs) -> DynamicCache:
     if type(cache) is not DynamicCache or getattr(cache, "offloading", False):
         found = "none (use_cache=False)" if cache is None else type(cache).__name__
         raise ConfigError(
-            f"Drafter: needs a DynamicCache, which can be cropped, but the cache is {found}. Remove "
-            "cache_implementation and use_cache."
+            f"Drafter: needs a DynamicCache, which can be cropped, but the cache is {found}. Remove"
+            " cache_implementation and use_cache."
         )
     if any(layer.get_seq_length() for layer in cache.layers if hasattr(layer, "get_seq_length")):
         raise ConfigError(
-            "Drafter: the cache already has the prompt, but the heads have not read it. Pass the complete prompt "
-            "without a cache."
+            "Drafter: the cache already has the prompt, but the heads have not read it. Pass the"
+            " complete prompt without a cache."
         )
     return cache
 
 
 def _refuse_recurrent(model: nn.Module, cache: DynamicCache) -> None:
-    """Raise ConfigError, after the first forward pass, if a layer has a state that cannot be restored after a rejected
-    draft token.
+    """Raise ConfigError, after the first forward pass, if a layer has a state that cannot be
+    restored after a rejected draft token.
 
-    That is a recurrent state, in the cache or (if the cache's layer is still empty) in the layer itself. A
-    convolution's state is cropped like keys and values.
+    That is a recurrent state, in the cache or (if the cache's layer is still empty) in the layer
+    itself. A convolution's state is cropped like keys and values.
     """
     layers: list[Any] = cache.layers
     for layer in layers:
@@ -548,6 +606,6 @@ def _refuse_recurrent(model: nn.Module, cache: DynamicCache) -> None:
             fit = layer.is_initialized
         if not fit:
             raise ConfigError(
-                f"Drafter: {type(model).__name__} has recurrent layers, whose state cannot be restored after a "
-                "rejected draft token. Generate without custom_generate."
+                f"Drafter: {type(model).__name__} has recurrent layers, whose state cannot be"
+                " restored after a rejected draft token. Generate without custom_generate."
             )

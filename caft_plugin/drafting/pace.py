@@ -1,4 +1,5 @@
-"""Choose the draft length from measured forward-pass times and from the acceptance of earlier draft tokens."""
+"""Choose the draft length from measured forward-pass times and from the acceptance of earlier draft
+tokens."""
 
 from __future__ import annotations
 
@@ -30,18 +31,22 @@ def _in_turn(method: Callable[Concatenate[Pace, P], T]) -> Callable[Concatenate[
 
 
 class Pace:
-    """Statistics of drafting, over steps and texts. A step is a forward pass over the last token and its draft tokens.
+    """Statistics of drafting, over steps and texts. A step is a forward pass over the last token
+    and its draft tokens.
 
-    A head's draft token counts as accepted if it and those of all earlier heads match the text, whether they were
-    verified or not. Its estimated acceptance rate is the one among draft tokens with a similar probability; before
-    there are any, that probability. Texts in several threads may share one Pace.
+    A head's draft token counts as accepted if it and those of all earlier heads match the text,
+    whether they were verified or not. Its estimated acceptance rate is the one among draft tokens
+    with a similar probability; before there are any, that probability. Texts in several threads may
+    share one Pace.
     """
 
     def __init__(self, num_heads: int) -> None:
         self.tried = [[0] * BINS for _ in range(num_heads)]
         self.right = [[0] * BINS for _ in range(num_heads)]
-        self.seconds: list[deque[float]] = [deque(maxlen=9) for _ in range(num_heads + 1)]  # by draft length
-        self.rest, self.resting = FIRST_REST, 0  # tokens without drafting: in the next rest, and left in this one
+        # by draft length
+        self.seconds: list[deque[float]] = [deque(maxlen=9) for _ in range(num_heads + 1)]
+        # tokens without drafting: in the next rest, and left in this one
+        self.rest, self.resting = FIRST_REST, 0
         self._start_afresh()
         self.turn = threading.RLock()
 
@@ -60,7 +65,9 @@ class Pace:
         self.resting -= tokens
 
     @_in_turn
-    def learn(self, probabilities: Sequence[float], guesses: Sequence[int], came: Sequence[int]) -> None:
+    def learn(
+        self, probabilities: Sequence[float], guesses: Sequence[int], came: Sequence[int]
+    ) -> None:
         """Record one step.
 
         Args:
@@ -68,7 +75,9 @@ class Pace:
             guesses: each head's draft token.
             came: the generated tokens at these positions.
         """
-        for head, (probability, guess, token) in enumerate(zip(probabilities, guesses, came, strict=False)):
+        for head, (probability, guess, token) in enumerate(
+            zip(probabilities, guesses, came, strict=False)
+        ):
             at = _bin(probability)
             self.tried[head][at] += 1
             if guess != token:
@@ -77,7 +86,8 @@ class Pace:
 
     @_in_turn
     def chance(self, head: int, probability: float) -> float:
-        """Return the estimated acceptance rate of a head's draft token, given that all earlier ones are accepted."""
+        """Return the estimated acceptance rate of a head's draft token, given that all earlier ones
+        are accepted."""
         at = _bin(probability)
         return (self.right[head][at] + 2 * probability) / (self.tried[head][at] + 2)
 
@@ -96,7 +106,8 @@ class Pace:
     def cost(self, drafts: int) -> float:
         """Return the median seconds of a forward pass with this draft length.
 
-        A length with few measurements costs at most as much as the next shorter one, so that it is tried.
+        A length with few measurements costs at most as much as the next shorter one, so that it is
+        tried.
         """
         seconds = self.seconds[drafts]
         if len(seconds) >= FIRST_PASSES:
@@ -106,7 +117,8 @@ class Pace:
 
     @_in_turn
     def how_many(self, probabilities: Sequence[float], most: int) -> int:
-        """Return the draft length with the largest expected gain: tokens gained, minus the tokens its time costs."""
+        """Return the draft length with the largest expected gain: tokens gained, minus the tokens
+        its time costs."""
         if len(self.seconds[0]) < FIRST_PASSES:
             return 0  # a plain forward pass is measured first, for comparison
         tokens_a_second = self.recent_tokens / self.recent_seconds if self.recent_seconds else 0.0
@@ -123,7 +135,8 @@ class Pace:
 
     @_in_turn
     def worth_it(self) -> bool:
-        """Return True if drafting was faster over recent steps; if not, switch it off for a while, longer each time."""
+        """Return True if drafting was faster over recent steps; if not, switch it off for a while,
+        longer each time."""
         if self.rounds < FIRST_ROUNDS:
             return True
         if self.recent_seconds <= self.recent_tokens * self.cost(0):

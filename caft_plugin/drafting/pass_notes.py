@@ -1,7 +1,8 @@
 """Note the last layer's call and the final norm's output in one forward pass of the current thread.
 
-Other threads may use the same model at the same time, so nothing is stored on its modules and no hook is registered:
-hook tables must not change while another thread iterates over them, and compiled code ignores later hooks.
+Other threads may use the same model at the same time, so nothing is stored on its modules and no
+hook is registered: hook tables must not change while another thread iterates over them, and
+compiled code ignores later hooks.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from caft_plugin.model.trunk import Trunk
 
 @dataclasses.dataclass
 class PassNotes:
-    """The last layer's call and the final norm's output (batch, length, hidden size) of one forward pass.
+    """The last layer's call and the final norm's output (batch, length, hidden size) of one forward
+    pass.
 
     `restart` is True if the model started it without the KV cache of earlier forward passes.
     """
@@ -40,15 +42,18 @@ class PassNotes:
         Raises:
             ConfigError: the forward pass did not call these modules.
         """
-        source = self.final if head_input == "final" or self.call is None else self.call.hidden_states
+        source = (
+            self.final if head_input == "final" or self.call is None else self.call.hidden_states
+        )
         if self.call is None or source is None:
             part = "its last decoder layer" if self.call is None else "its final norm"
             raise ConfigError(
-                f"Drafter: {type(self.trunk.model).__name__} ran a forward pass without calling {part} "
-                f"({type(self.trunk.last_layer).__name__}) as a module, so the heads have no input. The usual cause is "
-                "a replaced forward: by torch.compile inside another wrapper, by torch.jit or torch.export, or by a "
-                "library's fast inference. Undo that (compile the model after the drafter's first use), or generate "
-                "without custom_generate."
+                f"Drafter: {type(self.trunk.model).__name__} ran a forward pass without calling"
+                f" {part} ({type(self.trunk.last_layer).__name__}) as a module, so the heads have"
+                " no input. The usual cause is a replaced forward: by torch.compile inside another"
+                " wrapper, by torch.jit or torch.export, or by a library's fast inference. Undo"
+                " that (compile the model after the drafter's first use), or generate without"
+                " custom_generate."
             )
         return self.call, source
 
@@ -60,15 +65,18 @@ _notes: ContextVar[PassNotes | None] = ContextVar("caft_pass_notes", default=Non
 def noted_pass(trunk: Trunk, eager: bool) -> Iterator[PassNotes]:
     """Note the calls of the last layer and the final norm in this thread's forward pass.
 
-    `eager` is for a model that is compiled around its last layer: compiled code then runs eagerly. Calls inside a
-    graph cannot be noted, and its outputs may be overwritten by its next run (CUDA graphs).
+    `eager` is for a model that is compiled around its last layer: compiled code then runs eagerly.
+    Calls inside a graph cannot be noted, and its outputs may be overwritten by its next run (CUDA
+    graphs).
     """
     notes = PassNotes(trunk)
     with ExitStack() as stack:
         for module in (trunk.last_layer, trunk.norm):
             stack.enter_context(_shared(module, functools.partial(_noting, module)))
         if eager:
-            stack.enter_context(_shared("eager", functools.partial(torch.compiler.set_stance, "force_eager")))
+            stack.enter_context(
+                _shared("eager", functools.partial(torch.compiler.set_stance, "force_eager"))
+            )
         token = _notes.set(notes)
         stack.callback(_notes.reset, token)
         yield notes
@@ -109,7 +117,8 @@ def _noting(module: nn.Module) -> Iterator[None]:
 
 @functools.cache
 def _noting_class(own: type) -> type:
-    """Return a subclass of a module's class that notes its call if it is the last layer or norm of this thread's trunk.
+    """Return a subclass of a module's class that notes its call if it is the last layer or norm of
+    this thread's trunk.
 
     It is cached by class: a new one would recompile compiled code in each forward pass.
     """
@@ -134,9 +143,12 @@ def _noting_class(own: type) -> type:
 
 
 def compiled_around(trunk: Trunk) -> bool:
-    """Return True if a module around the last layer is compiled, by `compile()` or `torch.compile` of its forward."""
+    """Return True if a module around the last layer is compiled, by `compile()` or `torch.compile`
+    of its forward."""
     return any(
-        _is_compiled(module) and module is not trunk.last_layer and trunk.last_layer in set(module.modules())
+        _is_compiled(module)
+        and module is not trunk.last_layer
+        and trunk.last_layer in set(module.modules())
         for module in trunk.model.modules()
     )
 

@@ -1,7 +1,8 @@
 """Limit the draft length where a longer forward pass would change the rotary embeddings.
 
-Two of transformers' rope types depend on the largest position of a forward pass: `longrope` changes its frequencies at
-the model's original length, `dynamic` changes them beyond it with each new length. Draft tokens move that position.
+Two of transformers' rope types depend on the largest position of a forward pass: `longrope` changes
+its frequencies at the model's original length, `dynamic` changes them beyond it with each new
+length. Draft tokens move that position.
 """
 
 from __future__ import annotations
@@ -23,27 +24,32 @@ _DECORATED = dynamic_rope_update(lambda: None).__code__
 class Border:
     """A length at which rotary frequencies change.
 
-    Forward passes up to `at` tokens use one set of frequencies; longer ones use one other set (`beyond`), or a
-    different one for each length.
+    Forward passes up to `at` tokens use one set of frequencies; longer ones use one other set
+    (`beyond`), or a different one for each length.
     """
 
     at: int
     beyond: bool
 
     def room(self, reach: int) -> float:
-        """Return how many draft tokens fit in a forward pass that reaches `reach` tokens without them."""
+        """Return how many draft tokens fit in a forward pass that reaches `reach` tokens without
+        them."""
         if reach > self.at:
             return float("inf") if self.beyond else 0
         return self.at - reach
 
 
 def borders(model: PreTrainedModel) -> list[Border]:
-    """Return the borders of a model's rotary embeddings, from its modules, or from its config if none is recognised."""
+    """Return the borders of a model's rotary embeddings, from its modules, or from its config if
+    none is recognised."""
     modules = [module for module in model.modules() if _follows_the_pass(type(module))]  # type: ignore[arg-type]
     found = [border for module in modules for border in _of_module(module)]
     if not modules:
         config = model.config.get_text_config()
-        found = [dataclasses.replace(border, beyond=False) for border in _of_parameters(config, _longest(config))]
+        found = [
+            dataclasses.replace(border, beyond=False)
+            for border in _of_parameters(config, _longest(config))
+        ]
     return list(dict.fromkeys(found))
 
 
@@ -62,13 +68,18 @@ def _of_module(module: nn.Module) -> Iterator[Border]:
 
 
 def _of_parameters(config: PretrainedConfig, length: int) -> Iterator[Border]:
-    for parameters in _each(getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)):
+    for parameters in _each(
+        getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
+    ):
         kind = str(parameters.get("rope_type", parameters.get("type", "")))
         if "dynamic" in kind:
             yield Border(length, beyond=False)
-        elif kind == "longrope" or "long_mscale" in parameters:  # Phi-3.5-MoE scales by it whatever the type
+        # Phi-3.5-MoE scales by it whatever the type
+        elif kind == "longrope" or "long_mscale" in parameters:
             original = parameters.get("original_max_position_embeddings")
-            original = original or getattr(config, "original_max_position_embeddings", None) or length
+            original = (
+                original or getattr(config, "original_max_position_embeddings", None) or length
+            )
             yield Border(int(original), beyond=True)
 
 

@@ -17,7 +17,8 @@ from matplotlib.path import Path as Curve
 from PIL import Image
 
 HERE = Path(__file__).parent
-WIDTH, HEIGHT, SCALE = 800, 372, 2  # pixels as the README shows them, and how many of the file's make one
+# pixels as the README shows them, and how many of the file's make one
+WIDTH, HEIGHT, SCALE = 800, 372, 2
 COLORS = {
     "light": {
         "page": "#ffffff",
@@ -44,11 +45,22 @@ class Canvas:
         self.axes.set(xlim=(0, WIDTH), ylim=(HEIGHT, 0))
         self.axes.axis("off")
 
-    def text(self, x: float, y: float, words: str, color: str = "text", size: float = 12, **more: Any) -> None:
+    def text(
+        self, x: float, y: float, words: str, color: str = "text", size: float = 12, **more: Any
+    ) -> None:
         style = {"ha": "center", "va": "center", "fontfamily": "DejaVu Sans", **more}
         self.axes.text(x, y, words, color=self.colors[color], fontsize=size * 0.72, **style)
 
-    def box(self, x: float, y: float, width: float, height: float, fill: str, edge: str, dashed: bool = False) -> None:
+    def box(
+        self,
+        x: float,
+        y: float,
+        width: float,
+        height: float,
+        fill: str,
+        edge: str,
+        dashed: bool = False,
+    ) -> None:
         """A box with its middle at (x, y)."""
         self.axes.add_patch(
             FancyBboxPatch(
@@ -64,13 +76,28 @@ class Canvas:
         )
 
     def arrow(self, x: float, y: float, to_x: float, to_y: float, color: str = "line") -> None:
-        style: dict[str, Any] = {"arrowstyle": "-|>,head_length=3,head_width=1.8", "shrinkA": 0, "shrinkB": 0}
+        style: dict[str, Any] = {
+            "arrowstyle": "-|>,head_length=3,head_width=1.8",
+            "shrinkA": 0,
+            "shrinkB": 0,
+        }
         self.axes.add_patch(
-            FancyArrowPatch((x, y), (to_x, to_y), color=self.colors[color], linewidth=0.9, mutation_scale=1, **style)
+            FancyArrowPatch(
+                (x, y),
+                (to_x, to_y),
+                color=self.colors[color],
+                linewidth=0.9,
+                mutation_scale=1,
+                **style,
+            )
         )
 
-    def line(self, points: list[tuple[float, float]], color: str = "line", codes: list[Any] | None = None) -> None:
-        path = PathPatch(Curve(points, codes), facecolor="none", edgecolor=self.colors[color], linewidth=0.9)
+    def line(
+        self, points: list[tuple[float, float]], color: str = "line", codes: list[Any] | None = None
+    ) -> None:
+        path = PathPatch(
+            Curve(points, codes), facecolor="none", edgecolor=self.colors[color], linewidth=0.9
+        )
         self.axes.add_patch(path)
 
     def dot(self, x: float, y: float, color: str) -> None:
@@ -95,7 +122,15 @@ def caft(canvas: Canvas) -> None:
         canvas.arrow(x, 113, x, 88, kind)
         canvas.arrow(x, 164, x, 138, kind)
         canvas.box(x, 182, width, 36, f"{kind} box", kind, dashed=bool(k))
-        canvas.text(x, 182, f"head {k}" if k else "last\nlayer", kind, 12.5, fontweight="bold", linespacing=1.1)
+        canvas.text(
+            x,
+            182,
+            f"head {k}" if k else "last\nlayer",
+            kind,
+            12.5,
+            fontweight="bold",
+            linespacing=1.1,
+        )
         canvas.arrow(x, 222, x, 201, kind)
     canvas.box(middle, 125, wide, 24, "box", "line")
     canvas.text(middle, 125, "final norm and unembedding, shared", size=12)
@@ -104,7 +139,9 @@ def caft(canvas: Canvas) -> None:
     canvas.text(middle + 9, 234, "what the last layer reads", "quiet", 11.5, ha="left")
     canvas.box(middle, 257, wide, 24, "box", "line")
     canvas.text(middle, 257, "the layers below", size=12)
-    for place, word in zip((middle - step, middle, middle + step), ("Water", "boils", "at"), strict=True):
+    for place, word in zip(
+        (middle - step, middle, middle + step), ("Water", "boils", "at"), strict=True
+    ):
         canvas.arrow(place, 290, place, 271)
         canvas.box(place, 303, width, 26, "box", "line")
         canvas.text(place, 303, word, size=12.5)
@@ -145,16 +182,19 @@ def meap(canvas: Canvas) -> None:
             kind = "mask" if hidden else "own" if index >= prompt else "line"
             fill = "box" if index < prompt else f"{kind} box"
             canvas.box(x, row, cell, 18, fill, kind)
-            canvas.text(x, row, "M" if hidden else "abcdefghijkl"[index], kind if hidden else "text", 11.5,
-                        fontweight="bold" if hidden else "normal")  # fmt: skip
+            letter = "M" if hidden else "abcdefghijkl"[index]
+            weight = "bold" if hidden else "normal"
+            canvas.text(x, row, letter, kind if hidden else "text", 11.5, fontweight=weight)
             if trained:
                 canvas.dot(x, row + 18, kind)
         first, last = middle(copy, 0) - cell / 2, middle(copy, length - 1) + cell / 2
         split = middle(copy, prompt) - cell / 2 - 1
         for start, end, words in ((first, split - 1, "prompt"), (split + 1, last, "answer")):
             canvas.line([(start, row + 30), (start, row + 34), (end, row + 34), (end, row + 30)])
-            canvas.text((start + end) / 2 if words == "answer" else start - 1, row + 44, words, "quiet", 11.5,
-                        ha="center" if words == "answer" else "left")  # fmt: skip
+            place, side = (
+                ((start + end) / 2, "center") if words == "answer" else (start - 1, "left")
+            )
+            canvas.text(place, row + 44, words, "quiet", 11.5, ha=side)
         name = ("the original", "its copy behind it")[copy]
         canvas.text((first + last) / 2, row + 66, name, size=12.5, fontweight="bold")
 
@@ -162,7 +202,9 @@ def meap(canvas: Canvas) -> None:
     canvas.dot(left + 4, y, "own")
     canvas.text(left + 14, y, "loss on every token of the answer", size=12, ha="left")
     canvas.dot(left + 4, y + 19, "mask")
-    canvas.text(left + 14, y + 19, "in the copy, loss only on the masked tokens", size=12, ha="left")
+    canvas.text(
+        left + 14, y + 19, "in the copy, loss only on the masked tokens", size=12, ha="left"
+    )
     canvas.text(left, 337, "A tenth of the answer's tokens is masked, redrawn", size=12, ha="left")
     canvas.text(left, 355, "in every epoch. The model keeps its shape.", size=12, ha="left")
 
@@ -173,12 +215,15 @@ def main() -> None:
         caft(canvas)
         meap(canvas)
         canvas.line([(396, 8), (396, HEIGHT - 8)], "box")
-        # With a ground of its own, so that it is legible where a page's color is not the one its reader asked for.
+        # With a ground of its own, so that it is legible where a page's color is not the one its
+        # reader asked for.
         canvas.figure.set_facecolor(colors["page"])
         drawn = FigureCanvasAgg(canvas.figure)
         drawn.draw()
         pixels = Image.fromarray(np.asarray(drawn.buffer_rgba())).convert("RGB")
-        pixels.quantize(256, dither=Image.Dither.NONE).save(HERE / f"methods-{name}.png", optimize=True)
+        pixels.quantize(256, dither=Image.Dither.NONE).save(
+            HERE / f"methods-{name}.png", optimize=True
+        )
         plt.close(canvas.figure)
 
 

@@ -1,4 +1,5 @@
-"""MEAP's facts about a base model: its number of positions, and the tokens with a role in its configs."""
+"""MEAP's facts about a base model: its number of positions, and the tokens with a role in its
+configs."""
 
 from __future__ import annotations
 
@@ -12,15 +13,16 @@ from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 from caft_plugin.meap.roles import placeholder_ids, role_ids
 
 POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length")
-STRETCHED = ("linear", "dynamic", "yarn")  # rope types whose factor may multiply the original length
+# rope types whose factor may multiply the original length
+STRETCHED = ("linear", "dynamic", "yarn")
 
 
 @dataclasses.dataclass(frozen=True)
 class BaseModel:
     """Facts about a base model.
 
-    `positions` is the maximum sequence length (None: no limit); `placeholders` are the ids of tokens for images or
-    sound, `roles` those of tokens with a role.
+    `positions` is the maximum sequence length (None: no limit); `placeholders` are the ids of
+    tokens for images or sound, `roles` those of tokens with a role.
     """
 
     positions: int | None = None
@@ -33,15 +35,20 @@ class BaseModel:
 
     @classmethod
     def of_model(cls, model: nn.Module) -> BaseModel:
-        return cls.of(cast(PretrainedConfig, model.config), getattr(model, "generation_config", None))
+        return cls.of(
+            cast(PretrainedConfig, model.config), getattr(model, "generation_config", None)
+        )
 
     @classmethod
     def named(cls, model: str, trust_remote_code: bool = False, **loading: object) -> BaseModel:
-        """Read the configs of a folder or Hub id, with the user's loading arguments (revision, config changes)."""
+        """Read the configs of a folder or Hub id, with the user's loading arguments (revision,
+        config changes)."""
         config, _ = AutoConfig.from_pretrained(
             model, return_unused_kwargs=True, trust_remote_code=trust_remote_code, **loading
         )
-        return cls.of(config, generation_config_of(model, cast(str | None, loading.get("revision"))))
+        return cls.of(
+            config, generation_config_of(model, cast(str | None, loading.get("revision")))
+        )
 
     def limit(self, host: int | None) -> int | None:
         """Return the maximum length of a pair: the smaller of the host's limit and the model's."""
@@ -57,9 +64,12 @@ def generation_config_of(model: str, revision: str | None = None) -> GenerationC
 
 
 def positions_of(config: PretrainedConfig) -> int | None:
-    """Return a model's number of positions, including its rotary embeddings' scaling; None without a limit."""
+    """Return a model's number of positions, including its rotary embeddings' scaling; None without
+    a limit."""
     text = config.get_text_config()
-    length = next((value for name in POSITIONS if isinstance(value := getattr(text, name, None), int)), None)
+    length = next(
+        (value for name in POSITIONS if isinstance(value := getattr(text, name, None), int)), None
+    )
     if not length or length < 0:
         return None
     parameters = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
@@ -70,4 +80,7 @@ def positions_of(config: PretrainedConfig) -> int | None:
 def _stretched(parameters: Mapping, length: int) -> int:
     if parameters.get("rope_type", parameters.get("type")) not in STRETCHED:
         return 0
-    return int((parameters.get("original_max_position_embeddings") or length) * (parameters.get("factor") or 1))
+    return int(
+        (parameters.get("original_max_position_embeddings") or length)
+        * (parameters.get("factor") or 1)
+    )

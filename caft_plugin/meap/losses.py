@@ -1,4 +1,5 @@
-"""Measure the next-token loss under MEAP of masked and of other tokens, from the forward pass of training."""
+"""Measure the next-token loss under MEAP of masked and of other tokens, from the forward pass of
+training."""
 
 from __future__ import annotations
 
@@ -23,14 +24,19 @@ HALF = (torch.bfloat16, torch.float16)
 
 
 class LossesByKind:
-    """Hooks on a model that read its predictions in training, with methods to attach and detach them.
+    """Hooks on a model that read its predictions in training, with methods to attach and detach
+    them.
 
-    A token is masked where the model's input has the mask token in its place and its label is another. The logits are
-    the model's own where it makes them, else those of its final hidden states at supervised positions.
+    A token is masked where the model's input has the mask token in its place and its label is
+    another. The logits are the model's own where it makes them, else those of its final hidden
+    states at supervised positions.
     """
 
-    def __init__(self, model: nn.Module, mask_id: int, found: Callable[[Tensor, Tensor], object]) -> None:
-        """`found` receives the summed loss of masked and of other tokens, float32 (2,), and their numbers, (2,)."""
+    def __init__(
+        self, model: nn.Module, mask_id: int, found: Callable[[Tensor, Tensor], object]
+    ) -> None:
+        """`found` receives the summed loss of masked and of other tokens, float32 (2,), and their
+        numbers, (2,)."""
         self.model, self.mask_id, self.found = model, mask_id, found
         try:
             self.trunk: Trunk | None = find_trunk(model)
@@ -73,7 +79,8 @@ class LossesByKind:
 
     @contextlib.contextmanager
     def reading(self, inputs: Batch) -> Iterator[None]:
-        """Read forward passes with gradients as those of the batch `inputs`, or of parts of it, while this is open."""
+        """Read forward passes with gradients as those of the batch `inputs`, or of parts of it,
+        while this is open."""
         self._batch = {key: inputs.get(key) for key in ("input_ids", "labels")}
         try:
             yield
@@ -84,14 +91,20 @@ class LossesByKind:
         self._final = output
 
     @torch.compiler.disable
-    def _after_forward(self, model: nn.Module, args: tuple, kwargs: dict[str, object], output: object) -> None:
+    def _after_forward(
+        self, model: nn.Module, args: tuple, kwargs: dict[str, object], output: object
+    ) -> None:
         final, self._final = self._final, None
         if self._batch is None or not torch.is_grad_enabled():
             return
         ids = kwargs.get("input_ids", args[0] if args else None)
         labels = kwargs.get("labels")
         labels = self._batch["labels"] if labels is None else labels
-        if not isinstance(ids, Tensor) or not isinstance(labels, Tensor) or ids.shape != labels.shape:
+        if (
+            not isinstance(ids, Tensor)
+            or not isinstance(labels, Tensor)
+            or ids.shape != labels.shape
+        ):
             return
         with torch.no_grad(), contextlib.ExitStack() as stack:
             logits_of = self._logits_of(getattr(output, "logits", None), final, ids.shape, stack)
@@ -99,33 +112,52 @@ class LossesByKind:
                 self._read(ids, labels, logits_of)
 
     def _logits_of(
-        self, logits: Tensor | None, final: Tensor | None, shape: torch.Size, stack: contextlib.ExitStack
+        self,
+        logits: Tensor | None,
+        final: Tensor | None,
+        shape: torch.Size,
+        stack: contextlib.ExitStack,
     ) -> Callable[[Tensor, Tensor], Tensor] | None:
-        """Return a function from positions (rows, places) to their logits, or None if there are none."""
-        if isinstance(logits, Tensor) and not isinstance(logits, DTensor) and logits.shape[:-1] == shape:
+        """Return a function from positions (rows, places) to their logits, or None if there are
+        none."""
+        if (
+            isinstance(logits, Tensor)
+            and not isinstance(logits, DTensor)
+            and logits.shape[:-1] == shape
+        ):
             return lambda rows, places: logits[rows, places]
         if self.trunk is None or final is None or final.shape[:-1] != shape:
             return None
-        # Every process comes here, whatever its batch: gathering a sharded unembedding waits for all of them.
+        # Every process comes here, whatever its batch: gathering a sharded unembedding waits for
+        # all of them.
         unembedding = unsharded_twin(self.trunk.unembedding, final.dtype)
-        held = next((p.dtype for p in unembedding.parameters() if p.is_floating_point()), final.dtype)
+        held = next(
+            (p.dtype for p in unembedding.parameters() if p.is_floating_point()), final.dtype
+        )
         half = next((dtype for dtype in (final.dtype, held) if dtype in HALF), None)
         stack.enter_context(torch.autocast(final.device.type, dtype=half, enabled=half is not None))
         stack.enter_context(without_dropout(unembedding))
         transform = self.trunk.transform or (lambda made: made)
         return lambda rows, places: transform(unembedding(final[rows, places]))
 
-    def _read(self, ids: Tensor, labels: Tensor, logits_of: Callable[[Tensor, Tensor], Tensor]) -> None:
+    def _read(
+        self, ids: Tensor, labels: Tensor, logits_of: Callable[[Tensor, Tensor], Tensor]
+    ) -> None:
         targets = labels[:, 1:]
         masked = (ids[:, 1:].to(targets.device) == self.mask_id) & (targets != self.mask_id)
         rows, places = (targets != IGNORE).nonzero(as_tuple=True)
-        sums, counts = torch.zeros(2, device=targets.device), torch.zeros(2, dtype=torch.long, device=targets.device)
+        sums, counts = (
+            torch.zeros(2, device=targets.device),
+            torch.zeros(2, dtype=torch.long, device=targets.device),
+        )
         vocabulary = self.trunk.vocab_size if self.trunk is not None else 2**16
         size = rows_at_a_time(targets.device, vocabulary)
         for start in range(0, len(rows), size):
             at = rows[start : start + size], places[start : start + size]
             logits = logits_of(*at).float()
-            losses = F.cross_entropy(logits, targets[at].to(logits.device), reduction="none").to(targets.device)
+            losses = F.cross_entropy(logits, targets[at].to(logits.device), reduction="none").to(
+                targets.device
+            )
             kind = 1 - masked[at].long()  # masked tokens come first
             sums.index_add_(0, kind, losses)
             counts.index_add_(0, kind, torch.ones_like(kind))

@@ -22,12 +22,15 @@ from caft_plugin.model.hidden import HiddenSubmodule, copies_hold_again, copies_
 from caft_plugin.model.sharding import gather, shard_like
 from caft_plugin.model.trunk import input_embedding
 
-# Names of tokens that models reserve for later use: <|reserved_special_token_0|>, <unused0>, [control_8],
-# <|placeholder1|>, <|dummy_0|>.
-SPARE_NAME = re.compile(r"[<\[].*(reserved|unused|place.?holder|dummy|control_\d).*[>\]]", re.IGNORECASE)
-# An embedding row whose norm is below this fraction of the median was never trained: the norms of trained rows differ
-# by a small factor, while rows of reserved tokens are often zero. The model's first norm divides by the row's size, so
-# the first gradients would be too large by the inverse factor.
+# Names of tokens that models reserve for later use: <|reserved_special_token_0|>, <unused0>,
+# [control_8], <|placeholder1|>, <|dummy_0|>.
+SPARE_NAME = re.compile(
+    r"[<\[].*(reserved|unused|place.?holder|dummy|control_\d).*[>\]]", re.IGNORECASE
+)
+# An embedding row whose norm is below this fraction of the median was never trained: the norms of
+# trained rows differ by a small factor, while rows of reserved tokens are often zero. The model's
+# first norm divides by the row's size, so the first gradients would be too large by the inverse
+# factor.
 UNTRAINED = 0.1
 MODULE_NAME = "caft_mask_token"
 FILE = Path("caft_meap") / "mask_token.safetensors"
@@ -35,7 +38,8 @@ FILE = Path("caft_meap") / "mask_token.safetensors"
 
 @dataclasses.dataclass(frozen=True)
 class MaskToken:
-    """A mask token. `id` is used in input_ids; `added` is True if it is the id after the embedding's last row."""
+    """A mask token. `id` is used in input_ids; `added` is True if it is the id after the
+    embedding's last row."""
 
     id: int
     words: str
@@ -43,7 +47,8 @@ class MaskToken:
 
 
 def row_norms(embedding: nn.Module) -> Tensor | None:
-    """Return the norm of each row of an input embedding; None if its weight is quantised, sharded or missing."""
+    """Return the norm of each row of an input embedding; None if its weight is quantised, sharded
+    or missing."""
     weight = getattr(embedding, "weight", None)
     if not isinstance(weight, Tensor) or isinstance(weight, DTensor) or weight.is_meta:
         return None
@@ -68,9 +73,10 @@ def choose_mask_token(
 ) -> MaskToken:
     """Choose the mask token for a model whose input embedding has `rows` rows.
 
-    `auto` uses the first available of: the tokenizer's mask token; a reserved token, by name; a row beyond the
-    tokenizer's last id; a special token that is neither in the chat template nor in the data. It skips tokens with a
-    role, and tokens with an untrained embedding row if there is another.
+    `auto` uses the first available of: the tokenizer's mask token; a reserved token, by name; a row
+        beyond the
+    tokenizer's last id; a special token that is neither in the chat template nor in the data. It
+    skips tokens with a role, and tokens with an untrained embedding row if there is another.
 
     Args:
         wanted: the value of `meap.mask_token`.
@@ -79,13 +85,18 @@ def choose_mask_token(
         used: ids in the training data, None if unknown (streamed data).
         norms: norms of the embedding's rows (`row_norms`), None if unknown.
         placeholders: ids of tokens for images or sound (`placeholder_ids`).
-        roles: from the tokenizer, the base model and the user's settings; None: from the tokenizer only.
+        roles: from the tokenizer, the base model and the user's settings; None: from the tokenizer
+            only.
 
     Raises:
         ConfigError: there is no such token, or the requested one is missing, in use or has a role.
     """
     if wanted == "add":
-        return MaskToken(rows, f"added: id {rows}, one input vector in addition to the model's {rows}", added=True)
+        return MaskToken(
+            rows,
+            f"added: id {rows}, one input vector in addition to the model's {rows}",
+            added=True,
+        )
     roles = Roles.of(tokenizer) if roles is None else roles
     vocabulary = tokenizer.get_vocab()
     text_of = {id_: text for text, id_ in vocabulary.items()}
@@ -95,13 +106,16 @@ def choose_mask_token(
         words = f"{text_of.get(id_, 'a row without a token')!r} (id {id_}), {why}"
         if norms is not None and untrained(norms, id_):
             words += (
-                f", but its input vector is untrained: its norm is {norms[id_]:.2g}, the embedding's median is "
-                f"{norms.median():.2g}, so the first gradients will be large. Use mask_token: add, or another token"
+                f", but its input vector is untrained: its norm is {norms[id_]:.2g}, the"
+                f" embedding's median is {norms.median():.2g}, so the first gradients will be"
+                " large. Use mask_token: add, or another token"
             )
         return MaskToken(id_, words)
 
     if wanted != "auto":
-        return found(_as_asked(wanted, vocabulary, rows, used, placeholders, roles), "as configured")
+        return found(
+            _as_asked(wanted, vocabulary, rows, used, placeholders, roles), "as configured"
+        )
 
     def candidates() -> Iterator[tuple[int, str]]:
         if tokenizer.mask_token_id is not None:
@@ -127,9 +141,11 @@ def choose_mask_token(
     if free:
         return found(*free[0])
     raise ConfigError(
-        "meap.mask_token: auto found no mask token, no reserved token, no spare embedding row and no unused special "
-        f"token{'' if used is not None else ' (streamed data cannot be searched for them)'}. Use mask_token: add, "
-        "which adds one input vector and keeps the model's shape, or name a token."
+        "meap.mask_token: auto found no mask token, no reserved token, no spare embedding row and"
+        " no unused special"
+        f" token{'' if used is not None else ' (streamed data cannot be searched for them)'}. Use"
+        " mask_token: add, which adds one input vector and keeps the model's shape, or name a"
+        " token."
     )
 
 
@@ -144,29 +160,30 @@ def _as_asked(
     id_ = vocabulary.get(wanted) if isinstance(wanted, str) else wanted
     if id_ is None:
         raise ConfigError(
-            f"meap.mask_token: got {wanted!r}, which is not a token of this tokenizer. It accepts auto, add, a token's "
-            "text as in the vocabulary, or a token id."
+            f"meap.mask_token: got {wanted!r}, which is not a token of this tokenizer. It accepts"
+            " auto, add, a token's text as in the vocabulary, or a token id."
         )
     if not 0 <= id_ < rows:
         raise ConfigError(
-            f"meap.mask_token: got {wanted!r} (id {id_}), but the model's input embedding has {rows} rows. It accepts "
-            f"an id from 0 to {rows - 1}, or add."
+            f"meap.mask_token: got {wanted!r} (id {id_}), but the model's input embedding has"
+            f" {rows} rows. It accepts an id from 0 to {rows - 1}, or add."
         )
     if id_ in (used or ()):
         raise ConfigError(
-            f"meap.mask_token: got {wanted!r} (id {id_}), but the training data contains it, so the model could not "
-            "distinguish masks from text. Name a token that the data does not contain, or use auto or add."
+            f"meap.mask_token: got {wanted!r} (id {id_}), but the training data contains it, so the"
+            " model could not distinguish masks from text. Name a token that the data does not"
+            " contain, or use auto or add."
         )
     if id_ in placeholders:
         raise ConfigError(
-            f"meap.mask_token: got {wanted!r} (id {id_}), but the model's config uses it for images, video or sound. "
-            "Name another token, or use auto or add."
+            f"meap.mask_token: got {wanted!r} (id {id_}), but the model's config uses it for"
+            " images, video or sound. Name another token, or use auto or add."
         )
     if id_ in roles.given:
         raise ConfigError(
-            f"meap.mask_token: got {wanted!r} (id {id_}), but the chat template, the tokenizer, the model's config or "
-            "eot_tokens gives it a role (it begins, ends or pads a text or a turn). Name another token, or use auto or "
-            "add."
+            f"meap.mask_token: got {wanted!r} (id {id_}), but the chat template, the tokenizer, the"
+            " model's config or eot_tokens gives it a role (it begins, ends or pads a text or a"
+            " turn). Name another token, or use auto or add."
         )
     return id_
 
@@ -174,9 +191,10 @@ def _as_asked(
 class AddedMaskToken(nn.Module):
     """An extra input vector for the id after the embedding's last row.
 
-    It is also the handle that attaches it to a model and detaches it, and a context manager. The vector starts as the
-    mean of the embedding's outputs, and is trained if the embedding is. While attached, it is the submodule
-    `caft_mask_token` of the outermost model, but not in its state dict.
+    It is also the handle that attaches it to a model and detaches it, and a context manager. The
+    vector starts as the mean of the embedding's outputs, and is trained if the embedding is. While
+    attached, it is the submodule `caft_mask_token` of the outermost model, but not in its state
+    dict.
     """
 
     def __init__(self, model: nn.Module, token: MaskToken) -> None:
@@ -240,11 +258,14 @@ class AddedMaskToken(nn.Module):
         self.detach()
 
     def save(self, folder: Path, write: bool) -> None:
-        """Save the vector to `folder`. Every process must call it; the one with `write` writes the file."""
+        """Save the vector to `folder`. Every process must call it; the one with `write` writes the
+        file."""
         vector = gather(self.vector)
         if write:
             (folder / FILE).parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(folder / FILE, lambda path: save_file({"vector": vector}, path, {"format": "pt"}))
+            write_atomically(
+                folder / FILE, lambda path: save_file({"vector": vector}, path, {"format": "pt"})
+            )
 
     def load(self, folder: Path) -> None:
         """Load the vector from a checkpoint.
@@ -256,13 +277,15 @@ class AddedMaskToken(nn.Module):
             vector = load_file(folder / FILE)["vector"]
         except (OSError, KeyError, SafetensorError) as error:
             raise ConfigError(
-                f"meap.mask_token: {folder / FILE} cannot be read ({error}), so this checkpoint was not made with "
-                "mask_token: add. Resume with the setting it was made with, or start from the beginning."
+                f"meap.mask_token: {folder / FILE} cannot be read ({error}), so this checkpoint was"
+                " not made with mask_token: add. Resume with the setting it was made with, or"
+                " start from the beginning."
             ) from None
         if vector.shape != self.vector.shape:
             raise ConfigError(
-                f"meap.mask_token: {folder / FILE} holds a vector of shape {tuple(vector.shape)}, but this model needs "
-                f"{tuple(self.vector.shape)}. Resume with the model the checkpoint was made with."
+                f"meap.mask_token: {folder / FILE} holds a vector of shape {tuple(vector.shape)},"
+                f" but this model needs {tuple(self.vector.shape)}. Resume with the model the"
+                " checkpoint was made with."
             )
         with torch.no_grad():
             self.vector.copy_(shard_like(self.vector, vector))

@@ -1,7 +1,8 @@
-"""Keep the plans of one optimisation step's micro-batches, so that the host's batches have only the host's keys.
+"""Keep the plans of one optimisation step's micro-batches, so that the host's batches have only the
+host's keys.
 
-A host may compute the loss of a batch more than once, and of parts of it: rows, chunks, rows in another order, or
-several rows in one. The plan of a part is found by its tokens.
+A host may compute the loss of a batch more than once, and of parts of it: rows, chunks, rows in
+another order, or several rows in one. The plan of a part is found by its tokens.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ class StepPlans:
         return plan
 
     def of(self, batch: Batch) -> Tensor | None:
-        """Return the plan (batch, length) of a micro-batch or of parts of micro-batches; None without a pair."""
+        """Return the plan (batch, length) of a micro-batch or of parts of micro-batches; None
+        without a pair."""
         ids, labels = batch.get("input_ids"), batch.get("labels")
         if labels is None or labels.dim() != 2:
             return None
@@ -85,7 +87,8 @@ class _Pair:
     plan: np.ndarray
 
     def mark(self, plan: np.ndarray, row: np.ndarray, own: np.ndarray) -> bool:
-        """Add this pair's plan to `plan`, the plan of `row`, if one of `own` and `row` contains the other.
+        """Add this pair's plan to `plan`, the plan of `row`, if one of `own` and `row` contains the
+        other.
 
         Args:
             plan: changed in place.
@@ -95,7 +98,8 @@ class _Pair:
         Returns:
             True if one contains the other.
         """
-        end = 1 + int(np.flatnonzero((self.labels != IGNORE) | (self.plan != 0))[-1])  # padding may differ
+        # padding may differ
+        end = 1 + int(np.flatnonzero((self.labels != IGNORE) | (self.plan != 0))[-1])
         cut, at = _offset(own, row), _offset(row, own[:end])
         if cut is None and at is None:
             return False

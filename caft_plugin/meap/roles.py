@@ -1,4 +1,5 @@
-"""Tokens with a role in the chat template, the tokenizer, the base model's config or the user's settings.
+"""Tokens with a role in the chat template, the tokenizer, the base model's config or the user's
+settings.
 
 They are never masked, and never used as the mask token.
 """
@@ -18,15 +19,16 @@ PLACEHOLDER_KEY = re.compile(
     r".*(image|img|video|vision|visual|media|audio|speech|[be]o[iav])\w*_(token_ids?|token_index)"
 )
 MARKUP = re.compile(r"<\S+>")  # an added token of this form is not text
-MARK = re.compile(r"[<\[]\S*\w\S*[>\]]")  # a token of this form has a role if a template contains it
+# a token of this form has a role if a template contains it
+MARK = re.compile(r"[<\[]\S*\w\S*[>\]]")
 
 
 @dataclasses.dataclass(frozen=True)
 class Said:
     """The user's settings of tokens.
 
-    `ends` are the texts of tokens that end a turn, `added` those of other tokens added to the tokenizer, `templates`
-    chat templates in addition to the tokenizer's.
+    `ends` are the texts of tokens that end a turn, `added` those of other tokens added to the
+    tokenizer, `templates` chat templates in addition to the tokenizer's.
     """
 
     ends: Sequence[str] = ()
@@ -41,8 +43,9 @@ NOTHING_SAID = Said()
 class Roles:
     """Ids of tokens that are not ordinary text.
 
-    `given` have a role; `listed` may be the mask token only by the user's choice; `special` are marked special in the
-    tokenizer, with or without a role; `markup` are other tokens that are not text.
+    `given` have a role; `listed` may be the mask token only by the user's choice; `special` are
+    marked special in the tokenizer, with or without a role; `markup` are other tokens that are not
+    text.
     """
 
     given: frozenset[int]
@@ -52,9 +55,13 @@ class Roles:
 
     @classmethod
     def of(
-        cls, tokenizer: PreTrainedTokenizerBase, in_configs: Collection[int] = (), said: Said = NOTHING_SAID
+        cls,
+        tokenizer: PreTrainedTokenizerBase,
+        in_configs: Collection[int] = (),
+        said: Said = NOTHING_SAID,
     ) -> Roles:
-        """Return the roles from a tokenizer and its chat template, the base model's configs and the user's settings.
+        """Return the roles from a tokenizer and its chat template, the base model's configs and the
+        user's settings.
 
         Args:
             tokenizer: the model's tokenizer.
@@ -69,7 +76,9 @@ class Roles:
             if key not in ("mask_token", "unk_token") and not isinstance(token, (list, tuple))
         }
         template = "".join([str(tokenizer.chat_template or ""), *said.templates])
-        added = {id_: token.content.strip() for id_, token in tokenizer.added_tokens_decoder.items()}
+        added = {
+            id_: token.content.strip() for id_, token in tokenizer.added_tokens_decoder.items()
+        }
         marks = {id_: text for text, id_ in vocabulary.items() if MARK.fullmatch(text)}
         in_template = {id_ for id_, text in (marks | added).items() if text and text in template}
         given = {*named, *in_template, *in_configs, *_ids_of(said.ends, tokenizer)} - {unknown}
@@ -102,7 +111,8 @@ def role_ids(*configs: PretrainedConfig | GenerationConfig | None) -> frozenset[
 
 
 def placeholder_ids(config: PretrainedConfig) -> frozenset[int]:
-    """Return the ids that a model's config, including nested ones, uses for images, video and sound."""
+    """Return the ids that a model's config, including nested ones, uses for images, video and
+    sound."""
     return _ids_under(PLACEHOLDER_KEY, [config.to_dict()])
 
 
@@ -113,5 +123,9 @@ def _ids_under(key: re.Pattern[str], parts: list[Mapping]) -> frozenset[int]:
             if isinstance(value, Mapping):
                 parts.append(value)
             elif isinstance(name, str) and key.fullmatch(name):
-                found.update(id_ for id_ in (value if isinstance(value, list) else [value]) if isinstance(id_, int))
+                found.update(
+                    id_
+                    for id_ in (value if isinstance(value, list) else [value])
+                    if isinstance(id_, int)
+                )
     return frozenset(found)

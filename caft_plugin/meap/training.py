@@ -25,7 +25,13 @@ from caft_plugin.meap.mask_token import (
     choose_mask_token,
     row_norms,
 )
-from caft_plugin.meap.masking import Duplication, EpochOfMasks, MEAPCollator, nothing_to_mask, plain_labels
+from caft_plugin.meap.masking import (
+    Duplication,
+    EpochOfMasks,
+    MEAPCollator,
+    nothing_to_mask,
+    plain_labels,
+)
 from caft_plugin.meap.plans import StepPlans
 from caft_plugin.meap.roles import NOTHING_SAID, Roles, Said
 from caft_plugin.meap.training_set import TrainingSet, used_ids
@@ -39,8 +45,8 @@ logger = logging.getLogger(__name__)
 class MaskTally:
     """Counts and losses since the last log, on this process.
 
-    Counts of masked tokens, eligible tokens, masked examples and too long ones; the summed loss of masked and of other
-    targets, and the number of each.
+    Counts of masked tokens, eligible tokens, masked examples and too long ones; the summed loss of
+    masked and of other targets, and the number of each.
     """
 
     BITS = (MASKED, MAY_MASK, EXAMPLE, OVERLONG)
@@ -56,7 +62,9 @@ class MaskTally:
         self.targets += targets.to(self.targets)
 
     def add(self, plan: Tensor) -> None:
-        self.counts += torch.stack([(plan & bit).bool().sum() for bit in self.BITS]).to(self.counts.device)
+        self.counts += torch.stack([(plan & bit).bool().sum() for bit in self.BITS]).to(
+            self.counts.device
+        )
 
     def log(self, step: int, over_processes: Callable[[Tensor], Tensor]) -> MEAPLog:
         """Return the log entries at `step`. Every process must call it."""
@@ -65,14 +73,18 @@ class MaskTally:
         masked, eligible, examples, too_long, *targets = counts
         losses = zip(over_processes(self.losses).tolist(), targets, strict=True)
         means = [total / count if count else None for total, count in losses]
-        return MEAPLog(masked / eligible if eligible else None, examples / steps, too_long / steps, *means)
+        return MEAPLog(
+            masked / eligible if eligible else None, examples / steps, too_long / steps, *means
+        )
 
 
 class MaskedTraining:
-    """MEAP in one trainer. It is created before the trainer's constructor runs; `attach` starts the masking.
+    """MEAP in one trainer. It is created before the trainer's constructor runs; `attach` starts the
+    masking.
 
-    `data` is the training set that is masked (in mode sft, the doubled one); `plain` returns the same set without
-    copies. It has a method for each place where a trainer meets masks (data, batches, log, files), so it has many.
+    `data` is the training set that is masked (in mode sft, the doubled one); `plain` returns the
+    same set without copies. It has a method for each place where a trainer meets masks (data,
+    batches, log, files), so it has many.
     """
 
     def __init__(self, trainer: Trainer, config: MEAPConfig) -> None:
@@ -89,7 +101,8 @@ class MaskedTraining:
     def attach(self, said: Said = NOTHING_SAID) -> None:
         """Choose the mask token and mask training batches from now on.
 
-        In mode `sft`, the training set is already doubled. `said` are the user's settings of tokens.
+        In mode `sft`, the training set is already doubled. `said` are the user's settings of
+        tokens.
 
         Raises:
             ConfigError: there is no tokenizer or no mask token.
@@ -105,20 +118,26 @@ class MaskedTraining:
         base = BaseModel.of_model(model)
         roles = Roles.of(tokenizer, base.roles, said)
         norms = row_norms(embedding)
-        token = choose_mask_token(config.mask_token, tokenizer, rows, used, norms, base.placeholders, roles)
+        token = choose_mask_token(
+            config.mask_token, tokenizer, rows, used, norms, base.placeholders, roles
+        )
         if trainer.args.process_index == 0:
-            logger.warning("meap.mask_token: %s", token.words)  # lower levels are not shown by default
+            # lower levels are not shown by default
+            logger.warning("meap.mask_token: %s", token.words)
         if token.added:
             check_trainer(trainer, "meap.mask_token")
             added = AddedMaskToken(model, token)
             if trainer.optimizer is not None and added.vector.requires_grad:
                 raise ConfigError(
-                    "meap.mask_token: got add, but the trainer was given a finished optimizer (optimizers=...), which "
-                    "cannot contain the new vector. Pass optimizer_cls_and_kwargs instead, or name a token."
+                    "meap.mask_token: got add, but the trainer was given a finished optimizer"
+                    " (optimizers=...), which cannot contain the new vector. Pass"
+                    " optimizer_cls_and_kwargs instead, or name a token."
                 )
             self.handle = added
         seed, kept = trainer.args.seed, roles.never_masked
-        self.collator = MEAPCollator(trainer.data_collator, config, token.id, seed, base.placeholders, kept)
+        self.collator = MEAPCollator(
+            trainer.data_collator, config, token.id, seed, base.placeholders, kept
+        )
         trainer.add_callback(EpochOfMasks(self.collator))
 
         def found(sums: Tensor, targets: Tensor) -> None:
@@ -131,7 +150,10 @@ class MaskedTraining:
     def double(self) -> None:
         """Replace the trainer's training set with the doubled one."""
         trainer = self.trainer
-        dataset, base = trainer.train_dataset, BaseModel.of_model(cast(PreTrainedModel, trainer.model))
+        dataset, base = (
+            trainer.train_dataset,
+            BaseModel.of_model(cast(PreTrainedModel, trainer.model)),
+        )
         trainer.train_dataset = self.doubled(dataset, trainer.processing_class, trainer.args, base)
         self.plain = lambda: dataset
 
@@ -155,13 +177,17 @@ class MaskedTraining:
         tokenizer = tokenizer_of(processing_class)
         roles = Roles.of(tokenizer, base.roles)
         limit, column = base.limit(max_length), args.length_column_name
-        duplication = Duplication.of(self.config, tokenizer, limit, base.placeholders, roles, column)
+        duplication = Duplication.of(
+            self.config, tokenizer, limit, base.placeholders, roles, column
+        )
         with args.main_process_first():
             return duplication.doubled(dataset)
 
     def _mask_from_now_on(self, dataset: TrainingSet) -> None:
         self.data = dataset
-        nothing = nothing_to_mask(dataset) if self.config.mode == "sft" and dataset is not None else None
+        nothing = (
+            nothing_to_mask(dataset) if self.config.mode == "sft" and dataset is not None else None
+        )
         if nothing is not None and self.collator is not None:
             self.collator.masked = True  # so that the warning appears only once
             if self.trainer.args.process_index == 0:
@@ -175,9 +201,9 @@ class MaskedTraining:
         """
         if mask_id in (used_ids(self.trainer.train_dataset) or ()):
             raise ConfigError(
-                f"meap.mask_token: got {self.config.mask_token!r}, which chose id {mask_id} before this training set "
-                "was set, and the set contains that token. Pass the set to the trainer's constructor, or name another "
-                "token."
+                f"meap.mask_token: got {self.config.mask_token!r}, which chose id {mask_id} before"
+                " this training set was set, and the set contains that token. Pass the set to the"
+                " trainer's constructor, or name another token."
             )
         if self.config.mode == "sft":
             self.double()
@@ -187,7 +213,8 @@ class MaskedTraining:
     def collating(self) -> Iterator[None]:
         """Use the masking collator as the trainer's collator, for the training data loader only."""
         trainer, ours = self.trainer, self.collator
-        if ours is None or trainer.data_collator is ours:  # a class may request its data loader while creating it
+        # a class may request its data loader while creating it
+        if ours is None or trainer.data_collator is ours:
             yield
             return
         if trainer.train_dataset is not None and trainer.train_dataset is not self.data:
@@ -204,16 +231,23 @@ class MaskedTraining:
         return dataset if self.plain is None or dataset is not self.data else self.plain()
 
     def put_plain_labels(self, inputs: MutableMapping[str, Tensor]) -> None:
-        """Restore the original labels of rows from the doubled training set, or from a part of it."""
+        """Restore the original labels of rows from the doubled training set, or from a part of
+        it."""
         ids, labels = inputs.get("input_ids"), inputs.get("labels")
-        if self.config.mode == "sft" and ids is not None and labels is not None and ids.shape == labels.shape:
+        if (
+            self.config.mode == "sft"
+            and ids is not None
+            and labels is not None
+            and ids.shape == labels.shape
+        ):
             inputs["labels"] = plain_labels(ids, labels, self.config.layout)
 
     def begin_window(self, batches: Sequence[MutableMapping[str, Tensor]]) -> None:
         """Remove the plans from the micro-batches of the next optimisation step, and keep them.
 
         Raises:
-            ConfigError: a batch has no plan, because the data loader does not use the masking collator.
+            ConfigError: a batch has no plan, because the data loader does not use the masking
+                collator.
         """
         if self.collator is None:
             return
@@ -221,10 +255,11 @@ class MaskedTraining:
         for batch in batches:
             if PLAN not in batch:
                 raise ConfigError(
-                    f"meap: a training batch of {type(self.trainer).__name__} was not masked (it has "
-                    f"{shown(list(batch))}; a masked one also has {PLAN!r}): its data loader does not use the "
-                    "trainer's data_collator, or drops keys. Let get_train_dataloader use self.data_collator as "
-                    "collate_fn and keep every key, or remove `meap`."
+                    f"meap: a training batch of {type(self.trainer).__name__} was not masked (it"
+                    f" has {shown(list(batch))}; a masked one also has {PLAN!r}): its data loader"
+                    " does not use the trainer's data_collator, or drops keys. Let"
+                    " get_train_dataloader use self.data_collator as collate_fn and keep every"
+                    " key, or remove `meap`."
                 )
             if not self.collator.masked:
                 self.collator.masked = bool((batch[PLAN] & MASKED).any())
@@ -239,7 +274,8 @@ class MaskedTraining:
             self._tally.add(plan)
 
     def with_plan(self, inputs: Batch) -> Batch:
-        """Return a batch, or the host's version of one, with the boundaries of its pairs, for the heads' targets.
+        """Return a batch, or the host's version of one, with the boundaries of its pairs, for the
+        heads' targets.
 
         It is a copy with an extra key, or the batch itself if it has no pairs.
         """
@@ -256,7 +292,9 @@ class MaskedTraining:
         """Return the log entries since the last call. Every process must call it."""
         tally, self._tally = self._tally, None
         gathered = functools.partial(over_processes, self.trainer.accelerator)
-        return {} if tally is None else tally.log(self.trainer.state.global_step, gathered).entries()
+        return (
+            {} if tally is None else tally.log(self.trainer.state.global_step, gathered).entries()
+        )
 
     def save(self, folder: Path, *, resumable: bool) -> None:
         """Save an added mask token's vector, in checkpoints and in the final folder alike."""
@@ -273,8 +311,9 @@ class MaskedTraining:
             self.handle.load(Path(folder))
         elif (Path(folder) / FILE).exists():
             raise ConfigError(
-                f"meap.mask_token: this run has {self.config.mask_token}, but the checkpoint {folder} was made with "
-                "add, which trains one extra vector. Resume with mask_token: add, or start from the beginning."
+                f"meap.mask_token: this run has {self.config.mask_token}, but the checkpoint"
+                f" {folder} was made with add, which trains one extra vector. Resume with"
+                " mask_token: add, or start from the beginning."
             )
 
 
@@ -284,7 +323,9 @@ def tokenizer_of(processing_class: object) -> PreTrainedTokenizerBase:
     Raises:
         ConfigError: the trainer has no tokenizer.
     """
-    tokenizer = cast(PreTrainedTokenizerBase | None, getattr(processing_class, "tokenizer", processing_class))
+    tokenizer = cast(
+        PreTrainedTokenizerBase | None, getattr(processing_class, "tokenizer", processing_class)
+    )
     if tokenizer is None:
         raise ConfigError(
             "meap: the trainer has no tokenizer, which is needed to find special tokens. Pass "

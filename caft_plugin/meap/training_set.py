@@ -10,18 +10,21 @@ from typing import Any, Literal
 import numpy as np
 from torch.utils.data import IterableDataset as TorchIterableDataset
 
-Row = Mapping[str, Any]  # lists, arrays or tensors with a value per token, by column; other columns are the host's
+# lists, arrays or tensors with a value per token, by column; other columns are the host's
+Row = Mapping[str, Any]
 TrainingSet = Any  # a Dataset or IterableDataset of `datasets`, a torch Dataset, or a list of rows
 
 
 def is_of_datasets(dataset: TrainingSet, kind: Literal["Dataset", "IterableDataset"]) -> bool:
-    """Return True if a data set is a `datasets` one, without importing `datasets`, which is optional."""
+    """Return True if a data set is a `datasets` one, without importing `datasets`, which is
+    optional."""
     package = sys.modules.get("datasets")
     return package is not None and isinstance(dataset, getattr(package, kind))
 
 
 def used_ids(dataset: TrainingSet) -> frozenset[int] | None:
-    """Return the token ids in the `input_ids` of a map-style data set; None if they cannot be read."""
+    """Return the token ids in the `input_ids` of a map-style data set; None if they cannot be
+    read."""
     if not hasattr(dataset, "__len__") or isinstance(dataset, TorchIterableDataset):
         return None
     used: set[int] = set()
@@ -38,7 +41,8 @@ def rows_of(dataset: TrainingSet) -> Iterator[Row]:
 
 
 def column_chunks(dataset: TrainingSet, column: str) -> Iterator[np.ndarray | None]:
-    """Yield all values of an integer column, in chunks; None if rows lack it, or make it when they are read."""
+    """Yield all values of an integer column, in chunks; None if rows lack it, or make it when they
+    are read."""
     if is_of_datasets(dataset, "Dataset"):
         if column not in dataset.column_names or dataset.format["type"] == "custom":
             yield None

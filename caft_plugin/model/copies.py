@@ -1,4 +1,5 @@
-"""Make a plain copy of a decoder layer: adapters merged into the weights, quantised weights dequantised."""
+"""Make a plain copy of a decoder layer: adapters merged into the weights, quantised weights
+dequantised."""
 
 from __future__ import annotations
 
@@ -25,9 +26,9 @@ OWN_FORWARD = ("forward", "_old_forward", "_hf_hook")
 def plain_copy(layer: nn.Module, dtype: torch.dtype | None) -> nn.Module:
     """Return a copy of a decoder layer that computes the same, made of plain modules and tensors.
 
-    Active adapters are merged into its weights. Hooks and replaced forwards are dropped, parametrisations become
-    their value, and quantised weights are dequantised to `dtype` (the one the model was loaded with). All
-    floating-point tensors get the dtype of the largest one.
+    Active adapters are merged into its weights. Hooks and replaced forwards are dropped,
+    parametrisations become their value, and quantised weights are dequantised to `dtype` (the one
+    the model was loaded with). All floating-point tensors get the dtype of the largest one.
 
     Raises:
         ConfigError: an adapter that cannot be merged, or a quantisation that cannot be reversed.
@@ -41,7 +42,8 @@ def plain_copy(layer: nn.Module, dtype: torch.dtype | None) -> nn.Module:
 
 
 def _without_hooks(layer: nn.Module) -> nn.Module:
-    """Return a deep copy without hooks and without forwards set on an instance (accelerate's, a kernel's).
+    """Return a deep copy without hooks and without forwards set on an instance (accelerate's, a
+    kernel's).
 
     Objects that these refer to (a user's recorder, a complete model) are not copied.
     """
@@ -56,9 +58,10 @@ def _without_hooks(layer: nn.Module) -> nn.Module:
         layer = copy.deepcopy(layer, memo)
     except Exception as error:  # an object that a user attached; or torch's old weight_norm
         raise ConfigError(
-            f"caft: the model's last layer ({type(layer).__name__}) cannot be copied into heads "
-            f"({type(error).__name__}: {error}). Remove attributes that are neither its modules nor its parameters "
-            "(torch.nn.utils.weight_norm: use torch.nn.utils.parametrizations), or train without CAFT."
+            f"caft: the model's last layer ({type(layer).__name__}) cannot be copied into heads"
+            f" ({type(error).__name__}: {error}). Remove attributes that are neither its modules"
+            " nor its parameters (torch.nn.utils.weight_norm: use"
+            " torch.nn.utils.parametrizations), or train without CAFT."
         ) from error
     for module in layer.modules():
         for name in OWN_FORWARD:
@@ -72,7 +75,9 @@ def _plain(module: Any, dtype: torch.dtype | None) -> nn.Module:
         return _plain(in_use(module), dtype)
     if isinstance(module, BaseTunerLayer):
         return _merged(module, dtype)
-    if type(module).__module__.startswith("peft.") and not torch.any(getattr(module, "adaption_gate", torch.ones(1))):
+    if type(module).__module__.startswith("peft.") and not torch.any(
+        getattr(module, "adaption_gate", torch.ones(1))
+    ):
         return _plain(module.model, dtype)  # an adaption prompt's start
     if parametrize.is_parametrized(module):
         _take_value(module, dtype)
@@ -90,9 +95,14 @@ def _take_value(module: Any, dtype: torch.dtype | None) -> None:
     """
     values = {}
     for name, parametrisation in module.parametrizations.items():
-        stored = [*parametrisation.parameters(recurse=False), *parametrisation.buffers(recurse=False)]
+        stored = [
+            *parametrisation.parameters(recurse=False),
+            *parametrisation.buffers(recurse=False),
+        ]
         value = getattr(module, name).detach().clone()
-        values[name] = value if all(map(torch.is_floating_point, stored)) else value.to(dtype or value.dtype)
+        values[name] = (
+            value if all(map(torch.is_floating_point, stored)) else value.to(dtype or value.dtype)
+        )
     module.__class__ = type(module).__bases__[0]
     del module.parametrizations
     for name, value in values.items():
@@ -100,7 +110,8 @@ def _take_value(module: Any, dtype: torch.dtype | None) -> None:
 
 
 def _merged(tuner: Any, dtype: torch.dtype | None) -> nn.Module:
-    """Return the base layer of a PEFT layer (which may wrap another), plain, with active adapters merged."""
+    """Return the base layer of a PEFT layer (which may wrap another), plain, with active adapters
+    merged."""
     chain = [tuner]
     while isinstance(chain[-1].base_layer, BaseTunerLayer):
         chain.append(chain[-1].base_layer)
@@ -111,7 +122,8 @@ def _merged(tuner: Any, dtype: torch.dtype | None) -> nn.Module:
     has_adapter_inside = isinstance(inner.base_layer, nn.MultiheadAttention)
     if not has_adapter_inside:
         theirs = inner.base_layer
-        base = _plain(copy.deepcopy(theirs) if is_quantised(theirs) else theirs, dtype)  # dequantising damages some
+        # dequantising damages some
+        base = _plain(copy.deepcopy(theirs) if is_quantised(theirs) else theirs, dtype)
         if any(parameter.is_meta for parameter in base.parameters()):
             return base
         if is_plain_linear(base):
@@ -130,16 +142,21 @@ def _merged(tuner: Any, dtype: torch.dtype | None) -> nn.Module:
 
 
 def is_plain_linear(module: nn.Module) -> bool:
-    return isinstance(module, (nn.Linear, Conv1D)) and type(module).forward in (nn.Linear.forward, Conv1D.forward)
+    return isinstance(module, (nn.Linear, Conv1D)) and type(module).forward in (
+        nn.Linear.forward,
+        Conv1D.forward,
+    )
 
 
 @torch.no_grad()
 def _with_effect(base: Any, tuner: Any) -> nn.Module:
-    """Merge `tuner` into `base`, the linear layer that it wraps or a plain version of it, and return `base`.
+    """Merge `tuner` into `base`, the linear layer that it wraps or a plain version of it, and
+    return `base`.
 
-    Weight and bias are read from the tuner's output for the identity matrix, so it does not need to support merging.
-    The product is in float32 if the tuner can compute in it, else in its own dtype (quantised, or with tensors that
-    stay in half precision). A tuner without effect leaves `base` bitwise unchanged.
+    Weight and bias are read from the tuner's output for the identity matrix, so it does not need to
+    support merging. The product is in float32 if the tuner can compute in it, else in its own dtype
+    (quantised, or with tensors that stay in half precision). A tuner without effect leaves `base`
+    bitwise unchanged.
     """
     kind, device = base.weight.dtype, base.weight.device
     exact = torch.promote_types(kind, torch.float32)
@@ -154,7 +171,8 @@ def _with_effect(base: Any, tuner: Any) -> nn.Module:
 
     with full_precision(), torch.random.fork_rng(devices=[]):
         if tuner.get_base_layer() is base:
-            with contextlib.suppress(Exception):  # some methods hold tensors that stay in half precision
+            # some methods hold tensors that stay in half precision
+            with contextlib.suppress(Exception):
                 wide = copy.deepcopy(tuner).to(exact)
                 wide(probe[None])
                 layer, takes, rounding = wide, exact, 1e-5
@@ -191,14 +209,22 @@ def _check_plain(layer: nn.Module) -> None:
     for name, module in layer.named_modules():
         if type(module).__module__.startswith("peft."):
             raise unmergeable(module, f"{name} is not a layer that can be merged")
-        for key, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+        for key, tensor in [
+            *module.named_parameters(recurse=False),
+            *module.named_buffers(recurse=False),
+        ]:
             plain = type(tensor) in (nn.Parameter, Tensor)
             small = tensor.itemsize == 1 and tensor.dtype != torch.bool
-            if not plain or small or (isinstance(tensor, nn.Parameter) and not tensor.is_floating_point()):
+            if (
+                not plain
+                or small
+                or (isinstance(tensor, nn.Parameter) and not tensor.is_floating_point())
+            ):
                 raise ConfigError(
-                    f"caft: {key} of the last layer's {name or type(layer).__name__} ({type(module).__name__}) is a "
-                    f"{type(tensor).__name__} of {tensor.dtype}, which cannot be dequantised, so the layer cannot be "
-                    "copied into heads. Load the base with bitsandbytes (load_in_4bit or load_in_8bit) or unquantised."
+                    f"caft: {key} of the last layer's {name or type(layer).__name__}"
+                    f" ({type(module).__name__}) is a {type(tensor).__name__} of {tensor.dtype},"
+                    " which cannot be dequantised, so the layer cannot be copied into heads. Load"
+                    " the base with bitsandbytes (load_in_4bit or load_in_8bit) or unquantised."
                 )
 
 
@@ -211,18 +237,24 @@ def is_quantised(module: nn.Module) -> bool:
 
 def dequantised_linear(module: nn.Module, dtype: torch.dtype | None) -> nn.Linear:
     try:
-        weight = times_identity(module) if is_packed_for_cpu(module) else dequantize_module_weight(module)
+        weight = (
+            times_identity(module)
+            if is_packed_for_cpu(module)
+            else dequantize_module_weight(module)
+        )
         if not weight.is_floating_point():
             raise TypeError(f"weights of type {type(weight).__name__}")
     except (TypeError, AttributeError) as error:
         raise ConfigError(
-            f"caft: the base model's {type(module).__name__} cannot be dequantised ({error}), so its last layer "
-            "cannot be copied into heads. Load the base with bitsandbytes (load_in_4bit or load_in_8bit) or "
-            "unquantised."
+            f"caft: the base model's {type(module).__name__} cannot be dequantised ({error}), so"
+            " its last layer cannot be copied into heads. Load the base with bitsandbytes"
+            " (load_in_4bit or load_in_8bit) or unquantised."
         ) from None
     bias = getattr(module, "bias", None)
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    linear.weight = nn.Parameter(weight.detach().clone().to(dtype or weight.dtype), requires_grad=False)
+    linear.weight = nn.Parameter(
+        weight.detach().clone().to(dtype or weight.dtype), requires_grad=False
+    )
     if bias is not None:
         linear.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
     return linear
@@ -231,9 +263,12 @@ def dequantised_linear(module: nn.Module, dtype: torch.dtype | None) -> nn.Linea
 def is_packed_for_cpu(module: nn.Module) -> bool:
     """Return True if bitsandbytes has reordered a module's 4-bit weights for the CPU.
 
-    It does so at the first call in evaluation mode; its own dequantisation does not support that order (0.50).
+    It does so at the first call in evaluation mode; its own dequantisation does not support that
+    order (0.50).
     """
-    return bool(getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False))
+    return bool(
+        getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False)
+    )
 
 
 @torch.no_grad()

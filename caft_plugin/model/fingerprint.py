@@ -1,9 +1,12 @@
-"""Identify the last layer and final norm that heads were trained with: a sample of these weights, saved with the heads.
+"""Identify the last layer and final norm that heads were trained with: a sample of these weights,
+saved with the heads.
 
-A sample holds effective weights: adapters merged, dequantised. One is taken at the start of a run, one when the heads
-are saved, and one of the model that the heads are used with later. That model is the run's own if it is as far along
-the way from start to end as the end is; it is the base if it is at the start. This detects even small updates, under
-rounding (a model merged in bfloat16) and quantisation (QLoRA's adapter over a 16-bit base).
+A sample holds effective weights: adapters merged, dequantised. One is taken at the start of a run,
+    one when the heads
+are saved, and one of the model that the heads are used with later. That model is the run's own if
+it is as far along the way from start to end as the end is; it is the base if it is at the start.
+This detects even small updates, under rounding (a model merged in bfloat16) and quantisation
+(QLoRA's adapter over a 16-bit base).
 """
 
 from __future__ import annotations
@@ -33,7 +36,8 @@ MOST, EACH = 16_384, 2_048  # maximum values of a sample, and of one tensor
 FEW = 32  # changed values below which the position between two models is not meaningful
 # Relative spacing of neighbouring numbers; rounding adds at most half of it. From coarse to fine.
 GRIDS = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}
-TWICE_ROUNDED = 0.8  # relative error (root mean square) of weights that were rounded twice, in grids: about 0.73
+# relative error (root mean square) of weights that were rounded twice, in grids: about 0.73
+TWICE_ROUNDED = 0.8
 QUANTISATION = 0.25  # relative error (root mean square) of weights in 4 bits is about 0.1
 
 Verdict = Literal["own", "base", "other"]
@@ -43,9 +47,9 @@ Verdict = Literal["own", "base", "other"]
 class Sample:
     """Values (n,) of each tensor of the last layer and the final norm, float32, by plain name.
 
-    `quantised` names the tensors that were quantised; `under` holds their values without adapters, which training
-    does not change. `held` is the dtype in which the model holds each tensor that is not quantised: values that include
-    an adapter do not show it.
+    `quantised` names the tensors that were quantised; `under` holds their values without adapters,
+    which training does not change. `held` is the dtype in which the model holds each tensor that is
+    not quantised: values that include an adapter do not show it.
     """
 
     values: dict[str, Tensor]
@@ -56,7 +60,8 @@ class Sample:
 
 @dataclasses.dataclass(frozen=True)
 class _Weight:
-    """A tensor to sample: a parameter, the module that uses it, and the adapter's layer around that module."""
+    """A tensor to sample: a parameter, the module that uses it, and the adapter's layer around that
+    module."""
 
     name: str
     tensor: Tensor
@@ -73,14 +78,16 @@ class _Weight:
 
 
 def take_sample(trunk: Trunk, first: Sample | None = None) -> Sample | None:
-    """Sample a model's last layer and final norm. If weights are sharded, every process must call it.
+    """Sample a model's last layer and final norm. If weights are sharded, every process must call
+    it.
 
     Args:
-        first: the sample of the same model from the start of training. It is needed for quantised weights that have
-            been sharded since.
+        first: the sample of the same model from the start of training. It is needed for quantised
+            weights that have been sharded since.
 
     Returns:
-        None if the weights are not available (offloaded, on the meta device) or cannot be read as plain numbers.
+        None if the weights are not available (offloaded, on the meta device) or cannot be read as
+        plain numbers.
     """
     try:
         weights = [*_weights(trunk.last_layer, "layer"), *_weights(trunk.norm, "norm")]
@@ -100,13 +107,18 @@ def values_of_each(tensors: int) -> int:
 
 
 def sample_of(tensors: Mapping[str, Tensor], whole: Sample) -> Sample:
-    """Sample plain tensors of a model; `whole` is a sample of all its tensors, with the same names."""
+    """Sample plain tensors of a model; `whole` is a sample of all its tensors, with the same
+    names."""
     each = values_of_each(len(whole.values))
     return Sample({name: _pick(tensor, each) for name, tensor in tensors.items()})
 
 
 def is_sharded(trunk: Trunk) -> bool:
-    return any(isinstance(p, DTensor) for module in (trunk.last_layer, trunk.norm) for p in module.parameters())
+    return any(
+        isinstance(p, DTensor)
+        for module in (trunk.last_layer, trunk.norm)
+        for p in module.parameters()
+    )
 
 
 def _weights(module: nn.Module, prefix: str) -> Iterator[_Weight]:
@@ -138,7 +150,8 @@ def _is_quantised(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
     if not isinstance(weight, DTensor):
         return is_quantised(module)
-    # FSDP2 shards packed weights as plain rows, also in a floating-point type; the same in every process
+    # FSDP2 shards packed weights as plain rows, also in a floating-point type; the same in every
+    # process
     shape = (getattr(module, "out_features", None), getattr(module, "in_features", None))
     return not weight.is_floating_point() or (None not in shape and tuple(weight.shape) != shape)
 
@@ -148,10 +161,13 @@ def _sample(weights: list[_Weight], first: Sample | None) -> Sample | None:
     values: dict[str, Tensor] = {}
     under: dict[str, Tensor] = {}
     held = {weight.name: weight.tensor.dtype for weight in weights if weight.tensor.dtype in GRIDS}
-    for weight in weights:  # all of them in every process, even if one is missing here: gathering waits for all
+    # all of them in every process, even if one is missing here: gathering waits for all
+    for weight in weights:
         factors = [] if weight.tuner is None else _factors(weight.tuner)
         if factors is None:
-            base = None if weight.sharded else _pick(plain_weight(cast(nn.Module, weight.tuner)), each)
+            base = (
+                None if weight.sharded else _pick(plain_weight(cast(nn.Module, weight.tuner)), each)
+            )
         elif not weight.quantised:
             base = _pick(weight.tensor, each)
         else:
@@ -187,9 +203,15 @@ def _factors(tuner: BaseTunerLayer) -> list[_Factors] | None:
     if tuner.disable_adapters or tuner.merged:
         return []
     active = [name for name in tuner.active_adapters if name in tuner.lora_A]
-    pairs = {name: [factor[name].get_parameter("weight") for factor in (tuner.lora_A, tuner.lora_B)] for name in active}
-    plain = all(type(tuner.lora_A[name]) is nn.Linear and tuner.lora_B[name].bias is None for name in active)
-    if not plain or any(name in tuner.lora_variant for name in active):  # convolutions, DoRA and its kin
+    pairs = {
+        name: [factor[name].get_parameter("weight") for factor in (tuner.lora_A, tuner.lora_B)]
+        for name in active
+    }
+    plain = all(
+        type(tuner.lora_A[name]) is nn.Linear and tuner.lora_B[name].bias is None for name in active
+    )
+    # convolutions, DoRA and its kin
+    if not plain or any(name in tuner.lora_variant for name in active):
         return None
     return [_Factors(tuner.scaling[name], *map(_all_of, pair)) for name, pair in pairs.items()]
 
@@ -206,7 +228,8 @@ def _effect(linear: nn.Module, lora: _Factors, each: int) -> Tensor:
 
 
 def positions(size: int, each: int) -> Tensor:
-    """Return the indices of the sampled values, always the same ones: all of `size`, or `each` of them, spread."""
+    """Return the indices of the sampled values, always the same ones: all of `size`, or `each` of
+    them, spread."""
     return torch.arange(size) if size <= each else torch.arange(each) * 2_654_435_761 % size
 
 
@@ -223,7 +246,8 @@ def _pick(tensor: Tensor, each: int) -> Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class Fingerprint:
-    """Samples of the model at the start of a run (`before`) and when its heads were saved (`after`)."""
+    """Samples of the model at the start of a run (`before`) and when its heads were saved
+    (`after`)."""
 
     before: Sample
     after: Sample
@@ -238,20 +262,28 @@ class Fingerprint:
         return Fingerprint(before, after)
 
     def verdict(self, now: Sample) -> Verdict:
-        """Return which model `now` was sampled from: the one the heads were trained with, its base, or another.
+        """Return which model `now` was sampled from: the one the heads were trained with, its base,
+        or another.
 
         If the first two cannot be distinguished, the verdict is `own`.
         """
         before, after = self.before.values, self.after.values
-        shapes = [{name: len(values) for name, values in sample.items()} for sample in (before, after, now.values)]
+        shapes = [
+            {name: len(values) for name, values in sample.items()}
+            for sample in (before, after, now.values)
+        ]
         if shapes[0] != shapes[1] or shapes[0] != shapes[2]:
             return "other"
         quantised = self.before.quantised | self.after.quantised | now.quantised
         tensors = [
-            _Compared.of(before[name], after[name], now.values[name], name in quantised, now.held.get(name))
+            _Compared.of(
+                before[name], after[name], now.values[name], name in quantised, now.held.get(name)
+            )
             for name in sorted(before)
         ]
-        is_own, is_base = (all(getattr(tensor, f"as_{end}") for tensor in tensors) for end in ("after", "before"))
+        is_own, is_base = (
+            all(getattr(tensor, f"as_{end}") for tensor in tensors) for end in ("after", "before")
+        )
         way = torch.cat([tensor.way for tensor in tensors])
         gone = torch.cat([tensor.gone for tensor in tensors])
         if len(way) < FEW:
@@ -268,8 +300,8 @@ class Fingerprint:
 class _Compared:
     """The comparison of one tensor with the run's start and end, up to rounding and quantisation.
 
-    For the values that training changed by more than rounding can undo, `way` is that change and `gone` the model's
-    difference from the start, both in units of the weights' root mean square.
+    For the values that training changed by more than rounding can undo, `way` is that change and
+    `gone` the model's difference from the start, both in units of the weights' root mean square.
     """
 
     as_before: bool
@@ -279,11 +311,17 @@ class _Compared:
 
     @classmethod
     def of(
-        cls, before: Tensor, after: Tensor, now: Tensor, quantised: bool, held: torch.dtype | None = None
+        cls,
+        before: Tensor,
+        after: Tensor,
+        now: Tensor,
+        quantised: bool,
+        held: torch.dtype | None = None,
     ) -> _Compared:
         size = max(_rms(before), _rms(after)) or 1.0
-        # A base that was loaded in a coarser type than it has, with an adapter over it, is rounded and does not show
-        # it. One that is on that type's grid by itself was not rounded; of heads over a frozen model nobody knows.
+        # A base that was loaded in a coarser type than it has, with an adapter over it, is rounded
+        # and does not show it. One that is on that type's grid by itself was not rounded; of heads
+        # over a frozen model nobody knows.
         rounded = (
             held is not None
             and GRIDS[grid_of(now)] < GRIDS[held]
@@ -294,12 +332,24 @@ class _Compared:
         def alike(then: Tensor) -> bool:
             grid = max(grid_of(then), grid_of(now), key=GRIDS.__getitem__)
             off = _rms(then.to(grid).float() - now.to(grid).float()) / size
-            # a merge rounds the base and the result in its own way; values that were on the grid come back bitwise
-            rounding = 0.0 if grid_of(then) == grid and not rounded else TWICE_ROUNDED * max(step, GRIDS[grid])
-            return off <= (QUANTISATION if quantised else rounding + 0.05 * _rms(after - before) / size + 1e-5)
+            # a merge rounds the base and the result in its own way; values that were on the grid
+            # come back bitwise
+            rounding = (
+                0.0
+                if grid_of(then) == grid and not rounded
+                else TWICE_ROUNDED * max(step, GRIDS[grid])
+            )
+            return off <= (
+                QUANTISATION if quantised else rounding + 0.05 * _rms(after - before) / size + 1e-5
+            )
 
         moved = (after - before).abs() > step * now.abs()
-        return cls(alike(before), alike(after), ((after - before) / size)[moved], ((now - before) / size)[moved])
+        return cls(
+            alike(before),
+            alike(after),
+            ((after - before) / size)[moved],
+            ((now - before) / size)[moved],
+        )
 
 
 def grid_of(values: Tensor) -> torch.dtype:

@@ -1,4 +1,5 @@
-"""Hide caft_plugin's modules on a model from the host: from state dict, parameter count, copies and the host's code."""
+"""Hide caft_plugin's modules on a model from the host: from state dict, parameter count, copies and
+the host's code."""
 
 from __future__ import annotations
 
@@ -28,15 +29,17 @@ class Handle(Protocol):
 
 def taken(model: nn.Module) -> ConfigError:
     return ConfigError(
-        f"caft: this {type(model).__name__} is in use by another trainer with `caft` or `meap`. Trainers can share a "
-        "model one after the other, not at the same time: let the other train() or evaluate() finish first."
+        f"caft: this {type(model).__name__} is in use by another trainer with `caft` or `meap`."
+        " Trainers can share a model one after the other, not at the same time: let the other"
+        " train() or evaluate() finish first."
     )
 
 
 class HiddenSubmodule:
     """A handle that adds a submodule to a model and removes it again.
 
-    Optimizers and distributed wrappers find it; the model's state dict and `num_parameters` do not include it.
+    Optimizers and distributed wrappers find it; the model's state dict and `num_parameters` do not
+    include it.
     """
 
     def __init__(self, model: nn.Module, name: str, module: nn.Module) -> None:
@@ -64,7 +67,8 @@ class HiddenSubmodule:
             self.model.register_state_dict_post_hook(functools.partial(self._hide)),
             self.model.register_load_state_dict_post_hook(self._forgive),
         ]
-        if isinstance(self.model, PreTrainedModel):  # it writes its count into the index of a sharded save
+        # it writes its count into the index of a sharded save
+        if isinstance(self.model, PreTrainedModel):
             self._count = self.model.num_parameters
             self.model.num_parameters = self._num_parameters  # type: ignore[method-assign]
         self.attached = True
@@ -85,9 +89,10 @@ class HiddenSubmodule:
     def out_of_sight(self) -> Iterator[None]:
         """Hide the submodule from the model's modules and parameters.
 
-        The host's own code (a penalty on all parameters, an average of them) then finds the model as it would be
-        without caft_plugin. A no-op if nothing is attached, if nested, and in a model sharded by FSDP2 that was not
-        called yet: its first call must find every module that it shards.
+        The host's own code (a penalty on all parameters, an average of them) then finds the model
+        as it would be without caft_plugin. A no-op if nothing is attached, if nested, and in a
+        model sharded by FSDP2 that was not called yet: its first call must find every module that
+        it shards.
         """
         waits = isinstance(self.model, FSDPModule) and not self.ran
         if not self.attached or self._out_of_sight or waits:
@@ -102,7 +107,9 @@ class HiddenSubmodule:
             if self.attached:
                 setattr(self.model, self.name, self.module)
 
-    def _num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+    def _num_parameters(
+        self, only_trainable: bool = False, exclude_embeddings: bool = False
+    ) -> int:
         """Return `PreTrainedModel.num_parameters` without the submodule."""
         with self.out_of_sight():
             return self._count(only_trainable, exclude_embeddings)
@@ -111,9 +118,10 @@ class HiddenSubmodule:
     def in_state_dict(self, which: Literal["all", "frozen"] = "all") -> Iterator[None]:
         """Show the submodule, or only its frozen parameters, in the model's state dict.
 
-        Two hosts need it. With FSDP2's `cpu_ram_efficient_loading`, accelerate sends the state dict of the process
-        that read the weights to the others; parameters missing from it would never reach them. And torch's
-        `ignore_frozen_params` removes every frozen parameter from the state dict and fails if one is missing.
+        Two hosts need it. With FSDP2's `cpu_ram_efficient_loading`, accelerate sends the state dict
+        of the process that read the weights to the others; parameters missing from it would never
+        reach them. And torch's `ignore_frozen_params` removes every frozen parameter from the state
+        dict and fails if one is missing.
         """
         self._shown = which
         try:
@@ -121,12 +129,18 @@ class HiddenSubmodule:
         finally:
             self._shown = None
 
-    def _hide(self, owner: nn.Module, state: dict[str, Tensor], prefix: str, metadata: object) -> None:
+    def _hide(
+        self, owner: nn.Module, state: dict[str, Tensor], prefix: str, metadata: object
+    ) -> None:
         start, shown = f"{prefix}{self.name}.", set()
         if self._shown == "all":
             return
         if self._shown == "frozen":
-            shown = {f"{start}{name}" for name, p in self.module.named_parameters() if not p.requires_grad}
+            shown = {
+                f"{start}{name}"
+                for name, p in self.module.named_parameters()
+                if not p.requires_grad
+            }
         for key in [key for key in state if key.startswith(start) and key not in shown]:
             del state[key]
 
@@ -138,8 +152,9 @@ class HiddenSubmodule:
 class CopyWithoutUs:
     """Makes copies of a module as it would be without the attached handles.
 
-    Hosts copy a model for an average of weights, a teacher, the best model so far, or a file; copies outlive training.
-    The methods are set on the module's instance, where `copy.deepcopy` and pickle find them.
+    Hosts copy a model for an average of weights, a teacher, the best model so far, or a file;
+    copies outlive training. The methods are set on the module's instance, where `copy.deepcopy` and
+    pickle find them.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -175,7 +190,8 @@ def copier_of(module: nn.Module) -> CopyWithoutUs | None:
 
 
 def copies_leave_out(handle: Handle, *modules: nn.Module) -> None:
-    """Make copies of `modules`, and of modules that contain them, without what `handle` attached."""
+    """Make copies of `modules`, and of modules that contain them, without what `handle`
+    attached."""
     for module in modules:
         copier = copier_of(module) or CopyWithoutUs(module)
         copier.handles.append(handle)

@@ -1,4 +1,5 @@
-"""Load a model with transformers, given a folder or Hub id of a model, or of an adapter, which names its base."""
+"""Load a model with transformers, given a folder or Hub id of a model, or of an adapter, which
+names its base."""
 
 from __future__ import annotations
 
@@ -22,7 +23,12 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, CONFIG_NAME, cached_file, find_adapter_config_file
+from transformers.utils import (
+    ADAPTER_SAFE_WEIGHTS_NAME,
+    CONFIG_NAME,
+    cached_file,
+    find_adapter_config_file,
+)
 
 from caft_plugin.errors import ConfigError, asked_as, first_line, shown
 from caft_plugin.files import read_text
@@ -37,7 +43,8 @@ VOCABULARY = {"weight": 0, "base_layer.weight": 0, "lora_embedding_A": 1, "lora_
 
 
 def base_of(name: str) -> str:
-    """Return the base model named by an adapter's folder or Hub id; for any other model, the name itself.
+    """Return the base model named by an adapter's folder or Hub id; for any other model, the name
+    itself.
 
     Raises:
         ConfigError: a heads folder, or an adapter that names no base.
@@ -57,7 +64,8 @@ def _base_and_revision(name: str) -> tuple[str, str | None]:
         base = revision = None
     if not isinstance(base, str):
         raise ConfigError(
-            f"{asked_as('model')}: {name} is an adapter, but its {Path(file).name} names no base_model_name_or_path."
+            f"{asked_as('model')}: {name} is an adapter, but its {Path(file).name} names no"
+            " base_model_name_or_path."
         )
     return base, revision if isinstance(revision, str) else None
 
@@ -90,7 +98,8 @@ NOT_OF_RUN = {
 
 
 class Loading(TypedDict, total=False):
-    """Options of loading weights: quantisation by bitsandbytes, and the attention implementation."""
+    """Options of loading weights: quantisation by bitsandbytes, and the attention
+    implementation."""
 
     load_in_4bit: bool
     load_in_8bit: bool
@@ -99,7 +108,8 @@ class Loading(TypedDict, total=False):
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """The source of a model: its base and revision, the config to load it with, and its vocabulary size.
+    """The source of a model: its base and revision, the config to load it with, and its vocabulary
+    size.
 
     `tokens` is the vocabulary size in the adapter's config.json (None: the base's).
     """
@@ -128,8 +138,8 @@ class Source:
         own = _own_config(name, config, read)
         if own is None:
             return cls(name, base, revision, config, None, trust_remote_code)
-        # The run's changes (overrides_of_model_config) are used. Vocabulary size and quantisation stay the base's,
-        # because the base's files are read first.
+        # The run's changes (overrides_of_model_config) are used. Vocabulary size and quantisation
+        # stay the base's, because the base's files are read first.
         text, tokens = own.get_text_config(), own.get_text_config().vocab_size
         text.vocab_size = config.get_text_config().vocab_size
         vars(own).pop("quantization_config", None)
@@ -143,7 +153,8 @@ class Source:
         return auto_class(self.config).from_config(self.config, trust_remote_code=trust_remote_code)
 
     def load(self, dtype: torch.dtype | str, **loading: Unpack[Loading]) -> PreTrainedModel:
-        """Load the base's weights, resize its vocabulary if the adapter needs it, and load the adapter.
+        """Load the base's weights, resize its vocabulary if the adapter needs it, and load the
+        adapter.
 
         With `load_in_4bit`, bitsandbytes quantises the base as in QLoRA (NF4, double quantisation).
         """
@@ -165,7 +176,8 @@ class Source:
         tokens = tokens_in_adapter(self.name, model) or self.tokens
         if tokens is not None and tokens != input_embedding(model).num_embeddings:
             model.resize_token_embeddings(tokens, mean_resizing=False)
-        # Not left to transformers: in a folder with an adapter and a config.json it expects the complete weights.
+        # Not left to transformers: in a folder with an adapter and a config.json it expects the
+        # complete weights.
         return cast(PreTrainedModel, PeftModel.from_pretrained(model, self.name))
 
 
@@ -181,12 +193,17 @@ def _own_config(
         own = None if file is None else read(name)
     except (OSError, ValueError) as error:
         logger.warning(
-            "%s: the %s of the adapter in %s was ignored (%s)", asked_as("model"), CONFIG_NAME, name, first_line(error)
+            "%s: the %s of the adapter in %s was ignored (%s)",
+            asked_as("model"),
+            CONFIG_NAME,
+            name,
+            first_line(error),
         )
         return None
     if own is not None and own.model_type != base.model_type:
         logger.warning(
-            "%s: the %s in %s was ignored: its model type is %s, but that of the adapter's base is %s",
+            "%s: the %s in %s was ignored: its model type is %s, but that of the adapter's base"
+            " is %s",
             asked_as("model"),
             CONFIG_NAME,
             name,
@@ -197,8 +214,11 @@ def _own_config(
     return own
 
 
-def with_overrides_of_run(config: PretrainedConfig, name: str, read: functools.partial[PretrainedConfig]) -> None:
-    """Apply a run's changes of the base's config to `config`, the config of its merged model in the folder `name`.
+def with_overrides_of_run(
+    config: PretrainedConfig, name: str, read: functools.partial[PretrainedConfig]
+) -> None:
+    """Apply a run's changes of the base's config to `config`, the config of its merged model in the
+    folder `name`.
 
     `axolotl merge-lora` saves the base's config with the merged weights, without the YAML's
     `overrides_of_model_config`. The merged model would then differ from the one that was trained.
@@ -217,8 +237,9 @@ def with_overrides_of_run(config: PretrainedConfig, name: str, read: functools.p
         setattr(config, key, getattr(own, key))
     if changed:
         logger.warning(
-            "%s: %s/%s lacks settings that the run in %s was trained with (overrides_of_model_config): %s. They "
-            "were used to load the model; add them to that file before you use the model elsewhere",
+            "%s: %s/%s lacks settings that the run in %s was trained with"
+            " (overrides_of_model_config): %s. They were used to load the model; add them to that"
+            " file before you use the model elsewhere",
             asked_as("model"),
             name,
             CONFIG_NAME,
@@ -239,12 +260,15 @@ def quantisation(dtype: torch.dtype | str, loading: Loading) -> BitsAndBytesConf
 
 
 def tokens_in_adapter(name: str, model: PreTrainedModel) -> int | None:
-    """Return the vocabulary size of the embeddings in an adapter's file (or their LoRA factors); None without any."""
+    """Return the vocabulary size of the embeddings in an adapter's file (or their LoRA factors);
+    None without any."""
     file = cached_file(name, ADAPTER_SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False)
     if file is None:
         return None
     embeddings = {id(model.get_input_embeddings()), id(model.get_output_embeddings())}
-    names = [f"{IN_ADAPTER}{at}." for at, module in model.named_modules() if id(module) in embeddings]
+    names = [
+        f"{IN_ADAPTER}{at}." for at, module in model.named_modules() if id(module) in embeddings
+    ]
     try:
         with safe_open(file, framework="pt") as opened:
             shapes = {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}
@@ -273,13 +297,16 @@ def load_model(name: str, dtype: torch.dtype | str, **loading: Unpack[Loading]) 
 
 
 def merged(model: PreTrainedModel) -> PreTrainedModel:
-    """Return the model with its adapter merged; unchanged if it has none, or one that cannot be merged."""
+    """Return the model with its adapter merged; unchanged if it has none, or one that cannot be
+    merged."""
     if isinstance(model, PeftModel) and hasattr(model.base_model, "merge_and_unload"):
         return model.base_model.merge_and_unload()
     return model
 
 
-def load_for_heads(source: Source, dtype: torch.dtype | str, **loading: Unpack[Loading]) -> PreTrainedModel:
+def load_for_heads(
+    source: Source, dtype: torch.dtype | str, **loading: Unpack[Loading]
+) -> PreTrainedModel:
     """Load a model that heads can be built for; see `Source.load`.
 
     Raises:

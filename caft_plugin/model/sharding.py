@@ -10,7 +10,8 @@ from torch.distributed.tensor import DTensor, Partial, distribute_tensor
 
 
 def gather(tensor: Tensor) -> Tensor:
-    """Return the complete tensor, which may be sharded, detached and on the CPU. Every process must call it."""
+    """Return the complete tensor, which may be sharded, detached and on the CPU. Every process must
+    call it."""
     tensor = tensor.detach()
     if hasattr(tensor, "full_tensor"):
         tensor = tensor.full_tensor()
@@ -21,15 +22,18 @@ def shard_like(tensor: Tensor, full: Tensor) -> Tensor:
     """Return `full`, which every process has, sharded like `tensor`."""
     if not isinstance(tensor, DTensor):
         return full
-    return distribute_tensor(full.to(tensor.device), tensor.device_mesh, tensor.placements, src_data_rank=None)
+    return distribute_tensor(
+        full.to(tensor.device), tensor.device_mesh, tensor.placements, src_data_rank=None
+    )
 
 
 def give_memory(module: nn.Module) -> None:
     """Give trainable parameters on the meta device memory on the CPU.
 
-    With `cpu_ram_efficient_loading`, only rank 0 has real weights; on the other ranks parameters are on `meta` until
-    FSDP2 shards the model. Before that, accelerate distinguishes the optimizer's parameters by their address, which is
-    0 for all of them on meta: a process would train one shard instead of all.
+    With `cpu_ram_efficient_loading`, only rank 0 has real weights; on the other ranks parameters
+    are on `meta` until FSDP2 shards the model. Before that, accelerate distinguishes the
+    optimizer's parameters by their address, which is 0 for all of them on meta: a process would
+    train one shard instead of all.
     """
     for owner in module.modules():
         for name, parameter in owner.named_parameters(recurse=False):
@@ -38,19 +42,26 @@ def give_memory(module: nn.Module) -> None:
 
 
 def unsharded_twin(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Return `module` with unsharded parameters and without hooks, for one forward and backward pass.
+    """Return `module` with unsharded parameters and without hooks, for one forward and backward
+    pass.
 
-    Parameters that FSDP2 has gathered are used directly, and FSDP2 reduces their gradient. Others are gathered here,
-    once, in `dtype`, and their gradient is averaged over the processes, as FSDP2 does. Every process must call it.
+    Parameters that FSDP2 has gathered are used directly, and FSDP2 reduces their gradient. Others
+    are gathered here, once, in `dtype`, and their gradient is averaged over the processes, as FSDP2
+    does. Every process must call it.
     """
-    twin: nn.Module = object.__new__(type(module))  # FSDP2's classes create another module in __new__
+    # FSDP2's classes create another module in __new__
+    twin: nn.Module = object.__new__(type(module))
     twin.__dict__.update(module.__dict__)
     for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
         twin.__dict__[name] = OrderedDict()
     twin.__dict__.pop("_compiled_call_impl", None)  # it calls `module` itself, hooks included
-    parameters = {n: p if p is None else _unsharded(p, dtype) for n, p in module._parameters.items()}
+    parameters = {
+        n: p if p is None else _unsharded(p, dtype) for n, p in module._parameters.items()
+    }
     twin.__dict__["_parameters"] = parameters
-    twin._modules = {n: m if m is None else unsharded_twin(m, dtype) for n, m in module._modules.items()}
+    twin._modules = {
+        n: m if m is None else unsharded_twin(m, dtype) for n, m in module._modules.items()
+    }
     return twin
 
 

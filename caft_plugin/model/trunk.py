@@ -34,7 +34,9 @@ logger = logging.getLogger(__name__)
 # Model types whose layers pass on more than one hidden state, and what they pass on.
 UNFIT = {
     "rwkv": "passes a running state from layer to layer",
-    **dict.fromkeys(("gemma3n", "gemma3n_text"), "passes several hidden states per token from layer to layer"),
+    **dict.fromkeys(
+        ("gemma3n", "gemma3n_text"), "passes several hidden states per token from layer to layer"
+    ),
 }
 
 
@@ -77,18 +79,25 @@ def find_trunk(model: nn.Module) -> Trunk:
         base = base.get_base_model() if isinstance(base, PeftModel) else base.base_model.model
     name = type(base).__name__
     if not isinstance(base, PreTrainedModel):
-        inside = next((f"{at} ({type(m).__name__})" for at, m in base.named_modules() if is_model(m)), None)
+        inside = next(
+            (f"{at} ({type(m).__name__})" for at, m in base.named_modules() if is_model(m)), None
+        )
         raise ConfigError(
-            f"caft: got a model of class {name}, but CAFT accepts a transformers model (PreTrainedModel), with or "
-            "without a PEFT adapter. "
-            + (f"Pass its {inside} as the model" if inside else "Derive its class from PreTrainedModel")
+            f"caft: got a model of class {name}, but CAFT accepts a transformers model"
+            " (PreTrainedModel), with or without a PEFT adapter. "
+            + (
+                f"Pass its {inside} as the model"
+                if inside
+                else "Derive its class from PreTrainedModel"
+            )
             + ", or train without CAFT."
         )
     refuse_unfit(base.config, name)
     text_config = base.config.get_text_config()
     layers, norms = None, []
     at = find_layers(base, getattr(text_config, "num_hidden_layers", None))
-    if at is not None:  # the final norm is a sibling of the layers: the next one after them, else the last one before
+    # the final norm is a sibling of the layers: the next one after them, else the last one before
+    if at is not None:
         decoder = base.get_decoder()
         layers = decoder.get_submodule(at)
         children = list(decoder.get_submodule(at.rpartition(".")[0]).children())
@@ -107,14 +116,18 @@ def find_trunk(model: nn.Module) -> Trunk:
             if not found
         ]
         raise ConfigError(
-            f"caft: {name} has no {' and no '.join(missing)} where decoder-only models have it, so CAFT cannot "
-            "build heads for it. Use a decoder-only causal language model, or train without CAFT."
+            f"caft: {name} has no {' and no '.join(missing)} where decoder-only models have it, so"
+            " CAFT cannot build heads for it. Use a decoder-only causal language model, or train"
+            " without CAFT."
         )
     if isinstance(layers[-1], BaseTunerLayer):
         raise unmergeable(layers[-1], "it wraps complete decoder layers")
     return Trunk(
         model=base,
-        layers=[in_use(layer) if isinstance(layer, AuxiliaryTrainingWrapper) else layer for layer in layers],
+        layers=[
+            in_use(layer) if isinstance(layer, AuxiliaryTrainingWrapper) else layer
+            for layer in layers
+        ],
         norm=norms[0],
         unembedding=unembedding,
         transform=logit_transform(text_config),
@@ -126,9 +139,9 @@ def find_trunk(model: nn.Module) -> Trunk:
 def find_layers(base: PreTrainedModel, count: int | None) -> str | None:
     """Return the name, in the model's decoder, of the list of decoder layers, or None.
 
-    It is the list whose modules are not split over devices or can be checkpointed; else the one whose length is
-    `count`, the number of layers in the config. Lists inside layers (experts) and lists of modules without children
-    are ignored.
+    It is the list whose modules are not split over devices or can be checkpointed; else the one
+    whose length is `count`, the number of layers in the config. Lists inside layers (experts) and
+    lists of modules without children are ignored.
 
     Raises:
         ConfigError: there are several candidates.
@@ -152,8 +165,9 @@ def find_layers(base: PreTrainedModel, count: int | None) -> str | None:
     if len(found) > 1:
         named = ", ".join(f"{at} ({len(lists[at])} {type(lists[at][-1]).__name__})" for at in found)
         raise ConfigError(
-            f"caft: {type(base).__name__} has several lists that may be its decoder layers: {named}. Name the layers' "
-            "class in the model's `_no_split_modules`, or train without CAFT."
+            f"caft: {type(base).__name__} has several lists that may be its decoder layers:"
+            f" {named}. Name the layers' class in the model's `_no_split_modules`, or train without"
+            " CAFT."
         )
     return found[0] if found else None
 
@@ -162,14 +176,16 @@ def size_of(base: PreTrainedModel, key: str) -> int:
     size = getattr(base.config.get_text_config(), key, None)
     if size is None:
         raise ConfigError(
-            f"caft: {type(base.config).__name__} of {type(base).__name__} has no {key}, which is needed to save and "
-            "check heads. Add that name to the config (transformers' `attribute_map`), or train without CAFT."
+            f"caft: {type(base.config).__name__} of {type(base).__name__} has no {key}, which is"
+            " needed to save and check heads. Add that name to the config (transformers'"
+            " `attribute_map`), or train without CAFT."
         )
     return size
 
 
 def input_embedding(model: nn.Module) -> nn.Embedding:
-    """Return the input embedding of a (PEFT-wrapped) transformers model: an nn.Embedding, or its replacement."""
+    """Return the input embedding of a (PEFT-wrapped) transformers model: an nn.Embedding, or its
+    replacement."""
     host: Any = model
     return host.get_input_embeddings()
 
@@ -186,18 +202,22 @@ def inmost(module: nn.Module) -> nn.Module:
 
 
 def active_peft_configs(model: nn.Module) -> list[PeftConfig]:
-    """Return the configs of active adapters, added by `get_peft_model` or the model's own `add_adapter`."""
+    """Return the configs of active adapters, added by `get_peft_model` or the model's own
+    `add_adapter`."""
     configs = getattr(model, "peft_config", None) or {}
     if isinstance(model, (PeftModel, PeftMixedModel)):
         names = model.active_adapters
     else:
-        names = next((m.active_adapters for m in model.modules() if isinstance(m, BaseTunerLayer)), [])
+        names = next(
+            (m.active_adapters for m in model.modules() if isinstance(m, BaseTunerLayer)), []
+        )
     # X-LoRA's own config is not among the active names: these are the adapters that it mixes.
     return [c for name, c in configs.items() if name in names or c.peft_type == PeftType.XLORA]
 
 
 def refuse_adapters(model: nn.Module) -> None:
-    """Raise ConfigError if an active adapter moves positions, or has an effect that a copied layer cannot have."""
+    """Raise ConfigError if an active adapter moves positions, or has an effect that a copied layer
+    cannot have."""
     for config in active_peft_configs(model):
         kind = type(config).__name__
         if getattr(config, "alora_invocation_tokens", None):
@@ -209,8 +229,8 @@ def refuse_adapters(model: nn.Module) -> None:
         else:
             continue
         raise ConfigError(
-            f"caft: got an adapter of PEFT's {kind}, {why}. Use an adapter that changes only layers, such as LoRA "
-            "(LoraConfig), or train without CAFT."
+            f"caft: got an adapter of PEFT's {kind}, {why}. Use an adapter that changes only"
+            " layers, such as LoRA (LoraConfig), or train without CAFT."
         )
 
 
@@ -219,8 +239,8 @@ def refuse_unfit(config: PretrainedConfig, name: str) -> None:
     refuse_encoder_decoder(config, name)
     if config.model_type in UNFIT:
         raise ConfigError(
-            f"caft: {name} {UNFIT[config.model_type]}, which heads do not support. Use another model, or train "
-            "without CAFT."
+            f"caft: {name} {UNFIT[config.model_type]}, which heads do not support. Use another"
+            " model, or train without CAFT."
         )
 
 
@@ -228,21 +248,28 @@ def refuse_encoder_decoder(config: PretrainedConfig, name: str, block: str = "ca
     """Raise ConfigError if `config` is an encoder-decoder model's."""
     if getattr(config, "is_encoder_decoder", False):
         raise ConfigError(
-            f"{block}: {name} is an encoder-decoder model, but {block.upper()} accepts decoder-only causal language "
-            f"models (Llama, Qwen, Mistral, Gemma ...). Use one of these, or train without {block.upper()}."
+            f"{block}: {name} is an encoder-decoder model, but {block.upper()} accepts decoder-only"
+            " causal language models (Llama, Qwen, Mistral, Gemma ...). Use one of these, or train"
+            f" without {block.upper()}."
         )
 
 
 def logit_transform(config: PretrainedConfig) -> Callable[[Tensor], Tensor] | None:
-    """Return a family's transform of its logits after the unembedding, or None (most families have none).
+    """Return a family's transform of its logits after the unembedding, or None (most families have
+    none).
 
-    Cohere multiplies by `logit_scale`, Falcon-H1 by `lm_head_multiplier`; Granite divides by `logits_scaling` and
-    HyperCLOVA X multiplies by it; Gemma soft-caps at `final_logit_softcapping` or `logits_soft_cap`.
+    Cohere multiplies by `logit_scale`, Falcon-H1 by `lm_head_multiplier`; Granite divides by
+    `logits_scaling` and HyperCLOVA X multiplies by it; Gemma soft-caps at `final_logit_softcapping`
+    or `logits_soft_cap`.
     """
-    factor = getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None) or 1.0
+    factor = (
+        getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None) or 1.0
+    )
     scaling = getattr(config, "logits_scaling", None) or 1.0
     factor *= scaling if "hyperclovax" in config.model_type else 1 / scaling
-    cap = getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)
+    cap = getattr(config, "final_logit_softcapping", None) or getattr(
+        config, "logits_soft_cap", None
+    )
     if factor == 1.0 and cap is None:
         return None
 
@@ -254,15 +281,26 @@ def logit_transform(config: PretrainedConfig) -> Callable[[Tensor], Tensor] | No
 
 
 def in_use(wrapper: AuxiliaryTrainingWrapper) -> nn.Module:
-    """Return the module that a PEFT wrapper calls: the trained copy (`modules_to_save`), or the disabled original."""
+    """Return the module that a PEFT wrapper calls: the trained copy (`modules_to_save`), or the
+    disabled original."""
     active = wrapper.active_adapters
-    if wrapper.disable_adapters or not active or any(name not in wrapper._adapters for name in active):
+    if (
+        wrapper.disable_adapters
+        or not active
+        or any(name not in wrapper._adapters for name in active)
+    ):
         return wrapper.original_module
-    return wrapper.token_adapter if hasattr(wrapper, "token_adapter") else wrapper.modules_to_save[active[0]]
+    return (
+        wrapper.token_adapter
+        if hasattr(wrapper, "token_adapter")
+        else wrapper.modules_to_save[active[0]]
+    )
 
 
 def is_model_with_adapter(model: nn.Module) -> bool:
-    return isinstance(model, (PeftModel, PeftMixedModel)) or any(isinstance(m, BaseTunerLayer) for m in model.modules())
+    return isinstance(model, (PeftModel, PeftMixedModel)) or any(
+        isinstance(m, BaseTunerLayer) for m in model.modules()
+    )
 
 
 def refuse_offloaded(trunk: Trunk) -> None:
@@ -273,28 +311,36 @@ def refuse_offloaded(trunk: Trunk) -> None:
         hooked = any(hasattr(part, "_hf_hook") for part in module.modules())
         if hooked and any(tensor.is_meta for tensor in module.parameters()):
             raise ConfigError(
-                f"caft: accelerate offloads {name} of {type(trunk.model).__name__} to disk or CPU memory "
-                f"(device_map: {shown(getattr(trunk.model, 'hf_device_map', None))}), but heads are copies of the last "
-                "layer and use the final norm and the unembedding in each step. Put these three on a device in "
-                "device_map (earlier layers may be offloaded), or train without CAFT."
+                f"caft: accelerate offloads {name} of {type(trunk.model).__name__} to disk or CPU"
+                f" memory (device_map: {shown(getattr(trunk.model, 'hf_device_map', None))}), but"
+                " heads are copies of the last layer and use the final norm and the unembedding in"
+                " each step. Put these three on a device in device_map (earlier layers may be"
+                " offloaded), or train without CAFT."
             )
 
 
 def unmergeable(tuner: object, why: str) -> ConfigError:
-    kind = f"{type(tuner).__module__.removeprefix('peft.tuners.').split('.')[0]} ({type(tuner).__name__})"
+    kind = (
+        f"{type(tuner).__module__.removeprefix('peft.tuners.').split('.')[0]}"
+        f" ({type(tuner).__name__})"
+    )
     return ConfigError(
-        f"caft: the last layer has a PEFT {kind} adapter, which cannot be merged into its weights ({why}), so the "
-        "layer cannot be copied into heads. Use an adapter that can be merged, such as LoRA, or train without CAFT."
+        f"caft: the last layer has a PEFT {kind} adapter, which cannot be merged into its weights"
+        f" ({why}), so the layer cannot be copied into heads. Use an adapter that can be merged,"
+        " such as LoRA, or train without CAFT."
     )
 
 
 def auto_class(config: PretrainedConfig, whole: bool = False) -> Any:
     """Return the transformers class that builds and loads a model with this config.
 
-    For a vision-language model it is the text part's class; with `whole`, or if there is none, the complete model's.
+    For a vision-language model it is the text part's class; with `whole`, or if there is none, the
+    complete model's.
     """
     kind = type(config)
-    seeing = kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and (whole or kind not in MODEL_FOR_CAUSAL_LM_MAPPING)
+    seeing = kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and (
+        whole or kind not in MODEL_FOR_CAUSAL_LM_MAPPING
+    )
     return AutoModelForImageTextToText if seeing else AutoModelForCausalLM
 
 
@@ -317,15 +363,18 @@ def empty_trunk(
         loading: arguments of `from_config` (dtype, attn_implementation).
 
     Raises:
-        ConfigError: the config cannot be read, or is not of a decoder-only model that transformers supports.
+        ConfigError: the config cannot be read, or is not of a decoder-only model that transformers
+            supports.
     """
     options = {} if revision is None else {"revision": revision}
     try:
         config = AutoConfig.from_pretrained(base_model, trust_remote_code=False, **options)
-    except Exception as error:  # no such name, offline, no permission, damaged: each library has its own kinds
+    # no such name, offline, no permission, damaged: each library has its own kinds
+    except Exception as error:
         raise ConfigError(
-            f"{key}: got {base_model!r}, whose config could not be read ({first_line(error)}). It accepts a "
-            "model folder or a Hub id: check the name, your connection and your Hub token."
+            f"{key}: got {base_model!r}, whose config could not be read ({first_line(error)}). It"
+            " accepts a model folder or a Hub id: check the name, your connection and your Hub"
+            " token."
         ) from error
     refuse_heads_as_model(config.to_dict(), base_model, key)
     for name, value in (overrides or {}).items():
@@ -333,17 +382,23 @@ def empty_trunk(
     refuse_unfit(config, config.model_type)
     try:
         with torch.device("meta"):
-            model = auto_class(config, whole).from_config(config, trust_remote_code=False, **loading)
+            model = auto_class(config, whole).from_config(
+                config, trust_remote_code=False, **loading
+            )
     except Exception as error:  # a config with impossible values fails wherever it is first used
         raise ConfigError(
-            f"{key}: got {base_model!r}, from which transformers cannot build a language model "
-            f"({first_line(error)}). It accepts a decoder-only model that transformers supports without remote code."
+            f"{key}: got {base_model!r}, from which transformers cannot build a language model"
+            f" ({first_line(error)}). It accepts a decoder-only model that transformers supports"
+            " without remote code."
         ) from error
     return find_trunk(model)
 
 
-def trunk_without_weights(config: PretrainedConfig, name: str, build: Callable[[], nn.Module]) -> Trunk | None:
-    """Return the trunk of a model before its weights are loaded; None, with a warning, if it cannot be built.
+def trunk_without_weights(
+    config: PretrainedConfig, name: str, build: Callable[[], nn.Module]
+) -> Trunk | None:
+    """Return the trunk of a model before its weights are loaded; None, with a warning, if it cannot
+    be built.
 
     In that case the loaded model is checked.
 
@@ -359,9 +414,11 @@ def trunk_without_weights(config: PretrainedConfig, name: str, build: Callable[[
     try:
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
             model = build()
-    except Exception as error:  # a missing package, or the model's own code: loading raises it again
+    # a missing package, or the model's own code: loading raises it again
+    except Exception as error:
         logger.warning(
-            "caft: heads for %s can be checked only after its weights are loaded: it cannot be built without them (%s)",
+            "caft: heads for %s can be checked only after its weights are loaded: it cannot be"
+            " built without them (%s)",
             name,
             first_line(error),
         )

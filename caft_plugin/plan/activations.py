@@ -1,7 +1,7 @@
 """Count the bytes that a forward pass keeps for the backward pass, without weights, data or a GPU.
 
-The model is called once with fake tensors, which have shapes and no values, and the tensors that autograd saves are
-added up. So it works with any architecture.
+The model is called once with fake tensors, which have shapes and no values, and the tensors that
+autograd saves are added up. So it works with any architecture.
 """
 
 from __future__ import annotations
@@ -22,11 +22,13 @@ from caft_plugin.model.trunk import Trunk
 
 @dataclasses.dataclass(frozen=True)
 class Kept:
-    """Bytes that one forward pass on one GPU keeps for the backward pass, without gradient checkpointing.
+    """Bytes that one forward pass on one GPU keeps for the backward pass, without gradient
+    checkpointing.
 
-    `base`: the model up to its final norm; `layers`: each of its layers; `hidden`: the last layer's input; `head`: a
-    head at all positions, including `pointwise`, the part that runs at supervised positions only; `norm`: the final
-    norm of a head's output.
+    `base`: the model up to its final norm; `layers`: each of its layers; `hidden`: the last layer's
+        input; `head`: a
+    head at all positions, including `pointwise`, the part that runs at supervised positions only;
+    `norm`: the final norm of a head's output.
     """
 
     base: float
@@ -38,7 +40,8 @@ class Kept:
 
 
 class SavedBytes:
-    """Counts the bytes of tensors that autograd saves, each once, without those of `known` modules."""
+    """Counts the bytes of tensors that autograd saves, each once, without those of `known`
+    modules."""
 
     def __init__(self, *known: nn.Module) -> None:
         tensors = [t for module in known for t in (*module.parameters(), *module.buffers())]
@@ -60,7 +63,12 @@ class SavedBytes:
 
 
 def keeps(
-    model: nn.Module, trunk: Trunk, heads: AuxiliaryHeads | None, rows: int, length: int, dtype: torch.dtype
+    model: nn.Module,
+    trunk: Trunk,
+    heads: AuxiliaryHeads | None,
+    rows: int,
+    length: int,
+    dtype: torch.dtype,
 ) -> tuple[Kept, list[str]]:
     """Call the model, and one head with the arguments of the model's last layer, with fake tensors.
 
@@ -77,18 +85,25 @@ def keeps(
     """
     try:
         return _keeps(model, trunk, heads, rows, length, dtype), []
-    except Exception as error:  # any model's code can read values, which fake tensors do not have, or devices
+    # any model's code can read values, which fake tensors do not have, or devices
+    except Exception as error:
         hidden = rows * length * trunk.hidden_size * dtype.itemsize
         layers = [17.0 * hidden for _ in trunk.layers]
         estimate = Kept(sum(layers), layers, hidden, layers[-1], norm=2.0 * hidden)
         return estimate, [
-            f"Activations are a rough estimate, 17 values per token and hidden unit in each layer (arXiv 2205.05198): "
-            f"{type(trunk.model).__name__} cannot run with fake tensors ({type(error).__name__})."
+            "Activations are a rough estimate, 17 values per token and hidden unit in each layer"
+            f" (arXiv 2205.05198): {type(trunk.model).__name__} cannot run with fake tensors"
+            f" ({type(error).__name__})."
         ]
 
 
 def _keeps(
-    model: nn.Module, trunk: Trunk, heads: AuxiliaryHeads | None, rows: int, length: int, dtype: torch.dtype
+    model: nn.Module,
+    trunk: Trunk,
+    heads: AuxiliaryHeads | None,
+    rows: int,
+    length: int,
+    dtype: torch.dtype,
 ) -> Kept:
     call: dict[str, Any] = {}
     decoder = trunk.model.get_decoder()
@@ -97,11 +112,14 @@ def _keeps(
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         fake = [m.to_empty(device="cpu") for m in (model, heads) if m is not None]
         saved = SavedBytes(*fake)
-        stack.enter_context(torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda tensor: tensor))
+        stack.enter_context(
+            torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda tensor: tensor)
+        )
         stack.enter_context(torch.autocast("cpu", dtype if half else torch.bfloat16, enabled=half))
         # Rows without padding: a mask would be saved, and keys and values repeated, at every layer.
         ALL_MASK_ATTENTION_FUNCTIONS["sdpa"] = lambda *_, **__: None
-        stack.callback(ALL_MASK_ATTENTION_FUNCTIONS.__delitem__, "sdpa")  # transformers' own is back
+        # transformers' own is back
+        stack.callback(ALL_MASK_ATTENTION_FUNCTIONS.__delitem__, "sdpa")
         trunk.last_layer.register_forward_pre_hook(
             lambda _, args, kwargs: call.update(args=args, kwargs=kwargs), with_kwargs=True
         )

@@ -1,7 +1,9 @@
-"""Estimate a run: bytes of the base model and of the heads, and the step time compared with the run without heads.
+"""Estimate a run: bytes of the base model and of the heads, and the step time compared with the run
+without heads.
 
-No weight is loaded and nothing is trained. The model is built without memory for its weights, so its parameters can be
-counted for any architecture, and the bytes that a forward pass keeps for the backward pass too (activations.py).
+No weight is loaded and nothing is trained. The model is built without memory for its weights, so
+its parameters can be counted for any architecture, and the bytes that a forward pass keeps for the
+backward pass too (activations.py).
 """
 
 from __future__ import annotations
@@ -20,10 +22,11 @@ from caft_plugin.model.trunk import Trunk
 from caft_plugin.plan.activations import Kept, keeps
 from caft_plugin.plan.run import Run, build_model
 
-# At its maximum, cross-entropy in float32 holds log-probabilities, their gradient and that of the logits.
+# At its maximum, cross-entropy in float32 holds log-probabilities, their gradient and that of the
+# logits.
 BYTES_A_LOGIT = 12
-# An optimizer's states for each trained parameter: number of values, and bytes of each (None: the parameter's own).
-# The first pattern that matches the complete name is used.
+# An optimizer's states for each trained parameter: number of values, and bytes of each (None: the
+# parameter's own). The first pattern that matches the complete name is used.
 OPTIMIZERS: list[tuple[str, int, float | None]] = [
     (r".*adam.*4bit", 2, 0.5),
     (r".*ademamix.*8bit", 3, 1),
@@ -46,8 +49,8 @@ EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 class Share:
     """Bytes of the base model or of the heads on one GPU.
 
-    `activations` are kept from the forward to the backward pass; `work` is temporary (a recomputed layer, a chunk of
-    logits).
+    `activations` are kept from the forward to the backward pass; `work` is temporary (a recomputed
+    layer, a chunk of logits).
     """
 
     weights: float = 0
@@ -63,7 +66,8 @@ class Share:
 
 @dataclasses.dataclass(frozen=True)
 class NextTokenLoss:
-    """Bytes of the next-token loss on one GPU: `kept` while the heads run, `peak` at its maximum."""
+    """Bytes of the next-token loss on one GPU: `kept` while the heads run, `peak` at its
+    maximum."""
 
     kept: float
     peak: float
@@ -71,10 +75,11 @@ class NextTokenLoss:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The memory and time that heads add to a run: memory in bytes on one GPU, time as a multiple of the run without.
+    """The memory and time that heads add to a run: memory in bytes on one GPU, time as a multiple
+    of the run without.
 
-    `losses` are those of the run without and with heads; `gathered` are the bytes that FSDP has unsharded, `copies` the
-    bytes that the optimizer needs during its step per byte of gradients.
+    `losses` are those of the run without and with heads; `gathered` are the bytes that FSDP has
+    unsharded, `copies` the bytes that the optimizer needs during its step per byte of gradients.
     """
 
     run: Run
@@ -104,9 +109,9 @@ class Plan:
         return self._peak(self.added, self.losses[1])
 
     def _peak(self, added: Share, loss: NextTokenLoss) -> float:
-        """Return the maximum over four moments: the heads run; the backward pass of the framework's loss, after the
-        heads'; the backward pass of the layers; the optimizer's step. With gradient accumulation, gradients of earlier
-        micro-batches are in memory."""
+        """Return the maximum over four moments: the heads run; the backward pass of the framework's
+        loss, after the heads'; the backward pass of the layers; the optimizer's step. With gradient
+        accumulation, gradients of earlier micro-batches are in memory."""
         base = self.base
         gradients = base.gradients + added.gradients
         earlier = gradients if self.run.accumulation > 1 else 0
@@ -117,7 +122,9 @@ class Plan:
             base.activations + base.work + so_far,
             gradients * (1 + self.copies),
         )
-        return base.weights + base.states + added.weights + added.states + self.gathered + max(moments)
+        return (
+            base.weights + base.states + added.weights + added.states + self.gathered + max(moments)
+        )
 
 
 Built = tuple[nn.Module, Trunk, dict[Tensor, float], CAFTConfig, AuxiliaryHeads | None]
@@ -125,14 +132,19 @@ Built = tuple[nn.Module, Trunk, dict[Tensor, float], CAFTConfig, AuxiliaryHeads 
 
 @dataclasses.dataclass
 class Seen:
-    """What plans of the same run with other settings share: models, and what forward passes keep. Both take seconds."""
+    """What plans of the same run with other settings share: models, and what forward passes keep.
+    Both take seconds."""
 
     built: dict[str, Built] = dataclasses.field(default_factory=dict)
     kept: dict[str, tuple[Kept, list[str]]] = dataclasses.field(default_factory=dict)
 
 
 def make_plan(
-    run: Run, gpus: int = 1, supervised: float = 0.3, device: str = "accelerator", seen: Seen | None = None
+    run: Run,
+    gpus: int = 1,
+    supervised: float = 0.3,
+    device: str = "accelerator",
+    seen: Seen | None = None,
 ) -> Plan:
     """Estimate what heads add to a run.
 
@@ -157,8 +169,15 @@ def make_plan(
     all_heads, drawn = (0.0, 0.0) if heads is None else (len(heads), expected_heads(run.caft))
     unembedding = sum(_bytes(p) for p in trunk.unembedding.parameters() if p.requires_grad)
     standing = [stands(run, module, quantised, shards) for module in (model, heads)]
-    counts = [0, 0] if heads is None else [_count(heads), sum(p.numel() for p in heads.parameters() if p.requires_grad)]
-    base_parameters, gathered = _count(model), gathered_by_fsdp(trunk, model, quantised) if shards > 1 else 0.0
+    counts = (
+        [0, 0]
+        if heads is None
+        else [_count(heads), sum(p.numel() for p in heads.parameters() if p.requires_grad)]
+    )
+    base_parameters, gathered = (
+        _count(model),
+        (gathered_by_fsdp(trunk, model, quantised) if shards > 1 else 0.0),
+    )
 
     if as_kept in seen.kept:
         seen.built[as_built] = (model, trunk, quantised, caft, heads)
@@ -172,7 +191,11 @@ def make_plan(
         base = dataclasses.replace(base, activations=inputs, work=max(kept.layers))
     added, losses = standing[1], (_next_token_loss(run, trunk),) * 2
     if heads is not None:
-        chunk = min(LOGITS_AT_A_TIME[device], supervised * run.tokens * trunk.vocab_size) * BYTES_A_LOGIT + unembedding
+        chunk = (
+            min(LOGITS_AT_A_TIME[device], supervised * run.tokens * trunk.vocab_size)
+            * BYTES_A_LOGIT
+            + unembedding
+        )
         activations, work = _heads_pass(run, kept, supervised, unembedding, chunk)
         added = dataclasses.replace(added, activations=activations, work=work)
         if run.fuses:
@@ -190,10 +213,13 @@ def make_plan(
         added=added,
         losses=losses,
         gathered=gathered,
-        # On a GPU torch's own AdamW updates all parameters together and needs a copy of them, unless it is fused.
+        # On a GPU torch's own AdamW updates all parameters together and needs a copy of them,
+        # unless it is fused.
         copies=int(run.optimizer == "adamw_torch" and device != "cpu"),
         ratio=(plain - saved + all_heads * head) / plain,
-        ratio_drawn=None if run.caft.heads_per_step is None else (plain - saved + drawn * head) / plain,
+        ratio_drawn=(
+            None if run.caft.heads_per_step is None else (plain - saved + drawn * head) / plain
+        ),
         notes=[*_notes(run, gpus, trunk), *optimizer_states(run.optimizer)[1], *guesses],
     )
 
@@ -201,11 +227,18 @@ def make_plan(
 def _build(run: Run) -> Built:
     model, trunk, quantised = build_model(run)
     caft = _checked(run, trunk)
-    return model, trunk, quantised, caft, None if caft.beta == 0 else build_heads(model, trunk, caft, seed=0)
+    return (
+        model,
+        trunk,
+        quantised,
+        caft,
+        None if caft.beta == 0 else build_heads(model, trunk, caft, seed=0),
+    )
 
 
 def _keys(run: Run) -> tuple[str, str]:
-    """Return the settings on which the built model depends, and those on which the bytes of a forward pass do."""
+    """Return the settings on which the built model depends, and those on which the bytes of a
+    forward pass do."""
     caft = run.caft.model_copy(update={"fused_loss": "off", "heads_per_step": None})
     built = dataclasses.replace(
         run,
@@ -220,12 +253,18 @@ def _keys(run: Run) -> tuple[str, str]:
         notes=(),
     )
     kept = dataclasses.replace(
-        built, caft=caft.model_copy(update={"num_heads": 1}), rows=run.rows, length=run.length, bits=16
+        built,
+        caft=caft.model_copy(update={"num_heads": 1}),
+        rows=run.rows,
+        length=run.length,
+        bits=16,
     )
     return repr(built), repr(kept)
 
 
-def stands(run: Run, module: nn.Module | None, quantised: dict[Tensor, float], shards: int) -> Share:
+def stands(
+    run: Run, module: nn.Module | None, quantised: dict[Tensor, float], shards: int
+) -> Share:
     """Return the weights, gradients and optimizer states of a module on each GPU.
 
     Args:
@@ -245,16 +284,21 @@ def stands(run: Run, module: nn.Module | None, quantised: dict[Tensor, float], s
 
 
 def gathered_by_fsdp(trunk: Trunk, model: nn.Module, quantised: dict[Tensor, float]) -> float:
-    """Return the unsharded bytes on a GPU: two layers at a time, and the parameters outside of the layers with their
-    gradients, during the complete step."""
+    """Return the unsharded bytes on a GPU: two layers at a time, and the parameters outside of the
+    layers with their gradients, during the complete step."""
     layers = trunk.layers
     in_layers = {p for layer in layers for p in layer.parameters()}
-    outside = sum(_bytes(p) * (1 + p.requires_grad) for p in model.parameters() if p not in in_layers)
-    return outside + 2 * max(sum(quantised.get(p, _bytes(p)) for p in layer.parameters()) for layer in layers)
+    outside = sum(
+        _bytes(p) * (1 + p.requires_grad) for p in model.parameters() if p not in in_layers
+    )
+    return outside + 2 * max(
+        sum(quantised.get(p, _bytes(p)) for p in layer.parameters()) for layer in layers
+    )
 
 
 def _checked(run: Run, trunk: Trunk) -> CAFTConfig:
-    """Return the `caft:` block with its wiring filled in, after checking local heads against the model."""
+    """Return the `caft:` block with its wiring filled in, after checking local heads against the
+    model."""
     name, record = run.caft.heads, None
     if name is not None and (Path(name).exists() or name.startswith((".", "/", "~"))):
         folder = HeadsFolder.open(name)
@@ -272,14 +316,17 @@ def _count(module: nn.Module) -> int:
     return sum(p.numel() for name, p in module.named_parameters() if ".lora_" not in name)
 
 
-# -- memory of a forward pass --------------------------------------------------------------------------
+# -- memory of a forward pass ----------------------------------------------------------------------
 
 
-def _heads_pass(run: Run, kept: Kept, supervised: float, unembedding: float, chunk: float) -> tuple[float, float]:
-    """Return the bytes that the heads keep for the backward pass, and those that they need temporarily.
+def _heads_pass(
+    run: Run, kept: Kept, supervised: float, unembedding: float, chunk: float
+) -> tuple[float, float]:
+    """Return the bytes that the heads keep for the backward pass, and those that they need
+    temporarily.
 
-    The loss computes its gradients in the forward pass and keeps them: those of its hidden states and, if the
-    unembedding trains, those of the unembedding (once for all heads).
+    The loss computes its gradients in the forward pass and keeps them: those of its hidden states
+    and, if the unembedding trains, those of the unembedding (once for all heads).
     """
     read = supervised * (kept.hidden + (kept.norm if run.caft.head_norm else 0))
     itself = kept.head - (1 - supervised) * kept.pointwise
@@ -289,41 +336,50 @@ def _heads_pass(run: Run, kept: Kept, supervised: float, unembedding: float, chu
 
 
 def _next_token_loss(run: Run, trunk: Trunk) -> NextTokenLoss:
-    """Return the framework's own loss. It keeps the logits, which are part of the model's output, in float32 (from
-    accelerate), and the log-probabilities."""
+    """Return the framework's own loss. It keeps the logits, which are part of the model's output,
+    in float32 (from accelerate), and the log-probabilities."""
     logits = run.tokens * trunk.vocab_size if run.builds_logits else 0
     return NextTokenLoss(logits * 8, logits * BYTES_A_LOGIT)
 
 
-# -- optimizer -----------------------------------------------------------------------------------------
+# -- optimizer -------------------------------------------------------------------------------------
 
 
 def optimizer_states(name: str) -> tuple[tuple[int, float | None], list[str]]:
-    """Return the number of values that an optimizer keeps per trained parameter, the bytes of each (None: the
-    parameter's own), and notes."""
+    """Return the number of values that an optimizer keeps per trained parameter, the bytes of each
+    (None: the parameter's own), and notes."""
     for pattern, values, each in OPTIMIZERS:
         if re.fullmatch(pattern, name):
             said = []
             if values == 0:
-                said = [f"optimizer {name}: counted without states (no momentum; Adafactor has row and column sums)."]
+                said = [
+                    f"optimizer {name}: counted without states (no momentum; Adafactor has row and"
+                    " column sums)."
+                ]
             elif name.startswith("paged"):
-                said = [f"optimizer {name}: its states can move to host memory, but are counted on the GPU."]
+                said = [
+                    f"optimizer {name}: its states can move to host memory, but are counted on the"
+                    " GPU."
+                ]
             return (values, each), said
-    return ADAMW, [f"optimizer {name}: unknown, counted as AdamW: two values per parameter, in its dtype."]
+    return ADAMW, [
+        f"optimizer {name}: unknown, counted as AdamW: two values per parameter, in its dtype."
+    ]
 
 
-# -- time ----------------------------------------------------------------------------------------------
+# -- time ------------------------------------------------------------------------------------------
 
 
 def multiply_adds(
     run: Run, trunk: Trunk, heads: AuxiliaryHeads | None, supervised: float
 ) -> tuple[float, float, float]:
-    """Return the multiplications of one token's forward and backward pass: those of the run without heads, of one head,
-    and those that `caft.fused_loss` saves.
+    """Return the multiplications of one token's forward and backward pass: those of the run without
+    heads, of one head, and those that `caft.fused_loss` saves.
 
-    A matrix needs as many multiplications as it has weights in the forward pass, as many for its input's gradient and,
-    if it trains, for its own. Gradient checkpointing runs a layer's forward pass twice. Attention scores and sums need
-    2 T h in the forward pass and twice that in the backward pass.
+    A matrix needs as many multiplications as it has weights in the forward pass, as many for its
+    input's gradient and, if it trains, for its own. Gradient checkpointing runs a layer's forward
+    pass twice. Attention scores and sums need 2 T h in the forward pass and twice that in the
+    backward pass.
     """
     config = trunk.model.config.get_text_config()
     again = int(run.checkpointing)
@@ -334,7 +390,11 @@ def multiply_adds(
         products = 0.0
         for name, parameter in module.named_parameters():
             if parameter.dim() > 1:
-                used = active / total if active and total and re.search(r"(^|\.)experts\.", name) else 1
+                used = (
+                    active / total
+                    if active and total and re.search(r"(^|\.)experts\.", name)
+                    else 1
+                )
                 products += used * parameter.numel() * (2 + parameter.requires_grad + again)
         return products
 
@@ -354,7 +414,8 @@ def multiply_adds(
 
 
 def expected_heads(caft: CAFTConfig) -> float:
-    """Return the expected number of different heads in a forward pass, drawn with replacement by alpha^k."""
+    """Return the expected number of different heads in a forward pass, drawn with replacement by
+    alpha^k."""
     if caft.heads_per_step is None:
         return caft.num_heads
     weights = [caft.alpha**k for k in range(caft.num_heads)]
@@ -370,8 +431,14 @@ def _notes(run: Run, gpus: int, trunk: Trunk) -> list[str]:
     if getattr(trunk.model.config, "quantization_config", None):
         notes.append("The base model's files are quantised, but it is counted as unquantised.")
     if hasattr(trunk.model.config, "vision_config"):
-        notes.append("Rows are counted as text: the weights of the vision part are included, its activations are not.")
+        notes.append(
+            "Rows are counted as text: the weights of the vision part are included, its activations"
+            " are not."
+        )
     heads = run.caft.heads
     if heads is not None and not Path(heads).exists():
-        notes.append(f"caft.heads: {heads} is not local and was not read; its head_norm can differ from the default.")
+        notes.append(
+            f"caft.heads: {heads} is not local and was not read; its head_norm can differ from the"
+            " default."
+        )
     return notes

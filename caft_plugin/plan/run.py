@@ -15,19 +15,21 @@ from caft_plugin.config import CAFTConfig
 from caft_plugin.errors import ConfigError, first_line
 from caft_plugin.model.trunk import Trunk, empty_trunk, find_trunk
 
-# bitsandbytes in 4 bits: an 8-bit scale for each 64 weights, and a float32 scale for each 256 of these.
+# bitsandbytes in 4 bits: an 8-bit scale for each 64 weights, and a float32 scale for each 256 of
+# these.
 QUANTISED = {4: 0.5 + 1 / 64 + 4 / (64 * 256), 8: 1.0}
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """The settings of a run that affect memory and time. A micro-batch has `rows` of `length` tokens per GPU.
+    """The settings of a run that affect memory and time. A micro-batch has `rows` of `length`
+    tokens per GPU.
 
-    `config` names another model whose config is read instead of `model`'s, and `overrides` replace values of that
-    config. `lora` has arguments of PEFT's LoraConfig (None: no adapter). `unfrozen` has patterns of parameter names if
-    not all train. `builds_logits` says if the framework's own loss has the logits of the complete batch,
-    `float32_parts` if norms, embedding and unembedding stay in float32 while the base trains fully. `notes` explain how
-    something was counted.
+    `config` names another model whose config is read instead of `model`'s, and `overrides` replace
+    values of that config. `lora` has arguments of PEFT's LoraConfig (None: no adapter). `unfrozen`
+    has patterns of parameter names if not all train. `builds_logits` says if the framework's own
+    loss has the logits of the complete batch, `float32_parts` if norms, embedding and unembedding
+    stay in float32 while the base trains fully. `notes` explain how something was counted.
     """
 
     model: str
@@ -67,14 +69,20 @@ class Run:
 
 
 def build_model(run: Run) -> tuple[nn.Module, Trunk, dict[Tensor, float]]:
-    """Return the run's model without memory for its weights, its trunk, and the bytes of each quantised parameter.
+    """Return the run's model without memory for its weights, its trunk, and the bytes of each
+    quantised parameter.
 
     Raises:
         ConfigError: the model cannot be built from its config, or the adapter does not fit it.
     """
-    loading: dict[str, object] = {"dtype": run.dtype, **({"attn_implementation": "eager"} if run.eager else {})}
+    loading: dict[str, object] = {
+        "dtype": run.dtype,
+        **({"attn_implementation": "eager"} if run.eager else {}),
+    }
     # vision-language models complete, as Axolotl loads them
-    trunk = empty_trunk(run.config or run.model, "base_model", run.revision, run.overrides, whole=True, **loading)
+    trunk = empty_trunk(
+        run.config or run.model, "base_model", run.revision, run.overrides, whole=True, **loading
+    )
     model: nn.Module = trunk.model
     quantised = {}
     if run.bits < 16:
@@ -90,19 +98,23 @@ def build_model(run: Run) -> tuple[nn.Module, Trunk, dict[Tensor, float]]:
             if "norm" in name or module in (trunk.unembedding, trunk.model.get_input_embeddings()):
                 module.float()
     if run.unfrozen:
-        patterns = [re.compile(re.sub(r"\.(?!\+)", r"\.", re.sub(r"\[[0-9:]*\]$", "", p))) for p in run.unfrozen]
+        patterns = [
+            re.compile(re.sub(r"\.(?!\+)", r"\.", re.sub(r"\[[0-9:]*\]$", "", p)))
+            for p in run.unfrozen
+        ]
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(any(pattern.match(name) for pattern in patterns))
     return model, trunk, quantised
 
 
 def with_adapter(run: Run, lora: Mapping[str, Any], model: nn.Module) -> nn.Module:
-    """Return the model with the run's LoRA adapter, in float32 on a half-precision base, as in PEFT."""
+    """Return the model with the run's LoRA adapter, in float32 on a half-precision base, as in
+    PEFT."""
     try:
         with torch.device("meta"):
             return get_peft_model(model, LoraConfig(**lora, task_type="CAUSAL_LM"))  # type: ignore[arg-type]
     except (ValueError, TypeError) as error:
         raise ConfigError(
-            f"adapter: no LoRA adapter can be put on {run.model} ({first_line(error)}). Check lora_r, "
-            "lora_target_modules and lora_target_linear."
+            f"adapter: no LoRA adapter can be put on {run.model} ({first_line(error)}). Check"
+            " lora_r, lora_target_modules and lora_target_linear."
         ) from error

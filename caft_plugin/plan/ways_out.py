@@ -23,7 +23,8 @@ GB = 1e9
 class Change:
     """A change to an Axolotl YAML, or to the number of GPUs.
 
-    `run` and `caft` are the values that it changes; `gpus` multiplies the GPUs; `without_heads` removes the block.
+    `run` and `caft` are the values that it changes; `gpus` multiplies the GPUs; `without_heads`
+    removes the block.
     """
 
     words: str
@@ -39,7 +40,8 @@ class Change:
 
 
 class WaysOut:
-    """Peaks of a run with changes, each computed once. A context manager: a progress bar is shown while it is open."""
+    """Peaks of a run with changes, each computed once. A context manager: a progress bar is shown
+    while it is open."""
 
     def __init__(self, plan: Plan, memory: float, gpus: int, supervised: float) -> None:
         self.plan = plan
@@ -74,9 +76,14 @@ class WaysOut:
             caft |= dict(change.caft)
         if any(change.without_heads for change in changes):
             caft = {"beta": 0}
-        gpus = self.gpus * functools.reduce(lambda product, change: product * change.gpus, changes, 1)
+        gpus = self.gpus * functools.reduce(
+            lambda product, change: product * change.gpus, changes, 1
+        )
         return make_plan(
-            dataclasses.replace(run, caft=CAFTConfig.read(caft)), gpus, self.supervised, seen=self._seen
+            dataclasses.replace(run, caft=CAFTConfig.read(caft)),
+            gpus,
+            self.supervised,
+            seen=self._seen,
         ).peak
 
     def fits(self, changes: Iterable[Change]) -> bool:
@@ -88,12 +95,17 @@ class WaysOut:
 
     @functools.cached_property
     def changes(self) -> list[Change]:
-        """Return the available changes, the cheapest first: those that cost neither time nor quality, then time,
-        precision, training of the heads, hardware, data, and the heads themselves."""
+        """Return the available changes, the cheapest first: those that cost neither time nor
+        quality, then time, precision, training of the heads, hardware, data, and the heads
+        themselves."""
         run, plan = self.plan.run, self.plan
         found = []
         if run.builds_logits and not run.fuses:
-            found.append(Change("cut_cross_entropy: true", (("builds_logits", False), ("float32_parts", False))))
+            found.append(
+                Change(
+                    "cut_cross_entropy: true", (("builds_logits", False), ("float32_parts", False))
+                )
+            )
             if plan.heads:
                 found.append(Change("caft.fused_loss: on", caft=(("fused_loss", "on"),)))
         if not run.checkpointing:
@@ -125,29 +137,55 @@ class WaysOut:
         return changes[max(fit - 1, 0)]
 
     def combination(self) -> list[Change] | None:
-        """Return the smallest combination of changes that fits, None if there is none. Of several of that size, the
-        cheapest; one that keeps the heads is preferred."""
+        """Return the smallest combination of changes that fits, None if there is none. Of several
+        of that size, the cheapest; one that keeps the heads is preferred."""
         for with_heads in (True, False):
-            pool = [change for change in self.changes if not (change.without_heads if with_heads else change.caft)]
+            pool = [
+                change
+                for change in self.changes
+                if not (change.without_heads if with_heads else change.caft)
+            ]
             found = self._smallest(pool)
             if found is not None:
                 return [
-                    self._fewer_heads([c for c in found if c is not change]) if _is_heads(change) else change
+                    (
+                        self._fewer_heads([c for c in found if c is not change])
+                        if _is_heads(change)
+                        else change
+                    )
                     for change in found
                 ]
         return None
 
     def _smallest(self, pool: Sequence[Change]) -> list[Change] | None:
-        all_of_them = [change for at, change in enumerate(pool) if not any(map(change.excludes, pool[at + 1 :]))]
+        all_of_them = [
+            change
+            for at, change in enumerate(pool)
+            if not any(map(change.excludes, pool[at + 1 :]))
+        ]
         if not self.fits(all_of_them):
             return None
         # Each combination that fits has the changes without which all others together do not fit.
-        choices = {change for change in pool for other in pool if other is not change and change.excludes(other)}
-        without = {change: [other for other in all_of_them if other is not change] for change in all_of_them}
-        necessary = {change for change in all_of_them if change not in choices and not self.fits(without[change])}
+        choices = {
+            change
+            for change in pool
+            for other in pool
+            if other is not change and change.excludes(other)
+        }
+        without = {
+            change: [other for other in all_of_them if other is not change]
+            for change in all_of_them
+        }
+        necessary = {
+            change
+            for change in all_of_them
+            if change not in choices and not self.fits(without[change])
+        }
         for size in range(max(len(necessary), 2), len(all_of_them) + 1):
             for some in itertools.combinations(pool, size):
-                excluded = any(one.excludes(other) for one, other in itertools.combinations(some, 2))
+                excluded = any(
+                    one.excludes(other) for one, other in itertools.combinations(some, 2)
+                )
                 if necessary <= set(some) and not excluded and self.fits(some):
                     return list(some)
         return all_of_them

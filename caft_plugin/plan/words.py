@@ -1,4 +1,5 @@
-"""A plan as text and tables: what heads add, the memory of the run, whether it fits and which changes make it fit."""
+"""A plan as text and tables: what heads add, the memory of the run, whether it fits and which
+changes make it fit."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ def parse_memory(text: str) -> float:
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(g|gb|gib)?\s*", text, re.IGNORECASE)
     if found is None or float(found[1]) == 0:
         raise ConfigError(
-            f"{asked_as('gpu_memory')}: got {shown(text)}, but it accepts gigabytes above 0, such as 24GB, 24GiB or 24."
+            f"{asked_as('gpu_memory')}: got {shown(text)}, but it accepts gigabytes above 0, such"
+            " as 24GB, 24GiB or 24."
         )
     return float(found[1]) * (2**30 if (found[2] or "").lower() == "gib" else GB)
 
@@ -31,17 +33,23 @@ def as_text(plan: Plan) -> str:
     bits = f", in {run.bits} bits" if run.bits < 16 else ""
     heads = "none"
     if plan.heads:
-        heads = f"{plan.heads}, {millions(plan.parameters)} parameters, {millions(plan.trained)} trained ({plan.how})"
+        heads = (
+            f"{plan.heads}, {millions(plan.parameters)} parameters, {millions(plan.trained)}"
+            f" trained ({plan.how})"
+        )
     checkpointing = f"{'' if run.checkpointing else 'no '}gradient checkpointing"
     facts = {
-        "Base model": f"{plan.model}, {millions(plan.base_parameters)} parameters, {_name(run.dtype)}{bits}",
+        "Base model": (
+            f"{plan.model}, {millions(plan.base_parameters)} parameters, {_name(run.dtype)}{bits}"
+        ),
         "Heads": heads,
         "Micro-batch": f"{run.rows} x {run.length} tokens per GPU, {checkpointing}",
         "Step time": f"{plan.ratio:.2f} times that of the run without heads",
     }
     if plan.ratio_drawn is not None:
         facts["Step time"] += (
-            f" with all heads, {plan.ratio_drawn:.2f} times with heads_per_step: {run.caft.heads_per_step}"
+            f" with all heads, {plan.ratio_drawn:.2f} times with heads_per_step:"
+            f" {run.caft.heads_per_step}"
         )
     lines = [f"{key:<13}{value}" for key, value in facts.items()]
     added = plan.added
@@ -73,12 +81,23 @@ def run_as_text(plan: Plan) -> str:
         ("  optimizer states", none, added.states),
         ("  activations and loss", none, added.activations + added.work),
         ("gathered by FSDP", plan.gathered, plan.gathered),
-        ("optimizer, during its step", plan.copies * base.gradients, plan.copies * (base.gradients + added.gradients)),
+        (
+            "optimizer, during its step",
+            plan.copies * base.gradients,
+            plan.copies * (base.gradients + added.gradients),
+        ),
         ("peak", plan.plain_peak, plan.peak),
     ]
     lines = [f"{'The complete run, in GB per GPU':<31}    plain  with heads"]
-    lines += [f"  {name:<29}{a / GB:>9.2f}{b / GB:>12.2f}" for name, a, b in rows if b or name == "peak"]
-    return "\n".join([*lines, "Not all of it is in memory at the same time: the peak is the maximum during a step."])
+    lines += [
+        f"  {name:<29}{a / GB:>9.2f}{b / GB:>12.2f}" for name, a, b in rows if b or name == "peak"
+    ]
+    return "\n".join(
+        [
+            *lines,
+            "Not all of it is in memory at the same time: the peak is the maximum during a step.",
+        ]
+    )
 
 
 def verdict(plan: Plan, memory: float, gpus: int, supervised: float) -> str:
@@ -93,8 +112,8 @@ def verdict(plan: Plan, memory: float, gpus: int, supervised: float) -> str:
     spare = (memory - plan.peak) / GB
     if spare >= 0:
         return (
-            f"{memory / GB:.2f} GB: fits, {spare:.2f} GB to spare. Not counted: about 1 GB for CUDA itself, and memory "
-            "fragmentation."
+            f"{memory / GB:.2f} GB: fits, {spare:.2f} GB to spare. Not counted: about 1 GB for CUDA"
+            " itself, and memory fragmentation."
         )
     lines = [f"{memory / GB:.2f} GB: does not fit, {-spare:.2f} GB too much."]
     with WaysOut(plan, memory, gpus, supervised) as ways:
@@ -103,11 +122,15 @@ def verdict(plan: Plan, memory: float, gpus: int, supervised: float) -> str:
             lines.append("Single changes and the peak with each, in GB:")
         for change in single:
             to = ways.peak([change])
-            lines.append(f"  {change.words:<40}{to / GB:>9.2f}  {'fits' if to <= memory else 'does not fit'}")
+            lines.append(
+                f"  {change.words:<40}{to / GB:>9.2f}  {'fits' if to <= memory else 'does not fit'}"
+            )
         if not any(map(ways.fits, ([change] for change in single))):
             lines.append(together(ways, ways.combination()))
     if plan.heads:
-        lines.append("heads_per_step reduces time and activations, but not the memory of the heads' weights.")
+        lines.append(
+            "heads_per_step reduces time and activations, but not the memory of the heads' weights."
+        )
     return "\n".join(lines)
 
 

@@ -1,8 +1,11 @@
-"""Write a drafter's folder for vLLM or SGLang from the files of a model and of its heads. No model is loaded.
+"""Write a drafter's folder for vLLM or SGLang from the files of a model and of its heads. No model
+is loaded.
 
-`vllm`: all heads, which caft_plugin's draft class runs in one forward pass of vLLM's parallel drafter. `eagle3`: head 1
-as the only layer of an EAGLE-3 drafter. Such a layer's input is `[norm(embedding) | norm(hidden state)]`, so the
-embedding's half of q, k and v is 0, and the projection of the hidden state is the identity.
+`vllm`: all heads, which caft_plugin's draft class runs in one forward pass of vLLM's parallel
+    drafter. `eagle3`: head 1
+as the only layer of an EAGLE-3 drafter. Such a layer's input is `[norm(embedding) | norm(hidden
+state)]`, so the embedding's half of q, k and v is 0, and the projection of the hidden state is the
+identity.
 """
 
 from __future__ import annotations
@@ -36,19 +39,20 @@ from caft_plugin.serving.families import ARCHITECTURE, Family, family_of
 from caft_plugin.serving.guide import Format, advice_on, how_to_serve
 from caft_plugin.serving.recommendation import Cost, kept
 
-# Keys of the model's config on which the shape of a layer, its rotary embedding and its norms depend.
+# Keys of the model's config on which the shape of a layer, its rotary embedding and its norms
+# depend.
 KEPT = (
-    "hidden_size intermediate_size num_attention_heads num_key_value_heads head_dim hidden_act rms_norm_eps "
-    "max_position_embeddings vocab_size rope_theta rope_scaling rope_parameters attention_bias mlp_bias bos_token_id "
-    "eos_token_id pad_token_id dtype"
+    "hidden_size intermediate_size num_attention_heads num_key_value_heads head_dim hidden_act"
+    " rms_norm_eps max_position_embeddings vocab_size rope_theta rope_scaling rope_parameters"
+    " attention_bias mlp_bias bos_token_id eos_token_id pad_token_id dtype"
 ).split()
 NORM = "model.norm.weight"
 
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """The served model, read from its files: its source, the file of each tensor by name, and the size of all tensors
-    in bytes (None: unknown)."""
+    """The served model, read from its files: its source, the file of each tensor by name, and the
+    size of all tensors in bytes (None: unknown)."""
 
     source: Source
     files: dict[str, str]
@@ -68,8 +72,9 @@ class Target:
             if isinstance(error, ConfigError):
                 raise
             raise ConfigError(
-                f"{asked_as('model')}: got {name!r}, whose files cannot be read ({first_line(error)}). It accepts the "
-                "folder or Hub id of a model with safetensors files, or of its adapter."
+                f"{asked_as('model')}: got {name!r}, whose files cannot be read"
+                f" ({first_line(error)}). It accepts the folder or Hub id of a model with"
+                " safetensors files, or of its adapter."
             ) from error
 
     @property
@@ -83,8 +88,8 @@ class Target:
     def tensor(self, name: str) -> Tensor:
         if name not in self.files:
             raise ConfigError(
-                f"{asked_as('model')}: {self.source.base} has no tensor {name}, which every {self.config.model_type} "
-                "model has. Give a complete model."
+                f"{asked_as('model')}: {self.source.base} has no tensor {name}, which every"
+                f" {self.config.model_type} model has. Give a complete model."
             )
         with safe_open(self.files[name], framework="pt") as opened:
             return opened.get_tensor(name)
@@ -94,43 +99,63 @@ class Target:
         if self.is_adapter:
             file = cached_file(self.source.name, ADAPTER_SAFE_WEIGHTS_NAME)
             with safe_open(file, framework="pt") as opened:
-                trained = [key for key in opened.keys() if key.startswith(f"{IN_ADAPTER}{NORM.rpartition('.')[0]}.")]
+                trained = [
+                    key
+                    for key in opened.keys()
+                    if key.startswith(f"{IN_ADAPTER}{NORM.rpartition('.')[0]}.")
+                ]
                 if trained:
                     return opened.get_tensor(trained[0]).to(self.tensor(NORM).dtype)
         return self.tensor(NORM)
 
     def check(self, heads: HeadsFolder) -> None:
-        """Raise ConfigError if the heads were trained with another last layer or final norm than this model's."""
+        """Raise ConfigError if the heads were trained with another last layer or final norm than
+        this model's."""
         fingerprint = read_fingerprint(heads.path)
         if fingerprint is None or self.is_adapter:
             return
         parts = {"layer": last_layer_in(self.source), "norm": NORM.removesuffix("weight")}
         split = {name: name.partition(".") for name in fingerprint.before.values}
         names = {name: parts[part] + rest for name, (part, _, rest) in split.items()}
-        there = {ours: theirs for ours, theirs in names.items() if theirs in self.files or theirs == NORM}
+        there = {
+            ours: theirs for ours, theirs in names.items() if theirs in self.files or theirs == NORM
+        }
         tensors = {ours: self.tensor(theirs) for ours, theirs in there.items()}
-        if len(tensors) < len(names) or any(tensor.dtype not in GRIDS for tensor in tensors.values()):
-            # Quantised weights need scales, and smoothing changes the layer's norms. Compare only the final norm.
+        if len(tensors) < len(names) or any(
+            tensor.dtype not in GRIDS for tensor in tensors.values()
+        ):
+            # Quantised weights need scales, and smoothing changes the layer's norms. Compare only
+            # the final norm.
             tensors = {ours: tensor for ours, tensor in tensors.items() if names[ours] == NORM}
         now = sample_of(tensors, fingerprint.before)
         if fingerprint.of(tensors).verdict(now) == "other":
             raise ConfigError(
-                f"{heads_as()}: the heads in {heads.path} (base model {named(heads.record.base_model)}) were trained "
-                f"with another last layer or final norm than that of {self.source.name}. Give the model that they were "
-                "trained with."
+                f"{heads_as()}: the heads in {heads.path} (base model"
+                f" {named(heads.record.base_model)}) were trained with another last layer or final"
+                f" norm than that of {self.source.name}. Give the model that they were trained"
+                " with."
             )
 
 
 def _where_tensors_are(source: Source) -> tuple[dict[str, str], int | None]:
-    """Return the files of the last layer's and the final norm's tensors, by name, and the size of all tensors."""
+    """Return the files of the last layer's and the final norm's tensors, by name, and the size of
+    all tensors."""
     options: dict[str, object] = {} if source.revision is None else {"revision": source.revision}
-    index = cached_file(source.base, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False, **options)
+    index = cached_file(
+        source.base, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False, **options
+    )
     if index is not None:
         content = json.loads(Path(index).read_text(encoding="utf-8"))
         shard_of = content["weight_map"]
-        near = {name: file for name, file in shard_of.items() if name == NORM or name.startswith(last_layer_in(source))}
+        near = {
+            name: file
+            for name, file in shard_of.items()
+            if name == NORM or name.startswith(last_layer_in(source))
+        }
         at = {file: str(cached_file(source.base, file, **options)) for file in set(near.values())}
-        return {name: at[file] for name, file in near.items()}, content.get("metadata", {}).get("total_size")
+        return {name: at[file] for name, file in near.items()}, content.get("metadata", {}).get(
+            "total_size"
+        )
     file = str(cached_file(source.base, SAFE_WEIGHTS_NAME, **options))
     with safe_open(file, framework="pt") as opened, open(file, "rb") as raw:
         header = int.from_bytes(raw.read(8), "little")  # the file begins with the header's length
@@ -143,7 +168,9 @@ def last_layer_in(source: Source) -> str:
 
 
 @heads_named("heads")
-def export_drafter(model: str, heads: str, output: Path, form: Format = "vllm", num_heads: int | None = None) -> str:
+def export_drafter(
+    model: str, heads: str, output: Path, form: Format = "vllm", num_heads: int | None = None
+) -> str:
     """Write a drafter's folder.
 
     Args:
@@ -157,11 +184,13 @@ def export_drafter(model: str, heads: str, output: Path, form: Format = "vllm", 
         The text of the folder's README: how to serve the drafter.
 
     Raises:
-        ConfigError: the engine cannot serve the heads or the model, they do not fit each other, or the output folder is
-            not empty. In that case nothing is written.
+        ConfigError: the engine cannot serve the heads or the model, they do not fit each other, or
+            the output folder is not empty. In that case nothing is written.
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ConfigError(f"{asked_as('output')}: {output} exists and is not empty. Give a new folder.")
+        raise ConfigError(
+            f"{asked_as('output')}: {output} exists and is not empty. Give a new folder."
+        )
     folder = HeadsFolder.open(heads)
     target = Target.of(model)
     family = family_of(target.config)
@@ -180,23 +209,28 @@ def export_drafter(model: str, heads: str, output: Path, form: Format = "vllm", 
     return guide
 
 
-def _check(folder: HeadsFolder, target: Target, family: Family, form: Format, num_heads: int | None) -> None:
+def _check(
+    folder: HeadsFolder, target: Target, family: Family, form: Format, num_heads: int | None
+) -> None:
     record, config = folder.record, target.config
     if (folder.path / LORA).exists() or record.layer_class != family.layer_class:
         folder.check_layers(family.layer_class)
     if record.hidden_size != config.hidden_size:
         raise ConfigError(
-            f"{heads_as()}: {folder.path} was made for hidden_size {record.hidden_size}, but {target.source.name} has "
-            f"{config.hidden_size}. Give the model that the heads were trained with."
+            f"{heads_as()}: {folder.path} was made for hidden_size {record.hidden_size}, but"
+            f" {target.source.name} has {config.hidden_size}. Give the model that the heads were"
+            " trained with."
         )
-    if num_heads is not None and not 1 <= num_heads <= (1 if form == "eagle3" else record.num_heads):
+    if num_heads is not None and not 1 <= num_heads <= (
+        1 if form == "eagle3" else record.num_heads
+    ):
         most = f"1 to {record.num_heads}, the number of heads in the folder"
         most = "1, since an EAGLE-3 drafter has one layer" if form == "eagle3" else most
         raise ConfigError(f"{asked_as('num_heads')}: got {num_heads}, but it accepts {most}.")
     if form == "eagle3" and not record.head_norm:
         raise ConfigError(
-            f"{asked_as('form', '--format')}: got eagle3, but the heads in {folder.path} have head_norm: false, and an "
-            "EAGLE-3 drafter always applies a norm. Use vllm."
+            f"{asked_as('form', '--format')}: got eagle3, but the heads in {folder.path} have"
+            " head_norm: false, and an EAGLE-3 drafter always applies a norm. Use vllm."
         )
     target.check(folder)
 
@@ -207,20 +241,24 @@ def _head_weights(folder: HeadsFolder) -> list[dict[str, Tensor]]:
         with safe_open(own_file(folder.path, WEIGHTS), framework="pt") as opened:
             found = {key: opened.get_tensor(key) for key in opened.keys()}
     except (OSError, SafetensorError) as error:
-        raise ConfigError(f"{heads_as()}: {folder.path / WEIGHTS} cannot be read ({first_line(error)}).") from error
+        raise ConfigError(
+            f"{heads_as()}: {folder.path / WEIGHTS} cannot be read ({first_line(error)})."
+        ) from error
     heads: dict[str, dict[str, Tensor]] = {str(k): {} for k in range(folder.record.num_heads)}
     for key, tensor in found.items():
         number, _, name = key.partition(".")
         if number not in heads:
             raise ConfigError(
-                f"{heads_as()}: {folder.path / WEIGHTS} has an unknown tensor {named(key)}. Make or download the heads "
-                "folder again."
+                f"{heads_as()}: {folder.path / WEIGHTS} has an unknown tensor {named(key)}. Make or"
+                " download the heads folder again."
             )
         heads[number][name] = tensor
     return list(heads.values())
 
 
-def as_eagle3(heads: list[dict[str, Tensor]], norm: Tensor, family: Family, normed_input: bool) -> dict[str, Tensor]:
+def as_eagle3(
+    heads: list[dict[str, Tensor]], norm: Tensor, family: Family, normed_input: bool
+) -> dict[str, Tensor]:
     """Return head 1 as the only layer of an EAGLE-3 drafter.
 
     Args:
@@ -237,7 +275,8 @@ def as_eagle3(heads: list[dict[str, Tensor]], norm: Tensor, family: Family, norm
     if family.qkv_bias:  # the engine's layer has a bias on all four projections or on none
         out = weights["midlayer.self_attn.o_proj.weight"]
         weights["midlayer.self_attn.o_proj.bias"] = out.new_zeros(out.shape[0])
-    weights["midlayer.input_layernorm.weight"] = torch.ones(size, dtype=norm.dtype)  # for the embedding, times 0
+    # for the embedding, times 0
+    weights["midlayer.input_layernorm.weight"] = torch.ones(size, dtype=norm.dtype)
     weights["fc.weight"] = torch.eye(size, dtype=norm.dtype)
     weights["norm.weight"] = norm
     return weights | ({"input_norm.weight": norm.clone()} if normed_input else {})
@@ -245,15 +284,25 @@ def as_eagle3(heads: list[dict[str, Tensor]], norm: Tensor, family: Family, norm
 
 def as_heads(heads: list[dict[str, Tensor]], norm: Tensor, count: int) -> dict[str, Tensor]:
     """Return the first `count` heads as layers 0, 1, ..."""
-    weights = {f"layers.{k}.{name}": t.contiguous() for k, head in enumerate(heads[:count]) for name, t in head.items()}
+    weights = {
+        f"layers.{k}.{name}": t.contiguous()
+        for k, head in enumerate(heads[:count])
+        for name, t in head.items()
+    }
     # vLLM's parallel drafter needs a hidden state for mask slots, which heads do not use.
-    return weights | {"norm.weight": norm, "mask_hidden": torch.zeros(1, norm.numel(), dtype=norm.dtype)}
+    return weights | {
+        "norm.weight": norm,
+        "mask_hidden": torch.zeros(1, norm.numel(), dtype=norm.dtype),
+    }
 
 
-def _config(target: Target, family: Family, folder: HeadsFolder, form: Format, count: int) -> dict[str, object]:
+def _config(
+    target: Target, family: Family, folder: HeadsFolder, form: Format, count: int
+) -> dict[str, object]:
     theirs, record = target.config.to_dict(), folder.record
     layers = target.config.num_hidden_layers
-    read = layers if record.head_input == "final" else layers - 1  # the heads' input: the output of this many layers
+    # the heads' input: the output of this many layers
+    read = layers if record.head_input == "final" else layers - 1
     config = {key: theirs[key] for key in KEPT if theirs.get(key) is not None}
     config |= {
         "model_type": target.config.model_type,
@@ -298,11 +347,14 @@ def _cost(target: Target, head: Mapping[str, Tensor], norm: Tensor) -> Cost:
     matrix = config.vocab_size * config.hidden_size * norm.itemsize
     if target.size is None:
         return Cost(config.num_hidden_layers * of_head + matrix, of_head, matrix)
-    embedding = 0 if config.tie_word_embeddings else matrix  # a forward pass reads only a few of its rows
+    # a forward pass reads only a few of its rows
+    embedding = 0 if config.tie_word_embeddings else matrix
     return Cost(target.size - embedding, of_head, matrix)
 
 
-def _write(output: Path, config: Mapping[str, object], tensors: dict[str, Tensor], guide: str) -> None:
+def _write(
+    output: Path, config: Mapping[str, object], tensors: dict[str, Tensor], guide: str
+) -> None:
     """Write the folder under a temporary name and rename it, so that it is never incomplete."""
     output.parent.mkdir(parents=True, exist_ok=True)
     unfinished = output.with_name(f".{output.name}.{os.getpid()}.tmp")

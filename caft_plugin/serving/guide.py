@@ -1,4 +1,5 @@
-"""The README of a drafter's folder: the commands that serve it, and the recommended number of draft tokens."""
+"""The README of a drafter's folder: the commands that serve it, and the recommended number of draft
+tokens."""
 
 from __future__ import annotations
 
@@ -23,20 +24,26 @@ class Advice:
 
 
 def advice_on(found: Drafting | None, cost: Cost, count: int) -> Advice:
-    """Return advice for a drafter with `count` heads, from the results of `caft speculate` (None: not known)."""
+    """Return advice for a drafter with `count` heads, from the results of `caft speculate` (None:
+    not known)."""
     if found is None:
         return Advice(
             count,
             [
-                "The best number of draft tokens depends on the model and on the text. To measure it, run",
+                (
+                    "The best number of draft tokens depends on the model and on the text. To"
+                    " measure it, run"
+                ),
                 "`caft speculate` with these heads, then export them again.",
             ],
         )
     tokens = found.tokens_per_step[:count]
     against_plain = speeds(tokens, cost)
     lines = [
-        f"`caft speculate` measured, with {named(found.model)} on {found.prompts} prompts at temperature "
-        f"{found.temperature:g}:",
+        (
+            f"`caft speculate` measured, with {named(found.model)} on {found.prompts} prompts at"
+            f" temperature {found.temperature:g}:"
+        ),
         "",
         "| draft tokens per step | tokens per step | speed compared with plain serving |",
         "| --- | --- | --- |",
@@ -45,12 +52,24 @@ def advice_on(found: Drafting | None, cost: Cost, count: int) -> Advice:
             for number, (per_step, speed) in enumerate(zip(tokens, against_plain, strict=True), 1)
         ),
         "",
-        "The last column is an estimate for one request at a time, when a step takes as long as reading the weights.",
-        "With many requests at a time each draft token costs more, so the recommended number is the smallest that is",
+        (
+            "The last column is an estimate for one request at a time, when a step takes as long as"
+            " reading the weights."
+        ),
+        (
+            "With many requests at a time each draft token costs more, so the recommended number is"
+            " the smallest that is"
+        ),
         "within 5 % of the fastest.",
     ]
     if max(against_plain) <= 1:
-        lines += ["", "Serving with these heads is slower. Train them further: `caft pretrain-heads --targets model`."]
+        lines += [
+            "",
+            (
+                "Serving with these heads is slower. Train them further: `caft pretrain-heads"
+                " --targets model`."
+            ),
+        ]
     return Advice(recommended(tokens, cost), lines)
 
 
@@ -64,7 +83,11 @@ def how_to_serve(source: Source, output: Path, form: Format, advice: Advice) -> 
         advice: the recommended number of draft tokens.
     """
     count = advice.draft_tokens
-    speculative: dict[str, object] = {"method": "eagle3", "model": str(output), "num_speculative_tokens": count}
+    speculative: dict[str, object] = {
+        "method": "eagle3",
+        "model": str(output),
+        "num_speculative_tokens": count,
+    }
     if form == "vllm":
         speculative["parallel_drafting"] = True
     adapter = source.base != source.name
@@ -74,7 +97,12 @@ def how_to_serve(source: Source, output: Path, form: Format, advice: Advice) -> 
         "",
         f"It proposes {count} draft token{'s' * (count > 1)} in each step for {source.name}.",
         "",
-        "vLLM" + (", in an environment with caft_plugin (`pip install caft_plugin`):" if form == "vllm" else ":"),
+        "vLLM"
+        + (
+            ", in an environment with caft_plugin (`pip install caft_plugin`):"
+            if form == "vllm"
+            else ":"
+        ),
         "",
         f"    vllm serve {source.base}{lora} --speculative-config '{json.dumps(speculative)}'",
         "",
@@ -83,19 +111,33 @@ def how_to_serve(source: Source, output: Path, form: Format, advice: Advice) -> 
     if adapter:
         lines += [
             "",
-            "In requests, `tuned` is the model's name. For a LoRA rank above 16 add `--max-lora-rank`. All adapters of",
-            "a server share one drafter, which drafts well only for this one. To serve the merged model instead, give",
+            (
+                "In requests, `tuned` is the model's name. For a LoRA rank above 16 add"
+                " `--max-lora-rank`. All adapters of"
+            ),
+            (
+                "a server share one drafter, which drafts well only for this one. To serve the"
+                " merged model instead, give"
+            ),
             "its folder in place of the base model and leave out the LoRA options.",
         ]
     if form == "eagle3":
         lines += [
             "",
-            "SGLang, with the merged model (written from SGLang's source, not tested):"
-            if adapter
-            else "SGLang (written from SGLang's source, not tested):",
+            (
+                "SGLang, with the merged model (written from SGLang's source, not tested):"
+                if adapter
+                else "SGLang (written from SGLang's source, not tested):"
+            ),
             "",
-            f"    python -m sglang.launch_server --model-path {'MERGED' if adapter else source.name} \\",
+            (
+                "    python -m sglang.launch_server --model-path"
+                f" {'MERGED' if adapter else source.name} \\"
+            ),
             f"        --speculative-algorithm EAGLE3 --speculative-draft-model-path {output} \\",
-            "        --speculative-num-steps 1 --speculative-eagle-topk 1 --speculative-num-draft-tokens 2",
+            (
+                "        --speculative-num-steps 1 --speculative-eagle-topk 1"
+                " --speculative-num-draft-tokens 2"
+            ),
         ]
     return "\n".join(lines) + "\n"

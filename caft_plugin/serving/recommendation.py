@@ -1,7 +1,7 @@
 """The recommended number of draft tokens: results of `caft speculate`, saved next to the heads.
 
-`caft export-drafter` reads the file. It holds a digest of the heads' weights, so that results of earlier heads are not
-used for heads that were trained further.
+`caft export-drafter` reads the file. It holds a digest of the heads' weights, so that results of
+earlier heads are not used for heads that were trained further.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ NEARLY = 0.95
 
 
 class Drafting(BaseModel):
-    """`drafting.json` in a heads folder. `tokens_per_step` has a value for 1, 2, ... draft tokens per step."""
+    """`drafting.json` in a heads folder. `tokens_per_step` has a value for 1, 2, ... draft tokens
+    per step."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -32,7 +33,9 @@ class Drafting(BaseModel):
     tokens_per_step: list[Annotated[float, Field(ge=1, le=1000)]] = Field(min_length=1)
 
 
-def keep(folder: Path, model: str, prompts: int, temperature: float, tokens_per_step: list[float]) -> Path:
+def keep(
+    folder: Path, model: str, prompts: int, temperature: float, tokens_per_step: list[float]
+) -> Path:
     """Write results into a heads folder and return the file.
 
     Args:
@@ -47,7 +50,11 @@ def keep(folder: Path, model: str, prompts: int, temperature: float, tokens_per_
     """
     rounded = [round(tokens, 4) for tokens in tokens_per_step]
     found = Drafting(
-        model=model, weights=digest(folder), prompts=prompts, temperature=temperature, tokens_per_step=rounded
+        model=model,
+        weights=digest(folder),
+        prompts=prompts,
+        temperature=temperature,
+        tokens_per_step=rounded,
     )
     write_json(folder / DRAFTING, found.model_dump())
     return folder / DRAFTING
@@ -66,11 +73,13 @@ def kept(folder: Path) -> Drafting | None:
         found = Drafting.model_validate_json(read_small(folder, DRAFTING))
     except ValidationError as error:
         raise ConfigError(
-            f"{heads_as()}: {folder / DRAFTING} cannot be read ({error.errors()[0]['msg']}). {again}"
+            f"{heads_as()}: {folder / DRAFTING} cannot be read ({error.errors()[0]['msg']})."
+            f" {again}"
         ) from error
     if found.weights != digest(folder):
         raise ConfigError(
-            f"{heads_as()}: {folder / DRAFTING} was written for other heads than those in {folder}. {again}"
+            f"{heads_as()}: {folder / DRAFTING} was written for other heads than those in {folder}."
+            f" {again}"
         )
     return found
 
@@ -83,25 +92,28 @@ def digest(folder: Path) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """Bytes of weights: those that the model reads in a forward pass, one head's, and the unembedding's."""
+    """Bytes of weights: those that the model reads in a forward pass, one head's, and the
+    unembedding's."""
 
     model: int
     head: int
     unembedding: int
 
     def of_step(self, draft_tokens: int) -> float:
-        """Return the time of a step with draft tokens, as a multiple of a step without: for one request at a time, the
-        time to read the weights."""
+        """Return the time of a step with draft tokens, as a multiple of a step without: for one
+        request at a time, the time to read the weights."""
         return 1 + (draft_tokens * self.head + self.unembedding) / self.model
 
 
 def speeds(tokens_per_step: list[float], cost: Cost) -> list[float]:
-    """Return the estimated speed with 1, 2, ... draft tokens per step, as a multiple of plain serving."""
+    """Return the estimated speed with 1, 2, ... draft tokens per step, as a multiple of plain
+    serving."""
     return [tokens / cost.of_step(number) for number, tokens in enumerate(tokens_per_step, 1)]
 
 
 def recommended(tokens_per_step: list[float], cost: Cost) -> int:
-    """Return the smallest number of draft tokens that is nearly as fast as the fastest, for one request at a time.
+    """Return the smallest number of draft tokens that is nearly as fast as the fastest, for one
+    request at a time.
 
     With more requests at a time each draft token costs more.
     """

@@ -1,4 +1,5 @@
-"""The base model's own answers to stage 1's prompts, which it writes itself or vLLM writes, kept in a file."""
+"""The base model's own answers to stage 1's prompts, which it writes itself or vLLM writes, kept in
+a file."""
 
 from __future__ import annotations
 
@@ -35,43 +36,51 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> se
     ids = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
     if not ids:
         raise ConfigError(
-            "got a model without an eos_token_id, both in its generation_config and in its tokenizer, so the end of an "
-            "answer is unknown. Set one. (Stage 1 needs none with targets `dataset`.)"
+            "got a model without an eos_token_id, both in its generation_config and in its"
+            " tokenizer, so the end of an answer is unknown. Set one. (Stage 1 needs none with"
+            " targets `dataset`.)"
         )
     return ids
 
 
 def fingerprint(model: PreTrainedModel) -> str:
-    """Of a model's weights: a model that was trained again in the folder of the former has another."""
+    """Of a model's weights: a model that was trained again in the folder of the former has
+    another."""
     digest = hashlib.sha256()
     for parameter in model.parameters():
-        digest.update(parameter.detach().flatten()[:64].cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(
+            parameter.detach().flatten()[:64].cpu().contiguous().view(torch.uint8).numpy().tobytes()
+        )
     return digest.hexdigest()
 
 
-def check_prompts(prompts: Sequence[Sequence[int]], config: PretrainConfig, context: int | None) -> None:
+def check_prompts(
+    prompts: Sequence[Sequence[int]], config: PretrainConfig, context: int | None
+) -> None:
     """Raises ConfigError where a row asks nothing, or leaves no room to answer."""
     empty = sum(not prompt for prompt in prompts)
     if empty:
         raise ConfigError(
-            f"{setting_as('pretrain_heads', 'targets')}: `model` needs prompts, but {empty} of {len(prompts)} rows "
-            "have none (every token is supervised). Use `dataset` or `distribution` for plain text."
+            f"{setting_as('pretrain_heads', 'targets')}: `model` needs prompts, but {empty} of"
+            f" {len(prompts)} rows have none (every token is supervised). Use `dataset` or"
+            " `distribution` for plain text."
         )
     longest = max(range(len(prompts)), key=lambda i: len(prompts[i]))
     length = len(prompts[longest])
     if context is not None and length + config.max_new_tokens > context:
         raise ConfigError(
-            f"{setting_as('pretrain_heads', 'max_new_tokens')}: row {longest} has a prompt of {length} tokens; with "
-            f"{config.max_new_tokens} new ones that is more than the model's context of {context}. Remove long rows "
-            "from the data, or lower this limit."
+            f"{setting_as('pretrain_heads', 'max_new_tokens')}: row {longest} has a prompt of"
+            f" {length} tokens; with {config.max_new_tokens} new ones that is more than the model's"
+            f" context of {context}. Remove long rows from the data, or lower this limit."
         )
 
 
 class AnswerFile:
-    """Answers as JSON lines, one a prompt, in the order of the prompts; a broken last line is dropped on opening.
+    """Answers as JSON lines, one a prompt, in the order of the prompts; a broken last line is
+    dropped on opening.
 
-    The first line holds what the answers depend on: model, prompts and sampling. A file with another first line is
-    refused rather than mixed.
+    The first line holds what the answers depend on: model, prompts and sampling. A file with
+    another first line is refused rather than mixed.
     """
 
     def __init__(self, path: Path, header: Mapping[str, object]) -> None:
@@ -85,10 +94,13 @@ class AnswerFile:
                         break
                     content = json.loads(line)
                     if number == 0 and content != header:
-                        changed = [k for k in {**header, **content} if content.get(k) != header.get(k)]
+                        changed = [
+                            k for k in {**header, **content} if content.get(k) != header.get(k)
+                        ]
                         raise ConfigError(
-                            f"pretrain_heads: {path} holds answers made with another {' and '.join(changed)}. "
-                            "Continue with the settings it was made with, or move the file away to start again."
+                            f"pretrain_heads: {path} holds answers made with another"
+                            f" {' and '.join(changed)}. Continue with the settings it was made"
+                            " with, or move the file away to start again."
                         )
                     if number:
                         self.answers.append(content["answer"])
@@ -126,10 +138,13 @@ def write_answers(
     Answers are appended to `path` batch by batch, so an interrupted run resumes where it stopped.
 
     Raises:
-        ConfigError: no end token is known, a prompt leaves no room, `path` holds other answers, or vLLM cannot run.
+        ConfigError: no end token is known, a prompt leaves no room, `path` holds other answers, or
+            vLLM cannot run.
     """
     ends = end_tokens(model, tokenizer)
-    check_prompts(prompts, config, getattr(model.config.get_text_config(), "max_position_embeddings", None))
+    check_prompts(
+        prompts, config, getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    )
     if config.vllm:
         check_vllm(bool(getattr(model, "is_quantized", False)))
     digest = hashlib.sha256(json.dumps([list(p) for p in prompts]).encode()).hexdigest()
@@ -144,7 +159,9 @@ def write_answers(
     try:
         done = len(file.answers)
         if done < len(prompts):
-            with tqdm(total=len(prompts), initial=done, unit="answer", desc="generating answers") as bar:
+            with tqdm(
+                total=len(prompts), initial=done, unit="answer", desc="generating answers"
+            ) as bar:
                 tokens, start = 0, time.monotonic()
                 vllm = start_vllm(model, name) if config.vllm else None
                 for first in range(done, len(prompts), config.generation_batch_size):
@@ -163,9 +180,10 @@ def write_answers(
     asked_short = config.max_new_tokens < PretrainConfig().max_new_tokens
     if unfinished == len(prompts) and not asked_short:
         raise ConfigError(
-            f"{setting_as('pretrain_heads', 'max_new_tokens')}: none of the {len(prompts)} answers came to an end "
-            f"within {config.max_new_tokens} tokens. Raise this limit, or check the chat template and the end token. "
-            f"The answers are in {path}: move the file away before you start again."
+            f"{setting_as('pretrain_heads', 'max_new_tokens')}: none of the {len(prompts)} answers"
+            f" came to an end within {config.max_new_tokens} tokens. Raise this limit, or check the"
+            f" chat template and the end token. The answers are in {path}: move the file away"
+            " before you start again."
         )
     if unfinished:
         logger.warning(
@@ -186,15 +204,27 @@ def generate(
     ends: set[int],
     first: int,
 ) -> list[list[int]]:
-    """Answers to one batch of prompts. The batch that starts at prompt `first` draws random numbers of its own, so an
-    interrupted run writes what an uninterrupted one would have."""
+    """Answers to one batch of prompts. The batch that starts at prompt `first` draws random numbers
+    of its own, so an interrupted run writes what an uninterrupted one would have."""
     length = max(map(len, prompts))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(ends)
     ids = torch.tensor([[pad] * (length - len(p)) + list(p) for p in prompts], device=model.device)
-    mask = torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in prompts], device=model.device)
-    sampling: dict[str, object] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    mask = torch.tensor(
+        [[0] * (length - len(p)) + [1] * len(p) for p in prompts], device=model.device
+    )
+    sampling: dict[str, object] = {
+        "do_sample": False,
+        "temperature": None,
+        "top_p": None,
+        "top_k": None,
+    }
     if config.temperature > 0:
-        sampling = {"do_sample": True, "temperature": config.temperature, "top_p": config.top_p, "top_k": 0}
+        sampling = {
+            "do_sample": True,
+            "temperature": config.temperature,
+            "top_p": config.top_p,
+            "top_k": 0,
+        }
     generating: Any = model
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
@@ -234,11 +264,17 @@ def start_vllm(model: PreTrainedModel, name: str) -> Any:
     """A vLLM engine next to the model, on half of the GPU's memory. Never tested."""
     from vllm import LLM
 
-    return LLM(model=name, dtype=str(model.dtype).removeprefix("torch."), gpu_memory_utilization=0.5)
+    return LLM(
+        model=name, dtype=str(model.dtype).removeprefix("torch."), gpu_memory_utilization=0.5
+    )
 
 
 def generate_with_vllm(
-    engine: Any, prompts: Sequence[Sequence[int]], config: PretrainConfig, ends: set[int], first: int
+    engine: Any,
+    prompts: Sequence[Sequence[int]],
+    config: PretrainConfig,
+    ends: set[int],
+    first: int,
 ) -> list[list[int]]:
     """As `generate`, by vLLM."""
     from vllm import SamplingParams
@@ -250,5 +286,7 @@ def generate_with_vllm(
         stop_token_ids=sorted(ends),
         seed=config.seed * 1_000_003 + first,
     )
-    outputs = engine.generate([{"prompt_token_ids": list(p)} for p in prompts], sampling, use_tqdm=False)
+    outputs = engine.generate(
+        [{"prompt_token_ids": list(p)} for p in prompts], sampling, use_tqdm=False
+    )
     return [list(output.outputs[0].token_ids) for output in outputs]

@@ -24,7 +24,9 @@ Row = dict[str, list[int]]  # input_ids, and labels with -100 where there is no 
 
 def prompt_of(row: Row) -> list[int]:
     """Return the tokens before the first one with a label: the prompt."""
-    first = next((i for i, label in enumerate(row["labels"]) if label != IGNORE), len(row["labels"]))
+    first = next(
+        (i for i, label in enumerate(row["labels"]) if label != IGNORE), len(row["labels"])
+    )
     return list(row["input_ids"][:first])
 
 
@@ -37,9 +39,11 @@ def with_answer(prompt: Sequence[int], answer: Sequence[int]) -> Row:
     return {"input_ids": [*prompt, *answer], "labels": [IGNORE] * len(prompt) + list(answer)}
 
 
-def read_rows(file: Path, tokenizer: PreTrainedTokenizerBase, max_length: int, option: str = "--data") -> list[Row]:
-    """Read the rows of a JSONL file. Each line has `messages` (the first assistant turn is the answer), `prompt` and
-    `completion`, or plain `text` (all of it has labels).
+def read_rows(
+    file: Path, tokenizer: PreTrainedTokenizerBase, max_length: int, option: str = "--data"
+) -> list[Row]:
+    """Read the rows of a JSONL file. Each line has `messages` (the first assistant turn is the
+    answer), `prompt` and `completion`, or plain `text` (all of it has labels).
 
     Args:
         file: the JSONL file.
@@ -50,20 +54,28 @@ def read_rows(file: Path, tokenizer: PreTrainedTokenizerBase, max_length: int, o
     Raises:
         ConfigError: the file does not exist, or a line is none of these.
     """
-    rows = [with_answer(*parts) for parts in _read_lines(file, option, lambda c: _prompt_and_answer(c, tokenizer))]
+    rows = [
+        with_answer(*parts)
+        for parts in _read_lines(file, option, lambda c: _prompt_and_answer(c, tokenizer))
+    ]
     return [{key: values[:max_length] for key, values in row.items()} for row in rows]
 
 
-def read_prompts(file: Path, tokenizer: PreTrainedTokenizerBase, option: str = "--prompts") -> list[list[int]]:
-    """Read the prompts (token ids) of a JSONL file: `messages` up to the first assistant turn, `prompt`, or `text` to
-    continue. Other keys of a line are ignored. `option` is the file's name in messages.
+def read_prompts(
+    file: Path, tokenizer: PreTrainedTokenizerBase, option: str = "--prompts"
+) -> list[list[int]]:
+    """Read the prompts (token ids) of a JSONL file: `messages` up to the first assistant turn,
+    `prompt`, or `text` to continue. Other keys of a line are ignored. `option` is the file's name
+    in messages.
 
     Raises:
         ConfigError: the file does not exist or is empty, or a line is none of these.
     """
     prompts = list(_read_lines(file, option, lambda content: _prompt(content, tokenizer)))
     if not prompts:
-        raise ConfigError(f"{option}: {file} is empty. Give a JSONL file with a prompt on each line.")
+        raise ConfigError(
+            f"{option}: {file} is empty. Give a JSONL file with a prompt on each line."
+        )
     return prompts
 
 
@@ -74,15 +86,20 @@ def _read_lines(file: Path, option: str, read: Callable[[dict[str, Any]], T]) ->
             yield read(json.loads(line))
         except (ValueError, KeyError, TypeError, StopIteration) as error:
             raise ConfigError(
-                f"{option}: line {number} of {file} is not a row ({type(error).__name__}: {error}). A line is "
-                '{"messages": [...]}, {"prompt": "...", "completion": "..."} or {"text": "..."}.'
+                f"{option}: line {number} of {file} is not a row ({type(error).__name__}: {error})."
+                ' A line is {"messages": [...]}, {"prompt": "...", "completion": "..."} or'
+                ' {"text": "..."}.'
             ) from None
 
 
 def _prompt(content: dict[str, Any], tokenizer: Any) -> list[int]:
     if "messages" in content:
-        asked = list(itertools.takewhile(lambda message: message["role"] != "assistant", content["messages"]))
-        return tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=True, return_dict=False)
+        asked = list(
+            itertools.takewhile(lambda message: message["role"] != "assistant", content["messages"])
+        )
+        return tokenizer.apply_chat_template(
+            asked, add_generation_prompt=True, tokenize=True, return_dict=False
+        )
     ids = tokenizer(content["prompt"] if "prompt" in content else content["text"]).input_ids
     if not ids:
         raise ValueError("its prompt has no tokens")
@@ -93,7 +110,9 @@ def _prompt_and_answer(content: dict[str, Any], tokenizer: Any) -> tuple[list[in
     if "messages" in content:
         messages = content["messages"]
         turn = next(i for i, message in enumerate(messages) if message["role"] == "assistant")
-        template = functools.partial(tokenizer.apply_chat_template, tokenize=True, return_dict=False)
+        template = functools.partial(
+            tokenizer.apply_chat_template, tokenize=True, return_dict=False
+        )
         prompt = template(messages[:turn], add_generation_prompt=True)
         conversation = template(messages[: turn + 1])
         if conversation[: len(prompt)] != prompt:
@@ -107,7 +126,8 @@ def _prompt_and_answer(content: dict[str, Any], tokenizer: Any) -> tuple[list[in
 
 
 def pad_rows(rows: Sequence[Row], pad: int) -> dict[str, Tensor]:
-    """Return a batch, padded on the right: input_ids, labels and attention_mask (batch, longest row)."""
+    """Return a batch, padded on the right: input_ids, labels and attention_mask (batch, longest
+    row)."""
     length = max(len(row["input_ids"]) for row in rows)
 
     def padded(values: Sequence[Sequence[int]], fill: int) -> Tensor:

@@ -1,4 +1,5 @@
-"""Held-out figures of heads before and after training: as a table, and as expected tokens per step."""
+"""Held-out figures of heads before and after training: as a table, and as expected tokens per
+step."""
 
 from __future__ import annotations
 
@@ -20,7 +21,10 @@ def before_and_after(folder: Path) -> str:
 def aligned(table: list[list[str]]) -> list[str]:
     """Return the rows of a table as lines, each column flush right."""
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in table]
+    return [
+        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+        for row in table
+    ]
 
 
 def figures_as_markdown(metrics: HeadsMetrics) -> list[str]:
@@ -30,15 +34,21 @@ def figures_as_markdown(metrics: HeadsMetrics) -> list[str]:
 
 
 def drafting(metrics: HeadsMetrics) -> str:
-    """Return a sentence on the tokens per step that the heads give; empty if it was not measured."""
+    """Return a sentence on the tokens per step that the heads give; empty if it was not
+    measured."""
     if metrics.tokens_per_pass is None:
         return ""
     before = metrics.tokens_per_pass_before
     compared = "" if before is None else f" ({before:.2f} before this training)"
-    places = "" if metrics.positions is None else f", estimated at {metrics.positions:,} held-out positions"
+    places = (
+        ""
+        if metrics.positions is None
+        else f", estimated at {metrics.positions:,} held-out positions"
+    )
     return (
-        f"As drafters these heads give {metrics.tokens_per_pass:.2f} tokens per step{compared}{places}. Plain "
-        "generation gives 1. The speed-up is smaller, since drafting takes time too: `caft speculate` measures it."
+        f"As drafters these heads give {metrics.tokens_per_pass:.2f} tokens per"
+        f" step{compared}{places}. Plain generation gives 1. The speed-up is smaller, since"
+        " drafting takes time too: `caft speculate` measures it."
     )
 
 

@@ -1,12 +1,14 @@
 """Stage 1: heads are pretrained once per base model, on answers that the base model itself wrote.
 
-METHOD: arXiv 2506.07833, section 3 (pseudo-labels; the base frozen, only the heads train, each with weight alpha^k,
-constant schedule, learning rate 1e-4). Besides the published way (`targets: model`) there are the data set's own
-answers (`dataset`, the authors' warm-up on task data) and `distribution`: head k at position t learns the base
-model's whole next-token distribution at position t+k, which the same forward pass of the frozen base gives.
+METHOD: arXiv 2506.07833, section 3 (pseudo-labels; the base frozen, only the heads train, each with
+    weight alpha^k,
+constant schedule, learning rate 1e-4). Besides the published way (`targets: model`) there are the
+data set's own answers (`dataset`, the authors' warm-up on task data) and `distribution`: head k at
+position t learns the base model's whole next-token distribution at position t+k, which the same
+forward pass of the frozen base gives.
 
-It also trains heads as drafters (`caft.heads` names them): with a fine-tuned model as the frozen base, they continue to
-learn its answers.
+It also trains heads as drafters (`caft.heads` names them): with a fine-tuned model as the frozen
+base, they continue to learn its answers.
 """
 
 from __future__ import annotations
@@ -29,7 +31,15 @@ from transformers import (
 
 from caft_plugin.caft.attach import LAST_POSITION
 from caft_plugin.caft.heads_folder import HeadsFolder
-from caft_plugin.caft.heads_record import CARD, FOLDER, METRICS, HeadFigures, HeadsMetrics, HeadsRecord, read_record
+from caft_plugin.caft.heads_record import (
+    CARD,
+    FOLDER,
+    METRICS,
+    HeadFigures,
+    HeadsMetrics,
+    HeadsRecord,
+    read_record,
+)
 from caft_plugin.caft.loss import DISTRIBUTIONS, TOKENS
 from caft_plugin.caft.objective import AuxiliaryObjective, HostLoss
 from caft_plugin.checkpoints import Parts
@@ -47,12 +57,18 @@ from caft_plugin.training import with_caft
 
 
 def load_base(
-    name: str, dtype: torch.dtype, trust_remote_code: bool = False, vllm: bool = False, **loading: Unpack[Loading]
+    name: str,
+    dtype: torch.dtype,
+    trust_remote_code: bool = False,
+    vllm: bool = False,
+    **loading: Unpack[Loading],
 ) -> PreTrainedModel:
-    """The frozen model, as `model_loading.Source.load` loads it; with `vllm` one that vLLM can load too.
+    """The frozen model, as `model_loading.Source.load` loads it; with `vllm` one that vLLM can load
+    too.
 
     Raises:
-        ConfigError: before weights are loaded, where heads cannot be built for the model or vLLM cannot run it.
+        ConfigError: before weights are loaded, where heads cannot be built for the model or vLLM
+            cannot run it.
     """
     source = Source.of(name, trust_remote_code)
     if vllm:
@@ -64,7 +80,8 @@ def load_base(
 
 
 def heads_block(keys: dict[str, Any]) -> CAFTConfig:
-    """Return the CAFT settings of stage 1. With `heads` and no `num_heads`, the number is that of the folder.
+    """Return the CAFT settings of stage 1. With `heads` and no `num_heads`, the number is that of
+    the folder.
 
     Raises:
         ConfigError: a wrong key or value, or no readable folder of heads.
@@ -75,11 +92,14 @@ def heads_block(keys: dict[str, Any]) -> CAFTConfig:
 
 
 class TrunkTrainer(Trainer):
-    """Calls the frozen base without asking it for logits; its own loss is 0, the heads' is all there is."""
+    """Calls the frozen base without asking it for logits; its own loss is 0, the heads' is all
+    there is."""
 
     def __init__(self, *, model: PreTrainedModel, **kwargs) -> None:
         # The Trainer refuses quantised models that have no adapter; here the heads are what trains.
-        quantised = getattr(model, "is_quantized", False) and not getattr(model, "_hf_peft_config_loaded", False)
+        quantised = getattr(model, "is_quantized", False) and not getattr(
+            model, "_hf_peft_config_loaded", False
+        )
         if quantised:
             model._hf_peft_config_loaded = True
         try:
@@ -95,7 +115,8 @@ class TrunkTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> HostLoss:
-        # No logits are needed but those of one position, by which the heads' unembedding is checked.
+        # No logits are needed but those of one position, by which the heads' unembedding is
+        # checked.
         inputs = {k: v for k, v in inputs.items() if k != "labels"}
         outputs = model(**inputs, logits_to_keep=LAST_POSITION.clone(), use_cache=False)
         loss = outputs.logits.new_zeros((), dtype=torch.float32)
@@ -103,8 +124,8 @@ class TrunkTrainer(Trainer):
 
 
 class Stage1Objective(AuxiliaryObjective):
-    """The heads' objective where nothing else trains: evaluation has the accuracy of heads too, and their summed loss
-    as its own. Heads are measured against tokens, whatever they learn."""
+    """The heads' objective where nothing else trains: evaluation has the accuracy of heads too, and
+    their summed loss as its own. Heads are measured against tokens, whatever they learn."""
 
     def metrics(self, evaluation: HeadsEvaluation, prefix: str) -> dict[str, float]:
         losses = evaluation.losses.values()
@@ -116,7 +137,9 @@ class HeadsTrainer(with_caft(TrunkTrainer)):  # type: ignore[misc]
     """Trains heads on a frozen base, which does not change. Checkpoints hold only the heads."""
 
     def __init__(self, *args, distribution: bool = False, **kwargs) -> None:
-        self.caft_objective = functools.partial(Stage1Objective, lesson=DISTRIBUTIONS if distribution else TOKENS)
+        self.caft_objective = functools.partial(
+            Stage1Objective, lesson=DISTRIBUTIONS if distribution else TOKENS
+        )
         super().__init__(*args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -134,8 +157,9 @@ class HeadsTrainer(with_caft(TrunkTrainer)):  # type: ignore[misc]
 
 @dataclasses.dataclass
 class Stage1:
-    """What stage 1 works on. `rows` and `heldout` are token rows; without `heldout` a part of the rows is held out.
-    `name` is the base model's name for the card, `trainer` what makes the trainer: HeadsTrainer, or as it."""
+    """What stage 1 works on. `rows` and `heldout` are token rows; without `heldout` a part of the
+    rows is held out. `name` is the base model's name for the card, `trainer` what makes the
+    trainer: HeadsTrainer, or as it."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -152,7 +176,8 @@ class Stage1:
 def pretrain_heads(stage1: Stage1) -> Path:
     """Trains heads on the frozen model and leaves a heads folder with a card in the output folder.
 
-    An interrupted run resumes: with the answers in the file, and training from the latest complete checkpoint.
+    An interrupted run resumes: with the answers in the file, and training from the latest complete
+        checkpoint.
 
     Returns:
         The heads folder.
@@ -160,11 +185,16 @@ def pretrain_heads(stage1: Stage1) -> Path:
     Raises:
         ConfigError: the data or the settings do not fit.
     """
-    model, tokenizer, arguments, config = stage1.model, stage1.tokenizer, stage1.arguments, stage1.config
+    model, tokenizer, arguments, config = (
+        stage1.model,
+        stage1.tokenizer,
+        stage1.arguments,
+        stage1.config,
+    )
     if arguments.world_size > 1:
         raise ConfigError(
-            f"pretrain_heads: {arguments.world_size} processes were started, but it accepts one. Start it with "
-            "`accelerate launch --num_processes 1`, or without a launcher."
+            f"pretrain_heads: {arguments.world_size} processes were started, but it accepts one."
+            " Start it with `accelerate launch --num_processes 1`, or without a launcher."
         )
     warn_of_slow_bf16(arguments, model)
     out = Path(str(arguments.output_dir))
@@ -176,8 +206,8 @@ def pretrain_heads(stage1: Stage1) -> Path:
     heldout = [row for row in heldout if supervised(row)]
     if not rows:
         raise ConfigError(
-            "pretrain_heads: the data set has no row with an answer to learn from. Each row needs a prompt and an "
-            "assistant's answer; check the data sets and the chat template."
+            "pretrain_heads: the data set has no row with an answer to learn from. Each row needs a"
+            " prompt and an assistant's answer; check the data sets and the chat template."
         )
     model.requires_grad_(False)
     model.eval()
@@ -193,7 +223,9 @@ def pretrain_heads(stage1: Stage1) -> Path:
         rows = [{"input_ids": row["input_ids"], "labels": row["input_ids"]} for row in rows]
 
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    caft = stage1.caft.model_copy(update={"beta": 1.0, "schedule": "constant", "train_heads": "full"})
+    caft = stage1.caft.model_copy(
+        update={"beta": 1.0, "schedule": "constant", "train_heads": "full"}
+    )
     trainer = stage1.trainer(
         model=model,
         args=arguments,
@@ -233,7 +265,9 @@ def figures_of(metrics: dict[str, float], num_heads: int) -> list[HeadFigures]:
     found = HeadsEvaluation.read(metrics, "eval")
     if len(found.losses) < num_heads or len(found.accuracies) < num_heads:
         return []
-    return [HeadFigures(loss=loss, accuracy=found.accuracies[k]) for k, loss in found.losses.items()]
+    return [
+        HeadFigures(loss=loss, accuracy=found.accuracies[k]) for k, loss in found.losses.items()
+    ]
 
 
 def model_card(record: HeadsRecord, name: str, metrics: HeadsMetrics) -> str:
@@ -246,13 +280,26 @@ def model_card(record: HeadsRecord, name: str, metrics: HeadsMetrics) -> str:
         "",
         f"# CAFT heads for {name}",
         "",
-        f"{record.num_heads} auxiliary heads ({record.layer_class}) for concept-aware fine-tuning. Head k predicts",
-        "the token k+1 ahead. Fine-tuning with caft_plugin can start from them (`caft: {heads: THIS_FOLDER}`).",
+        (
+            f"{record.num_heads} auxiliary heads ({record.layer_class}) for concept-aware"
+            " fine-tuning. Head k predicts"
+        ),
+        (
+            "the token k+1 ahead. Fine-tuning with caft_plugin can start from them (`caft: {heads:"
+            " THIS_FOLDER}`)."
+        ),
         "They draft for the model over which they were trained.",
         "",
         f"- wiring: head_input `{record.head_input}`, head_norm `{str(record.head_norm).lower()}`",
-        f"- trained on: {metrics.rows} rows, targets `{metrics.targets}`, {metrics.steps} steps, base frozen",
-        *([] if metrics.started_from is None else [f"- started from the heads in: {metrics.started_from}"]),
+        (
+            f"- trained on: {metrics.rows} rows, targets `{metrics.targets}`, {metrics.steps}"
+            " steps, base frozen"
+        ),
+        *(
+            []
+            if metrics.started_from is None
+            else [f"- started from the heads in: {metrics.started_from}"]
+        ),
         "",
     ]
     if metrics.heads:
@@ -268,7 +315,10 @@ def model_card(record: HeadsRecord, name: str, metrics: HeadsMetrics) -> str:
         "```",
         "",
         "- measure it: `caft speculate --model MODEL --heads THIS_FOLDER --prompts FILE`",
-        "- serve it with vLLM: `caft export-drafter --model MODEL --heads THIS_FOLDER --output DRAFTER`",
+        (
+            "- serve it with vLLM: `caft export-drafter --model MODEL --heads THIS_FOLDER --output"
+            " DRAFTER`"
+        ),
         "",
         "## Papers",
         "",

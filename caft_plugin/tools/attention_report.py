@@ -1,4 +1,5 @@
-"""`caft attention-report`: how masked training changed a model's attention (arXiv 2502.07490, section 5)."""
+"""`caft attention-report`: how masked training changed a model's attention (arXiv 2502.07490,
+section 5)."""
 
 from __future__ import annotations
 
@@ -18,7 +19,13 @@ from caft_plugin.config import DEFAULT_MASK_RATIO
 from caft_plugin.errors import ConfigError, asked_as
 from caft_plugin.files import numbered_lines, read_text
 from caft_plugin.meap.base_model import BaseModel
-from caft_plugin.meap.mask_token import FILE, AddedMaskToken, MaskToken, choose_mask_token, row_norms
+from caft_plugin.meap.mask_token import (
+    FILE,
+    AddedMaskToken,
+    MaskToken,
+    choose_mask_token,
+    row_norms,
+)
 from caft_plugin.meap.roles import Roles
 from caft_plugin.model.loading import load_model, load_tokenizer, merged, refuse_heads_folder
 from caft_plugin.model.trunk import input_embedding
@@ -44,10 +51,11 @@ class Text:
 class Figures:
     """Means over texts, layers, heads and queries.
 
-    `masked` and `variance` have a value for each model and input: the attention weight on the positions that the masked
-    input masks (the same positions of the unmasked input), and the variance of the weights on all others. Both leave
-    out the first token, which gets the attention that no other token needs. `segments`, by model and segment: share of
-    the last token's attention on unmasked input, over texts with segments.
+    `masked` and `variance` have a value for each model and input: the attention weight on the
+    positions that the masked input masks (the same positions of the unmasked input), and the
+    variance of the weights on all others. Both leave out the first token, which gets the attention
+    that no other token needs. `segments`, by model and segment: share of the last token's attention
+    on unmasked input, over texts with segments.
     """
 
     texts: int
@@ -62,11 +70,14 @@ def changed(before: float, after: float) -> str:
     if before == 0:
         return "not comparable with 0"
     change = round(100 * (after / before - 1), 1)
-    return "unchanged" if change == 0 else f"{abs(change):.1f} % {'lower' if change < 0 else 'higher'}"
+    return (
+        "unchanged" if change == 0 else f"{abs(change):.1f} % {'lower' if change < 0 else 'higher'}"
+    )
 
 
 def read_texts(file: Path) -> list[Text]:
-    """Read the texts of a file: JSON lines with `text`, or with `context`, `answer` and `query`; or paragraphs.
+    """Read the texts of a file: JSON lines with `text`, or with `context`, `answer` and `query`; or
+    paragraphs.
 
     An answer that the context contains is a segment there; any other answer follows the context.
 
@@ -75,11 +86,17 @@ def read_texts(file: Path) -> list[Text]:
     """
     content = read_text(file, asked_as("text"), "JSON lines or plain text")
     if file.suffix not in (".jsonl", ".json"):
-        texts = [Text(part.strip(), [""] * len(part.strip())) for part in content.split("\n\n") if part.strip()]
+        texts = [
+            Text(part.strip(), [""] * len(part.strip()))
+            for part in content.split("\n\n")
+            if part.strip()
+        ]
     else:
         texts = [_of_line(file, number, line) for number, line in numbered_lines(content)]
     if not texts:
-        raise ConfigError(f"{asked_as('text')}: {file} has no text in it. Give a file with at least one text.")
+        raise ConfigError(
+            f"{asked_as('text')}: {file} has no text in it. Give a file with at least one text."
+        )
     return texts
 
 
@@ -94,11 +111,13 @@ def _of_line(file: Path, number: int, line: str) -> Text:
         if not found:
             parts = [("context", context + "\n"), ("answer", answer)]
         parts.append(("query", "\n" + query))
-        return Text("".join(part for _, part in parts), [name for name, part in parts for _ in part])
+        return Text(
+            "".join(part for _, part in parts), [name for name, part in parts for _ in part]
+        )
     except (ValueError, TypeError, KeyError, AttributeError):
         raise ConfigError(
-            f"{asked_as('text')}: line {number} of {file} is not a JSON object with `text`, or with `context`, "
-            "`answer` and `query`, all of them texts."
+            f"{asked_as('text')}: line {number} of {file} is not a JSON object with `text`, or with"
+            " `context`, `answer` and `query`, all of them texts."
         ) from None
 
 
@@ -126,8 +145,8 @@ def attention_report(
         dtype: to compute in.
 
     Raises:
-        ConfigError: a heads folder was given as a model, no mask token is available, or all texts are too short to
-            mask.
+        ConfigError: a heads folder was given as a model, no mask token is available, or all texts
+            are too short to mask.
     """
     refuse_heads_folder(base, "base")
     refuse_heads_folder(tuned, "tuned")
@@ -137,14 +156,18 @@ def attention_report(
         for name, of in zip(MODELS, (base, tuned), strict=True)
     }
     encoded = [
-        tokenizer(text.text, return_offsets_mapping=True, truncation=True, max_length=max_length) for text in texts
+        tokenizer(text.text, return_offsets_mapping=True, truncation=True, max_length=max_length)
+        for text in texts
     ]
     kept = [(text, e) for text, e in zip(texts, encoded, strict=True) if len(e["input_ids"]) > 2]
     if not kept:
         raise ConfigError(
-            f"{asked_as('text')}: every text is shorter than three tokens, so nothing can be masked. Give longer texts."
+            f"{asked_as('text')}: every text is shorter than three tokens, so nothing can be"
+            " masked. Give longer texts."
         )
-    token = _mask_token(mask_token, tuned, tokenizer, models, frozenset(i for _, e in kept for i in e["input_ids"]))
+    token = _mask_token(
+        mask_token, tuned, tokenizer, models, frozenset(i for _, e in kept for i in e["input_ids"])
+    )
     ratio = DEFAULT_MASK_RATIO["pretrain"] if mask_ratio is None else mask_ratio
     generator = random.Random(seed)
     sums: dict[tuple[str, ...], float] = {}
@@ -154,13 +177,17 @@ def attention_report(
         masked = torch.zeros(len(ids), dtype=torch.bool)
         masked[drawn] = True
         inputs = {"unmasked": ids, "masked": ids.masked_fill(masked, token.id)}
-        segment_of_token = [text.segments[start] if start < end else "" for start, end in row["offset_mapping"]]
+        segment_of_token = [
+            text.segments[start] if start < end else "" for start, end in row["offset_mapping"]
+        ]
         for model_name, model in models.items():
             for input_name, input_ids in inputs.items():
                 weights = attention(model, input_ids)
                 on_masked, variance = on_masked_and_variance_of_rest(weights, masked)
                 for key, value in (("masked", on_masked), ("variance", variance)):
-                    sums[key, model_name, input_name] = sums.get((key, model_name, input_name), 0.0) + value
+                    sums[key, model_name, input_name] = (
+                        sums.get((key, model_name, input_name), 0.0) + value
+                    )
                 if input_name == "unmasked":
                     for segment in SEGMENTS:
                         where = torch.tensor([name == segment for name in segment_of_token])
@@ -172,7 +199,11 @@ def attention_report(
         mask_token=token.words,
         masked={(m, i): sums["masked", m, i] / len(kept) for m in MODELS for i in INPUTS},
         variance={(m, i): sums["variance", m, i] / len(kept) for m in MODELS for i in INPUTS},
-        segments={(m, s): sums[s, m] / in_segments for m in MODELS for s in SEGMENTS} if in_segments else {},
+        segments=(
+            {(m, s): sums[s, m] / in_segments for m in MODELS for s in SEGMENTS}
+            if in_segments
+            else {}
+        ),
     )
 
 
@@ -202,20 +233,28 @@ def _mask_token(
 
 @torch.no_grad()
 def attention(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """Return the attention weights (layers * heads, length, length), in float32, of token ids (length,)."""
-    layers = model(input_ids=ids[None].to(model.device), output_attentions=True, use_cache=False).attentions
-    layers = [layer for layer in layers if layer is not None]  # hybrids have layers without attention
+    """Return the attention weights (layers * heads, length, length), in float32, of token ids
+    (length,)."""
+    layers = model(
+        input_ids=ids[None].to(model.device), output_attentions=True, use_cache=False
+    ).attentions
+    # hybrids have layers without attention
+    layers = [layer for layer in layers if layer is not None]
     if not layers:
-        raise ConfigError(f"{type(model).__name__} returns no attention weights. Give a model with attention layers.")
+        raise ConfigError(
+            f"{type(model).__name__} returns no attention weights. Give a model with attention"
+            " layers."
+        )
     return torch.cat([layer[0].float().cpu() for layer in layers])
 
 
 def on_masked_and_variance_of_rest(weights: Tensor, masked: Tensor) -> tuple[float, float]:
-    """Return the mean weight on masked positions and the variance of the weights on all others, over the queries that
-    attend to both.
+    """Return the mean weight on masked positions and the variance of the weights on all others,
+    over the queries that attend to both.
 
     Args:
-        weights: (maps, length, length), each row of a map a distribution over positions up to its own.
+        weights: (maps, length, length), each row of a map a distribution over positions up to its
+            own.
         masked: (length,), True at masked positions.
     """
     length = len(masked)
@@ -231,24 +270,55 @@ def on_masked_and_variance_of_rest(weights: Tensor, masked: Tensor) -> tuple[flo
 
 
 def as_table(figures: Figures) -> str:
-    """Return the figures as text: each model on unmasked and on masked text, then the paper's comparison."""
+    """Return the figures as text: each model on unmasked and on masked text, then the paper's
+    comparison."""
     lines = [f"{figures.texts} texts, masked with {figures.mask_token}"]
     for title, values in (
-        ("Mean attention weight on the masked positions (of unmasked text: on the same positions)", figures.masked),
+        (
+            (
+                "Mean attention weight on the masked positions (of unmasked text: on the same"
+                " positions)"
+            ),
+            figures.masked,
+        ),
         ("Variance of the attention weights on all other positions", figures.variance),
     ):
-        lines += ["", title, f"  {'':<18}{'unmasked text':>16}{'masked text':>16}{'effect of masking':>20}"]
+        lines += [
+            "",
+            title,
+            f"  {'':<18}{'unmasked text':>16}{'masked text':>16}{'effect of masking':>20}",
+        ]
         for model in MODELS:
             own = [values[model, given] for given in INPUTS]
-            lines.append(f"  {model:<18}" + "".join(f"{value:>16.3e}" for value in own) + f"{changed(*own):>20}")
+            lines.append(
+                f"  {model:<18}"
+                + "".join(f"{value:>16.3e}" for value in own)
+                + f"{changed(*own):>20}"
+            )
         tuning = [changed(*(values[model, given] for model in MODELS)) for given in INPUTS]
         lines.append(f"  {'effect of tuning':<18}" + "".join(f"{words:>16}" for words in tuning))
     if figures.segments:
-        lines += ["", "Share of the last token's attention (unmasked text)", f"  {'':<18}{'base':>16}{'tuned':>16}"]
+        lines += [
+            "",
+            "Share of the last token's attention (unmasked text)",
+            f"  {'':<18}{'base':>16}{'tuned':>16}",
+        ]
         for segment in SEGMENTS:
-            lines.append(f"  {segment:<18}" + "".join(f"{figures.segments[m, segment]:>16.2%}" for m in MODELS))
-    lines += ["", "The tuned model on masked text, compared with the base model on unmasked text, as in the paper:"]
-    lines += [f"  {name}: {changed(values[FIRST], values[LAST])}" for name, values in compared(figures).items()]
+            lines.append(
+                f"  {segment:<18}"
+                + "".join(f"{figures.segments[m, segment]:>16.2%}" for m in MODELS)
+            )
+    lines += [
+        "",
+        (
+            "The tuned model on masked text, compared with the base model on unmasked text, as in"
+            " the paper:"
+        ),
+    ]
+    lines += [
+        f"  {name}: {changed(values[FIRST], values[LAST])}"
+        for name, values in compared(figures).items()
+    ]
     return "\n".join(lines)
 
 
@@ -268,14 +338,32 @@ def draw(figures: Figures, file: Path) -> None:
 
     def fill(axes: Any) -> None:
         labels = ["mean attention weight", "variance of the attention weights"]
-        for axis, (name, values), label in zip(axes, compared(figures).items(), labels, strict=False):
-            bars(axis, MODELS, {given: [values[model, given] for model in MODELS] for given in INPUTS}, "text")
-            axis.set(title=f"{name}:\n{changed(values[FIRST], values[LAST])}", xlabel="model", ylabel=label)
+        for axis, (name, values), label in zip(
+            axes, compared(figures).items(), labels, strict=False
+        ):
+            bars(
+                axis,
+                MODELS,
+                {given: [values[model, given] for model in MODELS] for given in INPUTS},
+                "text",
+            )
+            axis.set(
+                title=f"{name}:\n{changed(values[FIRST], values[LAST])}",
+                xlabel="model",
+                ylabel=label,
+            )
         if figures.segments:
             bars(
-                axes[2], SEGMENTS, {m: [figures.segments[m, segment] for segment in SEGMENTS] for m in MODELS}, "model"
+                axes[2],
+                SEGMENTS,
+                {m: [figures.segments[m, segment] for segment in SEGMENTS] for m in MODELS},
+                "model",
             )
-            axes[2].set(title="attention of the last token", xlabel="segment", ylabel="share of the attention")
+            axes[2].set(
+                title="attention of the last token",
+                xlabel="segment",
+                ylabel="share of the attention",
+            )
         axes[0].figure.suptitle(
             "Changes: the tuned model on masked text, compared with the base model on unmasked text"
         )
@@ -283,10 +371,18 @@ def draw(figures: Figures, file: Path) -> None:
     write_png(file, (13, 4.4), 3 if figures.segments else 2, fill)
 
 
-def bars(axis: Any, groups: tuple[str, ...], heights: Mapping[str, list[float]], legend: str) -> None:
+def bars(
+    axis: Any, groups: tuple[str, ...], heights: Mapping[str, list[float]], legend: str
+) -> None:
     """Draw two bars in each group, one for each key of `heights`."""
     for offset, (name, values) in zip((-0.2, 0.2), heights.items(), strict=True):
-        axis.bar([at + offset for at in range(len(groups))], values, width=0.4, label=name, color=COLOURS[name])
+        axis.bar(
+            [at + offset for at in range(len(groups))],
+            values,
+            width=0.4,
+            label=name,
+            color=COLOURS[name],
+        )
     axis.set_xticks(range(len(groups)), groups)
     axis.margins(y=0.3)  # room for the legend
     axis.legend(title=legend, ncols=2, loc="upper center")

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 
 class CAFTCommands(click.Group):
-    """A group of commands that may raise ConfigError: it prints the message without a traceback; exit code 1."""
+    """A group of commands that may raise ConfigError: it prints the message without a traceback;
+    exit code 1."""
 
     def invoke(self, ctx: click.Context) -> object:
         try:
@@ -29,13 +30,21 @@ class CAFTCommands(click.Group):
 
 @click.group(cls=CAFTCommands)
 def commands() -> None:
-    """Work with the auxiliary heads of concept-aware fine-tuning (CAFT), and inspect models trained with MEAP."""
+    """Work with the auxiliary heads of concept-aware fine-tuning (CAFT), and inspect models trained
+    with MEAP."""
 
 
-model_option = click.option("--model", help="Folder or Hub id of the fine-tuned model, or of its adapter.")
-heads_option = click.option("--heads", help="The model's heads: a heads folder, a run's folder or a Hub id.")
+model_option = click.option(
+    "--model", help="Folder or Hub id of the fine-tuned model, or of its adapter."
+)
+heads_option = click.option(
+    "--heads", help="The model's heads: a heads folder, a run's folder or a Hub id."
+)
 load_in_4bit_option = click.option(
-    "--load-in-4bit", "load_in_4bit", is_flag=True, help="Load the model in 4 bits (bitsandbytes NF4)."
+    "--load-in-4bit",
+    "load_in_4bit",
+    is_flag=True,
+    help="Load the model in 4 bits (bitsandbytes NF4).",
 )
 # One rule for all commands that compute with a model: precision.asked_dtype.
 float32_option = click.option(
@@ -43,13 +52,19 @@ float32_option = click.option(
     is_flag=True,
     help="Compute in float32. Default: bfloat16 where this machine is fast at it, else float32.",
 )
-png_option = click.option("--png", type=click.Path(path_type=Path), help="Also draw the figures into this file.")
+png_option = click.option(
+    "--png", type=click.Path(path_type=Path), help="Also draw the figures into this file."
+)
 
 
 @commands.command("import-heads", short_help="Convert the authors' heads.pth into a heads folder.")
 @click.argument("file", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--base-model", required=True, help="Folder or Hub id of the model that the heads were trained with.")
+@click.option(
+    "--base-model",
+    required=True,
+    help="Folder or Hub id of the model that the heads were trained with.",
+)
 @click.option(
     "--head-input",
     type=click.Choice(get_args(HeadInput)),
@@ -63,11 +78,13 @@ png_option = click.option("--png", type=click.Path(path_type=Path), help="Also d
     show_default=True,
     help="Apply the base model's final norm to the heads' output.",
 )
-def import_heads_command(file: Path, out: Path, base_model: str, head_input: HeadInput, head_norm: bool) -> None:
+def import_heads_command(
+    file: Path, out: Path, base_model: str, head_input: HeadInput, head_norm: bool
+) -> None:
     """Convert the CAFT authors' heads FILE (heads.pth) into the heads folder OUT.
 
-    Only the base model's config is read. The defaults of --head-input and --head-norm are those of the authors'
-    fine-tuning.
+    Only the base model's config is read. The defaults of --head-input and --head-norm are those of
+    the authors' fine-tuning.
     """
     from caft_plugin.tools.import_heads import import_heads
     from caft_plugin.tools.inspect_heads import describe
@@ -86,10 +103,21 @@ def setting(model: type[BaseModel], key: str, **more: Any) -> Any:
 
 @commands.command("pretrain-heads", short_help="Train heads on a frozen model (stage 1).")
 @click.argument("config", required=False, type=click.Path(path_type=Path))
-@click.option("--model", help="Folder or Hub id of the frozen model: a base model or a fine-tuned one.")
-@click.option("--heads", help="Start from these heads: a heads folder, a run's folder or a Hub id. Default: new heads.")
-@click.option("--data", type=click.Path(path_type=Path), help="JSONL with messages, prompt and completion, or text.")
-@click.option("--output", type=click.Path(path_type=Path), help="Folder for answers, checkpoints and heads.")
+@click.option(
+    "--model", help="Folder or Hub id of the frozen model: a base model or a fine-tuned one."
+)
+@click.option(
+    "--heads",
+    help="Start from these heads: a heads folder, a run's folder or a Hub id. Default: new heads.",
+)
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path),
+    help="JSONL with messages, prompt and completion, or text.",
+)
+@click.option(
+    "--output", type=click.Path(path_type=Path), help="Folder for answers, checkpoints and heads."
+)
 @setting(PretrainConfig, "targets", type=click.Choice(get_args(Targets)))
 @setting(PretrainConfig, "max_new_tokens", type=int)
 @setting(PretrainConfig, "temperature", type=float)
@@ -100,35 +128,53 @@ def setting(model: type[BaseModel], key: str, **more: Any) -> Any:
 @setting(CAFTConfig, "num_heads", type=int)
 @setting(CAFTConfig, "head_input", type=click.Choice(get_args(HeadInput)))
 @setting(CAFTConfig, "head_norm", type=bool)
-@click.option("--steps", type=int, default=-1, help="Optimiser steps. Default: as many as --epochs needs.")
+@click.option(
+    "--steps", type=int, default=-1, help="Optimiser steps. Default: as many as --epochs needs."
+)
 @click.option("--epochs", type=float, default=1.0, show_default=True, help="Epochs over the data.")
 @click.option("--batch-size", type=int, default=8, show_default=True, help="Rows per step.")
 @click.option(
-    "--learning-rate", type=float, default=1e-4, show_default=True, help="Learning rate; the default is the paper's."
+    "--learning-rate",
+    type=float,
+    default=1e-4,
+    show_default=True,
+    help="Learning rate; the default is the paper's.",
 )
 @click.option(
-    "--max-length", type=int, default=1024, show_default=True, help="Maximum tokens per row; longer rows are cut."
+    "--max-length",
+    type=int,
+    default=1024,
+    show_default=True,
+    help="Maximum tokens per row; longer rows are cut.",
 )
-@click.option("--save-steps", type=int, default=200, show_default=True, help="Steps between checkpoints.")
+@click.option(
+    "--save-steps", type=int, default=200, show_default=True, help="Steps between checkpoints."
+)
 @load_in_4bit_option
 @float32_option
-@click.option("--push-to-hub", metavar="REPO", help="Upload the heads folder to this Hub repository at the end.")
+@click.option(
+    "--push-to-hub",
+    metavar="REPO",
+    help="Upload the heads folder to this Hub repository at the end.",
+)
 @click.pass_context
 def pretrain_heads_command(
     context: click.Context, config: Path | None, push_to_hub: str | None, **options: Any
 ) -> None:
-    """Train heads on a frozen model: on a base model, once for all later fine-tuning (stage 1), or on a fine-tuned
-    model, starting from its --heads, so that they draft better.
+    """Train heads on a frozen model: on a base model, once for all later fine-tuning (stage 1), or
+    on a fine-tuned model, starting from its --heads, so that they draft better.
 
-    With an Axolotl YAML as CONFIG, the model, tokenizer, chat template, data sets, quantisation and trainer settings
-    come from the YAML. --model, --heads, --output and the options of the `caft:` and `pretrain_heads:` blocks take
-    precedence over it; other options are refused. Without a CONFIG, --model, --data and --output are required. After an
-    interruption, the same command resumes.
+    With an Axolotl YAML as CONFIG, the model, tokenizer, chat template, data sets, quantisation and
+    trainer settings come from the YAML. --model, --heads, --output and the options of the `caft:`
+    and `pretrain_heads:` blocks take precedence over it; other options are refused. Without a
+    CONFIG, --model, --data and --output are required. After an interruption, the same command
+    resumes.
     """
     given = {key: value for key, value in options.items() if value is not None}
     settings = {key: given[key] for key in PretrainConfig.model_fields if key in given}
     caft = {key: given[key] for key in CAFTConfig.model_fields if key in given}
-    options_only = {*PretrainConfig.model_fields, *CAFTConfig.model_fields}  # without a YAML, which has keys
+    # without a YAML, which has keys
+    options_only = {*PretrainConfig.model_fields, *CAFTConfig.model_fields}
     context.with_resource(given_as_options(options_only if config is None else {*settings, *caft}))
     if config is None:
         for name in ("model", "data", "output"):
@@ -167,7 +213,9 @@ def refuse_with_config(context: click.Context, accepted: set[str]) -> None:
     for name in context.params.keys() - accepted:
         if context.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE:
             option = "--" + name.replace("_", "-")
-            raise click.UsageError(f"{option} cannot be used with a CONFIG, which has a key for it. Set it there.")
+            raise click.UsageError(
+                f"{option} cannot be used with a CONFIG, which has a key for it. Set it there."
+            )
 
 
 def push_heads(folder: Path, repo: str, token: str | None = None) -> None:
@@ -215,13 +263,31 @@ def plain_stage1(given: dict[str, Any], caft: dict[str, Any], config: PretrainCo
     return Stage1(model, tokenizer, rows, None, arguments, caft_config, config, given["model"])
 
 
-@commands.command("speculate", short_help="Measure how much faster a model generates with its heads.")
+@commands.command(
+    "speculate", short_help="Measure how much faster a model generates with its heads."
+)
 @click.argument("config", required=False, type=click.Path(path_type=Path))
 @model_option
 @heads_option
-@click.option("--prompts", type=click.Path(path_type=Path), help="JSONL with messages, prompt or text on each line.")
-@click.option("--limit", type=click.IntRange(1), default=50, show_default=True, help="Number of prompts to use.")
-@click.option("--runs", type=click.IntRange(1), default=3, show_default=True, help="Repetitions of all prompts.")
+@click.option(
+    "--prompts",
+    type=click.Path(path_type=Path),
+    help="JSONL with messages, prompt or text on each line.",
+)
+@click.option(
+    "--limit",
+    type=click.IntRange(1),
+    default=50,
+    show_default=True,
+    help="Number of prompts to use.",
+)
+@click.option(
+    "--runs",
+    type=click.IntRange(1),
+    default=3,
+    show_default=True,
+    help="Repetitions of all prompts.",
+)
 @click.option(
     "--max-new-tokens",
     type=click.IntRange(1),
@@ -237,11 +303,19 @@ def plain_stage1(given: dict[str, Any], caft: dict[str, Any], config: PretrainCo
     help="Sampling temperature; 0: greedy decoding.",
 )
 @click.option(
-    "--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True, help="Nucleus sampling."
+    "--top-p",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="Nucleus sampling.",
 )
 @click.option("--seed", default=0, show_default=True, help="Sampling seed.")
-@click.option("--num-draft", type=int, help="Draft tokens per step. Default: chosen during generation.")
-@click.option("--confidence", type=float, help="Propose only draft tokens with at least this probability.")
+@click.option(
+    "--num-draft", type=int, help="Draft tokens per step. Default: chosen during generation."
+)
+@click.option(
+    "--confidence", type=float, help="Propose only draft tokens with at least this probability."
+)
 @load_in_4bit_option
 @float32_option
 @png_option
@@ -258,12 +332,13 @@ def speculate_command(
     png: Path | None,
     **settings: Any,
 ) -> None:
-    """Measure how much faster a fine-tuned model generates with its heads: tokens per second and tokens per step,
-    compared with plain generation and with transformers' prompt lookup on the same prompts.
+    """Measure how much faster a fine-tuned model generates with its heads: tokens per second and
+    tokens per step, compared with plain generation and with transformers' prompt lookup on the same
+    prompts.
 
-    With an Axolotl YAML as CONFIG, the model and heads in its output_dir are used (the merged model if it is newer than
-    the adapter) with the prompts of its test_datasets, loaded as in the YAML; --model, --heads and --prompts take
-    precedence. Without a CONFIG, all three are required.
+    With an Axolotl YAML as CONFIG, the model and heads in its output_dir are used (the merged model
+    if it is newer than the adapter) with the prompts of its test_datasets, loaded as in the YAML;
+    --model, --heads and --prompts take precedence. Without a CONFIG, all three are required.
     """
     run = None
     if config is not None:
@@ -286,7 +361,11 @@ def speculate_command(
 
     dtype = asked_dtype(float32)
     tokenizer = load_tokenizer(model)
-    asked = run.prompts() if run is not None and prompts is None else read_prompts(cast(Path, prompts), tokenizer)
+    asked = (
+        run.prompts()
+        if run is not None and prompts is None
+        else read_prompts(cast(Path, prompts), tokenizer)
+    )
     if run is None or load_in_4bit:
         loaded = load_base(model, dtype, load_in_4bit=load_in_4bit)
     else:
@@ -295,7 +374,9 @@ def speculate_command(
         drafter = Drafter.from_pretrained(loaded, heads, num_draft=num_draft, confidence=confidence)
     comparison = speculate(loaded, tokenizer, {HEADS: drafter}, asked[:limit], **settings)
     click.echo(as_table(comparison))
-    click.echo(keep_steps(comparison, model, heads, min(limit, len(asked)), settings["temperature"]))
+    click.echo(
+        keep_steps(comparison, model, heads, min(limit, len(asked)), settings["temperature"])
+    )
     if png is not None:
         draw(comparison, png)
 
@@ -318,7 +399,10 @@ def keep_steps(found: Comparison, model: str, heads: str, prompts: int, temperat
     from caft_plugin.tools.speculate import HEADS
 
     if not Path(heads).is_dir():
-        return "\nNot saved for `caft export-drafter`, since these heads are on the Hub: download them into a folder."
+        return (
+            "\nNot saved for `caft export-drafter`, since these heads are on the Hub: download them"
+            " into a folder."
+        )
     steps = found.ways[HEADS].steps
     assert steps is not None
     try:
@@ -332,16 +416,26 @@ def keep_steps(found: Comparison, model: str, heads: str, prompts: int, temperat
 @click.argument("config", required=False, type=click.Path(path_type=Path))
 @click.option("--model", help="Folder or Hub id of the served model, or of its adapter.")
 @heads_option
-@click.option("--output", required=True, type=click.Path(path_type=Path), help="Folder to write; new or empty.")
+@click.option(
+    "--output",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Folder to write; new or empty.",
+)
 @click.option(
     "--format",
     "form",
     type=click.Choice(["vllm", "eagle3"]),
     default="vllm",
     show_default=True,
-    help="vllm: all heads, for vLLM with caft_plugin. eagle3: head 1, for any engine that supports EAGLE-3.",
+    help=(
+        "vllm: all heads, for vLLM with caft_plugin. eagle3: head 1, for any engine that supports"
+        " EAGLE-3."
+    ),
 )
-@click.option("--num-heads", type=int, help="Number of heads to write, from head 1 on. Default: all.")
+@click.option(
+    "--num-heads", type=int, help="Number of heads to write, from head 1 on. Default: all."
+)
 def export_drafter_command(
     config: Path | None,
     model: str | None,
@@ -352,8 +446,9 @@ def export_drafter_command(
 ) -> None:
     """Write a model's heads as a drafter's folder, and print the command that serves it.
 
-    With an Axolotl YAML as CONFIG, the model and heads in its output_dir are used; --model and --heads take precedence.
-    Without a CONFIG, both are required. Only files are read; no model is loaded.
+    With an Axolotl YAML as CONFIG, the model and heads in its output_dir are used; --model and
+    --heads take precedence. Without a CONFIG, both are required. Only files are read; no model is
+    loaded.
     """
     if config is not None:
         refuse_no_file(config, "export-drafter")
@@ -372,9 +467,13 @@ def export_drafter_command(
     click.echo(guide, nl=False)
 
 
-@commands.command("attention-report", short_help="Compare attention before and after masked training (MEAP).")
+@commands.command(
+    "attention-report", short_help="Compare attention before and after masked training (MEAP)."
+)
 @click.option("--base", required=True, help="Folder or Hub id of the model before training.")
-@click.option("--tuned", required=True, help="Folder or Hub id of the trained model, or of its adapter.")
+@click.option(
+    "--tuned", required=True, help="Folder or Hub id of the trained model, or of its adapter."
+)
 @click.option(
     "--text",
     "file",
@@ -388,7 +487,9 @@ def export_drafter_command(
     type=click.FloatRange(0, 1, min_open=True, max_open=True),
     help="Fraction of the tokens to mask. Default: 0.15.",
 )
-@click.option("--mask-token", default="auto", show_default=True, help="As mask_token of masked training.")
+@click.option(
+    "--mask-token", default="auto", show_default=True, help="As mask_token of masked training."
+)
 @click.option(
     "--max-length",
     type=click.IntRange(3),
@@ -409,8 +510,9 @@ def attention_report_command(
     seed: int,
     float32: bool,
 ) -> None:
-    """Compare the attention of two models on unmasked and masked text: on the masked positions, its variance on the
-    other positions (arXiv 2502.07490, section 5), and the last token's attention by segment."""
+    """Compare the attention of two models on unmasked and masked text: on the masked positions, its
+    variance on the other positions (arXiv 2502.07490, section 5), and the last token's attention by
+    segment."""
     from caft_plugin.precision import asked_dtype
     from caft_plugin.tools.attention_report import as_table, attention_report, draw, read_texts
 
@@ -431,8 +533,16 @@ def attention_report_command(
 
 @commands.command("plan", short_help="Estimate the memory and time that heads add to a run.")
 @click.argument("config", type=click.Path(path_type=Path))
-@click.option("--gpu-memory", metavar="SIZE", help="Memory of one GPU, e.g. 24GB: does the run fit?")
-@click.option("--gpus", type=click.IntRange(1), default=1, show_default=True, help="GPUs over which FSDP shards.")
+@click.option(
+    "--gpu-memory", metavar="SIZE", help="Memory of one GPU, e.g. 24GB: does the run fit?"
+)
+@click.option(
+    "--gpus",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="GPUs over which FSDP shards.",
+)
 @click.option(
     "--supervised",
     type=click.FloatRange(0, 1, min_open=True),
@@ -441,7 +551,8 @@ def attention_report_command(
     help="Fraction of the tokens with a label.",
 )
 def plan_command(config: Path, gpu_memory: str | None, gpus: int, supervised: float) -> None:
-    """Estimate what auxiliary heads add to the run of CONFIG, an Axolotl YAML: parameters, memory and time.
+    """Estimate what auxiliary heads add to the run of CONFIG, an Axolotl YAML: parameters, memory
+    and time.
 
     Only the base model's config is read; no weights, no data and no GPU are needed.
     """
@@ -463,8 +574,8 @@ def plan_command(config: Path, gpu_memory: str | None, gpus: int, supervised: fl
 @commands.command("inspect", short_help="Describe a heads folder.")
 @click.argument("folder")
 def inspect_command(folder: str) -> None:
-    """Describe the heads in FOLDER, which is a heads folder, a run's folder or a Hub id: their sizes, wiring, and the
-    losses that training logged."""
+    """Describe the heads in FOLDER, which is a heads folder, a run's folder or a Hub id: their
+    sizes, wiring, and the losses that training logged."""
     from caft_plugin.tools.inspect_heads import describe
 
     with heads_named("FOLDER"):

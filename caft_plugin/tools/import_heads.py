@@ -1,4 +1,5 @@
-"""Convert the authors' published heads file (`heads.pth`, a state dict `K.layers.J.*`) into a heads folder."""
+"""Convert the authors' published heads file (`heads.pth`, a state dict `K.layers.J.*`) into a heads
+folder."""
 
 from __future__ import annotations
 
@@ -26,8 +27,8 @@ PREFIX = "auxiliary_head."  # of the keys, if a file was cut out of a complete m
 KEY = re.compile(r"(0|[1-9]\d*)\.(?:layers\.(0|[1-9]\d*)|lm_head)\.(.+)")
 LINEAR_BLOCK = {"linear.weight", "linear.bias"}
 ACCEPTED = (
-    "import-heads accepts the state dict of the authors' heads, `K.layers.0.*` with K counting from 0, one decoder "
-    "layer per head."
+    "import-heads accepts the state dict of the authors' heads, `K.layers.0.*` with K counting from"
+    " 0, one decoder layer per head."
 )
 
 
@@ -42,31 +43,39 @@ def import_heads(
 
     Args:
         file: a torch.save file, read with weights_only, or a `.safetensors` file. Its keys are
-            `K.layers.0.<name in the decoder layer>`, all with or without a leading `auxiliary_head.`.
-        base_model: folder or Hub id of the model that the heads were trained with; only its config is read.
+            `K.layers.0.<name in the decoder layer>`, all with or without a leading
+            `auxiliary_head.`.
+        base_model: folder or Hub id of the model that the heads were trained with; only its config
+            is read.
         out: the folder to create. It is never incomplete.
-        head_input: the heads' input; the defaults of head_input and head_norm are those of the authors' fine-tuning.
+        head_input: the heads' input; the defaults of head_input and head_norm are those of the
+            authors' fine-tuning.
         head_norm: apply the base model's final norm to the heads' output.
 
     Raises:
-        ConfigError: the file does not contain such heads, or they do not fit the base model; the base model's config
-            cannot be read; `out` exists or cannot be written.
+        ConfigError: the file does not contain such heads, or they do not fit the base model; the
+            base model's config cannot be read; `out` exists or cannot be written.
     """
     file, out = Path(file), Path(out)
     wiring = CAFTConfig(head_input=head_input, head_norm=head_norm)
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
-        raise ConfigError(f"import-heads: {out} exists. Give the name of a new folder, or remove it first.")
+        raise ConfigError(
+            f"import-heads: {out} exists. Give the name of a new folder, or remove it first."
+        )
     heads = split_heads(read_state(file), file)
     trunk = empty_trunk(base_model, asked_as("base_model"))
     check_heads(heads, trunk, file, base_model)
     record = HeadsRecord.of(trunk, wiring, num_heads=len(heads), base_model=base_model)
-    tensors = {f"{k}.{name}": tensor for k, head in enumerate(heads) for name, tensor in head.items()}
+    tensors = {
+        f"{k}.{name}": tensor for k, head in enumerate(heads) for name, tensor in head.items()
+    }
     write_folder(out, tensors, record)
     return out
 
 
 def read_state(file: Path) -> dict[str, Tensor]:
-    """Read the tensors of a file by their keys, without `auxiliary_head.`. Nothing in the file is executed.
+    """Read the tensors of a file by their keys, without `auxiliary_head.`. Nothing in the file is
+    executed.
 
     Raises:
         ConfigError: the file cannot be read or is not a dict of plain floating-point tensors.
@@ -79,18 +88,25 @@ def read_state(file: Path) -> dict[str, Tensor]:
             state = load_file(file)
         else:
             # Zip files, torch.save's format since PyTorch 1.6, are mapped and copied later.
-            state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except Exception as error:  # damaged files raise a dozen types: EOFError, KeyError, OSError, RuntimeError ...
-        found = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
+            state = torch.load(
+                file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file)
+            )
+    # damaged files raise a dozen types: EOFError, KeyError, OSError, RuntimeError ...
+    except Exception as error:
+        found = (
+            re.search(r"GLOBAL (\S+)", str(error))
+            if isinstance(error, pickle.UnpicklingError)
+            else None
+        )
         if found:
             raise ConfigError(
-                f"import-heads: {file} holds an object ({found[1]}), which is refused: only tensors are loaded, "
-                f"nothing in the file was executed. {ACCEPTED}"
+                f"import-heads: {file} holds an object ({found[1]}), which is refused: only tensors"
+                f" are loaded, nothing in the file was executed. {ACCEPTED}"
             ) from None
         kind = "safetensors" if file.suffix == ".safetensors" else "a torch.save file"
         raise ConfigError(
-            f"import-heads: {file} cannot be read as {kind} ({type(error).__name__}). It is incomplete, damaged "
-            "or of another kind: download or make it again."
+            f"import-heads: {file} cannot be read as {kind} ({type(error).__name__}). It is"
+            " incomplete, damaged or of another kind: download or make it again."
         ) from error
     if not isinstance(state, dict) or not state:
         held = "an empty dict" if isinstance(state, dict) else f"a {type(state).__name__}"
@@ -106,11 +122,15 @@ def read_state(file: Path) -> dict[str, Tensor]:
 
 
 def describe_unless_plain(value: Any) -> str | None:
-    """Return None for a dense floating-point tensor with its data in memory, else a description of the value."""
+    """Return None for a dense floating-point tensor with its data in memory, else a description of
+    the value."""
     if type(value) not in (Tensor, nn.Parameter):
         return f"a {type(value).__name__}, not a tensor,"
     if not value.is_floating_point() or value.layout != torch.strided or value.device.type != "cpu":
-        return f"a tensor that is not a plain weight ({value.dtype}, {value.layout}, {value.device.type})"
+        return (
+            f"a tensor that is not a plain weight ({value.dtype}, {value.layout},"
+            f" {value.device.type})"
+        )
     return None
 
 
@@ -118,8 +138,8 @@ def split_heads(state: Mapping[str, Tensor], file: Path) -> list[dict[str, Tenso
     """Return the decoder layer's tensors of each head, by their names in the layer.
 
     Raises:
-        ConfigError: keys that are not the authors', several layers per head, `linear` blocks, separate unembeddings, or
-            gaps in the heads' numbers.
+        ConfigError: keys that are not the authors', several layers per head, `linear` blocks,
+            separate unembeddings, or gaps in the heads' numbers.
     """
     heads: dict[int, dict[str, Tensor]] = {}
     for key, tensor in state.items():
@@ -129,24 +149,28 @@ def split_heads(state: Mapping[str, Tensor], file: Path) -> list[dict[str, Tenso
         head, layer, name = match.groups()
         if layer is None:
             raise ConfigError(
-                f"import-heads: {file} holds {key}, a separate unembedding for head {head}, which is not supported. "
-                "Use heads that share the base model's lm_head (the authors' default, without -sepunembed)."
+                f"import-heads: {file} holds {key}, a separate unembedding for head {head}, which"
+                " is not supported. Use heads that share the base model's lm_head (the authors'"
+                " default, without -sepunembed)."
             )
         if layer != "0":
             raise ConfigError(
-                f"import-heads: {file} holds {key}, several layers for head {head}, which is not supported. Use "
-                "heads with one layer each (the authors' default, --caft-num-layers 1)."
+                f"import-heads: {file} holds {key}, several layers for head {head}, which is not"
+                " supported. Use heads with one layer each (the authors' default,"
+                " --caft-num-layers 1)."
             )
         if name in LINEAR_BLOCK:
             raise ConfigError(
-                f"import-heads: {file} holds {key}, a `linear` residual block in place of a decoder layer, which is "
-                "not supported. Use heads of the authors' default architecture (--head-arch transformer)."
+                f"import-heads: {file} holds {key}, a `linear` residual block in place of a decoder"
+                " layer, which is not supported. Use heads of the authors' default architecture"
+                " (--head-arch transformer)."
             )
         heads.setdefault(int(head), {})[name] = tensor
     if sorted(heads) != list(range(len(heads))):
         raise ConfigError(
-            f"import-heads: {file} holds heads numbered {', '.join(map(str, sorted(heads)))}, but they must be "
-            f"numbered from 0 without gaps. The file is incomplete: download or make it again."
+            f"import-heads: {file} holds heads numbered {', '.join(map(str, sorted(heads)))}, but"
+            " they must be numbered from 0 without gaps. The file is incomplete: download or make"
+            " it again."
         )
     return [heads[k] for k in range(len(heads))]
 
@@ -161,7 +185,8 @@ def check_heads(heads: list[dict[str, Tensor]], trunk: Trunk, file: Path, base_m
         base_model: the base model's name, for messages.
 
     Raises:
-        ConfigError: another hidden size; missing, unknown or misshapen tensors. The first one is named.
+        ConfigError: another hidden size; missing, unknown or misshapen tensors. The first one is
+            named.
     """
     wanted = {name: tuple(tensor.shape) for name, tensor in trunk.last_layer.state_dict().items()}
     layer = f"a {trunk.layer_class} of {base_model}"
@@ -172,23 +197,31 @@ def check_heads(heads: list[dict[str, Tensor]], trunk: Trunk, file: Path, base_m
         unknown = [name for name in shapes if name not in wanted]
         misshapen = [name for name in wanted if name in shapes and shapes[name] != wanted[name]]
         if hidden_size != trunk.hidden_size:
-            problem = f"was made for hidden size {hidden_size}, but {base_model} has {trunk.hidden_size}"
+            problem = (
+                f"was made for hidden size {hidden_size}, but {base_model} has {trunk.hidden_size}"
+            )
         elif missing:
             problem = f"lacks {k}.layers.0.{missing[0]}, which {layer} has"
         elif unknown:
             problem = f"holds {k}.layers.0.{unknown[0]}, which {layer} does not have"
         elif misshapen:
             name = misshapen[0]
-            problem = f"holds {k}.layers.0.{name} with shape {shapes[name]}, but {layer} has shape {wanted[name]}"
+            problem = (
+                f"holds {k}.layers.0.{name} with shape {shapes[name]}, but {layer} has shape"
+                f" {wanted[name]}"
+            )
         else:
             continue
-        raise ConfigError(f"import-heads: {file} {problem}. Give the model that the heads were trained with.")
+        raise ConfigError(
+            f"import-heads: {file} {problem}. Give the model that the heads were trained with."
+        )
 
 
 def recognised_hidden_size(
     shapes: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]], hidden_size: int
 ) -> int:
-    """Return the hidden size of a head's model, as one of the layer's norms (`input_layernorm.weight`) shows it.
+    """Return the hidden size of a head's model, as one of the layer's norms
+    (`input_layernorm.weight`) shows it.
 
     Args:
         shapes: the shapes of the head's tensors.
@@ -212,7 +245,9 @@ def write_folder(out: Path, tensors: dict[str, Tensor], record: HeadsRecord) -> 
         write_heads(temporary, record, unshared(tensors), {})
         os.rename(temporary, out)
     except (OSError, SafetensorError) as error:
-        raise ConfigError(f"import-heads: the folder {out} cannot be written ({first_line(error)}).") from error
+        raise ConfigError(
+            f"import-heads: the folder {out} cannot be written ({first_line(error)})."
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -225,5 +260,7 @@ def unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         storage = tensor.untyped_storage()
         owns = storage.nbytes() == tensor.nbytes and storage.data_ptr() not in seen
         seen.add(storage.data_ptr())
-        result[name] = tensor.contiguous() if owns else tensor.clone(memory_format=torch.contiguous_format)
+        result[name] = (
+            tensor.contiguous() if owns else tensor.clone(memory_format=torch.contiguous_format)
+        )
     return result

@@ -1,4 +1,5 @@
-"""`caft inspect`: a heads folder in words and a table. It is used interactively, so it imports no torch."""
+"""`caft inspect`: a heads folder in words and a table. It is used interactively, so it imports no
+torch."""
 
 from __future__ import annotations
 
@@ -32,7 +33,8 @@ SETS = 8  # evaluation sets that are shown
 
 
 def describe(heads: str | os.PathLike[str]) -> str:
-    """Describe the heads in a heads folder, a run's folder or a Hub id. Of the weights only the file's header is read.
+    """Describe the heads in a heads folder, a run's folder or a Hub id. Of the weights only the
+    file's header is read.
 
     Raises:
         ConfigError: the folder is not a complete heads folder.
@@ -53,7 +55,9 @@ def describe(heads: str | os.PathLike[str]) -> str:
         "Heads": str(record.num_heads),
     }
     if (folder / LORA).exists():
-        facts["LoRA"] = f"not merged, in {LORA}: this is a checkpoint's folder; {WEIGHTS} is without it"
+        facts["LoRA"] = (
+            f"not merged, in {LORA}: this is a checkpoint's folder; {WEIGHTS} is without it"
+        )
     facts |= facts_of_training(metrics, losses)
     table = [["head", "predicts", "parameters", "dtype", "size"]]
     table += [[str(k), f"{k + 1} ahead", *sizes(own)] for k, own in enumerate(tensors, 1)]
@@ -65,7 +69,9 @@ def describe(heads: str | os.PathLike[str]) -> str:
     return "\n".join(line.rstrip() for line in [*lines, "", *aligned(table)])
 
 
-def facts_of_training(metrics: HeadsMetrics | None, losses: dict[str, LoggedLosses]) -> dict[str, str]:
+def facts_of_training(
+    metrics: HeadsMetrics | None, losses: dict[str, LoggedLosses]
+) -> dict[str, str]:
     """Return what the heads were trained on and how well they draft, line by line."""
     facts = {}
     if metrics is not None:
@@ -76,8 +82,14 @@ def facts_of_training(metrics: HeadsMetrics | None, losses: dict[str, LoggedLoss
             facts["Started from"] = named(metrics.started_from)
     elif losses:
         steps = {name: f"{logged.step:,}" for name, logged in losses.items()}
-        facts["Logged at"] = ", ".join(f"step {step} ({label(name)})" for name, step in list(steps.items())[:SETS])
-    drafting = {"held out": metrics} if metrics is not None else {label(name): of for name, of in losses.items()}
+        facts["Logged at"] = ", ".join(
+            f"step {step} ({label(name)})" for name, step in list(steps.items())[:SETS]
+        )
+    drafting = (
+        {"held out": metrics}
+        if metrics is not None
+        else {label(name): of for name, of in losses.items()}
+    )
     found = [
         f"{of.tokens_per_pass:.2f} tokens per step ({name})"
         for name, of in drafting.items()
@@ -95,7 +107,8 @@ def label(name: str) -> str:
 def figures_of_heads(
     metrics: HeadsMetrics | None, losses: dict[str, LoggedLosses], num_heads: int
 ) -> dict[str, list[str]]:
-    """Return a column for each figure that is known of the heads: its title, and a cell for each head."""
+    """Return a column for each figure that is known of the heads: its title, and a cell for each
+    head."""
     columns = {}
     for name, logged in list(losses.items())[:SETS]:
         found = [logged.losses.get(k) for k in range(1, num_heads + 1)]
@@ -107,7 +120,8 @@ def figures_of_heads(
 
 
 def sizes(tensors: list[dict[str, Any]]) -> list[str]:
-    """Return parameters, dtypes and size of tensors, given by their entries in a safetensors header."""
+    """Return parameters, dtypes and size of tensors, given by their entries in a safetensors
+    header."""
     parameters = sum(math.prod(tensor["shape"]) for tensor in tensors)
     dtypes = sorted({tensor["dtype"] for tensor in tensors})
     size = sum(end - start for start, end in (tensor["data_offsets"] for tensor in tensors))
@@ -115,22 +129,24 @@ def sizes(tensors: list[dict[str, Any]]) -> list[str]:
 
 
 def tensors_of_heads(folder: Path, record: HeadsRecord) -> list[list[dict[str, Any]]]:
-    """Return for each head the entries (`dtype`, `shape`, `data_offsets`) of its tensors in the weights' header.
+    """Return for each head the entries (`dtype`, `shape`, `data_offsets`) of its tensors in the
+    weights' header.
 
     Raises:
         ConfigError: the file is damaged, or does not hold the heads that its record names.
     """
     file = own_file(folder, WEIGHTS)
     try:
-        # Checks that the header is sound and the file as long as it says; "pt" would reserve memory for all of it.
+        # Checks that the header is sound and the file as long as it says; "pt" would reserve memory
+        # for all of it.
         with safe_open(file, framework="numpy"):
             pass
         with open(file, "rb") as opened:
             header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
     except (OSError, SafetensorError) as error:
         raise ConfigError(
-            f"{file} cannot be read as safetensors ({error}). The file is damaged or of another kind: make or "
-            "download the heads folder again."
+            f"{file} cannot be read as safetensors ({error}). The file is damaged or of another"
+            " kind: make or download the heads folder again."
         ) from error
     heads = defaultdict(list)
     for name, entry in header.items():
@@ -139,7 +155,8 @@ def tensors_of_heads(folder: Path, record: HeadsRecord) -> list[list[dict[str, A
     wanted = [str(k) for k in range(record.num_heads)]
     if set(heads) != set(wanted):
         raise ConfigError(
-            f"{file} holds heads {', '.join(map(named, sorted(heads)[:20])) or 'none'}, but {RECORD} next to it says "
-            f"there are {record.num_heads}, counted from 0. Make or download the heads folder again."
+            f"{file} holds heads {', '.join(map(named, sorted(heads)[:20])) or 'none'}, but"
+            f" {RECORD} next to it says there are {record.num_heads}, counted from 0. Make or"
+            " download the heads folder again."
         )
     return [heads[k] for k in wanted]

@@ -9,7 +9,9 @@ from caft_plugin.errors import ConfigError, asked_as
 from caft_plugin.files import write_atomically
 
 
-def write_png(file: Path, size: tuple[float, float], columns: int, fill: Callable[..., None]) -> None:
+def write_png(
+    file: Path, size: tuple[float, float], columns: int, fill: Callable[..., None]
+) -> None:
     """Write a PNG with a row of panels.
 
     Args:
@@ -26,7 +28,8 @@ def write_png(file: Path, size: tuple[float, float], columns: int, fill: Callabl
         from matplotlib.figure import Figure
     except ImportError:
         raise ConfigError(
-            f"{asked_as('file', '--png')}: needs matplotlib. Install it: pip install 'caft_plugin[report]'"
+            f"{asked_as('file', '--png')}: needs matplotlib. Install it: pip install"
+            " 'caft_plugin[report]'"
         ) from None
     figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)

@@ -1,4 +1,5 @@
-"""`caft speculate`: the speed of generation with heads, compared with plain generation and prompt lookup."""
+"""`caft speculate`: the speed of generation with heads, compared with plain generation and prompt
+lookup."""
 
 from __future__ import annotations
 
@@ -32,9 +33,9 @@ BLUE, GREY = "#2f6f9f", "#9aa5b1"
 class Way:
     """Results of one way to generate.
 
-    `tokens` and `seconds` are by run over the prompts; `passes`, the model's forward passes, and `same`, the number of
-    texts identical to plain generation's, are sums. With heads, `drafted` counts draft tokens and `steps` has the steps
-    that an inference engine would need.
+    `tokens` and `seconds` are by run over the prompts; `passes`, the model's forward passes, and
+    `same`, the number of texts identical to plain generation's, are sums. With heads, `drafted`
+    counts draft tokens and `steps` has the steps that an inference engine would need.
     """
 
     tokens: list[int]
@@ -50,7 +51,9 @@ class Way:
 
     def against(self, other: Way) -> float:
         """Return the speed as a multiple of the other way's: the median over the runs."""
-        return statistics.median(own / its for own, its in zip(self.speeds(), other.speeds(), strict=True))
+        return statistics.median(
+            own / its for own, its in zip(self.speeds(), other.speeds(), strict=True)
+        )
 
     @property
     def tokens_per_pass(self) -> float:
@@ -59,7 +62,8 @@ class Way:
 
 @dataclasses.dataclass
 class Comparison:
-    """The results of all ways, for `texts` generated texts each; `written` describes the settings and the machine.
+    """The results of all ways, for `texts` generated texts each; `written` describes the settings
+    and the machine.
 
     `at_limit` of the plain texts ended at `max_new_tokens`, before an end token.
     """
@@ -83,7 +87,8 @@ def speculate(
     seed: int = 0,
     lookup: bool = True,
 ) -> Comparison:
-    """Generate a text for each prompt in several ways, in turn: plain, with each drafter, and with prompt lookup.
+    """Generate a text for each prompt in several ways, in turn: plain, with each drafter, and with
+    prompt lookup.
 
     Args:
         model: the model.
@@ -101,7 +106,12 @@ def speculate(
     ways |= {name: {"custom_generate": drafter} for name, drafter in drafters.items()}
     if lookup:
         ways[LOOKUP] = {"prompt_lookup_num_tokens": LOOKUP_TOKENS}
-    settings: dict[str, object] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    settings: dict[str, object] = {
+        "do_sample": False,
+        "temperature": None,
+        "top_p": None,
+        "top_k": None,
+    }
     if temperature > 0:
         settings = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
     ends = sorted(end_tokens(model, tokenizer))
@@ -115,12 +125,21 @@ def speculate(
     def write(number: int, length: int, way: dict[str, object]) -> Tensor:
         ids = torch.tensor([list(prompts[number])], device=model.device)
         torch.manual_seed(seed + number)
-        out = generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=length, **settings, **way)
+        out = generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=length,
+            **settings,
+            **way,
+        )
         return out[0, ids.shape[1] :]
 
     model.eval()
     write(0, 8, {})  # warm-up: a process is slower at its first text
-    with count_passes(model) as passes, tqdm(total=runs * len(prompts), unit="prompt", desc="generating") as bar:
+    with (
+        count_passes(model) as passes,
+        tqdm(total=runs * len(prompts), unit="prompt", desc="generating") as bar,
+    ):
         for run in range(runs):
             for number in range(len(prompts)):
                 texts = {}
@@ -140,8 +159,12 @@ def speculate(
                 at_limit += len(plain[number]) == max_new_tokens and plain[number][-1] not in ends
                 bar.update()
     for name, drafter in drafters.items():
-        figures[name].steps = steps_with(drafter, [(prompts[at], text) for at, text in plain.items()])
-    how = "greedy" if temperature == 0 else f"sampled at temperature {temperature:g}, top_p {top_p:g}"
+        figures[name].steps = steps_with(
+            drafter, [(prompts[at], text) for at, text in plain.items()]
+        )
+    how = (
+        "greedy" if temperature == 0 else f"sampled at temperature {temperature:g}, top_p {top_p:g}"
+    )
     written = (
         f"{len(prompts)} prompts, runs over them: {runs}, {how}, at most {max_new_tokens} tokens\n"
         f"{named_dtype(model)} on {processor(model.device)}, torch {torch.__version__}, "
@@ -171,7 +194,11 @@ def turned(names: list[str], by: int) -> list[str]:
 
 
 def named_dtype(model: PreTrainedModel) -> str:
-    return f"{'4 or 8 bits, ' if getattr(model, 'is_quantized', False) else ''}{model.dtype}".replace("torch.", "")
+    return (
+        f"{'4 or 8 bits, ' if getattr(model, 'is_quantized', False) else ''}{model.dtype}".replace(
+            "torch.", ""
+        )
+    )
 
 
 def processor(device: torch.device) -> str:
@@ -187,7 +214,11 @@ def processor(device: torch.device) -> str:
 def as_table(found: Comparison) -> str:
     plain = found.ways[PLAIN]
     """Return the results as text."""
-    lines = [found.written, "", f"{'':<20}{'tokens/s':>10}{'speed-up':>10}{'tokens/step':>13}  identical texts"]
+    lines = [
+        found.written,
+        "",
+        f"{'':<20}{'tokens/s':>10}{'speed-up':>10}{'tokens/step':>13}  identical texts",
+    ]
     for name, way in found.ways.items():
         same = "" if name == PLAIN else f"  {way.same} of {found.texts}"
         lines.append(
@@ -197,47 +228,73 @@ def as_table(found: Comparison) -> str:
     for name, way in found.ways.items():
         if way.drafted is None:
             continue
-        lines += ["", f"{'head':<6}{'predicts':<10}{'proposed':>10}{'accepted':>10}{'rate':>9}   ({name})"]
-        for k, (sent, right) in enumerate(zip(way.drafted.drafted, way.drafted.accepted, strict=True), 1):
+        lines += [
+            "",
+            f"{'head':<6}{'predicts':<10}{'proposed':>10}{'accepted':>10}{'rate':>9}   ({name})",
+        ]
+        for k, (sent, right) in enumerate(
+            zip(way.drafted.drafted, way.drafted.accepted, strict=True), 1
+        ):
             share = f"{right / sent:.1%}" if sent else "-"
             lines.append(f"{k:<6}{f'{k + 1} ahead':<10}{sent:>10,}{right:>10,}{share:>9}")
-        lines.append("tokens in a step: " + ", ".join(f"{n} in {share:.0%}" for n, share in lengths(way.drafted)))
+        lines.append(
+            "tokens in a step: "
+            + ", ".join(f"{n} in {share:.0%}" for n, share in lengths(way.drafted))
+        )
         if way.steps is not None:
-            tokens = ", ".join(f"{n}: {tokens:.2f}" for n, tokens in enumerate(way.steps.tokens_per_step(), 1))
-            lines.append(f"tokens per step in an inference engine, by its number of draft tokens: {tokens}")
+            tokens = ", ".join(
+                f"{n}: {tokens:.2f}" for n, tokens in enumerate(way.steps.tokens_per_step(), 1)
+            )
+            lines.append(
+                f"tokens per step in an inference engine, by its number of draft tokens: {tokens}"
+            )
         if not any(way.drafted.accepted):
             lines.append(
-                "No draft token was accepted: these heads belong to another model or were hardly trained. Train them\n"
-                "on answers of this model: caft pretrain-heads --targets model --help"
+                "No draft token was accepted: these heads belong to another model or were hardly"
+                " trained. Train them\non answers of this model: caft pretrain-heads --targets"
+                " model --help"
             )
     if any(way.drafted is not None and way.same < found.texts for way in found.ways.values()):
         lines += [
             "",
-            "A text can differ where two tokens are almost equally likely, since a forward pass of several tokens\n"
-            "rounds differently from a pass of one token. In float32 this is rare.",
+            (
+                "A text can differ where two tokens are almost equally likely, since a forward pass"
+                " of several tokens\nrounds differently from a pass of one token. In float32 this"
+                " is rare."
+            ),
         ]
     return "\n".join(lines)
 
 
 def lengths(drafted: Drafted) -> list[tuple[int, float]]:
     """Return the fraction of steps with 1, 2, ... tokens."""
-    return [(length, passes / max(drafted.passes, 1)) for length, passes in enumerate(drafted.lengths, 1)]
+    return [
+        (length, passes / max(drafted.passes, 1))
+        for length, passes in enumerate(drafted.lengths, 1)
+    ]
 
 
 def draw(found: Comparison, file: Path) -> None:
-    """Draw the acceptance rate of each head and the distribution of tokens per step into a PNG file.
+    """Draw the acceptance rate of each head and the distribution of tokens per step into a PNG
+    file.
 
     Raises:
         ConfigError: matplotlib is not installed.
     """
     way, drafted = found.ways[HEADS], found.ways[HEADS].drafted
     assert drafted is not None
-    shares = [right / max(sent, 1) for sent, right in zip(drafted.drafted, drafted.accepted, strict=True)]
+    shares = [
+        right / max(sent, 1) for sent, right in zip(drafted.drafted, drafted.accepted, strict=True)
+    ]
 
     def fill(axes: Any) -> None:
         axes[0].bar([str(k) for k in range(1, len(shares) + 1)], shares, color=BLUE)
-        axes[0].set(title="draft tokens accepted", xlabel="head", ylabel="acceptance rate", ylim=(0, 1))
-        axes[1].bar(*zip(*((str(n), share) for n, share in lengths(drafted)), strict=True), color=GREY)
+        axes[0].set(
+            title="draft tokens accepted", xlabel="head", ylabel="acceptance rate", ylim=(0, 1)
+        )
+        axes[1].bar(
+            *zip(*((str(n), share) for n, share in lengths(drafted)), strict=True), color=GREY
+        )
         axes[1].set(
             title=f"{way.tokens_per_pass:.2f} tokens per step on average",
             xlabel="tokens in a step",

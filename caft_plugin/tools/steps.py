@@ -1,7 +1,9 @@
-"""Tokens per step of an inference engine with 1, 2, ... draft tokens, computed from generated texts.
+"""Tokens per step of an inference engine with 1, 2, ... draft tokens, computed from generated
+texts.
 
-An engine uses the same number of draft tokens in every step. One forward pass over a text gives each head's proposals
-at every position, so the steps for all numbers of draft tokens can be counted at once.
+An engine uses the same number of draft tokens in every step. One forward pass over a text gives
+each head's proposals at every position, so the steps for all numbers of draft tokens can be counted
+at once.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ from caft_plugin.drafting.pass_notes import compiled_around, noted_pass
 
 @dataclasses.dataclass
 class Steps:
-    """The tokens of texts, and the steps they take with 1, 2, ... draft tokens (up to the number of heads)."""
+    """The tokens of texts, and the steps they take with 1, 2, ... draft tokens (up to the number of
+    heads)."""
 
     tokens: int
     steps: list[int]
@@ -49,8 +52,8 @@ def steps_with(drafter: Drafter, texts: Sequence[tuple[Sequence[int], Sequence[i
 
 @torch.no_grad()
 def proposals(drafter: Drafter, prompt: Sequence[int], text: Sequence[int]) -> list[list[int]]:
-    """Return each head's proposals (heads, tokens of the text), token ids: at the prompt's last position and at every
-    position of the text except the last."""
+    """Return each head's proposals (heads, tokens of the text), token ids: at the prompt's last
+    position and at every position of the text except the last."""
     model: nn.Module = drafter.model
     trunk, config = drafter.trunk, drafter.config
     ids = torch.tensor([[*prompt, *text[:-1]]], device=next(trunk.last_layer.parameters()).device)
@@ -68,12 +71,16 @@ def proposals(drafter: Drafter, prompt: Sequence[int], text: Sequence[int]) -> l
 
 
 def steps_of(text: Sequence[int], proposed: Sequence[Sequence[int]], number: int) -> int:
-    """Return the steps that a text takes with `number` draft tokens, including the prompt's step, which has none."""
+    """Return the steps that a text takes with `number` draft tokens, including the prompt's step,
+    which has none."""
     written, steps = 1, 1
     while written < len(text):
         right = 0
-        # At the last position that the model has read, head 1 proposes the token after the newest one.
-        while right < number and text[written + right : written + right + 1] == [proposed[right][written - 1]]:
+        # At the last position that the model has read, head 1 proposes the token after the newest
+        # one.
+        while right < number and text[written + right : written + right + 1] == [
+            proposed[right][written - 1]
+        ]:
             right += 1
         written += right + 1
         steps += 1

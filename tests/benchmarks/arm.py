@@ -1,4 +1,5 @@
-"""One training run of a benchmark, to be started by cost.py: `python arm.py SPEC`, SPEC a JSON object.
+"""One training run of a benchmark, to be started by cost.py: `python arm.py SPEC`, SPEC a JSON
+object.
 
 door    sft (TRL), trainer (transformers only) or official (caft-llm, in its own environment)
 how     full, lora, qlora
@@ -49,7 +50,9 @@ def load(spec: dict[str, Any]) -> Any:
 
 
 def as_tensors(examples: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
-    return {key: torch.tensor([example[key] for example in examples]) for key in ("input_ids", "labels")}
+    return {
+        key: torch.tensor([example[key] for example in examples]) for key in ("input_ids", "labels")
+    }
 
 
 def main() -> None:
@@ -57,7 +60,9 @@ def main() -> None:
     door, caft = spec["door"], spec.get("caft")
     model = load(spec)
     lora = None if spec["how"] == "full" else LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS)
-    data = rows(model.config.vocab_size, spec["batch"] * STEPS // 10, spec["length"], spec["supervised"])
+    data = rows(
+        model.config.vocab_size, spec["batch"] * STEPS // 10, spec["length"], spec["supervised"]
+    )
     settings = {
         "output_dir": tempfile.mkdtemp(),
         "per_device_train_batch_size": spec["batch"],

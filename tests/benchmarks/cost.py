@@ -1,11 +1,14 @@
-"""The cost of CAFT compared with plain fine-tuning and the authors' package, and its scaling. `make bench`.
+"""The cost of CAFT compared with plain fine-tuning and the authors' package, and its scaling. `make
+bench`.
 
-    python tests/benchmarks/cost.py --model outputs/smollm2-135m-instruct [--newest .venv-trl/bin/python]
+    python tests/benchmarks/cost.py --model outputs/smollm2-135m-instruct
+        [--newest .venv-trl/bin/python]
         [--official .venv-official/bin/python] [--only NAME ...] [--steps 9] [--out outputs/bench]
 
-Each run of a comparison is a separate process. The runs alternate their steps (A B A B), one at a time, so that other
-work on the machine affects all of them equally. Prints medians with quartiles, ratios of paired steps, and peak memory:
-of tensors on a GPU, of the process on a CPU. Uses CUDA if there is a GPU.
+Each run of a comparison is a separate process. The runs alternate their steps (A B A B), one at a
+time, so that other work on the machine affects all of them equally. Prints medians with quartiles,
+ratios of paired steps, and peak memory: of tensors on a GPU, of the process on a CPU. Uses CUDA if
+there is a GPU.
 """
 
 from __future__ import annotations
@@ -40,8 +43,8 @@ ONE = {"heads_per_step": 1}
 
 @dataclasses.dataclass
 class Comparison:
-    """Runs that alternate their steps; the others are relative to the first. `limits` are the project's targets for
-    step time and memory."""
+    """Runs that alternate their steps; the others are relative to the first. `limits` are the
+    project's targets for step time and memory."""
 
     title: str
     runs: dict[str, dict[str, Any]]
@@ -49,9 +52,15 @@ class Comparison:
     python: str = "this"
 
 
-def sft(how: str, title: str, limits: tuple[float, float, float], python: str = "this") -> Comparison:
+def sft(
+    how: str, title: str, limits: tuple[float, float, float], python: str = "this"
+) -> Comparison:
     base = {"door": "sft", "how": how, **SHAPE}
-    runs = {"plain": base, "4 heads": {**base, "caft": {}}, "one head a step": {**base, "caft": ONE}}
+    runs = {
+        "plain": base,
+        "4 heads": {**base, "caft": {}},
+        "one head a step": {**base, "caft": ONE},
+    }
     return Comparison(title, runs, {"4 heads": limits[::2], "one head a step": limits[1:]}, python)  # type: ignore[dict-item]
 
 
@@ -63,8 +72,15 @@ def comparisons() -> dict[str, Comparison]:
     return {
         "lora": sft("lora", "SFTTrainer (TRL 1.9, chunked_nll), LoRA", (1.40, 1.10, 1.10)),
         "qlora": sft("qlora", "SFTTrainer (TRL 1.9, chunked_nll), QLoRA", (1.40, 1.10, 1.10)),
-        "full": sft("full", "SFTTrainer (TRL 1.9, chunked_nll), full fine-tuning", (1.50, 1.15, 1.15)),
-        "newest": sft("lora", "SFTTrainer (TRL 1.16 with default settings), LoRA", (1.30, 1.05, 1.10), "newest"),
+        "full": sft(
+            "full", "SFTTrainer (TRL 1.9, chunked_nll), full fine-tuning", (1.50, 1.15, 1.15)
+        ),
+        "newest": sft(
+            "lora",
+            "SFTTrainer (TRL 1.16 with default settings), LoRA",
+            (1.30, 1.05, 1.10),
+            "newest",
+        ),
         "axolotl": Comparison(
             "axolotl train, LoRA",
             {
@@ -80,7 +96,12 @@ def comparisons() -> dict[str, Comparison]:
             {
                 "caft-llm": {**official, "how": "lora", "caft": {"caft_num_heads": 4}},
                 "its plain step": {**official, "how": "lora"},
-                "SFTTrainer (TRL 1.9), 4 heads": {**trl, "how": "lora", "caft": {}, "python": "this"},
+                "SFTTrainer (TRL 1.9), 4 heads": {
+                    **trl,
+                    "how": "lora",
+                    "caft": {},
+                    "python": "this",
+                },
             },
             {"SFTTrainer (TRL 1.9), 4 heads": (0.30, 0.60)},
             "official",
@@ -90,7 +111,13 @@ def comparisons() -> dict[str, Comparison]:
             {
                 "caft-llm": {**official, **bare, "how": "full", "caft": {"caft_num_heads": 4}},
                 "its plain step": {**official, **bare, "how": "full"},
-                "SFTTrainer (TRL 1.9), 4 heads": {**trl, **bare, "how": "full", "caft": {}, "python": "this"},
+                "SFTTrainer (TRL 1.9), 4 heads": {
+                    **trl,
+                    **bare,
+                    "how": "full",
+                    "caft": {},
+                    "python": "this",
+                },
             },
             {"SFTTrainer (TRL 1.9), 4 heads": (0.30, 0.60)},
             "official",
@@ -98,8 +125,14 @@ def comparisons() -> dict[str, Comparison]:
     }
 
 
-# A model of random weights, small enough that its longest step takes seconds; one thing is varied at a time.
-SMALL = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "num_attention_heads": 4}
+# A model of random weights, small enough that its longest step takes seconds; one thing is varied
+# at a time.
+SMALL = {
+    "hidden_size": 256,
+    "intermediate_size": 704,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+}
 USUAL = {"heads": 4, "vocabulary": 32_768, "supervised": 0.3, "length": 512}
 AXES = {
     "heads": [1, 2, 4, 8],
@@ -112,14 +145,19 @@ AXES = {
 def at_point(axis: str, value: float) -> Comparison:
     point = {**USUAL, axis: value}
     model = {**SMALL, "vocab_size": point["vocabulary"], "max_position_embeddings": 4096}
-    shape = {"batch": 2, "length": point["length"], "supervised": point["supervised"], "model": model}
+    shape = {
+        "batch": 2,
+        "length": point["length"],
+        "supervised": point["supervised"],
+        "model": model,
+    }
     base = {"door": "trainer", "how": "lora", **shape}
     caft = {"num_heads": point["heads"]}
     runs = {"plain": base, "heads": {**base, "caft": {**caft, "fused_loss": "on"}}}
     return Comparison(f"{axis} {value}", runs, {})
 
 
-# -- running ----------------------------------------------------------------------------------------
+# -- running ---------------------------------------------------------------------------------------
 
 
 def command(spec: dict[str, Any], python: str, folder: Path) -> list[str]:
@@ -130,7 +168,11 @@ def command(spec: dict[str, Any], python: str, folder: Path) -> list[str]:
 
     data = folder / "rows.jsonl"
     made = rows(40_000, spec["batch"] * STEPS // 10, spec["length"], spec["supervised"])
-    data.write_text("".join(json.dumps({**row, "attention_mask": [1] * len(row["labels"])}) + "\n" for row in made))
+    data.write_text(
+        "".join(
+            json.dumps({**row, "attention_mask": [1] * len(row["labels"])}) + "\n" for row in made
+        )
+    )
     config: dict[str, Any] = {
         "base_model": str(Path(spec["model"]).resolve()),
         "plugins": ["caft_plugin", "pace.PacePlugin"],
@@ -158,7 +200,15 @@ def command(spec: dict[str, Any], python: str, folder: Path) -> list[str]:
     if "caft" in spec:
         config["caft"] = spec["caft"]
     (folder / "config.yml").write_text(yaml.safe_dump(config))
-    return [python, "-m", "axolotl.cli.main", "train", str(folder / "config.yml"), "--launcher", "python"]
+    return [
+        python,
+        "-m",
+        "axolotl.cli.main",
+        "train",
+        str(folder / "config.yml"),
+        "--launcher",
+        "python",
+    ]
 
 
 @dataclasses.dataclass
@@ -216,7 +266,8 @@ def launched(spec: dict[str, Any], python: str, **settings: str) -> Iterator[Run
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 cwd=folder,
-                start_new_session=True,  # with whatever it starts itself, so that all of it can be ended
+                # with whatever it starts itself, so that all of it can be ended
+                start_new_session=True,
             )
             try:
                 yield Run(process, listener, log)
@@ -241,15 +292,17 @@ def all_launched(
         yield runs
 
 
-def measured(comparison: Comparison, pythons: dict[str, str], model: str, steps: int) -> dict[str, Run]:
+def measured(
+    comparison: Comparison, pythons: dict[str, str], model: str, steps: int
+) -> dict[str, Run]:
     with all_launched(comparison, pythons, model) as runs:
         for step in tqdm(range(steps + WARM_UP), comparison.title, leave=False):
             order = list(runs.values())
             for run in order if step % 2 else order[::-1]:
                 run.step(counts=step >= WARM_UP)
     if not torch.cuda.is_available():
-        # glibc keeps what was freed, more or less of it by chance: up to half a GB. Told to keep nothing, which takes
-        # time, a process is as large as what it holds.
+        # glibc keeps what was freed, more or less of it by chance: up to half a GB. Told to keep
+        # nothing, which takes time, a process is as large as what it holds.
         with all_launched(comparison, pythons, model, MALLOC_MMAP_THRESHOLD_="65536") as again:
             for name, run in again.items():
                 run.step(counts=False), run.step(counts=False)
@@ -257,7 +310,7 @@ def measured(comparison: Comparison, pythons: dict[str, str], model: str, steps:
     return runs
 
 
-# -- reporting --------------------------------------------------------------------------------------
+# -- reporting -------------------------------------------------------------------------------------
 
 
 def spread(values: list[float]) -> str:
@@ -275,12 +328,19 @@ def table(comparison: Comparison, runs: dict[str, Run]) -> Iterator[str]:
     yield "| --- | --- | --- | --- | --- | --- | --- |"
     first = next(iter(runs.values()))
     for name, run in runs.items():
-        time, memory = (f"{limit:.2f}" for limit in comparison.limits[name]) if name in comparison.limits else ("", "")
+        time, memory = (
+            (f"{limit:.2f}" for limit in comparison.limits[name])
+            if name in comparison.limits
+            else ("", "")
+        )
         if run is first:
             yield f"| {name} | {spread(run.seconds)} | 1 | | {run.memory / 1e9:.2f} | 1 | |"
         else:
             of_memory = f"{run.memory / 1e9:.2f} | {run.memory / first.memory:.2f}"
-            yield f"| {name} | {spread(run.seconds)} | {spread(ratios(run, first))} | {time} | {of_memory} | {memory} |"
+            yield (
+                f"| {name} | {spread(run.seconds)} | {spread(ratios(run, first))} | {time} |"
+                f" {of_memory} | {memory} |"
+            )
 
 
 def curves(found: dict[str, dict[float, dict[str, Run]]], file: Path) -> None:
@@ -289,12 +349,21 @@ def curves(found: dict[str, dict[float, dict[str, Run]]], file: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(2, len(found), figsize=(3.6 * len(found), 6), layout="constrained")
+    figure, axes = pyplot.subplots(
+        2, len(found), figsize=(3.6 * len(found), 6), layout="constrained"
+    )
     for column, (axis, points) in zip(axes.T, found.items(), strict=True):
         for name, label in (("plain", "plain Trainer"), ("heads", "with heads, fused_loss: on")):
             runs = [of_point[name] for of_point in points.values()]
-            column[0].plot(list(points), [statistics.median(run.seconds) for run in runs], marker="o", label=label)
-            column[1].plot(list(points), [run.memory / 1e9 for run in runs], marker="o", label=label)
+            column[0].plot(
+                list(points),
+                [statistics.median(run.seconds) for run in runs],
+                marker="o",
+                label=label,
+            )
+            column[1].plot(
+                list(points), [run.memory / 1e9 for run in runs], marker="o", label=label
+            )
         column[0].set_ylabel("seconds per step")
         column[1].set_ylabel("peak memory, GB")
         column[1].set_xlabel(axis)
@@ -320,19 +389,29 @@ def machine() -> str:
         return torch.cuda.get_device_name()
     name = platform.processor() or platform.machine()
     if os.path.exists("/proc/cpuinfo"):
-        names = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
+        names = [
+            line.split(":")[1].strip()
+            for line in open("/proc/cpuinfo")
+            if line.startswith("model name")
+        ]
         name = names[0] if names else name
     return f"{name}, {torch.get_num_threads()} threads, no GPU"
 
 
 def main() -> None:
     known = comparisons()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="outputs/smollm2-135m-instruct")
     parser.add_argument("--newest", help="python of an environment with the newest TRL")
     parser.add_argument("--official", help="python of an environment with caft-llm")
-    parser.add_argument("--only", nargs="+", choices=[*known, "growth"], help="some of the comparisons")
-    parser.add_argument("--steps", type=int, default=9, help="measured steps of each run, after two to warm up")
+    parser.add_argument(
+        "--only", nargs="+", choices=[*known, "growth"], help="some of the comparisons"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=9, help="measured steps of each run, after two to warm up"
+    )
     parser.add_argument("--out", type=Path, default=Path("outputs/bench"))
     options = parser.parse_args()
     pythons = {"this": sys.executable, "newest": options.newest, "official": options.official}
@@ -346,7 +425,14 @@ def main() -> None:
                 file.write(line + "\n")
             file.flush()
 
-        say(iter([f"\nMachine: {machine()}; torch {torch.__version__}; {options.steps} steps each, {choice()}"]))
+        say(
+            iter(
+                [
+                    f"\nMachine: {machine()}; torch {torch.__version__}; {options.steps} steps"
+                    f" each, {choice()}"
+                ]
+            )
+        )
         for name, comparison in known.items():
             if pythons[comparison.python] and (not options.only or name in options.only):
                 say(table(comparison, measured(comparison, pythons, model, options.steps)))

@@ -1,12 +1,14 @@
-"""What heads bring as drafters: tokens per step and speed, against plain generation and prompt lookup. `make
-bench-decoding`.
+"""What heads bring as drafters: tokens per step and speed, against plain generation and prompt
+lookup. `make bench-decoding`.
 
-    python tests/benchmarks/decoding.py --model outputs/smollm2-135m-instruct [--tasks molecules descriptions]
+    python tests/benchmarks/decoding.py --model outputs/smollm2-135m-instruct
+        [--tasks molecules descriptions]
         [--prompts 60] [--out outputs/decoding]
 
-Makes the models and heads of drafting_heads.py. Then writes greedy texts to held-out prompts in float32: plain, with
-each set of heads and with prompt lookup, all in turn; on the first task also with untrained heads, and sampled texts;
-and measures what a forward pass over 1 to 5 positions costs. Prints Markdown, and keeps the figures in OUT.
+Makes the models and heads of drafting_heads.py. Then writes greedy texts to held-out prompts in
+float32: plain, with each set of heads and with prompt lookup, all in turn; on the first task also
+with untrained heads, and sampled texts; and measures what a forward pass over 1 to 5 positions
+costs. Prints Markdown, and keeps the figures in OUT.
 """
 
 from __future__ import annotations
@@ -21,7 +23,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from drafting_heads import FRESH, FRESH_LONGER, FURTHER, PLAIN_MODEL, TUNED, Task, add_options, make, tasks
+from drafting_heads import (
+    FRESH,
+    FRESH_LONGER,
+    FURTHER,
+    PLAIN_MODEL,
+    TUNED,
+    Task,
+    add_options,
+    make,
+    tasks,
+)
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from caft_plugin import CAFTConfig, Drafter
@@ -43,7 +55,8 @@ TITLES = {
     FRESH: "plain fine-tuning, then fresh heads",
     FRESH_LONGER: "the same, as long as both of CAFT's",
 }
-ARMS = {TUNED: (TUNED, FURTHER), PLAIN_MODEL: (FRESH, FRESH_LONGER)}  # models, and whose heads draft for them
+# models, and whose heads draft for them
+ARMS = {TUNED: (TUNED, FURTHER), PLAIN_MODEL: (FRESH, FRESH_LONGER)}
 
 
 def untrained(model: Any, num_heads: int) -> Drafter:
@@ -94,7 +107,9 @@ def compare(
         found = add(found, part)
     assert found is not None
     machine = found.written.splitlines()[1]
-    return dataclasses.replace(found, written=f"{len(prompts)} prompts, speeds of runs of {RUN}\n{machine}")
+    return dataclasses.replace(
+        found, written=f"{len(prompts)} prompts, speeds of runs of {RUN}\n{machine}"
+    )
 
 
 def median_ms(function: Callable[[], object], times: int = 25) -> float:
@@ -110,13 +125,16 @@ def median_ms(function: Callable[[], object], times: int = 25) -> float:
 
 @torch.no_grad()
 def costs(drafter: Drafter, model: Any) -> str:
-    """Return the times of a forward pass over 1 to 5 positions behind 60: the model, a head for each draft token, and
-    their logits."""
+    """Return the times of a forward pass over 1 to 5 positions behind 60: the model, a head for
+    each draft token, and their logits."""
     trunk, heads = drafter.trunk, drafter.heads.layers
     last = len(trunk.layers) - 1
     caches = [DynamicCache(config=model.config) for _ in range(1 + len(heads))]
     lines = [
-        "| positions | forward pass, ms | relative to one | draft tokens | their heads, ms | their logits, ms |",
+        (
+            "| positions | forward pass, ms | relative to one | draft tokens | their heads, ms |"
+            " their logits, ms |"
+        ),
         "| --- " * 6 + "|",
     ]
     first = 0.0
@@ -151,15 +169,23 @@ def costs(drafter: Drafter, model: Any) -> str:
             first = first or own
             drafts = ["-", "-"]
             if width > 1:
-                drafts = [f"{median_ms(their_heads):.1f}", f"{median_ms(lambda: trunk.logits(hidden)):.1f}"]  # noqa: B023
-            lines.append(f"| {width} | {own:.1f} | {own / first:.2f} | {width - 1} | {drafts[0]} | {drafts[1]} |")
+                drafts = [
+                    f"{median_ms(their_heads):.1f}",
+                    f"{median_ms(lambda: trunk.logits(hidden)):.1f}",  # noqa: B023
+                ]
+            lines.append(
+                f"| {width} | {own:.1f} | {own / first:.2f} | {width - 1} | {drafts[0]} |"
+                f" {drafts[1]} |"
+            )
     return "\n".join(lines)
 
 
 def markdown(found: Comparison) -> str:
     lines = [
-        "| | tokens per step, 4 draft tokens | Drafter: tokens per step "
-        "| tokens per second | relative to plain | same text |",
+        (
+            "| | tokens per step, 4 draft tokens | Drafter: tokens per step "
+            "| tokens per second | relative to plain | same text |"
+        ),
         "| --- " * 6 + "|",
     ]
     for name, way in found.ways.items():
@@ -167,8 +193,13 @@ def markdown(found: Comparison) -> str:
         always = f"{way.steps.tokens_per_step()[-1]:.2f}" if way.steps is not None else "-"
         speed = statistics.median(way.speeds())
         against = way.against(found.ways[PLAIN])
-        lines.append(f"| {name} | {always} | {way.tokens_per_pass:.2f} | {speed:.1f} | {against:.2f} | {same} |")
-    return "\n".join([*lines, "", f"{found.at_limit} of {found.texts} plain texts ended at the limit."])
+        lines.append(
+            f"| {name} | {always} | {way.tokens_per_pass:.2f} | {speed:.1f} | {against:.2f} |"
+            f" {same} |"
+        )
+    return "\n".join(
+        [*lines, "", f"{found.at_limit} of {found.texts} plain texts ended at the limit."]
+    )
 
 
 def load(folder: Path) -> tuple[Any, Any]:
@@ -201,12 +232,22 @@ def measure(options: argparse.Namespace, task: Task, extras: bool) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add_options(parser)
     parser.add_argument(
-        "--tasks", nargs="+", choices=("molecules", "descriptions"), default=["molecules", "descriptions"]
+        "--tasks",
+        nargs="+",
+        choices=("molecules", "descriptions"),
+        default=["molecules", "descriptions"],
     )
-    parser.add_argument("--prompts", type=int, default=60, help="held-out prompts of each task (default: %(default)s)")
+    parser.add_argument(
+        "--prompts",
+        type=int,
+        default=60,
+        help="held-out prompts of each task (default: %(default)s)",
+    )
     options = parser.parse_args()
     print(choice())
     for number, name in enumerate(options.tasks):

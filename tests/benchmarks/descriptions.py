@@ -1,10 +1,11 @@
-"""Rows of a text-like task for decoding.py: describe a Python function or class, given its name and parameters.
+"""Rows of a text-like task for decoding.py: describe a Python function or class, given its name and
+parameters.
 
     python tests/benchmarks/descriptions.py OUT
 
-Writes descriptions-train.jsonl and descriptions-heldout.jsonl into OUT. The answers are the first paragraphs of
-docstrings of packages that Axolotl's installation brings (BSD licences); this repository keeps none of them. The
-held-out rows are from another package than the training rows.
+Writes descriptions-train.jsonl and descriptions-heldout.jsonl into OUT. The answers are the first
+paragraphs of docstrings of packages that Axolotl's installation brings (BSD licences); this
+repository keeps none of them. The held-out rows are from another package than the training rows.
 """
 
 from __future__ import annotations
@@ -40,18 +41,24 @@ def modules(package: str) -> Iterator[ModuleType]:
 
 
 def functions_and_classes(package: str) -> Iterator[tuple[str, FunctionType | type]]:
-    """Yield the names of public functions and classes, and these, where they are defined in a package."""
+    """Yield the names of public functions and classes, and these, where they are defined in a
+    package."""
     for module in modules(package):
         for name, found in sorted(vars(module).items()):
             found = inspect.unwrap(found) if callable(found) else None
-            if isinstance(found, FunctionType | type) and found.__module__.startswith(package) and name[0] != "_":
+            if (
+                isinstance(found, FunctionType | type)
+                and found.__module__.startswith(package)
+                and name[0] != "_"
+            ):
                 yield f"{package}.{name}", found
 
 
 def description(documented: FunctionType | type) -> str:
     """Return a docstring up to its first section, list, example or formula, on one line."""
     text = documented.__doc__
-    text = inspect.cleandoc(text) if isinstance(text, str) else ""  # some classes have a descriptor there
+    # some classes have a descriptor there
+    text = inspect.cleandoc(text) if isinstance(text, str) else ""
     text = re.split(r"\n\s*(?:\n\.\. |[A-Z][A-Za-z ]+\n\s*[-=]{3,}|>>>|[-*] |:param)", text)[0]
     return " ".join(text.split())
 
@@ -74,7 +81,10 @@ def rows(packages: tuple[str, ...]) -> list[dict[str, object]]:
             if plain and len(answer.split()) in WORDS and answer.endswith("."):
                 found.setdefault(answer, f"Describe `{name}({parameters(documented)})` in Python.")
     ordered = sorted(found.items(), key=lambda pair: hashlib.sha256(pair[0].encode()).digest())
-    said = [({"role": "user", "content": asked}, {"role": "assistant", "content": answer}) for answer, asked in ordered]
+    said = [
+        ({"role": "user", "content": asked}, {"role": "assistant", "content": answer})
+        for answer, asked in ordered
+    ]
     return [{"messages": list(pair)} for pair in said]
 
 

@@ -1,10 +1,11 @@
 """The models and heads whose drafting is measured: two ways to get heads, on two tasks.
 
-- With CAFT: full fine-tuning with four heads (`tuned`), then these heads trained further on the tuned model's answers
-  (`further`).
-- Afterwards: the same fine-tuning by TRL without caft_plugin (`plain`), then heads that start as copies of its last
-  layer, trained on that model's answers: for as many steps as `further` (`fresh`), and for as many as fit into the time
-  that CAFT and `further` took together (`fresh-longer`).
+- With CAFT: full fine-tuning with four heads (`tuned`), then these heads trained further on the
+  tuned model's answers (`further`).
+- Afterwards: the same fine-tuning by TRL without caft_plugin (`plain`), then heads that start as
+  copies of its last layer, trained on that model's answers: for as many steps as `further`
+  (`fresh`), and for as many as fit into the time that CAFT and `further` took together
+  (`fresh-longer`).
 
 A folder that exists is not made again.
 """
@@ -37,7 +38,8 @@ BATCH, FURTHER_BATCH = 8, 16  # rows a step
 class Task:
     """Rows to train on and prompts that are held out.
 
-    Lengths are in tokens: of rows in fine-tuning and in heads' training, of the answers that heads are trained on.
+    Lengths are in tokens: of rows in fine-tuning and in heads' training, of the answers that heads
+        are trained on.
     """
 
     name: str
@@ -54,18 +56,38 @@ class Task:
 
 def tasks(out: Path) -> dict[str, Task]:
     """Return the tasks by name. The rows of `descriptions` are made in `out`."""
-    molecules = Task("molecules", MOLECULES, max_length=128, heads_length=128, answer_length=64, steps=150, longer=225)
+    molecules = Task(
+        "molecules",
+        MOLECULES,
+        max_length=128,
+        heads_length=128,
+        answer_length=64,
+        steps=150,
+        longer=225,
+    )
     descriptions = Task(
-        "descriptions", out / "data", max_length=160, heads_length=192, answer_length=80, steps=100, longer=175
+        "descriptions",
+        out / "data",
+        max_length=160,
+        heads_length=192,
+        answer_length=80,
+        steps=100,
+        longer=175,
     )
     return {task.name: task for task in (molecules, descriptions)}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="the base model's folder")
-    parser.add_argument("--steps", type=int, help="of fine-tuning, 8 rows each (default: the task's, 150 or 100)")
-    parser.add_argument("--further", type=int, default=75, help="steps on own answers, 16 rows each (default: 75)")
-    parser.add_argument("--longer", type=int, help="the same, for fresh-longer (default: the task's, 225 or 175)")
+    parser.add_argument(
+        "--steps", type=int, help="of fine-tuning, 8 rows each (default: the task's, 150 or 100)"
+    )
+    parser.add_argument(
+        "--further", type=int, default=75, help="steps on own answers, 16 rows each (default: 75)"
+    )
+    parser.add_argument(
+        "--longer", type=int, help="the same, for fresh-longer (default: the task's, 225 or 175)"
+    )
     parser.add_argument("--out", type=Path, default=Path("outputs/decoding"))
 
 
@@ -90,7 +112,9 @@ def make(options: argparse.Namespace, task: Task, *wanted: str) -> dict[str, Pat
     return paths
 
 
-def fine_tune(options: argparse.Namespace, task: Task, folder: Path, script: Path, **more: Any) -> None:
+def fine_tune(
+    options: argparse.Namespace, task: Task, folder: Path, script: Path, **more: Any
+) -> None:
     """Fine-tune fully, at the learning rate that the study has chosen."""
     steps = options.steps or task.steps
     settings = {

@@ -1,9 +1,12 @@
-"""The heads' memory and step time, compared with the formula in caft_plugin/MANUAL.md, for three model sizes.
+"""The heads' memory and step time, compared with the formula in caft_plugin/MANUAL.md, for three
+model sizes.
 
     python tests/benchmarks/growth.py [--pairs 10]
 
-For each size: bytes of weights, gradients and AdamW states that the heads add, and the median ratio of alternating
-steps (forward, backward, optimizer) with heads and without, full fine-tuning in float32, 30 % of tokens supervised.
+For each size: bytes of weights, gradients and AdamW states that the heads add, and the median ratio
+    of alternating
+steps (forward, backward, optimizer) with heads and without, full fine-tuning in float32, 30 % of
+tokens supervised.
 """
 
 from __future__ import annotations
@@ -30,7 +33,8 @@ BATCH, LENGTH, SUPERVISED = 2, 256, 0.3
 
 
 def predicted(config: LlamaConfig, heads: int) -> tuple[int, float]:
-    """Return the formula's bytes added by full training of the heads in float32, and its ratio of step times."""
+    """Return the formula's bytes added by full training of the heads in float32, and its ratio of
+    step times."""
     hidden, layers, vocab = config.hidden_size, config.num_hidden_layers, config.vocab_size
     mlp = 3 * hidden * config.intermediate_size  # weights of the matrices
     layer = 4 * hidden * hidden + mlp
@@ -44,13 +48,18 @@ def steps(model: Any, rows: list[dict[str, list[int]]], caft: dict | None) -> It
     """Yield the trainer first, then the seconds of each step."""
     trainer = with_caft(Trainer)(
         model=model,
-        args=TrainingArguments(tempfile.mkdtemp(), use_cpu=not torch.cuda.is_available(), report_to=[], max_steps=1),
+        args=TrainingArguments(
+            tempfile.mkdtemp(), use_cpu=not torch.cuda.is_available(), report_to=[], max_steps=1
+        ),
         train_dataset=rows,
         caft=caft,
     )
     trainer.create_optimizer()
     yield trainer
-    batch = {key: torch.tensor([row[key] for row in rows[:BATCH]], device=trainer.args.device) for key in rows[0]}
+    batch = {
+        key: torch.tensor([row[key] for row in rows[:BATCH]], device=trainer.args.device)
+        for key in rows[0]
+    }
     while True:
         start = time.perf_counter()
         (inputs,), items = trainer.get_batch_samples(iter([dict(batch)]), 1, trainer.args.device)
@@ -66,11 +75,14 @@ def added_bytes(trainer: Any) -> int:
     heads = list(trainer.caft.heads.parameters())
     states = [trainer.optimizer.state[p] for p in heads]
     moments = [t for state in states for t in state.values() if torch.is_tensor(t) and t.dim()]
-    return sum(t.numel() * t.element_size() for t in [*heads, *heads, *moments])  # weights, gradients, moments
+    # weights, gradients, moments
+    return sum(t.numel() * t.element_size() for t in [*heads, *heads, *moments])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--pairs", type=int, default=10)
     pairs = parser.parse_args().pairs
     print("| model | heads | memory, MB | predicted | step time (quartiles) | predicted |")
@@ -88,7 +100,9 @@ def main() -> None:
         ids = torch.randint(1, vocab, (BATCH, LENGTH), generator=generator).tolist()
         prompt = round(LENGTH * (1 - SUPERVISED))
         rows = [{"input_ids": row, "labels": [-100] * prompt + row[prompt:]} for row in ids]
-        plain, ours = (steps(LlamaForCausalLM(config), rows, caft) for caft in (None, {"num_heads": heads}))
+        plain, ours = (
+            steps(LlamaForCausalLM(config), rows, caft) for caft in (None, {"num_heads": heads})
+        )
         next(plain)
         trainer = next(ours)
         next(plain), next(ours)

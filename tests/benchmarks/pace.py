@@ -1,8 +1,9 @@
 """Let another process start each step of a training run, by a message over a socket.
 
-`Pace` is a callback for any transformers Trainer; as an Axolotl plugin (`plugins: [pace.PacePlugin]`) it paces
-`axolotl train`. After every step it sends the seconds from the last message to the step's end, including all that the
-step needs (data, forward, backward, optimizer), and the peak memory since training began, in bytes.
+`Pace` is a callback for any transformers Trainer; as an Axolotl plugin (`plugins:
+[pace.PacePlugin]`) it paces `axolotl train`. After every step it sends the seconds from the last
+message to the step's end, including all that the step needs (data, forward, backward, optimizer),
+and the peak memory since training began, in bytes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Fine-tune with TRL's own SFTTrainer, without caft_plugin: the baseline of decoding.py. Options are TRL's."""
+"""Fine-tune with TRL's own SFTTrainer, without caft_plugin: the baseline of decoding.py. Options
+are TRL's."""
 
 from __future__ import annotations
 
@@ -7,7 +8,9 @@ from trl import ModelConfig, ScriptArguments, SFTConfig, SFTTrainer, TrlParser
 
 
 def main() -> None:
-    script, training, model = TrlParser((ScriptArguments, SFTConfig, ModelConfig)).parse_args_and_config()
+    script, training, model = TrlParser(
+        (ScriptArguments, SFTConfig, ModelConfig)
+    ).parse_args_and_config()
     training.model_init_kwargs = {"dtype": model.dtype}
     rows = load_dataset("json", data_files=script.dataset_name, split="train")
     trainer = SFTTrainer(model=model.model_name_or_path, args=training, train_dataset=rows)

@@ -1,13 +1,16 @@
-"""What heads bring as the drafter of a vLLM server, with 1, 4 and 16 requests at a time. `make bench-serving`.
+"""What heads bring as the drafter of a vLLM server, with 1, 4 and 16 requests at a time. `make
+bench-serving`.
 
-    python tests/benchmarks/serving.py --model outputs/smollm2-135m-instruct --vllm .venv-vllm/bin/python
+    python tests/benchmarks/serving.py --model outputs/smollm2-135m-instruct
+        --vllm .venv-vllm/bin/python
 
-The model and its heads are those of drafting_heads.py, on the molecules: SmolLM2 fine-tuned with heads, and those heads
-trained further on the tuned model's own answers. Each way to serve (plain, heads with 1 to 4 draft tokens, vLLM's
-n-gram matching) is a process that keeps its engine. In each round all of them write texts to the same held-out prompts,
-in turn, and the ratios to plain are taken within the round. With one request at a time transformers writes these texts
-too, plain and with the Drafter. Prints Markdown; OUT/serving.md and OUT/serving.json, with the figures of each round,
-are written after each round.
+The model and its heads are those of drafting_heads.py, on the molecules: SmolLM2 fine-tuned with
+heads, and those heads trained further on the tuned model's own answers. Each way to serve (plain,
+heads with 1 to 4 draft tokens, vLLM's n-gram matching) is a process that keeps its engine. In each
+round all of them write texts to the same held-out prompts, in turn, and the ratios to plain are
+taken within the round. With one request at a time transformers writes these texts too, plain and
+with the Drafter. Prints Markdown; OUT/serving.md and OUT/serving.json, with the figures of each
+round, are written after each round.
 """
 
 from __future__ import annotations
@@ -69,7 +72,8 @@ class Round:
     same: int = 0  # texts that are those of plain serving
     texts: int = 0
     drafts: int = 0
-    accepted: list[int] = dataclasses.field(default_factory=list)  # draft tokens by place, as vLLM counts them
+    # draft tokens by place, as vLLM counts them
+    accepted: list[int] = dataclasses.field(default_factory=list)
 
     @property
     def speed(self) -> float:
@@ -81,7 +85,11 @@ class Server:
     """A process with an engine."""
 
     def __init__(self, python: Path, settings: dict[str, object], log: Path) -> None:
-        command = [str(python), str(Path(__file__).with_name("serving_arm.py")), json.dumps(settings)]
+        command = [
+            str(python),
+            str(Path(__file__).with_name("serving_arm.py")),
+            json.dumps(settings),
+        ]
         self.log = log
         with open(log, "w") as errors:
             self.process = subprocess.Popen(
@@ -105,7 +113,9 @@ class Server:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
-            raise SystemExit(f"a server stopped: {self.log} ends with\n{self.log.read_text()[-3000:]}")
+            raise SystemExit(
+                f"a server stopped: {self.log} ends with\n{self.log.read_text()[-3000:]}"
+            )
         return json.loads(line)
 
     def end(self) -> None:
@@ -114,7 +124,8 @@ class Server:
 
 
 def environment(python: Path) -> dict[str, str]:
-    """With Intel's OpenMP, where vLLM's environment has it: vLLM asks for it where it drafts on a CPU."""
+    """With Intel's OpenMP, where vLLM's environment has it: vLLM asks for it where it drafts on a
+    CPU."""
     settings = {
         "OMP_NUM_THREADS": str(torch.get_num_threads()),
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -123,12 +134,14 @@ def environment(python: Path) -> dict[str, str]:
     }
     library = python.parents[1] / "lib" / "libiomp5.so"
     if library.is_file():
-        settings |= {"LD_PRELOAD": str(library), "KMP_BLOCKTIME": "5", "KMP_TPAUSE": "0"}  # the latter two as vLLM does
+        # the latter two as vLLM does
+        settings |= {"LD_PRELOAD": str(library), "KMP_BLOCKTIME": "5", "KMP_TPAUSE": "0"}
     return {**os.environ, **settings}
 
 
 def speculative(key: str, heads: dict[str, Path], out: Path) -> dict[str, object] | None:
-    """vLLM's `speculative_config` of a way. A drafter is exported with as many heads as it drafts tokens."""
+    """vLLM's `speculative_config` of a way. A drafter is exported with as many heads as it drafts
+    tokens."""
     name, tokens = WAYS[key]
     if name == PLAIN:
         return None
@@ -137,13 +150,23 @@ def speculative(key: str, heads: dict[str, Path], out: Path) -> dict[str, object
     drafter = out / "drafters" / key
     shutil.rmtree(drafter, ignore_errors=True)
     export_drafter(str(heads[TUNED]), str(heads[name]), drafter, num_heads=tokens)
-    return {"method": "eagle3", "model": str(drafter), "num_speculative_tokens": tokens, "parallel_drafting": True}
+    return {
+        "method": "eagle3",
+        "model": str(drafter),
+        "num_speculative_tokens": tokens,
+        "parallel_drafting": True,
+    }
 
 
 @contextlib.contextmanager
 def started(options: argparse.Namespace, heads: dict[str, Path]) -> Iterator[dict[str, Server]]:
     servers: dict[str, Server] = {}
-    settings = {**ENGINE, "model": str(heads[TUNED]), "dtype": options.dtype, "enforce_eager": options.eager}
+    settings = {
+        **ENGINE,
+        "model": str(heads[TUNED]),
+        "dtype": options.dtype,
+        "enforce_eager": options.eager,
+    }
     settings["max_num_seqs"] = max(*options.requests, 2)
     try:
         for key in tqdm(options.ways, desc="starting servers"):
@@ -166,7 +189,9 @@ def one_round(
         yield Round(key, requests, number, texts=len(texts), **found), texts
 
 
-def served(servers: dict[str, Server], prompts: list[list[int]], requests: int, number: int) -> list[Round]:
+def served(
+    servers: dict[str, Server], prompts: list[list[int]], requests: int, number: int
+) -> list[Round]:
     rounds = list(one_round(servers, prompts, requests, number))
     plain = next(texts for found, texts in rounds if found.way == "plain")
     for found, texts in rounds:
@@ -175,8 +200,8 @@ def served(servers: dict[str, Server], prompts: list[list[int]], requests: int, 
 
 
 class InTransformers:
-    """The same texts by `caft speculate`: plain, with a Drafter that chooses the number of draft tokens, and with those
-    that draft as many tokens as vLLM does."""
+    """The same texts by `caft speculate`: plain, with a Drafter that chooses the number of draft
+    tokens, and with those that draft as many tokens as vLLM does."""
 
     def __init__(self, options: argparse.Namespace, heads: dict[str, Path]) -> None:
         self.tokenizer = AutoTokenizer.from_pretrained(heads[TUNED])
@@ -186,12 +211,20 @@ class InTransformers:
         for key in options.ways:
             name, tokens = WAYS[key]
             if name in heads:
-                self.drafters[key] = Drafter.from_pretrained(self.model, heads[name], num_draft=tokens)
+                self.drafters[key] = Drafter.from_pretrained(
+                    self.model, heads[name], num_draft=tokens
+                )
 
     def write(self, prompts: list[list[int]], number: int) -> list[Round]:
         time.sleep(PAUSE)
         found = speculate(
-            self.model, self.tokenizer, self.drafters, prompts, max_new_tokens=NEW_TOKENS, runs=1, lookup=False
+            self.model,
+            self.tokenizer,
+            self.drafters,
+            prompts,
+            max_new_tokens=NEW_TOKENS,
+            runs=1,
+            lookup=False,
         )
         return [self._round(name, way, found.texts, number) for name, way in found.ways.items()]
 
@@ -225,7 +258,10 @@ def against(rounds: list[Round], plain: list[Round]) -> str:
 
 
 def table(rounds: list[Round], requests: int, ways: dict[str, str]) -> str:
-    lines = ["| | tokens per step | tokens per second | relative to plain | same text |", "| --- " * 5 + "|"]
+    lines = [
+        "| | tokens per step | tokens per second | relative to plain | same text |",
+        "| --- " * 5 + "|",
+    ]
     plain = of_way(rounds, "plain", requests)
     for way, name in ways.items():
         found = of_way(rounds, way, requests)
@@ -238,7 +274,10 @@ def table(rounds: list[Round], requests: int, ways: dict[str, str]) -> str:
 
 def beside_speculate(rounds: list[Round], ways: list[str]) -> str:
     """The tokens per step of the same heads in vLLM and in transformers, one request at a time."""
-    lines = ["| | accepted by position, % | tokens per step | `caft speculate` | difference |", "| --- " * 5 + "|"]
+    lines = [
+        "| | accepted by position, % | tokens per step | `caft speculate` | difference |",
+        "| --- " * 5 + "|",
+    ]
     for key in ways:
         if WAYS[key][0] not in (FURTHER, TUNED):
             continue
@@ -247,15 +286,18 @@ def beside_speculate(rounds: list[Round], ways: list[str]) -> str:
         places = zip(*(one.accepted for one in found), strict=True)
         accepted = ", ".join(f"{100 * sum(place) / drafts:.0f}" for place in places)
         here, there = tokens_per_step(found), tokens_per_step(theirs)
-        lines.append(f"| {named(key)} | {accepted} | {here:.3f} | {there:.3f} | {here / there - 1:+.1%} |")
+        lines.append(
+            f"| {named(key)} | {accepted} | {here:.3f} | {there:.3f} | {here / there - 1:+.1%} |"
+        )
     return "\n".join(lines)
 
 
 def about_run(options: argparse.Namespace, server: dict[str, str]) -> str:
     return (
-        f"{options.dtype} on {processor(torch.device('cpu'))}, greedy, at most {NEW_TOKENS} tokens a text; vLLM "
-        f"{server['vllm']}, {'eager' if options.eager else 'compiled'}, torch {server['torch']}, {server['openmp']}; "
-        f"transformers {transformers.__version__}, torch {torch.__version__}"
+        f"{options.dtype} on {processor(torch.device('cpu'))}, greedy, at most {NEW_TOKENS} tokens"
+        f" a text; vLLM {server['vllm']}, {'eager' if options.eager else 'compiled'}, torch"
+        f" {server['torch']}, {server['openmp']}; transformers {transformers.__version__}, torch"
+        f" {torch.__version__}"
     )
 
 
@@ -265,10 +307,14 @@ def markdown(about: str, rounds: list[Round], ways: list[str]) -> str:
         rows = {key: named(key) for key in ways}
         if requests == 1:
             rows |= {
-                f"{IN_TRANSFORMERS}, {name}": f"{IN_TRANSFORMERS}, {NAMES.get(name, name)}" for name in (PLAIN, FURTHER)
+                f"{IN_TRANSFORMERS}, {name}": f"{IN_TRANSFORMERS}, {NAMES.get(name, name)}"
+                for name in (PLAIN, FURTHER)
             }
         plain = of_way(rounds, "plain", requests)
-        title = f"{requests} at a time, {sum(found.texts for found in plain)} texts in {len(plain)} rounds"
+        title = (
+            f"{requests} at a time, {sum(found.texts for found in plain)} texts in {len(plain)}"
+            " rounds"
+        )
         parts.append(f"## {title}\n\n{table(rounds, requests, rows)}")
         if requests == 1:
             parts.append(f"## Tokens per step, 1 at a time\n\n{beside_speculate(rounds, ways)}")
@@ -276,20 +322,39 @@ def markdown(about: str, rounds: list[Round], ways: list[str]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add_options(parser)
-    parser.add_argument("--vllm", type=Path, required=True, help="the Python of an environment with vLLM")
     parser.add_argument(
-        "--ways", nargs="+", choices=WAYS, default=list(WAYS), help="methods to compare with plain (default: all)"
+        "--vllm", type=Path, required=True, help="the Python of an environment with vLLM"
     )
     parser.add_argument(
-        "--requests", type=int, nargs="+", default=[1, 4, 16], help="numbers of concurrent requests (default: 1 4 16)"
+        "--ways",
+        nargs="+",
+        choices=WAYS,
+        default=list(WAYS),
+        help="methods to compare with plain (default: all)",
+    )
+    parser.add_argument(
+        "--requests",
+        type=int,
+        nargs="+",
+        default=[1, 4, 16],
+        help="numbers of concurrent requests (default: 1 4 16)",
     )
     parser.add_argument("--rounds", type=int, default=5, help="(default: %(default)s)")
-    parser.add_argument("--prompts", type=int, default=8, help="prompts per round, at least two per concurrent request")
+    parser.add_argument(
+        "--prompts",
+        type=int,
+        default=8,
+        help="prompts per round, at least two per concurrent request",
+    )
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--eager", action="store_true", help="vLLM without torch.compile")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="(default: %(default)s)")
+    parser.add_argument(
+        "--threads", type=int, default=torch.get_num_threads(), help="(default: %(default)s)"
+    )
     options = parser.parse_args()
     options.ways = ["plain", *(key for key in options.ways if key != "plain")]
     options.out = options.out.resolve()
@@ -306,9 +371,13 @@ def main() -> None:
         for requests in options.requests:
             for server in servers.values():
                 server.write(prompts[:requests], requests, 8)
-        for number, requests in tqdm([(n, r) for n in range(options.rounds) for r in options.requests], desc="rounds"):
+        for number, requests in tqdm(
+            [(n, r) for n in range(options.rounds) for r in options.requests], desc="rounds"
+        ):
             count = max(options.prompts, 2 * requests)
-            asked = [prompts[at % len(prompts)] for at in range(number * count, (number + 1) * count)]
+            asked = [
+                prompts[at % len(prompts)] for at in range(number * count, (number + 1) * count)
+            ]
             rounds += served(servers, asked, requests, number)
             if requests == 1:
                 rounds += in_transformers.write(asked, number)

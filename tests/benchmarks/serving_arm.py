@@ -1,8 +1,9 @@
-"""One way of serving.py: a vLLM engine in this process. Runs in vLLM's environment: `python serving_arm.py SETTINGS`.
+"""One way of serving.py: a vLLM engine in this process. Runs in vLLM's environment: `python
+serving_arm.py SETTINGS`.
 
-SETTINGS is a JSON object of LLM's arguments. When the engine is ready, it writes a line. Then it answers each line that
-it reads (JSON: `prompts`, `requests` at a time, `tokens`) with one: seconds, tokens, steps, drafts, accepted draft
-tokens by place, and texts.
+SETTINGS is a JSON object of LLM's arguments. When the engine is ready, it writes a line. Then it
+answers each line that it reads (JSON: `prompts`, `requests` at a time, `tokens`) with one: seconds,
+tokens, steps, drafts, accepted draft tokens by place, and texts.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # an idle engine then waits for a line, and uses no CPU
+# an idle engine then waits for a line, and uses no CPU
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
 import torch
 import vllm
@@ -35,7 +37,8 @@ def counts(engine: LLM) -> tuple[int, list[int]]:
 
 
 def write(engine: LLM, prompts: list[list[int]], requests: int, tokens: int) -> dict[str, Any]:
-    """Write a text for each prompt, so many requests at a time: the next one is sent when one is finished.
+    """Write a text for each prompt, so many requests at a time: the next one is sent when one is
+    finished.
 
     `steps`: the forward passes that brought a request at least one token, summed over the requests.
     """
@@ -66,13 +69,17 @@ def write(engine: LLM, prompts: list[list[int]], requests: int, tokens: int) -> 
         "tokens": sum(map(len, texts.values())),
         "steps": steps,
         "drafts": now - drafts,
-        "accepted": [new - old for new, old in zip(accepted_now, accepted or [0] * len(accepted_now), strict=True)],
+        "accepted": [
+            new - old
+            for new, old in zip(accepted_now, accepted or [0] * len(accepted_now), strict=True)
+        ],
         "texts": [texts[str(at)] for at in range(len(prompts))],
     }
 
 
 def openmp() -> str:
-    """Intel's library where it was preloaded: torch calls it then, though its own is loaded as well."""
+    """Intel's library where it was preloaded: torch calls it then, though its own is loaded as
+    well."""
     mapped = re.findall(r"lib(?:gomp|iomp5|omp)\b", Path("/proc/self/maps").read_text())
     return f"{'Intel' if 'libiomp5' in mapped else 'GNU'} OpenMP"
 
@@ -81,7 +88,10 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # vLLM's log is kept apart from the answers
     engine = LLM(**json.loads(sys.argv[1]), disable_log_stats=False)
-    print(json.dumps({"vllm": vllm.__version__, "torch": torch.__version__, "openmp": openmp()}), file=answers)
+    print(
+        json.dumps({"vllm": vllm.__version__, "torch": torch.__version__, "openmp": openmp()}),
+        file=answers,
+    )
     for line in sys.stdin:
         print(json.dumps(write(engine, **json.loads(line))), file=answers)
 

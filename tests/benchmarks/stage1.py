@@ -1,11 +1,13 @@
 """Stage 1 compared: heads untrained and trained on each kind of target, at equal wall time.
 
-    python tests/benchmarks/stage1.py --model outputs/smollm2-135m-instruct --seconds 240 --seeds 0 1
+    python tests/benchmarks/stage1.py --model outputs/smollm2-135m-instruct
+        --seconds 240 --seeds 0 1
 
-With --heads, training continues from these heads instead, on a fine-tuned model (--model) and with greedy answers, to
-find what improves heads as drafters. The time includes generation of the answers (`model`). Every kind is measured on
-the same held-out prompts, with the model's answers and with the data's own. Prints Markdown; each run adds a JSON line
-to --results, and runs that are already there are skipped.
+With --heads, training continues from these heads instead, on a fine-tuned model (--model) and with
+greedy answers, to find what improves heads as drafters. The time includes generation of the answers
+(`model`). Every kind is measured on the same held-out prompts, with the model's answers and with
+the data's own. Prints Markdown; each run adds a JSON line to --results, and runs that are already
+there are skipped.
 """
 
 from __future__ import annotations
@@ -71,7 +73,10 @@ def run(kind: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     base.eval()
     prompts = [prompt_of(row) for row in heldout]
     said = write_answers(base, tokenizer, prompts, settings, options.heldout_answers, options.model)
-    sets = {"model": [with_answer(p, a) for p, a in zip(prompts, said, strict=True)], "dataset": heldout}
+    sets = {
+        "model": [with_answer(p, a) for p, a in zip(prompts, said, strict=True)],
+        "dataset": heldout,
+    }
 
     with tempfile.TemporaryDirectory() as folder:
         caft: dict[str, Any] = {"train_heads": "frozen", "beta": 1.0, **start_from}
@@ -106,11 +111,21 @@ def run(kind: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
         )
         found = {name: trainer.evaluate(eval_dataset=data) for name, data in sets.items()}
     figures = {
-        name: [[metrics[f"eval_caft/{what}_head_{k}"] for what in ("loss", "accuracy")] for k in range(1, 5)]
+        name: [
+            [metrics[f"eval_caft/{what}_head_{k}"] for what in ("loss", "accuracy")]
+            for k in range(1, 5)
+        ]
         for name, metrics in found.items()
     }
     drafts = {name: metrics["eval_caft/tokens_per_pass"] for name, metrics in found.items()}
-    return {"kind": kind, "seed": seed, "seconds": round(seconds), "steps": steps, "figures": figures, "drafts": drafts}
+    return {
+        "kind": kind,
+        "seed": seed,
+        "seconds": round(seconds),
+        "steps": steps,
+        "figures": figures,
+        "drafts": drafts,
+    }
 
 
 def table(results: list[dict[str, Any]], against: str) -> str:
@@ -131,18 +146,24 @@ def table(results: list[dict[str, Any]], against: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", required=True)
     parser.add_argument("--heads", help="continue from these heads")
     parser.add_argument("--seconds", type=int, default=240)
-    parser.add_argument("--prompts", type=int, default=256, help="prompts that the base answers for `model`")
+    parser.add_argument(
+        "--prompts", type=int, default=256, help="prompts that the base answers for `model`"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--results", type=Path, default=Path("outputs/stage1.jsonl"))
     options = parser.parse_args()
     options.results.parent.mkdir(parents=True, exist_ok=True)
     options.heldout_answers = options.results.with_suffix(".answers.jsonl")
     results = (
-        [json.loads(line) for line in options.results.read_text().splitlines()] if options.results.exists() else []
+        [json.loads(line) for line in options.results.read_text().splitlines()]
+        if options.results.exists()
+        else []
     )
     print(choice())
     for seed in options.seeds:

@@ -2,7 +2,8 @@
 
     python tests/benchmarks/startup.py
 
-Starts Python with and without the bridge in turn and prints the median difference and the quartiles, in milliseconds.
+Starts Python with and without the bridge in turn and prints the median difference and the
+quartiles, in milliseconds.
 """
 
 from __future__ import annotations

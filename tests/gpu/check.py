@@ -1,11 +1,13 @@
-"""The GPU check, `make gpu`: checks that need a GPU, compared with a CPU or with runs without caft_plugin.
+"""The GPU check, `make gpu`: checks that need a GPU, compared with a CPU or with runs without
+caft_plugin.
 
-    python tests/gpu/check.py [--only NAME ...] [--minutes 10] [--out FILE] [--untimed] [--device cpu]
+    python tests/gpu/check.py [--only NAME ...] [--minutes 10] [--out FILE] [--untimed]
+        [--device cpu]
 
-Imports caft_plugin from this checkout. Downloads nothing: models and rows are random. Writes a table to
-tests/gpu/results.md, and says so where there is no CUDA device. `--untimed` leaves out times, which say nothing where
-other work runs beside. `--device cpu` does what a CPU can do of it, and writes no file but one that is asked for. The
-exit status is 1 where a check failed or differed.
+Imports caft_plugin from this checkout. Downloads nothing: models and rows are random. Writes a
+table to tests/gpu/results.md, and says so where there is no CUDA device. `--untimed` leaves out
+times, which say nothing where other work runs beside. `--device cpu` does what a CPU can do of it,
+and writes no file but one that is asked for. The exit status is 1 where a check failed or differed.
 """
 
 from __future__ import annotations
@@ -57,7 +59,7 @@ LIMIT = 240.0  # seconds that one check may take
 OUT_OF_TIME = "not run: out of time"
 
 
-# -- workers: a check that crashes or hangs takes no other with it -----------------------------------
+# -- workers: a check that crashes or hangs takes no other with it ---------------------------------
 
 
 def work(options: argparse.Namespace) -> None:
@@ -66,7 +68,9 @@ def work(options: argparse.Namespace) -> None:
     for name in options.work:
         try:
             row = (
-                save(options.folder, name) if name in REFERENCES else ALL[name].measure(options.device, options.folder)
+                save(options.folder, name)
+                if name in REFERENCES
+                else ALL[name].measure(options.device, options.folder)
             )
         except Exception as error:
             traceback.print_exc()
@@ -87,8 +91,9 @@ def rows_of(
     limit: float = LIMIT,
     environment: dict[str, str] | None = None,
 ) -> Iterator[Row]:
-    """Rows of checks, from workers: `command` starts one that does checks in turn and adds a line to a file for each.
-    Where one dies, or takes longer than `limit` seconds for a check, another one continues with the next check."""
+    """Rows of checks, from workers: `command` starts one that does checks in turn and adds a line
+    to a file for each. Where one dies, or takes longer than `limit` seconds for a check, another
+    one continues with the next check."""
     waiting = list(names)
     while waiting:
         if time.monotonic() > deadline:
@@ -97,11 +102,14 @@ def rows_of(
         with tempfile.TemporaryDirectory(dir=folder) as own, open(Path(own) / "log", "w+") as log:
             lines = Path(own) / "lines"
             lines.touch()
-            process = subprocess.Popen(command(waiting, lines), env=environment, stdout=log, stderr=subprocess.STDOUT)
+            process = subprocess.Popen(
+                command(waiting, lines), env=environment, stdout=log, stderr=subprocess.STDOUT
+            )
             begun, read, stopped = time.monotonic(), 0, None
             try:
                 while waiting and stopped is None:
-                    ended = process.poll() is not None  # asked before reading, so that nothing is missed
+                    # asked before reading, so that nothing is missed
+                    ended = process.poll() is not None
                     for line in lines.read_text().splitlines(keepends=True)[read:]:
                         if line.endswith("\n"):
                             yield Row(**json.loads(line))
@@ -110,7 +118,10 @@ def rows_of(
                     now = time.monotonic()
                     if ended:
                         log.seek(0)
-                        stopped = f"failed: the process ended with {process.returncode}: {last_words(log.read())[:200]}"
+                        stopped = (
+                            f"failed: the process ended with {process.returncode}:"
+                            f" {last_words(log.read())[:200]}"
+                        )
                     elif now > deadline:
                         stopped = OUT_OF_TIME
                     elif now > begun + limit:
@@ -124,7 +135,8 @@ def rows_of(
 
 
 def end(process: subprocess.Popen, patience: float) -> None:
-    """Ends a worker that has not ended by itself in `patience` seconds: first so that it ends what it has started."""
+    """Ends a worker that has not ended by itself in `patience` seconds: first so that it ends what
+    it has started."""
     for tell, seconds in ((None, patience), (process.terminate, 10.0), (process.kill, None)):
         if tell is not None:
             tell()
@@ -137,7 +149,16 @@ def worker(device: str, folder: Path, processes: int) -> Callable[[list[str], Pa
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
 
     def command(names: list[str], lines: Path) -> list[str]:
-        script = [str(HERE / "check.py"), "--device", device, "--folder", str(folder), "--lines", str(lines), "--work"]
+        script = [
+            str(HERE / "check.py"),
+            "--device",
+            device,
+            "--folder",
+            str(folder),
+            "--lines",
+            str(lines),
+            "--work",
+        ]
         return [sys.executable, *(launcher if processes > 1 else []), *script, *names]
 
     return command
@@ -145,19 +166,23 @@ def worker(device: str, folder: Path, processes: int) -> Callable[[list[str], Pa
 
 def environment_of(device: str, processes: int) -> dict[str, str]:
     """One process sees one GPU, or it would drive all of them; a run on the CPU sees none."""
-    seen = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count())))).split(",")
+    seen = os.environ.get(
+        "CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count())))
+    ).split(",")
     return {
         **os.environ,
         "CUDA_VISIBLE_DEVICES": ",".join(seen[:processes]) if device == "cuda" else "",
         "PYTHONPATH": os.pathsep.join([*PATHS, os.environ.get("PYTHONPATH", "")]),
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
-        "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "0",  # which NVIDIA's containers set: float32 is compared
+        # which NVIDIA's containers set: float32 is compared
+        "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "0",
     }
 
 
 def results(device: str, names: list[str], deadline: float) -> Iterator[Row]:
-    """A row of each check: those that cannot be run, then the others, with references made before them."""
+    """A row of each check: those that cannot be run, then the others, with references made before
+    them."""
     able = []
     for name in names:
         why = ALL[name].why_not(device)
@@ -167,9 +192,13 @@ def results(device: str, names: list[str], deadline: float) -> Iterator[Row]:
             yield Row(name, f"not run: {why}")
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
-        wanted = [name for name in REFERENCES if any(ALL[check].reference == name for check in able)]
+        wanted = [
+            name for name in REFERENCES if any(ALL[check].reference == name for check in able)
+        ]
         lacking = {}
-        for row in rows_of(worker("cpu", folder, 1), wanted, folder, deadline, environment=environment_of("cpu", 1)):
+        for row in rows_of(
+            worker("cpu", folder, 1), wanted, folder, deadline, environment=environment_of("cpu", 1)
+        ):
             if row.result != "ran":
                 lacking[row.check] = row.result
         for name in [name for name in able if ALL[name].reference in lacking]:
@@ -180,11 +209,15 @@ def results(device: str, names: list[str], deadline: float) -> Iterator[Row]:
         ):
             environment = environment_of(device, processes)
             yield from rows_of(
-                worker(device, folder, processes), list(group), folder, deadline, environment=environment
+                worker(device, folder, processes),
+                list(group),
+                folder,
+                deadline,
+                environment=environment,
             )
 
 
-# -- the table ---------------------------------------------------------------------------------------
+# -- the table -------------------------------------------------------------------------------------
 
 
 def table(rows: list[Row]) -> Iterator[str]:
@@ -200,7 +233,9 @@ def machine(device: str) -> str:
     smi, driver = shutil.which("nvidia-smi"), "unknown"
     if smi is not None:
         query = [smi, "--query-gpu=driver_version", "--format=csv,noheader"]
-        driver = (subprocess.run(query, capture_output=True, text=True).stdout.split() or ["unknown"])[0]
+        driver = (
+            subprocess.run(query, capture_output=True, text=True).stdout.split() or ["unknown"]
+        )[0]
     count = torch.cuda.device_count()
     return f"{count} x {torch.cuda.get_device_name()}, driver {driver}, CUDA {torch.version.cuda}"
 
@@ -214,12 +249,29 @@ def versions() -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", metavar="NAME", choices=list(ALL), default=list(ALL), help="some checks")
-    parser.add_argument("--minutes", type=float, default=10.0, help="checks not begun by then are not run")
-    parser.add_argument("--out", type=Path, help="where the table goes, in place of tests/gpu/results.md")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        metavar="NAME",
+        choices=list(ALL),
+        default=list(ALL),
+        help="some checks",
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=10.0, help="checks not begun by then are not run"
+    )
+    parser.add_argument(
+        "--out", type=Path, help="where the table goes, in place of tests/gpu/results.md"
+    )
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--untimed", action="store_true", help="no run only for its time, except those of make bench")
+    parser.add_argument(
+        "--untimed",
+        action="store_true",
+        help="no run only for its time, except those of make bench",
+    )
     for name in ("--folder", "--lines"):
         parser.add_argument(name, type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--work", nargs="+", help=argparse.SUPPRESS)
@@ -236,7 +288,10 @@ def main() -> int:
         return 0
     begun, rows = time.monotonic(), []
     for row in results(options.device, options.only, begun + options.minutes * 60):
-        print(f"[{time.monotonic() - begun:4.0f} s] {row.check}: {row.result} {row.difference}", file=sys.stderr)
+        print(
+            f"[{time.monotonic() - begun:4.0f} s] {row.check}: {row.result} {row.difference}",
+            file=sys.stderr,
+        )
         rows.append(row)
     rows.sort(key=lambda row: options.only.index(row.check))
     lines = [f"{machine(options.device)}. {versions()}. {datetime.date.today()}.", "", *table(rows)]

@@ -16,25 +16,28 @@ from described import LARGE, SMALL, WHOLE, Figures, Run, Size
 from caft_plugin.precision import cpu_has_bf16
 
 UNTIMED = "CAFT_GPU_CHECK_UNTIMED"  # set in the environment: times are left out
-WARM_UP = 3  # steps that are not timed: allocations, a kernel compiled for one length and once more for all
+# steps that are not timed: allocations, a kernel compiled for one length and once more for all
+WARM_UP = 3
 ROUNDS = 2  # timed runs of each kind, in turn
 
 
 @dataclasses.dataclass(frozen=True)
 class Tolerance:
-    """How far a run may be from its reference, the same run on a CPU in float32, relative to it: the losses of the
-    first step, its gradients (the length of the difference, of the model's own and of each head's), and the losses of
-    the last step, into which the optimizer's work has gone."""
+    """How far a run may be from its reference, the same run on a CPU in float32, relative to it:
+    the losses of the first step, its gradients (the length of the difference, of the model's own
+    and of each head's), and the losses of the last step, into which the optimizer's work has
+    gone."""
 
     loss: float
     gradient: float
     last: float
 
 
-# Gradients tell faults apart best: those of heads that learn the token one too far are 0.5 off. Measured on a CPU,
-# beside float32: gradients in bfloat16 are 0.008 off, over a base in 4 bits 0.011; losses are 3e-5 and 1e-4 off at the
-# first step, 4e-4 at the last, by which they have fallen by a tenth. Sums in another order, as packed rows have them,
-# are off by 1e-6 in float32. The optimizer of the last kind keeps its state in 8 bits.
+# Gradients tell faults apart best: those of heads that learn the token one too far are 0.5 off.
+# Measured on a CPU, beside float32: gradients in bfloat16 are 0.008 off, over a base in 4 bits
+# 0.011; losses are 3e-5 and 1e-4 off at the first step, 4e-4 at the last, by which they have fallen
+# by a tenth. Sums in another order, as packed rows have them, are off by 1e-6 in float32. The
+# optimizer of the last kind keeps its state in 8 bits.
 FLOAT32 = Tolerance(loss=1e-5, gradient=1e-3, last=1e-3)
 HALF = Tolerance(loss=1e-3, gradient=0.05, last=0.01)
 FOUR_BITS = Tolerance(loss=3e-3, gradient=0.1, last=0.02)
@@ -70,8 +73,8 @@ class Row:
 class Check:
     """One line of the table.
 
-    `reference` names the run on a CPU beside which it stands, `packages` have to be installed, `cuda` is what a CPU
-    cannot do, `alone` what changes classes for its whole process.
+    `reference` names the run on a CPU beside which it stands, `packages` have to be installed,
+    `cuda` is what a CPU cannot do, `alone` what changes classes for its whole process.
     """
 
     name: str
@@ -98,8 +101,8 @@ class Check:
 
 @dataclasses.dataclass(frozen=True)
 class TrainerCheck(Check):
-    """A run with heads, beside the run without us on the same device and beside `reference`. Where that is None, heads
-    weigh nothing, and every step is compared with the run without us."""
+    """A run with heads, beside the run without us on the same device and beside `reference`. Where
+    that is None, heads weigh nothing, and every step is compared with the run without us."""
 
     run: Run
     tolerance: Tolerance
@@ -121,7 +124,9 @@ class TrainerCheck(Check):
         except Exception as error:
             return Row(self.name, f"not run: without us it fails too, {in_one_line(error)}")
         ours = train(self.run, SMALL, device, folder, start=start)
-        result, difference = verdict([*self.compared(ours, plain, reference), saved_plainly(ours, plain)])
+        result, difference = verdict(
+            [*self.compared(ours, plain, reference), saved_plainly(ours, plain)]
+        )
         if UNTIMED in os.environ:
             return Row(self.name, result, difference)
         pairs = [(plain, ours)]  # on a CPU times say little, so nothing is run for them alone
@@ -129,20 +134,29 @@ class TrainerCheck(Check):
             pairs = pairs_of_runs(self.run, LARGE, device, folder)
         return Row(self.name, result, difference, *ratios(pairs))
 
-    def compared(self, ours: Figures, plain: Figures, reference: Figures | None) -> Iterator[Difference]:
+    def compared(
+        self, ours: Figures, plain: Figures, reference: Figures | None
+    ) -> Iterator[Difference]:
         if reference is None:
             yield from without_us(ours, plain, self.tolerance)
             return
         if self.run.meap is None:  # without us nothing is masked
             yield losses(
-                "next-token loss without us", ours, plain, 0, "caft/next_token_loss", "loss", self.tolerance.loss
+                "next-token loss without us",
+                ours,
+                plain,
+                0,
+                "caft/next_token_loss",
+                "loss",
+                self.tolerance.loss,
             )
         yield from on_cpu(ours, reference, self.tolerance)
 
 
 @dataclasses.dataclass(frozen=True)
 class DrafterCheck(Check):
-    """Texts written with heads that draft, all four in every round, beside those that the model writes plainly."""
+    """Texts written with heads that draft, all four in every round, beside those that the model
+    writes plainly."""
 
     def measure(self, device: str, folder: Path) -> Row:
         from runs import written_twice
@@ -182,7 +196,9 @@ def verdict(found: list[Difference]) -> tuple[str, str]:
     return f"differs: {', '.join(wrong)}" if wrong else "equal", str(worst)
 
 
-def losses(what: str, one: Figures, other: Figures, step: int, mine: str, theirs: str, allowed: float) -> Difference:
+def losses(
+    what: str, one: Figures, other: Figures, step: int, mine: str, theirs: str, allowed: float
+) -> Difference:
     """The relative difference of what two logs have at a step."""
     if len(one.logs) != len(other.logs) or mine not in one.logs[step]:
         return Difference(what, math.inf, allowed)
@@ -195,10 +211,17 @@ def on_cpu(ours: Figures, reference: Figures, tolerance: Tolerance) -> Iterator[
         for key in reference.logs[step]:
             if key == "loss" or (key.startswith("caft/") and "loss" in key):
                 yield losses(
-                    f"{key} of the {'last' if step else 'first'} step", ours, reference, step, key, key, allowed
+                    f"{key} of the {'last' if step else 'first'} step",
+                    ours,
+                    reference,
+                    step,
+                    key,
+                    key,
+                    allowed,
                 )
     for step in range(len(reference.logs)):
-        for key in ("meap/examples_masked", "meap/masked_fraction"):  # which tokens are masked depends on nothing here
+        # which tokens are masked depends on nothing here
+        for key in ("meap/examples_masked", "meap/masked_fraction"):
             if key in reference.logs[step]:
                 yield losses(f"{key} of step {step + 1}", ours, reference, step, key, key, 1e-6)
     mine = ours.gradients
@@ -218,20 +241,27 @@ def saved_plainly(ours: Figures, plain: Figures) -> Difference:
     """How many names of tensors, shapes and modules are not those of a plain run."""
     theirs = {str(item) for item in plain.saved.items()}
     others = {str(item) for item in ours.saved.items()} ^ theirs
-    return Difference("saved tensors and modules left on the model", len(others) + len(ours.left_behind), 0)
+    return Difference(
+        "saved tensors and modules left on the model", len(others) + len(ours.left_behind), 0
+    )
 
 
 def pairs_of_runs(run: Run, size: Size, device: str, folder: Path) -> list[tuple[Figures, Figures]]:
     """Runs without us and with heads, in turn."""
     from runs import train
 
-    return [(train(run, size, device, folder, ours=False), train(run, size, device, folder)) for _ in range(ROUNDS)]
+    return [
+        (train(run, size, device, folder, ours=False), train(run, size, device, folder))
+        for _ in range(ROUNDS)
+    ]
 
 
 def ratios(pairs: list[tuple[Figures, Figures]]) -> tuple[str, str]:
-    """Of time, by the medians of all steps after the first ones, and of memory, where it was measured."""
+    """Of time, by the medians of all steps after the first ones, and of memory, where it was
+    measured."""
     plain, ours = (
-        statistics.median(second for pair in pairs for second in pair[kind].seconds[WARM_UP:]) for kind in (0, 1)
+        statistics.median(second for pair in pairs for second in pair[kind].seconds[WARM_UP:])
+        for kind in (0, 1)
     )
     before, after = (max(pair[kind].memory for pair in pairs) for kind in (0, 1))
     return f"{ours / plain:.2f}", f"{after / before:.2f}" if before else ""
@@ -279,7 +309,13 @@ CHECKS: list[Check] = [
     TrainerCheck("full fine-tuning, bf16", Run(how="full", args=BF16), HALF, reference="full"),
     TrainerCheck("LoRA, weights in bf16", Run(weights="bfloat16", args=BF16), HALF),
     TrainerCheck("LoRA, fp16 with a scaler", Run(args=FP16), HALF, cuda=True),
-    TrainerCheck("full fine-tuning, fp16 with a scaler", Run(how="full", args=FP16), HALF, reference="full", cuda=True),
+    TrainerCheck(
+        "full fine-tuning, fp16 with a scaler",
+        Run(how="full", args=FP16),
+        HALF,
+        reference="full",
+        cuda=True,
+    ),
     TrainerCheck(
         "QLoRA in 4 bits",
         Run(how="qlora", weights="bfloat16", args=BF16),
@@ -287,12 +323,21 @@ CHECKS: list[Check] = [
         reference="qlora",
         packages=BITS,
     ),
-    TrainerCheck("dropout, heads that weigh nothing", Run(dropout=0.1, caft={"beta": 1e-12}), FLOAT32, reference=None),
+    TrainerCheck(
+        "dropout, heads that weigh nothing",
+        Run(dropout=0.1, caft={"beta": 1e-12}),
+        FLOAT32,
+        reference=None,
+    ),
     TrainerCheck("fused_loss", Run(caft={"beta": 0.5, "fused_loss": "on"}, args=BF16), HALF),
     TrainerCheck("MEAP", Run(meap=MASKED.meap, args=BF16), HALF, reference="masked"),
     TrainerCheck("rows packed into one", Run(packed=True), FLOAT32),
-    TrainerCheck("gradient checkpointing", Run(args={**BF16, "gradient_checkpointing": True}), HALF),
-    TrainerCheck("activation offloading, torch's save_on_cpu", Run(host="save_on_cpu", args=BF16), HALF),
+    TrainerCheck(
+        "gradient checkpointing", Run(args={**BF16, "gradient_checkpointing": True}), HALF
+    ),
+    TrainerCheck(
+        "activation offloading, torch's save_on_cpu", Run(host="save_on_cpu", args=BF16), HALF
+    ),
     TrainerCheck("SFTTrainer", Run(host="SFTTrainer", args=BF16), HALF, packages=("trl",)),
     TrainerCheck(
         "activation offloading, TRL's",
@@ -309,7 +354,13 @@ CHECKS: list[Check] = [
         packages=BITS,
         cuda=True,
     ),
-    TrainerCheck("paged_adamw_32bit", Run(args={"optim": "paged_adamw_32bit"}), FLOAT32, packages=BITS, cuda=True),
+    TrainerCheck(
+        "paged_adamw_32bit",
+        Run(args={"optim": "paged_adamw_32bit"}),
+        FLOAT32,
+        packages=BITS,
+        cuda=True,
+    ),
     TrainerCheck("flash attention", FLASH, HALF, packages=("flash_attn",), cuda=True),
     TrainerCheck(
         "flash attention, rows packed into one",
@@ -337,5 +388,11 @@ CHECKS: list[Check] = [
     TrainerCheck("torch_compile", Run(args={**BF16, "torch_compile": True}), HALF, alone=True),
     DrafterCheck("Drafter, float32"),
     TrainerCheck("FSDP2, LoRA", Run(args=SHARDED), FLOAT32, processes=2),
-    TrainerCheck("FSDP2, full fine-tuning", Run(how="full", args=SHARDED), FLOAT32, reference="full", processes=2),
+    TrainerCheck(
+        "FSDP2, full fine-tuning",
+        Run(how="full", args=SHARDED),
+        FLOAT32,
+        reference="full",
+        processes=2,
+    ),
 ]

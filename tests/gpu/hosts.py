@@ -14,19 +14,33 @@ from typing import Any
 
 import cost
 import yaml
-from checks import FOUR_BITS, HALF, REFERENCES, Check, Difference, Row, Tolerance, in_one_line, load, verdict
+from checks import (
+    FOUR_BITS,
+    HALF,
+    REFERENCES,
+    Check,
+    Difference,
+    Row,
+    Tolerance,
+    in_one_line,
+    load,
+    verdict,
+)
 
 KERNELS = dict.fromkeys(("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel"), True)
 FOUR = {"adapter": "qlora", "load_in_4bit": True}
-LEARNS = 0.05  # least relative fall of each loss from the first step to the last: in float32 on a CPU it is 0.13
+# least relative fall of each loss from the first step to the last: in float32 on a CPU it is 0.13
+LEARNS = 0.05
 
 
 @dataclasses.dataclass(frozen=True)
 class AxolotlCheck(Check):
-    """`axolotl train` with heads, compared with a plain run and with the Trainer's run on a CPU in float32.
+    """`axolotl train` with heads, compared with a plain run and with the Trainer's run on a CPU in
+    float32.
 
-    Every step takes all rows. Axolotl draws the start of LoRA on its own, so beside the CPU's run stand the losses of
-    the first step, when LoRA does nothing yet; that the losses fall shows that gradients do what they should.
+    Every step takes all rows. Axolotl draws the start of LoRA on its own, so beside the CPU's run
+    stand the losses of the first step, when LoRA does nothing yet; that the losses fall shows that
+    gradients do what they should.
     """
 
     options: dict[str, Any]
@@ -66,24 +80,35 @@ class AxolotlCheck(Check):
             **self.options,
         }
         ours = {**config, "plugins": ["caft_plugin.CAFTPlugin"], "caft": run.caft}
-        with axolotl_train(base / "plain", config) as plain, axolotl_train(base / "ours", ours) as with_heads:
+        with (
+            axolotl_train(base / "plain", config) as plain,
+            axolotl_train(base / "ours", ours) as with_heads,
+        ):
             try:
                 before = logs(base / "plain", plain)
             except RuntimeError as error:
                 return Row(self.name, f"not run: without us it fails too, {in_one_line(error)}")
             after = logs(base / "ours", with_heads)
-        return Row(self.name, *verdict([*self.compared(before, after, load(folder, reference).logs)]))
+        return Row(
+            self.name, *verdict([*self.compared(before, after, load(folder, reference).logs)])
+        )
 
-    def compared(self, plain: list[dict], ours: list[dict], on_cpu: list[dict]) -> Iterator[Difference]:
+    def compared(
+        self, plain: list[dict], ours: list[dict], on_cpu: list[dict]
+    ) -> Iterator[Difference]:
         first, last, allowed = ours[0], ours[-1], self.tolerance.loss
         next_token = "caft/next_token_loss"
-        yield Difference("next-token loss without us", abs(first[next_token] / plain[0]["loss"] - 1), allowed)
+        yield Difference(
+            "next-token loss without us", abs(first[next_token] / plain[0]["loss"] - 1), allowed
+        )
         for key, value in on_cpu[0].items():
             if key == next_token or key.startswith("caft/loss_head"):
                 yield Difference(f"{key} of the first step", abs(first[key] / value - 1), allowed)
                 # at most 1 where the loss fell by LEARNS or more
                 fall = 1 - last[key] / first[key]
-                yield Difference(f"{key} has to fall", LEARNS / fall if fall > 0 else float("inf"), 1)
+                yield Difference(
+                    f"{key} has to fall", LEARNS / fall if fall > 0 else float("inf"), 1
+                )
 
 
 @contextlib.contextmanager
@@ -98,9 +123,19 @@ def axolotl_train(folder: Path, config: dict[str, Any]) -> Iterator[subprocess.P
         "AXOLOTL_DATASET_NUM_PROC": "0",
         "HF_HUB_OFFLINE": "1",
     }
-    command = [sys.executable, "-m", "axolotl.cli.main", "train", str(folder / "config.yml"), "--launcher", "python"]
+    command = [
+        sys.executable,
+        "-m",
+        "axolotl.cli.main",
+        "train",
+        str(folder / "config.yml"),
+        "--launcher",
+        "python",
+    ]
     with open(folder / "log", "w") as log:
-        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            command, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT
+        )
         try:
             yield process
         finally:
@@ -129,21 +164,31 @@ def last_words(log: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class BenchCheck(Check):
-    """Runs of `make bench` that take steps in turn, on a model of random weights. Nothing is equal here or not."""
+    """Runs of `make bench` that take steps in turn, on a model of random weights. Nothing is equal
+    here or not."""
 
     how: str
 
     def measure(self, device: str, folder: Path) -> Row:
         return self.compared(folder, BENCH_MODEL, ARMS, length=512, steps=9)
 
-    def compared(self, folder: Path, model: dict[str, Any], arms: dict[str, dict], length: int, steps: int) -> Row:
+    def compared(
+        self, folder: Path, model: dict[str, Any], arms: dict[str, dict], length: int, steps: int
+    ) -> Row:
         made: Any = model
         if self.how == "qlora":
             from transformers import LlamaConfig, LlamaForCausalLM
 
             made = str(folder / "bench")
             LlamaForCausalLM(LlamaConfig(**model)).save_pretrained(made)
-        base = {"door": "trainer", "how": self.how, "batch": 4, "length": length, "supervised": 0.3, "model": made}
+        base = {
+            "door": "trainer",
+            "how": self.how,
+            "batch": 4,
+            "length": length,
+            "supervised": 0.3,
+            "model": made,
+        }
         runs = {"plain": base} | {name: {**base, "caft": caft} for name, caft in arms.items()}
         comparison = cost.Comparison(self.name, runs, {})
         try:
@@ -151,12 +196,18 @@ class BenchCheck(Check):
         except SystemExit as error:
             return Row(self.name, f"failed: {last_words(str(error))}")
         plain = found.pop("plain")
-        time = "; ".join(f"{name} {cost.spread(cost.ratios(run, plain))}" for name, run in found.items())
+        time = "; ".join(
+            f"{name} {cost.spread(cost.ratios(run, plain))}" for name, run in found.items()
+        )
         memory = "; ".join(f"{name} {run.memory / plain.memory:.2f}" for name, run in found.items())
         return Row(self.name, "ran", "", time, memory)
 
 
-ARMS: dict[str, dict] = {"4 heads": {}, "one head a step": cost.ONE, "4 heads, fused_loss": {"fused_loss": "on"}}
+ARMS: dict[str, dict] = {
+    "4 heads": {},
+    "one head a step": cost.ONE,
+    "4 heads, fused_loss": {"fused_loss": "on"},
+}
 BENCH_MODEL: dict[str, Any] = {
     "vocab_size": 32_000,
     "hidden_size": 1024,

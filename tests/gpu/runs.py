@@ -1,4 +1,5 @@
-"""One run: a Llama of random weights is trained for a few steps, and what is seen of it is noted."""
+"""One run: a Llama of random weights is trained for a few steps, and what is seen of it is
+noted."""
 
 from __future__ import annotations
 
@@ -64,7 +65,9 @@ def data_of(size: Size) -> list[Row]:
     generator = torch.Generator().manual_seed(5)
     low, high = size.lengths
     made = []
-    for length in torch.randint(low, high + 1, (size.batches * size.rows,), generator=generator).tolist():
+    for length in torch.randint(
+        low, high + 1, (size.batches * size.rows,), generator=generator
+    ).tolist():
         ids = torch.randint(5, size.ids, (length,), generator=generator).tolist()
         made.append({"input_ids": ids, "labels": [IGNORE, IGNORE, *ids[2:]]})
     return made
@@ -88,11 +91,17 @@ class Notes(TrainerCallback):
             torch.cuda.reset_peak_memory_stats()
         self.before = self.now()
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+    def on_pre_optimizer_step(
+        self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
+    ) -> None:
         """Gradients as the optimizer is about to see them: whole, and without a scaler's factor."""
         if state.global_step == 0:
-            named = [(name.replace("_orig_mod.", ""), p.grad) for name, p in parameters_with_ours(model)]
-            self.gradients = {name: gather(gradient).float() for name, gradient in named if gradient is not None}
+            named = [
+                (name.replace("_orig_mod.", ""), p.grad) for name, p in parameters_with_ours(model)
+            ]
+            self.gradients = {
+                name: gather(gradient).float() for name, gradient in named if gradient is not None
+            }
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         now = self.now()
@@ -104,7 +113,8 @@ class Notes(TrainerCallback):
 
 
 class SavesOnCPU(Trainer):
-    """Activation offloading as torch has it: what the backward pass needs waits in the CPU's memory."""
+    """Activation offloading as torch has it: what the backward pass needs waits in the CPU's
+    memory."""
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         with torch.autograd.graph.save_on_cpu(pin_memory=torch.cuda.is_available()):
@@ -117,12 +127,18 @@ def pad(examples: list[Row]) -> Batch:
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
 
     ids = padded("input_ids", 0)
-    return {"input_ids": ids, "labels": padded("labels", IGNORE), "attention_mask": (ids != 0).long()}
+    return {
+        "input_ids": ids,
+        "labels": padded("labels", IGNORE),
+        "attention_mask": (ids != 0).long(),
+    }
 
 
 def one_behind_the_other(examples: list[Row]) -> Batch:
     """One row for all, in which position ids begin again with each example."""
-    ids, labels = ([token for example in examples for token in example[key]] for key in ("input_ids", "labels"))
+    ids, labels = (
+        [token for example in examples for token in example[key]] for key in ("input_ids", "labels")
+    )
     positions = [position for example in examples for position in range(len(example["input_ids"]))]
     columns = {"input_ids": ids, "labels": labels, "position_ids": positions}
     return {key: torch.tensor([column]) for key, column in columns.items()}
@@ -131,8 +147,9 @@ def one_behind_the_other(examples: list[Row]) -> Batch:
 def model_of(run: Run, size: Size, device: str, folder: Path) -> Any:
     torch.manual_seed(0)
     dtype = getattr(torch, run.weights)
-    # A CPU draws the same weights everywhere; those that are only timed may be others, which a GPU draws sooner. All
-    # are rounded to bfloat16, whatever they are kept in, so that all runs begin with the same.
+    # A CPU draws the same weights everywhere; those that are only timed may be others, which a GPU
+    # draws sooner. All are rounded to bfloat16, whatever they are kept in, so that all runs begin
+    # with the same.
     with torch.device(device if size is LARGE and processes() == 1 else "cpu"):
         model: Any = LlamaForCausalLM(config_of(size, run.attention))
     for parameter in model.parameters():
@@ -167,7 +184,8 @@ def trainer_of(run: Run, size: Size, device: str, folder: Path, ours: bool) -> t
         "per_device_train_batch_size": size.rows // processes(),
         "learning_rate": size.learning_rate,
         "lr_scheduler_type": "constant",
-        "max_grad_norm": 1e9,  # nothing is clipped, but a scaler's factor is taken out before gradients are noted
+        # nothing is clipped, but a scaler's factor is taken out before gradients are noted
+        "max_grad_norm": 1e9,
         "logging_steps": 1,
         "save_strategy": "no",
         "report_to": [],
@@ -191,7 +209,10 @@ def trainer_of(run: Run, size: Size, device: str, folder: Path, ours: bool) -> t
         host, common["train_dataset"] = SFTTrainer, Dataset.from_list(data_of(size))
         common["args"] = SFTConfig(**settings, max_length=None)
     else:
-        common |= {"args": TrainingArguments(**settings), "data_collator": one_behind_the_other if run.packed else pad}
+        common |= {
+            "args": TrainingArguments(**settings),
+            "data_collator": one_behind_the_other if run.packed else pad,
+        }
     if common["args"].fsdp and device == "cpu":
         # accelerate shards only on accelerators, and silently uses DDP on CPUs
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
@@ -209,13 +230,18 @@ def trainable(trainer: Any) -> dict[str, Tensor]:
     parts = {"model": trainer.model}
     if getattr(trainer, "caft", None) is not None:
         parts["heads"] = trainer.caft.heads
-    named = [(f"{part}.{name}", p) for part, module in parts.items() for name, p in module.named_parameters()]
+    named = [
+        (f"{part}.{name}", p)
+        for part, module in parts.items()
+        for name, p in module.named_parameters()
+    ]
     return {name: parameter for name, parameter in named if parameter.requires_grad}
 
 
 @contextlib.contextmanager
 def own_environment() -> Iterator[None]:
-    """What TrainingArguments leaves in the environment (torch_compile, fsdp) would be obeyed by the next run."""
+    """What TrainingArguments leaves in the environment (torch_compile, fsdp) would be obeyed by the
+    next run."""
     before = dict(os.environ)
     try:
         yield
@@ -228,10 +254,15 @@ def own_environment() -> Iterator[None]:
 
 
 def train(
-    run: Run, size: Size, device: str, folder: Path, ours: bool = True, start: dict[str, Tensor] | None = None
+    run: Run,
+    size: Size,
+    device: str,
+    folder: Path,
+    ours: bool = True,
+    start: dict[str, Tensor] | None = None,
 ) -> Figures:
-    """Trains, with heads or without, in a folder of its own in `folder`. `start` are the values that trainable tensors
-    begin with: a GPU draws other random numbers for LoRA than a CPU does."""
+    """Trains, with heads or without, in a folder of its own in `folder`. `start` are the values
+    that trainable tensors begin with: a GPU draws other random numbers for LoRA than a CPU does."""
     with own_environment(), tempfile.TemporaryDirectory(dir=folder) as name:
         own = Path(name)
         trainer, notes = trainer_of(run, size, device, own, ours)
@@ -239,7 +270,10 @@ def train(
             for name, parameter in trainable(trainer).items():
                 if start is not None:
                     parameter.copy_(start[name])
-        begun = {name: parameter.detach().float().cpu().clone() for name, parameter in trainable(trainer).items()}
+        begun = {
+            name: parameter.detach().float().cpu().clone()
+            for name, parameter in trainable(trainer).items()
+        }
         trainer.train()
         trainer.save_model(str(own / "saved"))
         trainer.accelerator.wait_for_everyone()
@@ -259,7 +293,9 @@ def by_part(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
     parts: dict[str, list[Tensor]] = {}
     for name in sorted(gradients):
         head = HEAD.search(name)
-        parts.setdefault(f"head {int(head[1]) + 1}" if head else "the model", []).append(gradients[name].flatten())
+        parts.setdefault(f"head {int(head[1]) + 1}" if head else "the model", []).append(
+            gradients[name].flatten()
+        )
     return {part: torch.cat(tensors) for part, tensors in parts.items()}
 
 
@@ -275,10 +311,13 @@ def shapes(folder: Path) -> dict[str, list[int]]:
 def written_twice(
     size: Size, device: str, folder: Path, num_draft: int | None
 ) -> list[tuple[list[int], list[int], float, float]]:
-    """Of greedy and of sampled texts: the plain one, the drafted one, and the seconds of both. Heads are untrained."""
+    """Of greedy and of sampled texts: the plain one, the drafted one, and the seconds of both.
+    Heads are untrained."""
     model = model_of(Run(how="full"), size, device, folder).eval()
     config = resolve_wiring(CAFTConfig(train_heads="frozen"), None)
-    drafter = Drafter(model, build_heads(model, find_trunk(model), config, seed=0), config, num_draft=num_draft)
+    drafter = Drafter(
+        model, build_heads(model, find_trunk(model), config, seed=0), config, num_draft=num_draft
+    )
     found = []
     for row in data_of(size)[:4]:
         ids = torch.tensor([row["input_ids"]], device=device)

@@ -1,4 +1,5 @@
-"""A folder to run the real `axolotl` in: a tiny random Llama with SmolLM2's tokenizer, and 40 chat rows."""
+"""A folder to run the real `axolotl` in: a tiny random Llama with SmolLM2's tokenizer, and 40 chat
+rows."""
 
 from __future__ import annotations
 
@@ -52,7 +53,8 @@ class Project:
         self._forking: dict[tuple[str, ...], subprocess.Popen] = {}
 
     def config(self, name: str, **changes) -> dict:
-        """Writes NAME.yml; its output folder is NAME. A change to None takes a key out, "bare" leaves it empty."""
+        """Writes NAME.yml; its output folder is NAME. A change to None takes a key out, "bare"
+        leaves it empty."""
         config = {**BASE, **changes, "output_dir": f"./{name}"}
         config = {k: None if v == "bare" else v for k, v in config.items() if v is not None}
         (self.folder / f"{name}.yml").write_text(yaml.safe_dump(config))
@@ -75,11 +77,13 @@ class Project:
         return result
 
     def train(self, name: str, interpret_triton: bool = False, **changes) -> Path:
-        """The output folder of `axolotl train` with these changes to the base config; run once a name.
+        """The output folder of `axolotl train` with these changes to the base config; run once a
+        name.
 
-        The command runs in a fork of a process that has imported Axolotl (several_runs.py), which spares the imports;
-        random generators start alike in all such runs. With `interpret_triton`, Triton's kernels run on a CPU. Tests
-        that call `axolotl("train", ...)` or `axolotl("preprocess", ...)` launch as users do.
+        The command runs in a fork of a process that has imported Axolotl (several_runs.py), which
+        spares the imports; random generators start alike in all such runs. With `interpret_triton`,
+        Triton's kernels run on a CPU. Tests that call `axolotl("train", ...)` or
+        `axolotl("preprocess", ...)` launch as users do.
         """
         out = self.folder / name
         if not out.exists():
@@ -114,7 +118,9 @@ class Project:
 
     def history(self, name: str) -> list[dict]:
         """All log entries of a run, those of evaluations too."""
-        newest = max((self.folder / name).glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
+        newest = max(
+            (self.folder / name).glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1])
+        )
         return json.loads((newest / "trainer_state.json").read_text())["log_history"]
 
     def logs(self, name: str) -> list[dict]:
@@ -122,7 +128,8 @@ class Project:
 
 
 def losses_ahead(logits: torch.Tensor, labels: torch.Tensor, num_heads: int) -> list[float]:
-    """The mean cross-entropy of logits (batch, length, vocabulary) for the token 1, 2 ... `num_heads` + 1 ahead."""
+    """The mean cross-entropy of logits (batch, length, vocabulary) for the token 1, 2 ...
+    `num_heads` + 1 ahead."""
     return [
         cross_entropy(logits[:, :-ahead].flatten(0, 1), labels[:, ahead:].flatten()).item()
         for ahead in range(1, num_heads + 2)
@@ -130,7 +137,8 @@ def losses_ahead(logits: torch.Tensor, labels: torch.Tensor, num_heads: int) -> 
 
 
 def assert_starts_from(wanted: list[float], plain_log: list[dict], log: list[dict]) -> None:
-    """Two runs of four steps, without heads and with them, begin with the `wanted` losses, and each head's falls."""
+    """Two runs of four steps, without heads and with them, begin with the `wanted` losses, and each
+    head's falls."""
     assert len(log) == len(plain_log) == 4
     assert plain_log[0]["loss"] == pytest.approx(wanted[0], rel=1e-5)
     assert log[0]["caft/next_token_loss"] == pytest.approx(plain_log[0]["loss"], rel=1e-5)

@@ -1,4 +1,5 @@
-"""Run by test_restart.py as a process of its own that may be killed at any moment: a run that goes on by itself."""
+"""Run by test_restart.py as a process of its own that may be killed at any moment: a run that goes
+on by itself."""
 
 from __future__ import annotations
 
@@ -12,14 +13,21 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from peft import LoraConfig, get_peft_model
 from test_training import arguments, pad, rows
 from tiny import LLAMA
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, Trainer
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+)
 
 from caft_plugin import with_caft
 from caft_plugin.checkpoints import Parts, newest_whole
 
 PARTS = Parts(weights=True, optimizer=True)
 STEPS = 20
-DATA = rows([4, 30, 7, 3, 22, 9, 5, 15, 28, 6, 3, 12, 19, 4, 8, 25])  # 4 steps an epoch, 2 micro-batches each
+# 4 steps an epoch, 2 micro-batches each
+DATA = rows([4, 30, 7, 3, 22, 9, 5, 15, 28, 6, 3, 12, 19, 4, 8, 25])
 
 
 def base_model(base: str, folder: Path) -> torch.nn.Module:

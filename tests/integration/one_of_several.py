@@ -1,13 +1,16 @@
 """Run by test_processes.py, alone or under torchrun: trains a tiny model in each of the given ways.
 
-Arguments: a folder, and a JSON object of cases. A case is a dict of TrainingArguments and of `caft` and `meap` (their
-settings, None for a plain run), `lora` and `tied` (what the model is), `loaded` (how it is loaded, see `loaded`),
-`only_first` (every process but the first begins with "zeros" for weights, or with frozen ones on "meta"), `parallelism`
-(accelerate's ParallelismConfig), `axolotl` (shard as Axolotl does it, in this case and all that follow) and `resume`
-(train again, from the checkpoint of step 2).
+Arguments: a folder, and a JSON object of cases. A case is a dict of TrainingArguments and of `caft`
+    and `meap` (their
+settings, None for a plain run), `lora` and `tied` (what the model is), `loaded` (how it is loaded,
+see `loaded`), `only_first` (every process but the first begins with "zeros" for weights, or with
+frozen ones on "meta"), `parallelism` (accelerate's ParallelismConfig), `axolotl` (shard as Axolotl
+does it, in this case and all that follow) and `resume` (train again, from the checkpoint of step
+2).
 
-The first process writes `CASE.json` (what the model was wrapped in, what was logged) and `CASE.safetensors` (the
-gradients of every step, whole) into the folder, and the Trainer what it saves into `CASE/`.
+The first process writes `CASE.json` (what the model was wrapped in, what was logged) and
+`CASE.safetensors` (the gradients of every step, whole) into the folder, and the Trainer what it
+saves into `CASE/`.
 """
 
 from __future__ import annotations
@@ -37,12 +40,14 @@ from caft_plugin import ConfigError, with_caft
 from caft_plugin.model.sharding import gather
 from caft_plugin.model.trunk import find_trunk
 
-# Rows of very different lengths and few logits at a time: processes then differ in how often they unembed.
+# Rows of very different lengths and few logits at a time: processes then differ in how often they
+# unembed.
 DATA = rows([4, 120, 7, 3, 22, 90, 5, 15, 60, 6, 3, 12, 100, 4, 8, 25], prompt=1)
 caft_plugin.caft.loss.LOGITS_AT_A_TIME["cpu"] = 1
 
 
-# bitsandbytes quantises in blocks of 64, and in evaluation mode on a CPU it wants whole blocks in each row (0.50).
+# bitsandbytes quantises in blocks of 64, and in evaluation mode on a CPU it wants whole blocks in
+# each row (0.50).
 WIDE = {"hidden_size": 64, "intermediate_size": 128}
 
 
@@ -51,7 +56,9 @@ class Gradients(TrainerCallback):
         self.whole: dict[str, torch.Tensor] = {}
         self.sharded: set[bool] = set()
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+    def on_pre_optimizer_step(
+        self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
+    ) -> None:
         for name, parameter in parameters_with_ours(model):
             self.sharded.add(isinstance(parameter, DTensor))
             if parameter.grad is not None:
@@ -61,7 +68,9 @@ class Gradients(TrainerCallback):
 class Host(Trainer):
     """Notes what its own loss finds: the fields of the model's output, and parameters of ours."""
 
-    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any
+    ) -> Any:
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
         self.fields = list(outputs.keys())
         self.found = [name for name, _ in model.named_parameters() if "caft" in name]
@@ -69,12 +78,14 @@ class Host(Trainer):
 
 
 def shard_on_cpu() -> None:
-    """Lets accelerate shard on a CPU: it shards only on accelerators, and silently uses DDP on CPUs."""
+    """Lets accelerate shard on a CPU: it shards only on accelerators, and silently uses DDP on
+    CPUs."""
     PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 
 
 def shard_as_axolotl() -> None:
-    """What Axolotl changes for `fsdp_version: 2` with `load_in_4bit: true`, by its own functions."""
+    """What Axolotl changes for `fsdp_version: 2` with `load_in_4bit: true`, by its own
+    functions."""
     from axolotl.monkeypatch import fsdp2_qlora
     from axolotl.monkeypatch.accelerate.fsdp2 import patch_accelerate_fsdp2
     from axolotl.monkeypatch.accelerate.parallelism_config import patch_parallelism_config
@@ -87,8 +98,8 @@ def shard_as_axolotl() -> None:
 
 
 def forget_weights(model: torch.nn.Module, how: str) -> None:
-    """What a process has for a model of which the first one alone has read the weights: zeros in transformers; with an
-    adapter in Axolotl, nothing in the place of frozen ones."""
+    """What a process has for a model of which the first one alone has read the weights: zeros in
+    transformers; with an adapter in Axolotl, nothing in the place of frozen ones."""
     for parameter in model.parameters():
         if how == "zeros":
             parameter.data.zero_()
@@ -98,7 +109,8 @@ def forget_weights(model: torch.nn.Module, how: str) -> None:
 
 
 def loaded(model: LlamaForCausalLM, dtype: str, in_4_bits: bool = False) -> LlamaForCausalLM:
-    """The model as `from_pretrained` loads it in `dtype`, quantised as one that FSDP2 is to shard has to be."""
+    """The model as `from_pretrained` loads it in `dtype`, quantised as one that FSDP2 is to shard
+    has to be."""
     options: dict[str, Any] = {}
     if in_4_bits:
         options["device_map"] = {"": "cpu"}
@@ -114,11 +126,15 @@ def loaded(model: LlamaForCausalLM, dtype: str, in_4_bits: bool = False) -> Llam
     )
 
 
-def trained(folder: Path, settings: dict[str, Any], resume: bool = False) -> tuple[Trainer, Gradients]:
+def trained(
+    folder: Path, settings: dict[str, Any], resume: bool = False
+) -> tuple[Trainer, Gradients]:
     settings = dict(settings)
     torch.manual_seed(0)
     wide = WIDE if "loaded" in settings else {}
-    model = LlamaForCausalLM(LlamaConfig(**{**LLAMA, **wide, "tie_word_embeddings": settings.pop("tied", False)}))
+    model = LlamaForCausalLM(
+        LlamaConfig(**{**LLAMA, **wide, "tie_word_embeddings": settings.pop("tied", False)})
+    )
     if "loaded" in settings:
         model = loaded(model, **settings.pop("loaded"))
     if settings.pop("lora", False):
@@ -174,7 +190,10 @@ def main() -> None:
         layers = find_trunk(trainer.model).layers  # FSDP2 puts a class of its own upon each class
         trainer.detach_ours()
         names = [name for name, _ in trainer.model.named_modules() if "caft" in name]
-        classes = [[c for c in type(layer).__mro__ if not c.__name__.startswith("FSDP")] for layer in layers]
+        classes = [
+            [c for c in type(layer).__mro__ if not c.__name__.startswith("FSDP")]
+            for layer in layers
+        ]
         result["left_behind"] = names + [str(mro) for mro in classes if mro != classes[0]]
         if trainer.args.process_index == 0:
             (folder / f"{case}.json").write_text(json.dumps(result))
@@ -184,8 +203,10 @@ def main() -> None:
 
 if __name__ == "__main__":
     faulthandler.enable()  # a process that crashes says where
-    faulthandler.dump_traceback_later(540, exit=True)  # processes that wait for each other say where
+    # processes that wait for each other say where
+    faulthandler.dump_traceback_later(540, exit=True)
     main()
-    # Taking the process group down, gloo's threads now and then abort the interpreter ("terminate called without an
-    # active exception") or wait for ever; the figures are out, so nothing is left to be done here.
+    # Taking the process group down, gloo's threads now and then abort the interpreter ("terminate
+    # called without an active exception") or wait for ever; the figures are out, so nothing is left
+    # to be done here.
     os._exit(0)

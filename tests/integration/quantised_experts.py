@@ -10,11 +10,14 @@ from bitsandbytes.nn.parametrize import replace_parameter_4bit
 
 
 def quantise_experts(model: torch.nn.Module, bits: int = 4) -> None:
-    """Calls what Axolotl calls for each of the experts' three-dimensional parameters while a GPU loads them, with its
-    defaults: each becomes a parametrisation of its quantised values. It passes over parameters that lie elsewhere."""
+    """Calls what Axolotl calls for each of the experts' three-dimensional parameters while a GPU
+    loads them, with its defaults: each becomes a parametrisation of its quantised values. It passes
+    over parameters that lie elsewhere."""
     for name, module in list(model.named_modules()):
         parameters = dict(module.named_parameters(recurse=False))
-        if "expert" not in name or not any(parameter.dim() == 3 for parameter in parameters.values()):
+        if "expert" not in name or not any(
+            parameter.dim() == 3 for parameter in parameters.values()
+        ):
             continue
         moe_quant._moe_load_state["expert_param_order"][name] = list(parameters)
         for key, parameter in parameters.items():

@@ -1,8 +1,10 @@
-"""Run by conftest.py: `axolotl train` for each YAML that is named on standard input, one after the other.
+"""Run by conftest.py: `axolotl train` for each YAML that is named on standard input, one after the
+other.
 
-Each run is a fork of this process, which has imported Axolotl and done nothing else. So a run costs no imports, and
-finds no plugin, patched class or random state that another one has left. Generators are seeded, because Axolotl makes
-LoRA matrices before it seeds them: runs of this process start from the same adapter.
+Each run is a fork of this process, which has imported Axolotl and done nothing else. So a run costs
+no imports, and finds no plugin, patched class or random state that another one has left. Generators
+are seeded, because Axolotl makes LoRA matrices before it seeds them: runs of this process start
+from the same adapter.
 
 What a run prints goes into NAME.log; its exit code is answered on standard output.
 """
@@ -18,7 +20,8 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
-ANSWERS = os.fdopen(os.dup(1), "w")  # standard output is for answers alone, whatever is printed by what is imported
+# standard output is for answers alone, whatever is printed by what is imported
+ANSWERS = os.fdopen(os.dup(1), "w")
 os.dup2(2, 1)
 
 import torch
@@ -27,7 +30,8 @@ import triton.language.math
 from axolotl.cli.main import cli
 from transformers import set_seed
 
-for module in ("common.datasets", "core.builders", "core.trainers", "train"):  # what a run imports when it gets there
+# what a run imports when it gets there
+for module in ("common.datasets", "core.builders", "core.trainers", "train"):
     import_module(f"axolotl.{module}")
 
 
@@ -53,11 +57,14 @@ def train(config: Path) -> int:
 def main() -> None:
     if os.environ.get("TRITON_INTERPRET") == "1":  # the interpreter has none of the GPU's library
         triton.language.extra.libdevice.rsqrt = lambda x: triton.language.math.rsqrt(x)
-    if find_spec("cut_cross_entropy") and not torch.cuda.is_available():  # its own way for CPUs, which no key chooses
+    # its own way for CPUs, which no key chooses
+    if find_spec("cut_cross_entropy") and not torch.cuda.is_available():
         patch = import_module("cut_cross_entropy.transformers.patch").cce_patch
         patch.__defaults__ = ("torch_compile", *patch.__defaults__[1:])
     gc.collect()
-    gc.freeze()  # Axolotl collects garbage all the time: half of a run would go into looking at what was imported
+    # Axolotl collects garbage all the time: half of a run would go into looking at what was
+    # imported
+    gc.freeze()
     for line in sys.stdin:
         child = os.fork()
         if child == 0:

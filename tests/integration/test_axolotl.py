@@ -75,7 +75,9 @@ def test_lora_logs_and_leaves_a_plain_adapter(project):
         total = entry["caft/next_token_loss"] + entry["caft/aux_loss"]
         assert entry["loss"] == pytest.approx(total, rel=1e-6)
     assert log[0]["caft/gamma"] == 1.0
-    assert log[0]["caft/next_token_loss"] == pytest.approx(project.logs("plain")[0]["loss"], rel=1e-6)
+    assert log[0]["caft/next_token_loss"] == pytest.approx(
+        project.logs("plain")[0]["loss"], rel=1e-6
+    )
 
 
 def test_heads_lie_beside_the_model(project):
@@ -98,14 +100,16 @@ def test_heads_lie_beside_the_model(project):
     final = load_file(ours / "caft_heads" / "heads.safetensors")
     start = load_file(ours / "checkpoint-3" / "caft_heads" / "heads.safetensors")
     assert final.keys() == start.keys()
-    assert not torch.equal(final["0.mlp.up_proj.weight"], start["0.mlp.up_proj.weight"])  # LoRA merged
+    # LoRA merged
+    assert not torch.equal(final["0.mlp.up_proj.weight"], start["0.mlp.up_proj.weight"])
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_beta_zero_is_a_run_without_the_plugin(project, kind):
     """Losses and gradient norms, digit for digit; by the plugin's dotted name.
 
-    Axolotl does not seed the generator before it makes LoRA matrices, so the LoRA runs start from a saved adapter.
+    Axolotl does not seed the generator before it makes LoRA matrices, so the LoRA runs start from a
+    saved adapter.
     """
     settings = FULL
     if kind == "lora":
@@ -115,7 +119,9 @@ def test_beta_zero_is_a_run_without_the_plugin(project, kind):
     project.train(f"zero_{kind}", **settings, plugins=["caft_plugin.CAFTPlugin"], caft={"beta": 0})
     keys = ("loss", "grad_norm")
     assert len(project.logs(f"plain_{kind}")) == 5
-    assert numbers(project.logs(f"zero_{kind}"), *keys) == numbers(project.logs(f"plain_{kind}"), *keys)
+    assert numbers(project.logs(f"zero_{kind}"), *keys) == numbers(
+        project.logs(f"plain_{kind}"), *keys
+    )
 
 
 def test_full_fine_tuning(project):
@@ -125,11 +131,14 @@ def test_full_fine_tuning(project):
     assert "caft/loss_head_4" in project.logs("full")[0]  # a bare `caft:` is all defaults
     heads = load_file(ours / "caft_heads" / "heads.safetensors")
     before = load_file(project.folder / "tiny" / "model.safetensors")
-    assert not torch.equal(heads["0.mlp.up_proj.weight"], before["model.layers.2.mlp.up_proj.weight"])
+    assert not torch.equal(
+        heads["0.mlp.up_proj.weight"], before["model.layers.2.mlp.up_proj.weight"]
+    )
 
 
 def test_fused_loss(project):
-    """Axolotl's own loss where the window is one batch, and the same however the window is cut, where Axolotl's is not.
+    """Axolotl's own loss where the window is one batch, and the same however the window is cut,
+    where Axolotl's is not.
 
     True is what a bare `on` is to YAML.
     """
@@ -140,12 +149,21 @@ def test_fused_loss(project):
     project.train("fused_whole", **fused, **whole)
     project.train("fused_cut", **fused, **cut)
     project.train("plain_cut", **FULL, **cut)
-    plain, plain_cut = (numbers(project.logs(name), "loss")[0] for name in ("plain_whole", "plain_cut"))
+    plain, plain_cut = (
+        numbers(project.logs(name), "loss")[0] for name in ("plain_whole", "plain_cut")
+    )
     ours, ours_cut = (project.logs(name) for name in ("fused_whole", "fused_cut"))
     assert ours[0]["caft/next_token_loss"] == pytest.approx(plain[0], rel=1e-5)
-    assert plain_cut[0] != pytest.approx(plain[0], rel=2e-5)  # a random model: any token costs about the same
+    # a random model: any token costs about the same
+    assert plain_cut[0] != pytest.approx(plain[0], rel=2e-5)
     for one, other in zip(ours, ours_cut, strict=True):
-        for key in ("loss", "grad_norm", "caft/next_token_loss", "caft/loss_head_1", "caft/aux_loss"):
+        for key in (
+            "loss",
+            "grad_norm",
+            "caft/next_token_loss",
+            "caft/loss_head_1",
+            "caft/aux_loss",
+        ):
             assert other[key] == pytest.approx(one[key], rel=1e-4), key
 
 
@@ -162,8 +180,8 @@ class Counting(BasePlugin):
 
 
 def test_torch_compile(project):
-    """The losses of the run that is not compiled, to 1e-5; and the model is compiled: where that fails, Axolotl has
-    torch go on without."""
+    """The losses of the run that is not compiled, to 1e-5; and the model is compiled: where that
+    fails, Axolotl has torch go on without."""
     settings = {**FULL, "caft": "bare"}
     project.train("full", **PLUGIN, **settings)
     (project.folder / "counting.py").write_text(COUNTING)
@@ -173,7 +191,8 @@ def test_torch_compile(project):
     environment = {"AXOLOTL_DATASET_NUM_PROC": "0", "PYTHONPATH": path}
     project.axolotl("train", "compiled.yml", "--launcher", "python", **environment)
     compiled = json.loads((project.folder / "compiled.json").read_text())
-    assert 1 <= compiled["unique_graphs"] <= 2 and compiled["calls_captured"] > 50  # the first shape, and all others
+    # the first shape, and all others
+    assert 1 <= compiled["unique_graphs"] <= 2 and compiled["calls_captured"] > 50
     for one, other in zip(project.logs("full"), project.logs("compiled"), strict=True):
         for key in one:
             if key == "loss" or key.startswith("caft/"):
@@ -192,7 +211,9 @@ model = AutoModelForCausalLM.from_pretrained({str(full)!r})
 base = AutoModelForCausalLM.from_pretrained({str(project.folder / "tiny")!r})
 print(PeftModel.from_pretrained(base, {str(ours)!r}).peft_config["default"].r)
 """
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=project.folder)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=project.folder
+    )
     assert result.stdout.strip().endswith("8"), result.stderr[-2000:]
 
 
@@ -211,7 +232,8 @@ def test_resuming_continues_to_the_digit(project):
 
 
 def test_half_a_checkpoint_is_passed_over_or_refused(project):
-    """Axolotl's auto-resume takes the highest number; a checkpoint that is asked for has to be whole."""
+    """Axolotl's auto-resume takes the highest number; a checkpoint that is asked for has to be
+    whole."""
     ours = project.train("ours", **LORA_RUN)
     out = project.folder / "auto"
     shutil.copytree(ours, out)
@@ -225,11 +247,17 @@ def test_half_a_checkpoint_is_passed_over_or_refused(project):
 
     code, output = train(resume_from_checkpoint="./auto/checkpoint-5")
     assert code != 0
-    assert "resume_from_checkpoint: got ./auto/checkpoint-5, which has no readable trainer_state.json" in output
+    assert (
+        "resume_from_checkpoint: got ./auto/checkpoint-5, which has no readable trainer_state.json"
+        in output
+    )
     assert "use auto/checkpoint-3, the newest complete one there" in output
     code, output = train(auto_resume_from_checkpoints=True)
     assert code == 0, output[-3000:]
-    assert "auto/checkpoint-5 has no readable trainer_state.json, which is written last; it is skipped" in output
+    assert (
+        "auto/checkpoint-5 has no readable trainer_state.json, which is written last; it is skipped"
+        in output
+    )
     keys = ("loss", "grad_norm", *(f"caft/loss_head_{k}" for k in range(1, 5)))
     assert numbers(project.logs("auto"), *keys) == numbers(project.logs("ours"), *keys)
     assert [entry["step"] for entry in project.logs("auto")] == [1, 2, 3, 4, 5]
@@ -238,7 +266,9 @@ def test_half_a_checkpoint_is_passed_over_or_refused(project):
 def test_pretrained_heads_start_the_next_run(project):
     full = project.train("full", **FULL, **PLUGIN, caft="bare")
     assert (full / "caft_heads").is_dir()
-    project.train("second", **PLUGIN, caft={"heads": "./full", "num_heads": 2, "train_heads": "frozen"})
+    project.train(
+        "second", **PLUGIN, caft={"heads": "./full", "num_heads": 2, "train_heads": "frozen"}
+    )
     trained = load_file(full / "caft_heads" / "heads.safetensors")
     kept = load_file(project.folder / "second" / "caft_heads" / "heads.safetensors")
     assert len(kept) == len(trained) / 2
@@ -256,7 +286,11 @@ def test_interrupt_leaves_a_plain_adapter_and_the_heads(project):
     process = subprocess.Popen(
         [sys.executable, "-m", "axolotl.cli.train", "stopped.yml"],
         cwd=project.folder,
-        env={**os.environ, "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"},
+        env={
+            **os.environ,
+            "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}",
+            "OMP_NUM_THREADS": "1",
+        },
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -269,12 +303,14 @@ def test_interrupt_leaves_a_plain_adapter_and_the_heads(project):
     process.communicate(timeout=120)
     assert process.returncode == 0
     stopped = project.folder / "stopped"
-    assert shapes(stopped / "adapter_model.safetensors") == shapes(plain / "adapter_model.safetensors")
+    assert shapes(stopped / "adapter_model.safetensors") == shapes(
+        plain / "adapter_model.safetensors"
+    )
     assert (stopped / "caft_heads" / "heads.safetensors").is_file()
     assert (stopped / "caft_heads" / "config.json").is_file()
 
 
-# -- the other commands never build heads ------------------------------------------------------------
+# -- the other commands never build heads ----------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", ["memory_efficient", "legacy"])
@@ -293,43 +329,59 @@ def test_merged_model_is_plain(project, method):
     model = AutoModelForCausalLM.from_pretrained(merged)
     assert model.state_dict().keys() == base.state_dict().keys()
     assert model.generate(torch.ones(1, 3, dtype=torch.long), max_new_tokens=3).shape[1] >= 4
-    assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), base.parameters(), strict=True))
+    assert any(
+        not torch.equal(a, b) for a, b in zip(model.parameters(), base.parameters(), strict=True)
+    )
 
 
 def passes_in(report):
-    """Return the forward passes of all answers without and with heads, from a table that agrees with itself."""
+    """Return the forward passes of all answers without and with heads, from a table that agrees
+    with itself."""
     rows = [line.split() for line in report.split("  function ")[1].splitlines()[1:4]]
     assert [row[:-5] for row in rows] == [["1", "same"], ["2", "same"], ["all", "2", "of", "2"]]
     plain, drafted = ([int(row[at]) for row in rows] for at in (-5, -4))
     assert plain[0] + plain[1] == plain[2] and drafted[0] + drafted[1] == drafted[2]
-    assert [row[-3] for row in rows] == [f"{one / other:.2f}" for one, other in zip(plain, drafted, strict=True)]
+    assert [row[-3] for row in rows] == [
+        f"{one / other:.2f}" for one, other in zip(plain, drafted, strict=True)
+    ]
     assert f"Same text in 2 of 2; {drafted[2]} forward passes instead of {plain[2]}, " in report
     return plain[2], drafted[2]
 
 
 def test_demo_report(project, monkeypatch, capsys):
-    """The last part, answers without and with heads, agrees with itself, for heads as fine-tuned and for heads trained
-    further, and a run's folder without heads says so. All draft tokens are proposed, whatever they cost: on a model as
-    small as this one they never pay off."""
+    """The last part, answers without and with heads, agrees with itself, for heads as fine-tuned
+    and for heads trained further, and a run's folder without heads says so. All draft tokens are
+    proposed, whatever they cost: on a model as small as this one they never pay off."""
     out, plain_out = project.train("ours", **LORA_RUN), project.train("plain")
     if not (out / "merged").exists():
         project.axolotl("merge-lora", "ours.yml")
     monkeypatch.chdir(project.folder)
     monkeypatch.setattr(Pace, "how_many", lambda pace, probabilities, most: most)
     monkeypatch.setattr(Pace, "worth_it", lambda pace: True)
-    monkeypatch.setattr(demo_report, "NEW_TOKENS", 80)  # so many that draft tokens of random heads are accepted too
+    # so many that draft tokens of random heads are accepted too
+    monkeypatch.setattr(demo_report, "NEW_TOKENS", 80)
     heldout = ROOT / "axolotl_configs" / "data" / "molecules-heldout.jsonl"
     report = ["--config=ours.yml", "--functions=2", f"--heldout={heldout}"]
     assert demo_report.main([*report, f"--plain={plain_out}"]) == 0
     printed = capsys.readouterr().out
     assert "caft/loss_head_4" in printed and "loss of the plain run" in printed
-    assert [printed.count(f"\n  {name:<11}") for name in ("reference", "base", "plain", "CAFT")] == [2, 2, 2, 2]
+    assert [
+        printed.count(f"\n  {name:<11}") for name in ("reference", "base", "plain", "CAFT")
+    ] == [2, 2, 2, 2]
     plain, tuned = passes_in(printed)
     assert tuned < plain and "heads: as fine-tuned, ours/caft_heads\n" in printed
     assert "trains them further." in printed and "rounds differently" not in printed
 
-    stage1 = ["--model=ours/merged", "--heads=ours", f"--data={heldout}", "--output=further", "--batch-size=4"]
-    made = CliRunner().invoke(commands, ["pretrain-heads", *stage1, "--max-new-tokens=80", "--steps=2", "--float32"])
+    stage1 = [
+        "--model=ours/merged",
+        "--heads=ours",
+        f"--data={heldout}",
+        "--output=further",
+        "--batch-size=4",
+    ]
+    made = CliRunner().invoke(
+        commands, ["pretrain-heads", *stage1, "--max-new-tokens=80", "--steps=2", "--float32"]
+    )
     assert made.exit_code == 0, made.output
     capsys.readouterr()
     assert demo_report.main([*report, "--heads=further"]) == 0
@@ -337,7 +389,9 @@ def test_demo_report(project, monkeypatch, capsys):
     again, further = passes_in(printed)
     assert again == plain and further < plain and "heads: trained further, further\n" in printed
     before = re.search(
-        r"^Heads before the further training: ([\d.]+) tokens per step, [\d.]+ x the speed\.$", printed, re.M
+        r"^Heads before the further training: ([\d.]+) tokens per step, [\d.]+ x the speed\.$",
+        printed,
+        re.M,
     )
     assert before[1] == f"{plain / tuned:.2f}" and "trains them further." not in printed
     assert demo_report.main([*report, "--heads=nowhere"]) == 1
@@ -346,13 +400,23 @@ def test_demo_report(project, monkeypatch, capsys):
     shutil.copytree(out, "headless", ignore=shutil.ignore_patterns("caft_heads"))
     assert demo_report.main([*report, "--output-dir=headless"]) == 0
     printed = capsys.readouterr().out
-    assert printed.count("\n  CAFT  ") == 2 and "\n  plain  " not in printed and "Same text" not in printed
-    assert "The heads draft nothing here: no heads in headless/caft_heads; a run with the caft: block" in printed
+    assert (
+        printed.count("\n  CAFT  ") == 2
+        and "\n  plain  " not in printed
+        and "Same text" not in printed
+    )
+    assert (
+        "The heads draft nothing here: no heads in headless/caft_heads; a run with the caft: block"
+        in printed
+    )
 
 
 def test_demo_report_of_a_text_that_differs():
     plain = [demo_report.Answer("CC", [1, 1, 2], 3, 0.3), demo_report.Answer("C", [1, 2], 2, 0.2)]
-    drafted = [demo_report.Answer("CN", [1, 3, 3, 2], 2, 0.2), demo_report.Answer("C", [1, 2], 1, 0.1)]
+    drafted = [
+        demo_report.Answer("CN", [1, 3, 3, 2], 2, 0.2),
+        demo_report.Answer("C", [1, 2], 1, 0.1),
+    ]
     table = demo_report.draft_table(demo_report.Answers(plain, [drafted]))
     _, _, first, second, both, _, closing, _, why, _ = table.splitlines()
     assert first.split() == ["1", "differs", "3", "2", "2.00", "0.30", "0.20"]
@@ -364,7 +428,10 @@ def test_demo_report_of_a_text_that_differs():
 
 def test_demo_report_of_heads_that_were_trained_further():
     """The table is that of the last heads; those from which they started have a line."""
-    plain, before = [demo_report.Answer("CC", [1, 1, 2], 3, 0.3)], [demo_report.Answer("CC", [1, 1, 2], 2, 0.4)]
+    plain, before = (
+        [demo_report.Answer("CC", [1, 1, 2], 3, 0.3)],
+        [demo_report.Answer("CC", [1, 1, 2], 2, 0.4)],
+    )
     *_, row, _, closing, line = demo_report.draft_table(
         demo_report.Answers(plain, [before, [demo_report.Answer("CC", [1, 1, 2], 1, 0.1)]])
     ).splitlines()
@@ -374,16 +441,30 @@ def test_demo_report_of_heads_that_were_trained_further():
 
 
 def test_the_demo_starts_axolotl_without_warnings_that_look_like_a_broken_installation(project):
-    """`axolotl` prints them, the demo's program does not; a mistake in the YAML ends it with an error all the same."""
+    """`axolotl` prints them, the demo's program does not; a mistake in the YAML ends it with an
+    error all the same."""
     project.config("loud", **LORA_RUN, load_in_4bit=True, adapter="qlora")
-    command = [sys.executable, str(DEMO / "run_axolotl.py"), "train", "loud.yml", "--launcher=python", "--max-steps=1"]
+    command = [
+        sys.executable,
+        str(DEMO / "run_axolotl.py"),
+        "train",
+        "loud.yml",
+        "--launcher=python",
+        "--max-steps=1",
+    ]
     run = {"cwd": project.folder, "capture_output": True, "text": True, "timeout": 600}
     quiet = subprocess.run(command, **run)
     output = quiet.stdout + quiet.stderr
     assert quiet.returncode == 0, output[-3000:]
     assert "Training completed" in output and (project.folder / "loud" / "caft_heads").is_dir()
-    assert not [line for line in output.splitlines() if any(p in line for parts in LEFT_OUT.values() for p in parts)]
-    assert "default" not in output.split("Attempting to load plugin")[0].split("accelerate launch")[-1]
+    assert not [
+        line
+        for line in output.splitlines()
+        if any(p in line for parts in LEFT_OUT.values() for p in parts)
+    ]
+    assert (
+        "default" not in output.split("Attempting to load plugin")[0].split("accelerate launch")[-1]
+    )
 
     project.config("bad", **PLUGIN, caft={"num_heads": "four"})
     failed = subprocess.run([*command[:3], "bad.yml", *command[4:]], **run)
@@ -397,11 +478,15 @@ def test_inference_and_preprocess(project):
     (project.folder / "gone.yml").write_text(yaml.safe_dump(config))
     project.axolotl("preprocess", "gone.yml")
     assert any((project.folder / "prepared_anew").iterdir())
-    result = project.axolotl("inference", "gone.yml", "--lora-model-dir=./ours", stdin="Count to 3.\n")
-    assert "Count to 3." in result.stdout + result.stderr or "Give me an instruction" in result.stdout
+    result = project.axolotl(
+        "inference", "gone.yml", "--lora-model-dir=./ours", stdin="Count to 3.\n"
+    )
+    assert (
+        "Count to 3." in result.stdout + result.stderr or "Give me an instruction" in result.stdout
+    )
 
 
-# -- QLoRA with the real model and real 4-bit weights ------------------------------------------------
+# -- QLoRA with the real model and real 4-bit weights ----------------------------------------------
 
 
 def test_qlora_on_the_real_model(project, smollm2):
@@ -440,7 +525,7 @@ def test_qlora_on_the_real_model(project, smollm2):
     assert all(tensor.abs().sum() > 0 for key, tensor in lora.items() if "lora_B" in key)
 
 
-# -- bad configs: one clear message, exit code not 0 -------------------------------------------------
+# -- bad configs: one clear message, exit code not 0 -----------------------------------------------
 
 BAD = {
     "no number": (
@@ -464,7 +549,8 @@ def test_bad_config_stops_before_anything_is_loaded(project, case):
 
 @pytest.mark.parametrize("launcher", ["accelerate", "torchrun", "python"])
 def test_our_error_is_the_last_that_is_said(project, launcher):
-    """Below the tracebacks of the training process and of what has launched it; nothing of it stays on disk."""
+    """Below the tracebacks of the training process and of what has launched it; nothing of it stays
+    on disk."""
     project.config(f"wrong_{launcher}", **PLUGIN, caft={"beta": -1, "alpha": 2})
     temporary = project.folder / f"temporary_{launcher}"
     temporary.mkdir()
@@ -481,33 +567,51 @@ def test_what_heads_cannot_follow_stops_before_weights_are_loaded(project):
     """A model without an unembedding, of which there are no weights to load."""
     folder = project.folder / "no weights"
     shutil.copytree(project.folder / "tiny", folder, ignore=shutil.ignore_patterns("*.safetensors"))
-    project.config("unfit", **FULL, **PLUGIN, caft={}, base_model=str(folder), model_type="LlamaModel")
+    project.config(
+        "unfit", **FULL, **PLUGIN, caft={}, base_model=str(folder), model_type="LlamaModel"
+    )
     result = project.axolotl("train", "unfit.yml", check=False)
     output = result.stdout + result.stderr
     assert result.returncode != 0
     assert output.count("ConfigError: caft: LlamaModel has no ") == 1, output[-3000:]
 
 
-# -- stage 1 -----------------------------------------------------------------------------------------
+# -- stage 1 ---------------------------------------------------------------------------------------
 
 
 def test_pretrain_heads_from_a_yaml(project, smollm2):
-    """The shipped YAML, shortened, on the real model in 4 bits; killed with SIGKILL while it writes answers, and
-    again while it trains."""
+    """The shipped YAML, shortened, on the real model in 4 bits; killed with SIGKILL while it writes
+    answers, and again while it trains."""
     config = yaml.safe_load((ROOT / "axolotl_configs" / "pretrain-heads-cpu.yml").read_text())
     (project.folder / "few.jsonl").write_text(
-        "".join((ROOT / "axolotl_configs/data/molecules-train.jsonl").read_text().splitlines(True)[:32])
+        "".join(
+            (ROOT / "axolotl_configs/data/molecules-train.jsonl").read_text().splitlines(True)[:32]
+        )
     )
     (project.folder / "held.jsonl").write_text(
-        "".join((ROOT / "axolotl_configs/data/molecules-heldout.jsonl").read_text().splitlines(True)[:8])
+        "".join(
+            (ROOT / "axolotl_configs/data/molecules-heldout.jsonl").read_text().splitlines(True)[:8]
+        )
     )
-    config["datasets"][0]["path"], config["test_datasets"][0]["path"] = "./few.jsonl", "./held.jsonl"
+    config["datasets"][0]["path"], config["test_datasets"][0]["path"] = (
+        "./few.jsonl",
+        "./held.jsonl",
+    )
     config |= {"base_model": str(smollm2), "output_dir": "./heads", "max_steps": 6, "save_steps": 2}
-    config |= {"dataset_prepared_path": "./prepared_heads", "load_in_4bit": True, "adapter": "qlora", "lora_r": 8}
+    config |= {
+        "dataset_prepared_path": "./prepared_heads",
+        "load_in_4bit": True,
+        "adapter": "qlora",
+        "lora_r": 8,
+    }
     config["bf16"] = quick_dtype() == torch.bfloat16
     config |= {"lora_alpha": 16, "lora_target_linear": True, "micro_batch_size": 4}
     config |= {f"lora_{part}_kernel": False for part in ("mlp", "qkv", "o")}
-    config["pretrain_heads"] |= {"max_new_tokens": 48, "generation_batch_size": 8, "temperature": 1.0}
+    config["pretrain_heads"] |= {
+        "max_new_tokens": 48,
+        "generation_batch_size": 8,
+        "temperature": 1.0,
+    }
     (project.folder / "heads.yml").write_text(yaml.safe_dump(config))
 
     scripts = Path(sys.executable).parent
@@ -518,7 +622,11 @@ def test_pretrain_heads_from_a_yaml(project, smollm2):
         process = subprocess.Popen(
             [scripts / "axolotl", "caft", "pretrain-heads", "heads.yml"],
             cwd=project.folder,
-            env={**os.environ, "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"},
+            env={
+                **os.environ,
+                "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}",
+                "OMP_NUM_THREADS": "1",
+            },
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
@@ -534,7 +642,8 @@ def test_pretrain_heads_from_a_yaml(project, smollm2):
     kill_when((out / "checkpoint-2" / "trainer_state.json").exists)
 
     result = project.axolotl("caft", "pretrain-heads", "heads.yml")
-    assert answers.read_bytes().startswith(written[: written.rfind(b"\n") + 1])  # nothing was written anew
+    # nothing was written anew
+    assert answers.read_bytes().startswith(written[: written.rfind(b"\n") + 1])
     folder = out / "caft_heads"
     assert "held-out loss" in result.stdout
     metrics = json.loads((folder / "metrics.json").read_text())
@@ -546,8 +655,8 @@ def test_pretrain_heads_from_a_yaml(project, smollm2):
 
 
 def test_heads_go_on_over_the_tuned_model_and_draft_for_it(project, monkeypatch):
-    """`pretrain-heads CONFIG --model --heads --output`, then `speculate CONFIG`: adapter, heads and held-out prompts
-    are found in the YAML."""
+    """`pretrain-heads CONFIG --model --heads --output`, then `speculate CONFIG`: adapter, heads and
+    held-out prompts are found in the YAML."""
     ours = project.train("ours", **LORA_RUN)
     config = yaml.safe_load((project.folder / "ours.yml").read_text())
     config["test_datasets"] = [{**config["datasets"][0], "split": "train"}]
@@ -559,29 +668,58 @@ def test_heads_go_on_over_the_tuned_model_and_draft_for_it(project, monkeypatch)
     def run(*arguments):
         return CliRunner().invoke(commands, [*arguments, "drafting.yml"])
 
-    options = ["--model", "./ours", "--heads", "./ours", "--output", "./boosted", "--targets", "distribution"]
+    options = [
+        "--model",
+        "./ours",
+        "--heads",
+        "./ours",
+        "--output",
+        "./boosted",
+        "--targets",
+        "distribution",
+    ]
     made = run("pretrain-heads", *options)
     assert made.exit_code == 0, made.output
-    assert re.search(r"^Started from +./ours$", made.stdout, re.M) and re.search(r"^Heads +4$", made.stdout, re.M)
-    heads, boosted = (load_file(folder / "caft_heads" / "heads.safetensors") for folder in (ours, Path("boosted")))
-    assert heads.keys() == boosted.keys() and not any(torch.equal(heads[key], boosted[key]) for key in heads)
+    assert re.search(r"^Started from +./ours$", made.stdout, re.M) and re.search(
+        r"^Heads +4$", made.stdout, re.M
+    )
+    heads, boosted = (
+        load_file(folder / "caft_heads" / "heads.safetensors") for folder in (ours, Path("boosted"))
+    )
+    assert heads.keys() == boosted.keys() and not any(
+        torch.equal(heads[key], boosted[key]) for key in heads
+    )
     metrics = json.loads(Path("boosted/caft_heads/metrics.json").read_text())
     assert all(
-        after["loss"] < before["loss"] for before, after in zip(metrics["before"], metrics["heads"], strict=True)
+        after["loss"] < before["loss"]
+        for before, after in zip(metrics["before"], metrics["heads"], strict=True)
     )
     assert (ours / "adapter_model.safetensors").read_bytes() == adapter and not Path(
         "boosted/adapter_config.json"
     ).exists()
 
-    said = run("speculate", "--heads", "./boosted", "--limit", "3", "--runs", "1", "--max-new-tokens", "8", "--float32")
+    said = run(
+        "speculate",
+        "--heads",
+        "./boosted",
+        "--limit",
+        "3",
+        "--runs",
+        "1",
+        "--max-new-tokens",
+        "8",
+        "--float32",
+    )
     assert said.exit_code == 0, said.output
     assert re.search(r"with the heads +[\d.]+ +[\d.]+ +[\d.]+  3 of 3", said.stdout)
     assert "speculate: got" not in said.output
 
-    shutil.rmtree("ours/merged", ignore_errors=True)  # other tests merge this run, in whichever order
+    # other tests merge this run, in whichever order
+    shutil.rmtree("ours/merged", ignore_errors=True)
     exported = run("export-drafter", "--output", "./drafter")
     assert exported.exit_code == 0, exported.output
-    assert len(load_file("drafter/model.safetensors")) == 4 * 9 + 2  # layers of nine tensors, norm, mask slot
+    # layers of nine tensors, norm, mask slot
+    assert len(load_file("drafter/model.safetensors")) == 4 * 9 + 2
     assert "--enable-lora --lora-modules tuned=ours --speculative-config" in exported.stdout
     shutil.copytree("tiny", "ours/merged", copy_function=shutil.copyfile)  # newer than the adapter
     exported = run("export-drafter", "--output", "./drafter-of-merged")
@@ -590,8 +728,14 @@ def test_heads_go_on_over_the_tuned_model_and_draft_for_it(project, monkeypatch)
     assert "vllm serve ours/merged --speculative-config" in exported.stdout
 
     refused = run("pretrain-heads", "--steps", "3")
-    assert refused.exit_code == 2 and "--steps cannot be used with a CONFIG, which has a key for it" in refused.stderr
+    assert (
+        refused.exit_code == 2
+        and "--steps cannot be used with a CONFIG, which has a key for it" in refused.stderr
+    )
     del config["test_datasets"]
     Path("drafting.yml").write_text(yaml.safe_dump(config))
     refused = run("speculate")
-    assert refused.exit_code == 1 and "drafting.yml has no test_datasets with prompts." in refused.stderr
+    assert (
+        refused.exit_code == 1
+        and "drafting.yml has no test_datasets with prompts." in refused.stderr
+    )

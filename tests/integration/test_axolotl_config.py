@@ -1,4 +1,5 @@
-"""Axolotl's own config loading with our plugin, in this process: bad blocks, bad models, ready YAMLs."""
+"""Axolotl's own config loading with our plugin, in this process: bad blocks, bad models, ready
+YAMLs."""
 
 from __future__ import annotations
 
@@ -9,7 +10,15 @@ import torch
 import yaml
 from paths import ROOT
 from tiny import LLAMA
-from transformers import BertConfig, Gemma3nConfig, Gemma3nTextConfig, LlamaConfig, MixtralConfig, RwkvConfig, T5Config
+from transformers import (
+    BertConfig,
+    Gemma3nConfig,
+    Gemma3nTextConfig,
+    LlamaConfig,
+    MixtralConfig,
+    RwkvConfig,
+    T5Config,
+)
 
 from caft_plugin import ConfigError
 from caft_plugin.caft.heads_folder import write_heads
@@ -26,7 +35,14 @@ from caft_plugin.axolotl import slips
 
 READY = sorted((ROOT / "axolotl_configs").glob("*.yml"))
 USERS = sorted((ROOT / "tests" / "integration" / "users").glob("*.yml"))
-H100 = {"bf16": True, "fp8": True, "n_gpu": 8, "n_node": 1, "compute_capability": "sm_90", "tf32": True}
+H100 = {
+    "bf16": True,
+    "fp8": True,
+    "n_gpu": 8,
+    "n_node": 1,
+    "compute_capability": "sm_90",
+    "tf32": True,
+}
 ENVIRONMENT = {"torch_version": "2.13.0"}
 
 
@@ -39,7 +55,9 @@ def no_plugins_left():
 
 @pytest.fixture
 def config(tmp_path):
-    LlamaConfig(vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=2).save_pretrained(tmp_path)
+    LlamaConfig(
+        vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=2
+    ).save_pretrained(tmp_path)
 
     def write(**changes):
         content = {
@@ -73,18 +91,45 @@ def before_weights(file):
 @pytest.mark.parametrize(
     ("name", "block", "message"),
     [
-        ("caft", {"num_heads": 0}, "caft.num_heads: got 0, but it accepts a whole number at least 1 and at most 32."),
-        ("caft", {"num_heads": -1}, "caft.num_heads: got -1, but it accepts a whole number at least 1 and at most 32."),
+        (
+            "caft",
+            {"num_heads": 0},
+            "caft.num_heads: got 0, but it accepts a whole number at least 1 and at most 32.",
+        ),
+        (
+            "caft",
+            {"num_heads": -1},
+            "caft.num_heads: got -1, but it accepts a whole number at least 1 and at most 32.",
+        ),
         ("caft", {"beta": -1}, "caft.beta: got -1, but it accepts a number at least 0."),
-        ("caft", {"alpha": 1.5}, "caft.alpha: got 1.5, but it accepts a number above 0 and at most 1."),
-        ("caft", {"schedule": "cosine"}, "caft.schedule: got 'cosine', but it accepts one of rsine, sine, linear, con"),
+        (
+            "caft",
+            {"alpha": 1.5},
+            "caft.alpha: got 1.5, but it accepts a number above 0 and at most 1.",
+        ),
+        (
+            "caft",
+            {"schedule": "cosine"},
+            "caft.schedule: got 'cosine', but it accepts one of rsine, sine, linear, con",
+        ),
         ("caft", 7, "caft: got 7, but it accepts settings by name"),
-        ("meap", {"mask_ratio": 0}, "meap.mask_ratio: got 0, but it accepts a number above 0 and below 1."),
-        ("meap", {"layout": "concta"}, "meap.layout: got 'concta', but it accepts one of concat, separate."),
+        (
+            "meap",
+            {"mask_ratio": 0},
+            "meap.mask_ratio: got 0, but it accepts a number above 0 and below 1.",
+        ),
+        (
+            "meap",
+            {"layout": "concta"},
+            "meap.layout: got 'concta', but it accepts one of concat, separate.",
+        ),
         (
             "meap",
             {"masks": 1},
-            "meap.masks: unknown setting. Accepted settings: mode, mask_ratio, layout, min_answer_tokens",
+            (
+                "meap.masks: unknown setting. Accepted settings: mode, mask_ratio, layout,"
+                " min_answer_tokens"
+            ),
         ),
         ("meap", [], "meap: got [], but it accepts settings by name"),
     ],
@@ -99,7 +144,9 @@ def test_bad_blocks(config, name, block, message):
 def told(monkeypatch):
     """The warnings of slips.py; Axolotl's loggers do not propagate."""
     messages = []
-    monkeypatch.setattr(slips.LOG, "warning", lambda words, *values: messages.append(words % values))
+    monkeypatch.setattr(
+        slips.LOG, "warning", lambda words, *values: messages.append(words % values)
+    )
     return messages
 
 
@@ -109,29 +156,47 @@ INDENT = "found at the top level, where Axolotl ignores"
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"CAFT": {"beta": 0.3}, "meap": {}}, "CAFT: unknown key, which Axolotl ignores. Did you mean `caft:`?"),
+        (
+            {"CAFT": {"beta": 0.3}, "meap": {}},
+            "CAFT: unknown key, which Axolotl ignores. Did you mean `caft:`?",
+        ),
         ({"cafft": {"beta": 0.3}, "meap": {}}, "cafft: unknown key"),
         ({"cfat": None, "caft": {}}, "cfat: unknown key"),
         ({"caft_config": {"beta": 0.3}}, "caft_config: unknown key"),
         ({"caft.beta": 0.3, "caft": {}}, "caft.beta: unknown key"),
-        ({"meep": {}, "caft": {}}, "meep: unknown key, which Axolotl ignores. Did you mean `meap:`?"),
+        (
+            {"meep": {}, "caft": {}},
+            "meep: unknown key, which Axolotl ignores. Did you mean `meap:`?",
+        ),
         ({"MEAP": None, "caft": {}}, "MEAP: unknown key"),
         ({"pretrain-heads": {"targets": "model"}, "caft": {}}, "Did you mean `pretrain_heads:`?"),
-        ({"caft": None, "num_heads": 2, "beta": 0.3}, f"num_heads, beta: {INDENT} them. Indent them below `caft:`."),
+        (
+            {"caft": None, "num_heads": 2, "beta": 0.3},
+            f"num_heads, beta: {INDENT} them. Indent them below `caft:`.",
+        ),
         ({"meap": None, "layout": "separate"}, f"layout: {INDENT} it. Indent it below `meap:`."),
-        ({"caft": {}, "targets": "model"}, f"targets: {INDENT} it. Indent it below `pretrain_heads:`."),
+        (
+            {"caft": {}, "targets": "model"},
+            f"targets: {INDENT} it. Indent it below `pretrain_heads:`.",
+        ),
         (
             {"plugins": ["caft-plugin"], "caft": {}},
             "plugins: got 'caft-plugin', which is no plugin. Did you mean `caft_plu",
         ),
         ({"plugins": ["CAFT_Plugin"], "caft": {}}, "Did you mean `caft_plugin`?"),
         ({"plugins": ["caft"], "caft": {}}, "plugins: got 'caft', which is no plugin"),
-        ({"plugins": "caft_plugin", "caft": {}}, "plugins: got 'caft_plugin', but it accepts a list of names"),
+        (
+            {"plugins": "caft_plugin", "caft": {}},
+            "plugins: got 'caft_plugin', but it accepts a list of names",
+        ),
         (
             {"plugins": [{"caft_plugin": None}], "caft": {}},
             "plugins: got {'caft_plugin': None}, but it accepts a list of",
         ),
-        ({"plugins": ["caftplugin.CAFTPlugin"], "caft": {}}, "plugins: caftplugin.CAFTPlugin could not be loaded"),
+        (
+            {"plugins": ["caftplugin.CAFTPlugin"], "caft": {}},
+            "plugins: caftplugin.CAFTPlugin could not be loaded",
+        ),
         (
             {"plugins": ["caft_plugin.CaftPlugin"], "caft": {}},
             "plugins: got 'caft_plugin.CaftPlugin', which is no plug",
@@ -148,7 +213,9 @@ def test_slips_that_would_train_plainly(config, changes, message):
 @pytest.mark.parametrize("plugins", [None, ["axolotl.integrations.liger.LigerPlugin"]])
 def test_a_block_without_the_plugin_is_told_with_the_line_to_write(config, told, key, plugins):
     load_cfg(str(config(plugins=plugins, **{key: None})))
-    assert len(told) == 1 and told[0].startswith(f"{key}: the config has this block, but `plugins:` does not list caft")
+    assert len(told) == 1 and told[0].startswith(
+        f"{key}: the config has this block, but `plugins:` does not list caft"
+    )
     assert "plugins:\n      - caft_plugin" in told[0]
 
 
@@ -162,7 +229,11 @@ def test_a_plain_config_is_told_nothing(config, told):
     [
         ["caft_plugin", "caft_plugin.CAFTPlugin"],
         ["caft_plugin.CAFTPlugin", "caft_plugin"],
-        ["caft_plugin.axolotl.plugin.CAFTPlugin", "axolotl.integrations.liger.LigerPlugin", "caft_plugin"],
+        [
+            "caft_plugin.axolotl.plugin.CAFTPlugin",
+            "axolotl.integrations.liger.LigerPlugin",
+            "caft_plugin",
+        ],
     ],
 )
 def test_the_plugin_under_several_names_is_loaded_once(config, names):
@@ -185,12 +256,17 @@ def test_options_for_a_block_are_refused(config, command, option):
 
     rest = [option] if "=" in option else [option, "sft"]
     result = CliRunner().invoke(cli, [command, str(config(caft=None, meap=None)), *rest])
-    assert result.exit_code == 2 and f"Error: {option}: Axolotl has no options for plugins" in result.output
+    assert (
+        result.exit_code == 2
+        and f"Error: {option}: Axolotl has no options for plugins" in result.output
+    )
 
 
 @pytest.mark.parametrize("block", [{"mode": "pretrain"}, None, {"layout": "separate"}])
 def test_masks_with_a_processor(config, block):
-    with pytest.raises(ConfigError, match="meap: cannot be used together with `processor_type: AutoProcessor`"):
+    with pytest.raises(
+        ConfigError, match="meap: cannot be used together with `processor_type: AutoProcessor`"
+    ):
         load_cfg(str(config(meap=block, processor_type="AutoProcessor")))
 
 
@@ -207,13 +283,20 @@ def test_pairs_cannot_be_made_where_rows_are_packed_while_read(config, changes, 
 
 
 @pytest.mark.parametrize("block", ["caft", "meap"])
-@pytest.mark.parametrize("other", [{"rl": "dpo"}, {"reward_model": True}, {"process_reward_model": True}])
+@pytest.mark.parametrize(
+    "other", [{"rl": "dpo"}, {"reward_model": True}, {"process_reward_model": True}]
+)
 def test_other_kinds_of_training(config, other, block):
     with pytest.raises(ConfigError, match=f"{block}: cannot be used together with"):
         load_cfg(str(config(**{block: {}}, **other)))
 
 
-SHARED = ["context_parallel_size", "sequence_parallel_degree", "tensor_parallel_size", "expert_parallel_size"]
+SHARED = [
+    "context_parallel_size",
+    "sequence_parallel_degree",
+    "tensor_parallel_size",
+    "expert_parallel_size",
+]
 
 
 @pytest.mark.parametrize("key", SHARED)
@@ -228,24 +311,36 @@ WRAP = {"transformer_layer_cls_to_wrap": "LlamaDecoderLayer"}
 @pytest.mark.parametrize(
     ("changes", "got"),
     [
-        ({"fsdp": ["full_shard", "auto_wrap"], "fsdp_config": WRAP}, "fsdp_config without fsdp_version"),
+        (
+            {"fsdp": ["full_shard", "auto_wrap"], "fsdp_config": WRAP},
+            "fsdp_config without fsdp_version",
+        ),
         ({"fsdp": ["full_shard", "auto_wrap"]}, "fsdp without fsdp_version"),
         ({"fsdp_config": WRAP}, "fsdp_config without fsdp_version"),
         ({"fsdp_version": 1, "fsdp_config": WRAP}, "fsdp_version: 1"),
         ({"fsdp_config": {**WRAP, "fsdp_version": 1}}, "fsdp_config.fsdp_version: 1"),
         ({"fsdp_config": {**WRAP, "version": "1"}}, "fsdp_config.version: 1"),
-        ({"fsdp_version": 2, "fsdp_config": {**WRAP, "fsdp_version": 1}}, "fsdp_config.fsdp_version: 1"),
+        (
+            {"fsdp_version": 2, "fsdp_config": {**WRAP, "fsdp_version": 1}},
+            "fsdp_config.fsdp_version: 1",
+        ),
     ],
 )
 def test_fsdp1(config, changes, got):
-    with pytest.raises(ConfigError, match=f"caft: got {got}, which is FSDP1, but it accepts FSDP2.* fsdp_version: 2 "):
+    with pytest.raises(
+        ConfigError,
+        match=f"caft: got {got}, which is FSDP1, but it accepts FSDP2.* fsdp_version: 2 ",
+    ):
         load_cfg(str(config(caft={}, **changes)))
-    with pytest.raises(ConfigError, match=f"meap.mask_token: got {got}, which is FSDP1.* hides the added vector"):
+    with pytest.raises(
+        ConfigError, match=f"meap.mask_token: got {got}, which is FSDP1.* hides the added vector"
+    ):
         load_cfg(str(config(meap={"mask_token": "add"}, **changes)))
 
 
 def registered(file):
-    """What the plugin says of a YAML before Axolotl looks at it, on a machine where Axolotl would not go on."""
+    """What the plugin says of a YAML before Axolotl looks at it, on a machine where Axolotl would
+    not go on."""
     prepare_plugins(DictDefault(yaml.safe_load(file.read_text())))
 
 
@@ -273,15 +368,25 @@ def test_deepspeed_zero3(config, tmp_path, monkeypatch):
     (tmp_path / "deepspeed_configs").mkdir()
     (tmp_path / "deepspeed_configs" / "zero3.json").write_text(json.dumps(stage3))
     monkeypatch.chdir(tmp_path)
-    words = r"zero_optimization.stage: 3{}, but it accepts 0, 1 or 2: heads are copies .* Use stage 2, or FSDP2"
-    for deepspeed, where in ((stage3, ""), ("deepspeed_configs/zero3.json", r" \(deepspeed_configs/zero3.json\)")):
+    words = (
+        r"zero_optimization.stage: 3{}, but it accepts 0, 1 or 2: heads are copies .* Use stage 2,"
+        r" or FSDP2"
+    )
+    for deepspeed, where in (
+        (stage3, ""),
+        ("deepspeed_configs/zero3.json", r" \(deepspeed_configs/zero3.json\)"),
+    ):
         with pytest.raises(ConfigError, match="caft: got DeepSpeed's " + words.format(where)):
             load_cfg(str(config(caft={}, deepspeed=deepspeed)))
-        with pytest.raises(ConfigError, match="meap.mask_token: got DeepSpeed's zero_optimization.stage: 3"):
+        with pytest.raises(
+            ConfigError, match="meap.mask_token: got DeepSpeed's zero_optimization.stage: 3"
+        ):
             load_cfg(str(config(meap={"mask_token": "add"}, deepspeed=deepspeed)))
 
 
-@pytest.mark.parametrize("blocks", [{"caft": {"beta": 0}}, {"meap": {}}, {"caft": {"beta": 0}, "meap": {}}])
+@pytest.mark.parametrize(
+    "blocks", [{"caft": {"beta": 0}}, {"meap": {}}, {"caft": {"beta": 0}, "meap": {}}]
+)
 @pytest.mark.parametrize(
     "changes",
     [
@@ -290,7 +395,9 @@ def test_deepspeed_zero3(config, tmp_path, monkeypatch):
         {"tensor_parallel_size": 2},
     ],
 )
-def test_where_nothing_is_added_to_the_model_it_is_shared_as_the_host_likes(config, blocks, changes):
+def test_where_nothing_is_added_to_the_model_it_is_shared_as_the_host_likes(
+    config, blocks, changes
+):
     registered(config(**blocks, **changes))
 
 
@@ -316,10 +423,13 @@ def test_heads_folder_is_checked_before_weights_load(config, tmp_path):
     with pytest.raises(ConfigError, match=r"has no readable config.json"):
         before_weights(config(caft={"heads": str(folder)}))
     (folder / "config.json").write_text(
-        '{"format_version": 1, "num_heads": 4, "head_input": "final", "head_norm": false, "layer_class": '
-        '"LlamaDecoderLayer", "model_type": "llama", "hidden_size": 64, "vocab_size": 97, "base_model": "m"}'
+        '{"format_version": 1, "num_heads": 4, "head_input": "final", "head_norm": false,'
+        ' "layer_class": "LlamaDecoderLayer", "model_type": "llama", "hidden_size": 64,'
+        ' "vocab_size": 97, "base_model": "m"}'
     )
-    with pytest.raises(ConfigError, match="made for hidden_size 64 .* but this model has hidden_size 32"):
+    with pytest.raises(
+        ConfigError, match="made for hidden_size 64 .* but this model has hidden_size 32"
+    ):
         before_weights(config(caft={"heads": str(folder)}))
 
 
@@ -336,7 +446,10 @@ def test_heads_of_another_layer_class_are_refused_before_weights_load(config, tm
     )
     folder = tmp_path / "heads"
     write_heads(folder, record, {"0.w": torch.zeros(1)}, {})
-    with pytest.raises(ConfigError, match=r"are of class Qwen2DecoderLayer .* this model's layers are of class Llama"):
+    with pytest.raises(
+        ConfigError,
+        match=r"are of class Qwen2DecoderLayer .* this model's layers are of class Llama",
+    ):
         before_weights(config(caft={"heads": str(folder)}))
 
 
@@ -348,16 +461,30 @@ RWKV = RwkvConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1)
     ("model_config", "changes", "message"),
     [
         (T5, {}, "caft: .* is an encoder-decoder model, but CAFT accepts decoder-only"),
-        (T5, {"caft": None, "meap": {}}, "meap: .* is an encoder-decoder model, but MEAP accepts .* without MEAP"),
+        (
+            T5,
+            {"caft": None, "meap": {}},
+            "meap: .* is an encoder-decoder model, but MEAP accepts .* without MEAP",
+        ),
         (RWKV, {}, "passes a running state from layer to layer, which heads do not support"),
         (Gemma3nConfig(), {}, "passes several hidden states per token from layer to layer"),
         (Gemma3nTextConfig(), {}, "passes several hidden states per token from layer to layer"),
-        (LlamaConfig(**LLAMA), {"type_of_model": "LlamaModel"}, r"LlamaModel has no .*unembedding \(lm_head\)"),
-        (LlamaConfig(**LLAMA), {"model_type": "LlamaForSequenceClassification"}, "has no .*unembedding"),
+        (
+            LlamaConfig(**LLAMA),
+            {"type_of_model": "LlamaModel"},
+            r"LlamaModel has no .*unembedding \(lm_head\)",
+        ),
+        (
+            LlamaConfig(**LLAMA),
+            {"model_type": "LlamaForSequenceClassification"},
+            "has no .*unembedding",
+        ),
         (BertConfig(num_hidden_layers=1, is_decoder=True), {}, "BertLMHeadModel has no"),
     ],
 )
-def test_unfit_models_are_refused_before_weights_load(config, tmp_path, model_config, changes, message):
+def test_unfit_models_are_refused_before_weights_load(
+    config, tmp_path, model_config, changes, message
+):
     """Where Axolotl has no weights to load, and of some models could not even build the class."""
     changes = {"caft": {}, **changes}
     file = config(**{key: value for key, value in changes.items() if value is not None})
@@ -369,17 +496,21 @@ def test_unfit_models_are_refused_before_weights_load(config, tmp_path, model_co
 def test_fused_loss_that_cannot_be_is_refused_before_weights_load(config, tmp_path):
     on = {"fused_loss": "on"}
     before_weights(config(caft=on))
-    with pytest.raises(ConfigError, match="caft.fused_loss: got on, but label smoothing and compute_loss_func need"):
+    with pytest.raises(
+        ConfigError, match="caft.fused_loss: got on, but label smoothing and compute_loss_func need"
+    ):
         before_weights(config(caft=on, use_eaft=True))
     MixtralConfig(**LLAMA, output_router_logits=True).save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match="got on, but MixtralForCausalLM computes more than the next-token loss"):
+    with pytest.raises(
+        ConfigError, match="got on, but MixtralForCausalLM computes more than the next-token loss"
+    ):
         before_weights(config(caft=on))
     before_weights(config(caft={"fused_loss": "auto"}))
 
 
 def test_a_model_of_code_of_its_own(config, tmp_path, caplog):
-    """Its class is built from the config, without weights, where the YAML allows the code to run; where it cannot be
-    built so, the run goes on, with a warning."""
+    """Its class is built from the config, without weights, where the YAML allows the code to run;
+    where it cannot be built so, the run goes on, with a warning."""
     file = config(caft={}, trust_remote_code=True)
     content = json.loads((tmp_path / "config.json").read_text())
     content |= {
@@ -423,7 +554,9 @@ class OwnForCausalLM(LlamaForCausalLM):
         ("axolotl.integrations.hatchery.HatcheryPlugin", {}),
     ],
 )
-def test_another_plugins_trainer_stops_the_run_before_weights_load(config, plugin, changes, first, block):
+def test_another_plugins_trainer_stops_the_run_before_weights_load(
+    config, plugin, changes, first, block
+):
     """Axolotl takes the trainer of the plugin that is listed first."""
     plugins = [plugin, "caft_plugin"] if first else ["caft_plugin", plugin]
     with pytest.raises(ConfigError, match=f"{plugin} sets its own trainer class"):
@@ -450,7 +583,8 @@ def test_ready_configs_pass_axolotls_schema(file):
 
 @pytest.mark.parametrize("file", USERS, ids=[file.name for file in USERS])
 def test_configs_as_users_have_them_pass_axolotls_schema(file):
-    """Five families with the options that Axolotl's users set most, and our blocks added: every key stays."""
+    """Five families with the options that Axolotl's users set most, and our blocks added: every key
+    stays."""
     raw, cfg = validated(file)
     assert {"caft_plugin"} < set(cfg.plugins) or cfg.plugins == ["caft_plugin"]
     assert not {key for key in raw if key not in cfg}
@@ -462,7 +596,11 @@ def test_users_of_five_families():
 
 def test_there_are_ready_configs():
     names = {file.name for file in READY}
-    assert {"quickstart-cpu.yml", "llama-3.1-8b-qlora-24gb.yml", "llama-3.1-8b-full-fsdp2.yml"} <= names
+    assert {
+        "quickstart-cpu.yml",
+        "llama-3.1-8b-qlora-24gb.yml",
+        "llama-3.1-8b-full-fsdp2.yml",
+    } <= names
     assert {"meap-sft.yml", "meap-pretrain.yml", "caft-meap.yml"} <= names
     assert "llama-3.1-70b-qlora-fsdp2-2nodes.yml" in names
 

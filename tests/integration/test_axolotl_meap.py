@@ -1,4 +1,5 @@
-"""MEAP through the real `axolotl`: plain, packed and flattened batches, chat, completion and pretraining data."""
+"""MEAP through the real `axolotl`: plain, packed and flattened batches, chat, completion and
+pretraining data."""
 
 from __future__ import annotations
 
@@ -11,8 +12,19 @@ pytestmark = pytest.mark.slow
 
 MEAP = {"plugins": ["caft_plugin"], "meap": {"min_answer_tokens": 4}}
 # all 40 rows in one step
-ONE_STEP = {"micro_batch_size": 40, "gradient_accumulation_steps": 1, "max_steps": 1, "save_steps": 1}
-EPOCH = {"max_steps": None, "num_epochs": 1, "save_strategy": "epoch", "save_steps": None, "lora_dropout": 0.0}
+ONE_STEP = {
+    "micro_batch_size": 40,
+    "gradient_accumulation_steps": 1,
+    "max_steps": 1,
+    "save_steps": 1,
+}
+EPOCH = {
+    "max_steps": None,
+    "num_epochs": 1,
+    "save_strategy": "epoch",
+    "save_steps": None,
+    "lora_dropout": 0.0,
+}
 
 
 def counts(project, name, key):
@@ -20,12 +32,15 @@ def counts(project, name, key):
 
 
 def steps(project, name):
-    newest = max((project.folder / name).glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
+    newest = max(
+        (project.folder / name).glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1])
+    )
     return json.loads((newest / "trainer_state.json").read_text())["max_steps"]
 
 
 def test_with_caft_it_leaves_a_plain_adapter(project):
-    """An answer counts 2 tokens a number ("1 2 3": 1, space, 2 ...), so every one of the 40 is masked."""
+    """An answer counts 2 tokens a number ("1 2 3": 1, space, 2 ...), so every one of the 40 is
+    masked."""
     out = project.train("meap", **{**MEAP, "caft": {"num_heads": 2}})
     for entry in project.logs("meap"):
         assert entry["meap/examples_masked"] == 4
@@ -36,8 +51,17 @@ def test_with_caft_it_leaves_a_plain_adapter(project):
 
 def test_packed_pairs_give_what_padded_ones_give(project):
     """The first row that multipack fills in order, against a padded batch of the same pairs."""
-    in_order = {"curriculum_sampling": True, "shuffle_merged_datasets": False, "max_steps": 1, "save_steps": 1}
-    in_order |= {"gradient_accumulation_steps": 1, "caft": "bare", "dataset_prepared_path": "./prepared_in_order"}
+    in_order = {
+        "curriculum_sampling": True,
+        "shuffle_merged_datasets": False,
+        "max_steps": 1,
+        "save_steps": 1,
+    }
+    in_order |= {
+        "gradient_accumulation_steps": 1,
+        "caft": "bare",
+        "dataset_prepared_path": "./prepared_in_order",
+    }
     packing = {"sample_packing": True, "sample_packing_sequentially": True, "micro_batch_size": 4}
     project.train("meap_packed", **{**MEAP, **in_order, **packing})
     (packed,) = project.logs("meap_packed")
@@ -46,12 +70,17 @@ def test_packed_pairs_give_what_padded_ones_give(project):
     project.train("meap_padded", **{**MEAP, **in_order, "micro_batch_size": pairs})
     (padded,) = project.logs("meap_padded")
     assert padded["meap/examples_masked"] == pairs
-    for key in ("meap/masked_fraction", "caft/next_token_loss", *(f"caft/loss_head_{k}" for k in range(1, 5))):
+    for key in (
+        "meap/masked_fraction",
+        "caft/next_token_loss",
+        *(f"caft/loss_head_{k}" for k in range(1, 5)),
+    ):
         assert packed[key] == pytest.approx(padded[key], rel=1e-5), key
 
 
 def test_steps_are_those_of_a_doubled_set(project):
-    """Through a prepared cache that a run without `meap:` has left, and one that `axolotl preprocess` has made."""
+    """Through a prepared cache that a run without `meap:` has left, and one that `axolotl
+    preprocess` has made."""
     project.train("epoch_plain", **EPOCH, dataset_prepared_path="./prepared_first")
     assert steps(project, "epoch_plain") == 10
     separate = {**MEAP, **EPOCH, "meap": {**MEAP["meap"], "layout": "separate"}}
@@ -75,12 +104,20 @@ def test_pairs_that_do_not_fit(project):
 
 
 def test_evaluation_is_the_hosts_own(project):
-    held_out = {"val_set_size": 8, "eval_steps": 2, "eval_batch_size": 4, "lora_dropout": 0.0, "learning_rate": 0.0}
+    held_out = {
+        "val_set_size": 8,
+        "eval_steps": 2,
+        "eval_batch_size": 4,
+        "lora_dropout": 0.0,
+        "learning_rate": 0.0,
+    }
     for name, more in (("evaluated_plain", {}), ("evaluated_meap", MEAP)):
         project.train(name, **{**held_out, **more, "dataset_prepared_path": "./prepared_evaluated"})
     evaluations = []
     for name in ("evaluated_plain", "evaluated_meap"):
-        newest = max((project.folder / name).glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
+        newest = max(
+            (project.folder / name).glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1])
+        )
         history = json.loads((newest / "trainer_state.json").read_text())["log_history"]
         evaluations.append([entry["eval_loss"] for entry in history if "eval_loss" in entry])
     assert evaluations[0] == evaluations[1] and len(evaluations[0]) > 1
@@ -90,13 +127,19 @@ def test_evaluation_is_the_hosts_own(project):
 def texts(project):
     with open(project.folder / "texts.jsonl", "w") as file:
         for i in range(40):
-            file.write(json.dumps({"text": f"Text {i}: " + " ".join(str(j) for j in range(i, i + 12))}) + "\n")
+            file.write(
+                json.dumps({"text": f"Text {i}: " + " ".join(str(j) for j in range(i, i + 12))})
+                + "\n"
+            )
     return "./texts.jsonl"
 
 
 def test_completion_data(project, texts):
     data = [{"path": texts, "ds_type": "json", "type": "completion"}]
-    project.train("meap_completion", **{**MEAP, **ONE_STEP, "datasets": data, "meap": {"min_answer_tokens": 5}})
+    project.train(
+        "meap_completion",
+        **{**MEAP, **ONE_STEP, "datasets": data, "meap": {"min_answer_tokens": 5}},
+    )
     (entry,) = project.logs("meap_completion")
     assert entry["meap/examples_masked"] == 40
     assert entry["meap/masked_fraction"] == pytest.approx(0.1, abs=0.03)
@@ -110,7 +153,9 @@ def test_pretraining_data(project, texts, packed):
         **{
             **MEAP,
             "datasets": None,
-            "pretraining_dataset": [{"path": "json", "data_files": texts, "split": "train", "type": "pretrain"}],
+            "pretraining_dataset": [
+                {"path": "json", "data_files": texts, "split": "train", "type": "pretrain"}
+            ],
             "meap": {"mode": "pretrain", "mask_token": "<|endoftext|>" if packed else "add"},
             "sample_packing": packed,
             "pretrain_multipack_attn": packed,
@@ -140,7 +185,10 @@ def test_full_fine_tuning_with_an_added_token_leaves_a_plain_model(project):
 def test_a_mask_token_that_is_in_the_data(project):
     project.config("bad_token", **{**MEAP, "meap": {"mask_token": "<|im_end|>"}})
     result = project.axolotl("train", "bad_token.yml", check=False)
-    assert result.returncode != 0 and "but the training data contains it" in result.stdout + result.stderr
+    assert (
+        result.returncode != 0
+        and "but the training data contains it" in result.stdout + result.stderr
+    )
 
 
 def test_pairs_fit_the_models_positions(project):
@@ -159,7 +207,8 @@ TURNS = (
 
 
 def test_end_tokens_of_turns_are_not_masked(project):
-    """An added token that ends a turn by `eot_tokens:`, and one that only stands in the data and under `tokens:`."""
+    """An added token that ends a turn by `eot_tokens:`, and one that only stands in the data and
+    under `tokens:`."""
     turns = {
         "chat_template": "jinja",
         "chat_template_jinja": TURNS,
@@ -168,9 +217,15 @@ def test_end_tokens_of_turns_are_not_masked(project):
         "lora_modules_to_save": ["embed_tokens", "lm_head"],
         "dataset_prepared_path": "./prepared_turns",
     }
-    project.train("meap_turns", **{**MEAP, **ONE_STEP, **turns, "meap": {"min_answer_tokens": 4, "mask_ratio": 0.99}})
+    project.train(
+        "meap_turns",
+        **{**MEAP, **ONE_STEP, **turns, "meap": {"min_answer_tokens": 4, "mask_ratio": 0.99}},
+    )
     (turned,) = project.logs("meap_turns")
-    project.train("meap_no_turns", **{**MEAP, **ONE_STEP, "meap": {"min_answer_tokens": 4, "mask_ratio": 0.99}})
+    project.train(
+        "meap_no_turns",
+        **{**MEAP, **ONE_STEP, "meap": {"min_answer_tokens": 4, "mask_ratio": 0.99}},
+    )
     (plain,) = project.logs("meap_no_turns")
     assert turned["meap/examples_masked"] == plain["meap/examples_masked"] == 40
     assert turned["meap/masked_fraction"] == pytest.approx(plain["meap/masked_fraction"])

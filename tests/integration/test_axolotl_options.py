@@ -1,7 +1,8 @@
-"""Options of Axolotl beside ours: with `beta: 0` a run is the one without the plugin digit for digit, and beside heads
-an option does what it does without them.
+"""Options of Axolotl beside ours: with `beta: 0` a run is the one without the plugin digit for
+digit, and beside heads an option does what it does without them.
 
-All runs but one are forks of one process (several_runs.py), so that those of one YAML start from the same adapter.
+All runs but one are forks of one process (several_runs.py), so that those of one YAML start from
+the same adapter.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from test_axolotl import FULL
 pytestmark = pytest.mark.slow
 
 SHORT = {"max_steps": 4, "save_steps": 2}
-EVALUATED = {"val_set_size": 0.25, "eval_steps": 2}  # 10 of the 40 rows; Axolotl evaluates before the first step too
+# 10 of the 40 rows; Axolotl evaluates before the first step too
+EVALUATED = {"val_set_size": 0.25, "eval_steps": 2}
 ARMS = {
     "plain": {},
     "zero": {"plugins": ["caft_plugin"], "caft": {"beta": 0}},
@@ -34,11 +36,16 @@ HEADS = (1, 2)
 @pytest.fixture(scope="module", autouse=True)
 def letters(project):
     """Rows of which a model that learns to count knows less and less."""
-    words = "ant bee cat dog eel fox gnu hen ibis jay koi lynx mole newt owl pig quail ram seal toad".split()
+    words = (
+        "ant bee cat dog eel fox gnu hen ibis jay koi lynx mole newt owl pig quail ram seal toad"
+    ).split()
     with open(project.folder / "letters.jsonl", "w") as file:
         for i in range(4):
             answer = " ".join(words[i:] + words[:i])
-            messages = [{"role": "user", "content": "Name animals."}, {"role": "assistant", "content": answer}]
+            messages = [
+                {"role": "user", "content": "Name animals."},
+                {"role": "assistant", "content": answer},
+            ]
             file.write(json.dumps({"messages": messages}) + "\n")
 
 
@@ -76,15 +83,18 @@ def shapes(tensors: dict[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
     return {key: tuple(tensor.shape) for key, tensor in tensors.items()}
 
 
-# -- that an option was on -----------------------------------------------------------------------------
+# -- that an option was on -------------------------------------------------------------------------
 
 
 def is_packed(project: Project, name: str) -> None:
-    """Four sequences hold more than half of the 30 rows. Axolotl's evaluation loss is a mean of means of batches, so
-    it tells whether evaluation rows were packed; before the first step there is nothing else that it could tell."""
+    """Four sequences hold more than half of the 30 rows. Axolotl's evaluation loss is a mean of
+    means of batches, so it tells whether evaluation rows were packed; before the first step there
+    is nothing else that it could tell."""
     assert project.logs(name)[0]["epoch"] > 0.5
     unpacked = run(project, "val_set_size", name.rpartition("_")[2])
-    assert evaluations(project, name)[0]["eval_loss"] != evaluations(project, unpacked)[0]["eval_loss"]
+    assert (
+        evaluations(project, name)[0]["eval_loss"] != evaluations(project, unpacked)[0]["eval_loss"]
+    )
 
 
 def is_evaluated(project: Project, name: str) -> None:
@@ -102,9 +112,12 @@ def stopped_early(project: Project, name: str) -> None:
 
 
 def has_the_best(project: Project, name: str) -> None:
-    """The model that is left is the best checkpoint's, which is not the last one's; so are the heads."""
+    """The model that is left is the best checkpoint's, which is not the last one's; so are the
+    heads."""
     out = project.folder / name
-    losses = {entry["step"]: entry["eval_loss"] for entry in evaluations(project, name) if entry["step"]}
+    losses = {
+        entry["step"]: entry["eval_loss"] for entry in evaluations(project, name) if entry["step"]
+    }
     best = min(losses, key=losses.__getitem__)
     assert best < max(losses)
     assert same(adapter(out), adapter(out / f"checkpoint-{best}"))
@@ -117,15 +130,22 @@ def has_the_best(project: Project, name: str) -> None:
 
 def merged_heads(checkpoint: Path) -> dict[str, torch.Tensor]:
     """The heads of a checkpoint, which keeps LoRA factors apart, as a run leaves them."""
-    heads, lora = (load_file(checkpoint / "caft_heads" / f"{file}.safetensors") for file in ("heads", "lora"))
+    heads, lora = (
+        load_file(checkpoint / "caft_heads" / f"{file}.safetensors") for file in ("heads", "lora")
+    )
     scaling = BASE["lora_alpha"] / BASE["lora_r"]
     for key in [key for key in lora if "lora_A" in key]:
-        heads[key.replace(".lora_A", "")] += scaling * (lora[key.replace("lora_A", "lora_B")] @ lora[key])
+        heads[key.replace(".lora_A", "")] += scaling * (
+            lora[key.replace("lora_A", "lora_B")] @ lora[key]
+        )
     return heads
 
 
 def is_noisy(project: Project, name: str) -> None:
-    assert project.logs(name)[0]["loss"] != project.logs(run(project, "none", name.rpartition("_")[2]))[0]["loss"]
+    assert (
+        project.logs(name)[0]["loss"]
+        != project.logs(run(project, "none", name.rpartition("_")[2]))[0]["loss"]
+    )
 
 
 def is_dora(project: Project, name: str) -> None:
@@ -138,9 +158,12 @@ def is_rslora(project: Project, name: str) -> None:
 
 
 def has_two_rates(project: Project, name: str) -> None:
-    """Every matrix B learns 16 times as fast, those of the heads too; 3 layers and 2 heads have 7 each."""
+    """Every matrix B learns 16 times as fast, those of the heads too; 3 layers and 2 heads have 7
+    each."""
     state = torch.load(project.folder / name / "checkpoint-4" / "optimizer.pt", weights_only=True)
-    numbers = {group["lr"]: len(group["params"]) for group in state["param_groups"] if group["params"]}
+    numbers = {
+        group["lr"]: len(group["params"]) for group in state["param_groups"] if group["params"]
+    }
     heads = 2 * 7 if name.endswith("ours") else 0
     assert numbers == {0.001: 3 * 7 + heads, 0.016: 3 * 7 + heads}
 
@@ -149,7 +172,9 @@ def saves_modules(project: Project, name: str) -> None:
     before = load_file(project.folder / "tiny" / "model.safetensors")
     tensors = adapter(project.folder / name)
     for module in ("model.embed_tokens", "lm_head"):
-        assert not torch.equal(tensors[f"base_model.model.{module}.weight"], before[f"{module}.weight"])
+        assert not torch.equal(
+            tensors[f"base_model.model.{module}.weight"], before[f"{module}.weight"]
+        )
 
 
 def saves_the_model_alone(project: Project, name: str) -> None:
@@ -161,20 +186,26 @@ def saves_the_model_alone(project: Project, name: str) -> None:
 
 @dataclasses.dataclass
 class Option:
-    """Keys of a YAML, and what raises AssertionError where a run was made as if they were not there."""
+    """Keys of a YAML, and what raises AssertionError where a run was made as if they were not
+    there."""
 
     settings: dict
     check: Callable[[Project, str], None]
 
 
 OTHER_ROWS = {  # their loss rises while numbers are learnt
-    "test_datasets": [{"path": "./letters.jsonl", "ds_type": "json", "type": "chat_template", "split": "train"}],
+    "test_datasets": [
+        {"path": "./letters.jsonl", "ds_type": "json", "type": "chat_template", "split": "train"}
+    ],
     "eval_steps": 2,
     "learning_rate": 0.05,
     "max_steps": 10,
 }
 OPTIONS = {
-    "packing": Option({**EVALUATED, "sample_packing": True, "eval_sample_packing": True, "num_epochs": 10}, is_packed),
+    "packing": Option(
+        {**EVALUATED, "sample_packing": True, "eval_sample_packing": True, "num_epochs": 10},
+        is_packed,
+    ),
     "val_set_size": Option(EVALUATED, is_evaluated),
     "early_stopping_patience": Option({**OTHER_ROWS, "early_stopping_patience": 1}, stopped_early),
     "load_best_model_at_end": Option({**OTHER_ROWS, "load_best_model_at_end": True}, has_the_best),
@@ -182,12 +213,14 @@ OPTIONS = {
     "peft_use_dora": Option({"peft_use_dora": True}, is_dora),
     "peft_use_rslora": Option({"peft_use_rslora": True}, is_rslora),
     "loraplus_lr_ratio": Option({"loraplus_lr_ratio": 16}, has_two_rates),
-    "lora_modules_to_save": Option({"lora_modules_to_save": ["embed_tokens", "lm_head"]}, saves_modules),
+    "lora_modules_to_save": Option(
+        {"lora_modules_to_save": ["embed_tokens", "lm_head"]}, saves_modules
+    ),
     "save_only_model": Option({"save_only_model": True}, saves_the_model_alone),
 }
 
 
-# -- each option beside ours ---------------------------------------------------------------------------
+# -- each option beside ours -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("option", OPTIONS)
@@ -198,7 +231,10 @@ def test_beta_zero_is_a_run_without_the_plugin(project, option):
     OPTIONS[option].check(project, zero)
     assert "Plugin loaded successfully: caft_plugin" in (project.folder / f"{zero}.log").read_text()
     figures = [
-        [{k: v for k, v in e.items() if "runtime" not in k and "per_sec" not in k} for e in project.history(name)]
+        [
+            {k: v for k, v in e.items() if "runtime" not in k and "per_sec" not in k}
+            for e in project.history(name)
+        ]
         for name in (plain, zero)
     ]
     assert {"loss", "grad_norm", "learning_rate"} <= {key for entry in figures[0] for key in entry}
@@ -211,16 +247,19 @@ def test_beta_zero_is_a_run_without_the_plugin(project, option):
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_heads_train_beside_it(project, option):
-    """The first step's next-token loss and the evaluation before it are those of the run without heads: heads change
-    neither the adapter's start nor what noise, dropout and the order of rows are drawn from. 1e-5, because
-    `caft/next_token_loss` is a sum of micro-batches in float64 and `loss` one in float32."""
+    """The first step's next-token loss and the evaluation before it are those of the run without
+    heads: heads change neither the adapter's start nor what noise, dropout and the order of rows
+    are drawn from. 1e-5, because `caft/next_token_loss` is a sum of micro-batches in float64 and
+    `loss` one in float32."""
     plain, ours = (run(project, option, arm) for arm in ("plain", "ours"))
     OPTIONS[option].check(project, ours)
     log = project.logs(ours)
     assert log[0]["caft/next_token_loss"] == pytest.approx(project.logs(plain)[0]["loss"], rel=1e-5)
     for entry in log:
         assert all(math.isfinite(entry[f"caft/loss_head_{k}"]) for k in HEADS)
-        assert entry["loss"] == pytest.approx(entry["caft/next_token_loss"] + entry["caft/aux_loss"], rel=1e-6)
+        assert entry["loss"] == pytest.approx(
+            entry["caft/next_token_loss"] + entry["caft/aux_loss"], rel=1e-6
+        )
     files, theirs = (saved(project.folder / name) for name in (plain, ours))
     both = files.keys() & theirs.keys()  # of the checkpoints, runs that stop early have others
     assert len(both) >= 2
@@ -236,10 +275,16 @@ def test_heads_train_beside_it(project, option):
 
 
 def test_heads_losses_of_packed_evaluation_rows_are_those_of_padded_ones(project):
-    """They are means over targets, so they do not depend on how rows are put into batches. 1e-5: float32."""
-    packed, padded = (evaluations(project, run(project, option, "ours"))[0] for option in ("packing", "val_set_size"))
+    """They are means over targets, so they do not depend on how rows are put into batches. 1e-5:
+    float32."""
+    packed, padded = (
+        evaluations(project, run(project, option, "ours"))[0]
+        for option in ("packing", "val_set_size")
+    )
     for k in HEADS:
-        assert packed[f"eval_caft/loss_head_{k}"] == pytest.approx(padded[f"eval_caft/loss_head_{k}"], rel=1e-5)
+        assert packed[f"eval_caft/loss_head_{k}"] == pytest.approx(
+            padded[f"eval_caft/loss_head_{k}"], rel=1e-5
+        )
 
 
 def by_command(project: Project, **settings) -> Path:
@@ -249,9 +294,15 @@ def by_command(project: Project, **settings) -> Path:
 
 
 def test_a_fork_is_the_command(project):
-    """The same YAML by `axolotl train` in a process of its own: all tests of this file rest on this. It starts from a
-    saved adapter, since Axolotl makes LoRA matrices before it seeds the generator."""
-    settings = {**SHORT, **EVALUATED, **ARMS["ours"], "lora_model_dir": f"./{run(project, 'none', 'plain')}"}
+    """The same YAML by `axolotl train` in a process of its own: all tests of this file rest on
+    this. It starts from a saved adapter, since Axolotl makes LoRA matrices before it seeds the
+    generator."""
+    settings = {
+        **SHORT,
+        **EVALUATED,
+        **ARMS["ours"],
+        "lora_model_dir": f"./{run(project, 'none', 'plain')}",
+    }
     fork, command = project.train("in_fork", **settings), by_command(project, **settings)
     keys = (
         "loss",
@@ -259,7 +310,10 @@ def test_a_fork_is_the_command(project):
         "eval_loss",
         *(f"{kind}/loss_head_{k}" for kind in ("caft", "eval_caft") for k in HEADS),
     )
-    one, other = ([[e.get(key) for key in keys] for e in project.history(name)] for name in (fork.name, command.name))
+    one, other = (
+        [[e.get(key) for key in keys] for e in project.history(name)]
+        for name in (fork.name, command.name)
+    )
     assert len(one) > 4 and one == other
     files, theirs = saved(fork), saved(command)
     assert files.keys() == theirs.keys()
@@ -268,10 +322,15 @@ def test_a_fork_is_the_command(project):
     assert same(load_file(fork / heads), load_file(command / heads))
 
 
-# -- other plugins' kernels beside ours ----------------------------------------------------------------
+# -- other plugins' kernels beside ours ------------------------------------------------------------
 
 LIGER = "axolotl.integrations.liger.LigerPlugin"
-KERNELS = ("liger_rope", "liger_rms_norm", "liger_glu_activation", "liger_fused_linear_cross_entropy")
+KERNELS = (
+    "liger_rope",
+    "liger_rms_norm",
+    "liger_glu_activation",
+    "liger_fused_linear_cross_entropy",
+)
 ONE_ROW = {  # the interpreter takes 10 s for it
     "max_steps": 1,
     "save_steps": 1,
@@ -291,11 +350,11 @@ ONE_ROW = {  # the interpreter takes 10 s for it
     ids=["before", "after", "fused"],
 )
 def test_liger_before_and_after_ours(project, name, plugins, changes, fused_loss):
-    """All of Liger's kernels that take part in training a Llama, run by Triton's interpreter: losses and the gradient
-    norm are those of the run without Liger, to float32's 1e-5.
+    """All of Liger's kernels that take part in training a Llama, run by Triton's interpreter:
+    losses and the gradient norm are those of the run without Liger, to float32's 1e-5.
 
-    Its norm, rotary embedding and MLP are the heads' too, and write gradients over what they were given; its forward
-    has a loss and no logits. With `fused_loss: on` the next-token loss is ours.
+    Its norm, rotary embedding and MLP are the heads' too, and write gradients over what they were
+    given; its forward has a loss and no logits. With `fused_loss: on` the next-token loss is ours.
     """
     caft = {"beta": 0.3, "num_heads": 2, "fused_loss": fused_loss}
     settings = {**ONE_ROW, **changes, "caft": caft}
@@ -304,9 +363,18 @@ def test_liger_before_and_after_ours(project, name, plugins, changes, fused_loss
     project.train(f"liger_{name}", interpret_triton=True, **settings, **kernels, plugins=plugins)
     printed = (project.folder / f"liger_{name}.log").read_text()
     for patched in ("rope", "rms_norm", "swiglu", "fused_linear_cross_entropy"):
-        assert f"'{patched}': True" in printed.partition("Applying LIGER to llama with kwargs: ")[2].splitlines()[0]
-    ((ours,), (plain,)) = (project.logs(run) for run in (f"liger_{name}", f"no_liger_{name}"))
-    for key in ("loss", "grad_norm", "caft/next_token_loss", "caft/aux_loss", *(f"caft/loss_head_{k}" for k in HEADS)):
+        assert (
+            f"'{patched}': True"
+            in printed.partition("Applying LIGER to llama with kwargs: ")[2].splitlines()[0]
+        )
+    (ours,), (plain,) = (project.logs(run) for run in (f"liger_{name}", f"no_liger_{name}"))
+    for key in (
+        "loss",
+        "grad_norm",
+        "caft/next_token_loss",
+        "caft/aux_loss",
+        *(f"caft/loss_head_{k}" for k in HEADS),
+    ):
         assert ours[key] == pytest.approx(plain[key], rel=1e-5), key
 
 
@@ -315,18 +383,32 @@ CUT = "axolotl.integrations.cut_cross_entropy.CutCrossEntropyPlugin"
 
 @pytest.mark.skipif(
     find_spec("cut_cross_entropy") is None,
-    reason="Axolotl's fork of cut_cross_entropy is on no package index; Axolotl's own error names what installs it",
+    reason=(
+        "Axolotl's fork of cut_cross_entropy is on no package index; Axolotl's own error names what"
+        " installs it"
+    ),
 )
 @pytest.mark.parametrize(
-    "name, plugins", [("before", [CUT, "caft_plugin"]), ("after", ["caft_plugin", CUT])], ids=["before", "after"]
+    "name, plugins",
+    [("before", [CUT, "caft_plugin"]), ("after", ["caft_plugin", CUT])],
+    ids=["before", "after"],
 )
 def test_cut_cross_entropy_before_and_after_ours(project, name, plugins):
-    """Losses and the gradient norm are those of the run without it. 1e-4, because it takes bf16 alone. On a CPU it
-    computes with `torch.compile`; its kernels need a GPU."""
+    """Losses and the gradient norm are those of the run without it. 1e-4, because it takes bf16
+    alone. On a CPU it computes with `torch.compile`; its kernels need a GPU."""
     settings = {**ONE_ROW, "bf16": True, "caft": {"beta": 0.3, "num_heads": 2}}
     project.train("not_cut", **settings, plugins=["caft_plugin"])
     project.train(f"cut_{name}", **settings, plugins=plugins, cut_cross_entropy=True)
-    assert "Applying Cut Cross Entropy to model type: llama" in (project.folder / f"cut_{name}.log").read_text()
-    ((ours,), (plain,)) = (project.logs(run) for run in (f"cut_{name}", "not_cut"))
-    for key in ("loss", "grad_norm", "caft/next_token_loss", "caft/aux_loss", *(f"caft/loss_head_{k}" for k in HEADS)):
+    assert (
+        "Applying Cut Cross Entropy to model type: llama"
+        in (project.folder / f"cut_{name}.log").read_text()
+    )
+    (ours,), (plain,) = (project.logs(run) for run in (f"cut_{name}", "not_cut"))
+    for key in (
+        "loss",
+        "grad_norm",
+        "caft/next_token_loss",
+        "caft/aux_loss",
+        *(f"caft/loss_head_{k}" for k in HEADS),
+    ):
         assert ours[key] == pytest.approx(plain[key], rel=1e-4), key

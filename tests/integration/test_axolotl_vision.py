@@ -1,7 +1,9 @@
-"""Vision-language models through the real `axolotl train`, set up as Axolotl's examples are: `processor_type`, rows of
-images and text, batches that Axolotl's collator makes with the model's processor.
+"""Vision-language models through the real `axolotl train`, set up as Axolotl's examples are:
+`processor_type`, rows of images and text, batches that Axolotl's collator makes with the model's
+processor.
 
-Every step sees all rows, so that a run's first losses can be computed here, from the model as it lies on disk.
+Every step sees all rows, so that a run's first losses can be computed here, from the model as it
+lies on disk.
 """
 
 from __future__ import annotations
@@ -83,20 +85,36 @@ def make_llava(folder: Path, smollm2: Path) -> LlavaConfig:
         chat_template=tokenizer.chat_template,
     ).save_pretrained(folder)
     return LlavaConfig(
-        text_config={**GATED, "model_type": "llama", "vocab_size": len(tokenizer), "max_position_embeddings": 512},
+        text_config={
+            **GATED,
+            "model_type": "llama",
+            "vocab_size": len(tokenizer),
+            "max_position_embeddings": 512,
+        },
         vision_config={**VIT, "model_type": "clip_vision_model"},
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
     )
 
 
 def make_gemma3(folder: Path, smollm2: Path) -> Gemma3Config:
-    names = {"image_token": "<image_soft_token>", "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"}
+    names = {
+        "image_token": "<image_soft_token>",
+        "boi_token": "<start_of_image>",
+        "eoi_token": "<end_of_image>",
+    }
     tokenizer = AutoTokenizer.from_pretrained(smollm2, extra_special_tokens=names)
     tokenizer.add_tokens(["<start_of_turn>", "<end_of_turn>"], special_tokens=True)
     pictures = Gemma3ImageProcessor(size={"height": 16, "width": 16})
-    Gemma3Processor(pictures, tokenizer, tokenizer.chat_template, image_seq_length=4).save_pretrained(folder)
+    Gemma3Processor(
+        pictures, tokenizer, tokenizer.chat_template, image_seq_length=4
+    ).save_pretrained(folder)
     return Gemma3Config(
-        text_config={**HEAD_DIM, "vocab_size": len(tokenizer), "max_position_embeddings": 512, "sliding_window": 8},
+        text_config={
+            **HEAD_DIM,
+            "vocab_size": len(tokenizer),
+            "max_position_embeddings": 512,
+            "sliding_window": 8,
+        },
         vision_config={**VIT, "model_type": "siglip_vision_model"},
         mm_tokens_per_image=4,
         image_token_index=tokenizer.image_token_id,
@@ -116,14 +134,19 @@ def vision(project, smollm2):
         torch.manual_seed(0)
         model = AutoModelForImageTextToText.from_config(config)
         if family == "gemma3":  # it starts with zeros, and an image would be nothing
-            torch.nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight, std=0.1)
+            torch.nn.init.normal_(
+                model.model.multi_modal_projector.mm_input_projection_weight, std=0.1
+            )
         model.save_pretrained(project.folder / family)
         with open(project.folder / f"{family}.jsonl", "w") as file:
             for i in range(10 + TEXTS[family]):
                 picture = project.folder / f"picture-{i}.png"
                 Image.new("RGB", (16, 16), (i * 20, 255 - i * 20, i * 7)).save(picture)
                 answer = " ".join(str(j) for j in range(1, i % 7 + 4))
-                question = [{"type": "image", "path": str(picture)}, {"type": "text", "text": f"Count to {i % 7 + 3}."}]
+                question = [
+                    {"type": "image", "path": str(picture)},
+                    {"type": "text", "text": f"Count to {i % 7 + 3}."},
+                ]
                 messages = [
                     {"role": "user", "content": question if i < 10 else question[1:]},
                     {"role": "assistant", "content": [{"type": "text", "text": answer}]},
@@ -133,12 +156,15 @@ def vision(project, smollm2):
 
 
 def first_losses(project, family):
-    """The mean cross-entropy of the model on disk for the token 1, 2 ... ahead, over Axolotl's labels of all rows."""
+    """The mean cross-entropy of the model on disk for the token 1, 2 ... ahead, over Axolotl's
+    labels of all rows."""
     folder = project.folder / family
     processor = AutoProcessor.from_pretrained(folder)
     template = get_chat_template(family)
     strategy = get_processing_strategy(processor, template, family)
-    rows = [json.loads(line) for line in (project.folder / f"{family}.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line) for line in (project.folder / f"{family}.jsonl").read_text().splitlines()
+    ]
     batch = MultiModalChatDataCollator(processor.tokenizer, strategy)(rows)
     model = AutoModelForImageTextToText.from_pretrained(folder, attn_implementation="sdpa").train()
     labels = batch.pop("labels")
@@ -148,9 +174,12 @@ def first_losses(project, family):
     return losses_ahead(logits, labels, HEADS)
 
 
-@pytest.mark.parametrize(("family", "how", "layer"), [("llava", "lora", "Llama"), ("gemma3", "full", "Gemma3")])
+@pytest.mark.parametrize(
+    ("family", "how", "layer"), [("llava", "lora", "Llama"), ("gemma3", "full", "Gemma3")]
+)
 def test_images(vision, family, how, layer):
-    """To 1e-5, as float32 sums of other orders differ; what comes out is what a plain run leaves."""
+    """To 1e-5, as float32 sums of other orders differ; what comes out is what a plain run
+    leaves."""
     plain = vision.train(f"{family}_plain", **vision_run(family, how))
     ours = vision.train(f"{family}_ours", **vision_run(family, how, **PLUGIN))
     log, plain_log = vision.logs(f"{family}_ours"), vision.logs(f"{family}_plain")
@@ -158,7 +187,9 @@ def test_images(vision, family, how, layer):
 
     file = "adapter_model.safetensors" if how == "lora" else "model.safetensors"
     saved, plainly = load_file(ours / file), load_file(plain / file)
-    assert {key: t.shape for key, t in saved.items()} == {key: t.shape for key, t in plainly.items()}
+    assert {key: t.shape for key, t in saved.items()} == {
+        key: t.shape for key, t in plainly.items()
+    }
     names = {path.name for path in ours.iterdir()}
     assert names - {path.name for path in plain.iterdir()} == {"caft_heads"}
     if how == "full":  # the pictures' part trains through the text part
@@ -174,12 +205,24 @@ def test_images(vision, family, how, layer):
 
 def test_masks_are_refused_by_name(vision):
     """When the YAML is read: there is no such model, and there are no such rows."""
-    nowhere = {"base_model": "./nowhere", "datasets": [{"path": "./nowhere.jsonl", "type": "chat_template"}]}
+    nowhere = {
+        "base_model": "./nowhere",
+        "datasets": [{"path": "./nowhere.jsonl", "type": "chat_template"}],
+    }
     with pytest.raises(AssertionError):
-        vision.train("masked", **vision_run("llava", "lora", **nowhere), plugins=["caft_plugin"], meap="bare")
+        vision.train(
+            "masked", **vision_run("llava", "lora", **nowhere), plugins=["caft_plugin"], meap="bare"
+        )
     said = " ".join((vision.folder / "masked.log").read_text().split())
-    assert said.count("ConfigError: meap: cannot be used together with `processor_type: AutoProcessor`: ") == 1
-    assert "Remove the `meap:` block or, if the data is text only, the key `processor_type`." in said
+    assert (
+        said.count(
+            "ConfigError: meap: cannot be used together with `processor_type: AutoProcessor`: "
+        )
+        == 1
+    )
+    assert (
+        "Remove the `meap:` block or, if the data is text only, the key `processor_type`." in said
+    )
 
 
 def test_stage1_takes_text_alone_and_its_heads_serve_images(vision, monkeypatch):
@@ -187,24 +230,42 @@ def test_stage1_takes_text_alone_and_its_heads_serve_images(vision, monkeypatch)
     monkeypatch.chdir(vision.folder)
     monkeypatch.setenv("AXOLOTL_DATASET_NUM_PROC", "0")
     monkeypatch.setattr(PluginManager.get_instance(), "plugins", OrderedDict())
-    stage1 = {"plugins": ["caft_plugin"], "caft": PLUGIN["caft"], "pretrain_heads": {"targets": "distribution"}}
+    stage1 = {
+        "plugins": ["caft_plugin"],
+        "caft": PLUGIN["caft"],
+        "pretrain_heads": {"targets": "distribution"},
+    }
     vision.config("stage1_images", **vision_run("llava", "lora", **stage1))
     refused = CliRunner().invoke(commands, ["pretrain-heads", "stage1_images.yml"])
     assert refused.exit_code == 1
     assert refused.output.endswith(
-        "Error: pretrain_heads: got processor_type: AutoProcessor, but it accepts only rows of text, also for a "
-        "vision-language model. Remove `processor_type` and `skip_prepare_dataset`; use text in `datasets:`.\n"
+        "Error: pretrain_heads: got processor_type: AutoProcessor, but it accepts only rows of"
+        " text, also for a vision-language model. Remove `processor_type` and"
+        " `skip_prepare_dataset`; use text in `datasets:`.\n"
     )
-    vision.config("stage1", **stage1, base_model="./llava", chat_template="llava", max_steps=4, save_steps=4)
+    vision.config(
+        "stage1", **stage1, base_model="./llava", chat_template="llava", max_steps=4, save_steps=4
+    )
     made = CliRunner().invoke(commands, ["pretrain-heads", "stage1.yml"], catch_exceptions=False)
     assert made.exit_code == 0 and "LlamaDecoderLayer" in made.output, made.output
     given = {**PLUGIN["caft"], "heads": "./stage1", "train_heads": "frozen"}
-    ours = vision.train("from_stage1", **vision_run("llava", "lora", plugins=["caft_plugin"], caft=given))
-    kept, pretrained = (load_file(run / "caft_heads" / "heads.safetensors") for run in (ours, vision.folder / "stage1"))
-    assert kept.keys() == pretrained.keys() and all(torch.equal(kept[key], pretrained[key]) for key in kept)
+    ours = vision.train(
+        "from_stage1", **vision_run("llava", "lora", plugins=["caft_plugin"], caft=given)
+    )
+    kept, pretrained = (
+        load_file(run / "caft_heads" / "heads.safetensors")
+        for run in (ours, vision.folder / "stage1")
+    )
+    assert kept.keys() == pretrained.keys() and all(
+        torch.equal(kept[key], pretrained[key]) for key in kept
+    )
     base = load_file(vision.folder / "llava" / "model.safetensors")
     (last,) = (base[key] for key in base if key.endswith("layers.2.mlp.up_proj.weight"))
     assert not torch.equal(pretrained["0.mlp.up_proj.weight"], last)
     log = vision.logs("from_stage1")
-    assert log[0]["caft/next_token_loss"] == pytest.approx(first_losses(vision, "llava")[0], rel=1e-5)
-    assert all(math.isfinite(entry[f"caft/loss_head_{k}"]) for entry in log for k in range(1, HEADS + 1))
+    assert log[0]["caft/next_token_loss"] == pytest.approx(
+        first_losses(vision, "llava")[0], rel=1e-5
+    )
+    assert all(
+        math.isfinite(entry[f"caft/loss_head_{k}"]) for entry in log for k in range(1, HEADS + 1)
+    )

@@ -55,9 +55,9 @@ def run(*arguments):
 
 
 def test_a_new_key_of_axolotls_has_been_looked_at():
-    """A key that is new in Axolotl: does it bear on memory or time (`UNCOUNTED`, or `read_run`)? On how stage 1 trains
-    (Axolotl's builder follows it; `REFUSED`, `OF_THE_TUNED_MODEL`)? On the base (Axolotl's loader follows it;
-    `OF_TRAINING`)? Then put it into the list, which is sorted."""
+    """A key that is new in Axolotl: does it bear on memory or time (`UNCOUNTED`, or `read_run`)? On
+    how stage 1 trains (Axolotl's builder follows it; `REFUSED`, `OF_THE_TUNED_MODEL`)? On the base
+    (Axolotl's loader follows it; `OF_TRAINING`)? Then put it into the list, which is sorted."""
     known = KEYS.read_text().split()
     there = set(AxolotlInputConfig.model_fields)
     assert sorted(there - set(known)) == [] and known == sorted(known)
@@ -75,7 +75,9 @@ def test_a_new_key_of_axolotls_has_been_looked_at():
     assert sorted(written - there) == []
 
 
-@pytest.mark.parametrize("changes", [{**TOKENS}, {**PAD}, {**OVERRIDES}, {**TOKENS, **PAD, **OVERRIDES}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{**TOKENS}, {**PAD}, {**OVERRIDES}, {**TOKENS, **PAD, **OVERRIDES}], ids=str
+)
 def test_the_frozen_base_is_the_one_that_axolotl_trains(here, changes):
     cfg = read_config(write(here, "frozen", **changes), "x")
     tokenizer = load_tokenizer(cfg)
@@ -91,19 +93,27 @@ def test_the_frozen_base_is_the_one_that_axolotl_trains(here, changes):
 
 def test_heads_of_stage_1_and_of_a_run_serve_the_same_yaml(here, caplog):
     changes = {**TOKENS, **PAD, **OVERRIDES}
-    file = write(here, "first", **changes, max_steps=1, save_steps=1, pretrain_heads={"targets": "dataset"})
+    file = write(
+        here, "first", **changes, max_steps=1, save_steps=1, pretrain_heads={"targets": "dataset"}
+    )
     made = run("pretrain-heads", file)
     assert made.exit_code == 0, made.output
     metrics = json.loads((here.folder / "first/caft_heads/metrics.json").read_text())
-    file = write(here, "plain-base", max_steps=1, save_steps=1, pretrain_heads={"targets": "dataset"})
+    file = write(
+        here, "plain-base", max_steps=1, save_steps=1, pretrain_heads={"targets": "dataset"}
+    )
     assert run("pretrain-heads", file).exit_code == 0
     other = json.loads((here.folder / "plain-base/caft_heads/metrics.json").read_text())
-    assert metrics["untrained"][0]["loss"] != pytest.approx(other["untrained"][0]["loss"], abs=1e-4)  # eps followed
+    # eps followed
+    assert metrics["untrained"][0]["loss"] != pytest.approx(other["untrained"][0]["loss"], abs=1e-4)
 
     out = here.train("second", **OURS | {"caft": {"num_heads": 2, "heads": "./first"}}, **changes)
     here.train("third", **OURS | {"caft": {"num_heads": 2, "heads": "./second"}}, **changes)
     told = [(here.folder / f"{name}.log").read_text() for name in ("second", "third")]
-    assert "caft.heads: the heads in" not in told[0] and "the one from before that fine-tuning" in told[1]
+    assert (
+        "caft.heads: the heads in" not in told[0]
+        and "the one from before that fine-tuning" in told[1]
+    )
 
     (here.folder / "prompts.jsonl").write_text(json.dumps({"text": "Count to three."}) + "\n")
     options = ["--prompts", "prompts.jsonl", "--runs", 1, "--max-new-tokens", 4, "--float32"]
@@ -116,7 +126,9 @@ def test_heads_of_stage_1_and_of_a_run_serve_the_same_yaml(here, caplog):
     # the model of the YAML is the one of the folder
     tokenizer = load_tokenizer(read_config(here.folder / "second.yml", "x"))
     ids = torch.tensor([tokenizer("Count to three.").input_ids])
-    ours = loading.load_frozen(read_config(here.folder / "second.yml", "x"), tokenizer, str(out), torch.float32)
+    ours = loading.load_frozen(
+        read_config(here.folder / "second.yml", "x"), tokenizer, str(out), torch.float32
+    )
     with torch.no_grad():
         alike = load_model(str(out), torch.float32).eval()(ids).logits
         torch.testing.assert_close(ours.eval()(ids).logits, alike)
@@ -138,7 +150,10 @@ def settings_of(project, **changes):
         ({"optimizer": "sgd", "optim_args": {"momentum": 0.9}}, {"optim_args": "momentum=0.9"}),
         ({"optimizer": "schedule_free_adamw"}, {}),
         ({"learning_rate": 1e-9, "adam_beta2": 0.5}, {"learning_rate": 1e-9}),
-        ({"warmup_steps": 3, "weight_decay": 0.2, "max_grad_norm": 0.5, "seed": 5}, {"weight_decay": 0.2, "seed": 5}),
+        (
+            {"warmup_steps": 3, "weight_decay": 0.2, "max_grad_norm": 0.5, "seed": 5},
+            {"weight_decay": 0.2, "seed": 5},
+        ),
         ({"hub_model_id": "me/tuned"}, {"push_to_hub": False, "hub_model_id": None}),
     ],
     ids=str,
@@ -160,27 +175,48 @@ def test_optim_args_reach_an_optimizer_to_which_transformers_does_not_pass_them(
         ({"optimizer": "ao_adamw_8bit"}, "trained with optimizer: 'ao_adamw_8bit'"),
         ({"optimizer": "polora"}, "trained with optimizer: 'polora'"),
         ({"lr_scheduler": "one_cycle", "max_steps": 3}, "lr_scheduler: 'one_cycle'"),
-        ({"lr_scheduler": "cosine", "lr_scheduler_kwargs": {"foo": 1}}, "lr_scheduler_kwargs: {'foo': 1}"),
+        (
+            {"lr_scheduler": "cosine", "lr_scheduler_kwargs": {"foo": 1}},
+            "lr_scheduler_kwargs: {'foo': 1}",
+        ),
         ({"optim_args": {"epz": 1}}, "optim_args: {'epz': 1}"),
-        ({"optimizer": "sgd", "adam_beta1": 0.1}, "adam_beta1: 0.1 has no effect with optimizer: sgd"),
-        ({"cosine_min_lr_ratio": 0.5}, "cosine_min_lr_ratio: 0.5 has no effect with .*lr_scheduler: constant"),
+        (
+            {"optimizer": "sgd", "adam_beta1": 0.1},
+            "adam_beta1: 0.1 has no effect with optimizer: sgd",
+        ),
+        (
+            {"cosine_min_lr_ratio": 0.5},
+            "cosine_min_lr_ratio: 0.5 has no effect with .*lr_scheduler: constant",
+        ),
         ({"curriculum_sampling": True}, "does not support curriculum_sampling: True"),
         ({"loraplus_lr_ratio": 16}, "does not support loraplus_lr_ratio: 16"),
     ],
     ids=str,
 )
-def test_stage_1_refuses_by_name_in_one_line_before_weights_are_loaded(here, changes, message, monkeypatch):
+def test_stage_1_refuses_by_name_in_one_line_before_weights_are_loaded(
+    here, changes, message, monkeypatch
+):
     monkeypatch.setattr(loading.FrozenLoader, "load", None)  # whoever calls it fails otherwise
-    result = run("pretrain-heads", write(here, "refused", **changes, pretrain_heads={"targets": "dataset"}))
+    result = run(
+        "pretrain-heads", write(here, "refused", **changes, pretrain_heads={"targets": "dataset"})
+    )
     last = result.stderr.rstrip("\n").split("\n")[-1]
-    assert result.exit_code == 1 and last.startswith("Error: pretrain_heads: ") and re.search(message, last), last
+    assert (
+        result.exit_code == 1
+        and last.startswith("Error: pretrain_heads: ")
+        and re.search(message, last)
+    ), last
 
 
 @pytest.mark.parametrize("old", OLD_ATTENTION)
 def test_plan_reads_old_names_of_attention_as_new_ones(here, old):
     new = {"attn_implementation": OLD_ATTENTION[old]}
     one, other = (
-        read_run(read_for_plan(write(here, "plan", bf16=True, **{"attn_implementation": None, **keys}), "plan"))
+        read_run(
+            read_for_plan(
+                write(here, "plan", bf16=True, **{"attn_implementation": None, **keys}), "plan"
+            )
+        )
         for keys in ({old: True}, new)
     )
     assert one == other and one.eager == (old == "eager_attention")
@@ -194,7 +230,8 @@ def test_plan_reads_texts_as_axolotl_and_without_it_alike(here, monkeypatch):
     monkeypatch.setattr(config_reading, "has_axolotl", lambda: False)
     read.append(read_run(read_for_plan(file, "plan")))
     read.append(read_run(read_for_plan(write(here, "numbers", **numbers), "plan")))
-    file = write(here, "batch", gradient_accumulation_steps=None, batch_size=8)  # micro_batch_size is 2
+    # micro_batch_size is 2
+    file = write(here, "batch", gradient_accumulation_steps=None, batch_size=8)
     assert read_run(read_for_plan(file, "plan")).accumulation == 4
     for one in read:
         assert (one.rows, one.length, one.checkpointing) == (3, 128, False)
@@ -217,7 +254,9 @@ def test_what_bears_on_memory_or_time_changes_the_plan_or_is_named(here, changes
         make_plan(read_run(read_for_plan(write(here, name, **keys), "plan")))
         for name, keys in (("plain", {"gradient_accumulation_steps": 1}), ("changed", changes))
     )
-    figures = [(plan.base, plan.added, plan.plain_peak, plan.peak, plan.ratio) for plan in (plain, changed)]
+    figures = [
+        (plan.base, plan.added, plan.plain_peak, plan.peak, plan.ratio) for plan in (plain, changed)
+    ]
     named = [note for note in changed.notes if note.split(":")[0] in changes]
     assert figures[0] != figures[1] or named
 
@@ -254,9 +293,14 @@ def test_a_later_run_without_heads_leaves_none_of_an_earlier_one(here):
     out = here.train("reused", **OURS)
     heads = load_file(out / "caft_heads" / "heads.safetensors")
     (here.folder / "reused.yml").write_text(
-        yaml.safe_dump({**yaml.safe_load((here.folder / "reused.yml").read_text()), "caft": {"beta": 0}})
+        yaml.safe_dump(
+            {**yaml.safe_load((here.folder / "reused.yml").read_text()), "caft": {"beta": 0}}
+        )
     )
     result = here.axolotl("train", "reused.yml")
-    assert not (out / "caft_heads").exists() and "caft_heads belongs to an earlier run" in result.stdout + result.stderr
+    assert (
+        not (out / "caft_heads").exists()
+        and "caft_heads belongs to an earlier run" in result.stdout + result.stderr
+    )
     kept = load_file(out / "caft_heads.earlier-run" / "heads.safetensors")
     assert all(torch.equal(kept[name], tensor) for name, tensor in heads.items())

@@ -20,17 +20,27 @@ pytestmark = pytest.mark.slow
 
 CAFT = {"num_heads": 4, "beta": 0.05}
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-LOSSES = ("loss", "caft/next_token_loss", "caft/aux_loss", *(f"caft/loss_head_{k}" for k in range(1, 5)))
-# Changes to the Axolotl config, steps, and what is compared. LoRA's A is random and B is 0, so under LoRA only the
-# losses of the first step do not depend on A.
+LOSSES = (
+    "loss",
+    "caft/next_token_loss",
+    "caft/aux_loss",
+    *(f"caft/loss_head_{k}" for k in range(1, 5)),
+)
+# Changes to the Axolotl config, steps, and what is compared. LoRA's A is random and B is 0, so
+# under LoRA only the losses of the first step do not depend on A.
 KINDS = {
-    "lora": ({"lora_dropout": 0.0, "lora_target_linear": None, "lora_target_modules": TARGETS}, 1, LOSSES),
+    "lora": (
+        {"lora_dropout": 0.0, "lora_target_linear": None, "lora_target_modules": TARGETS},
+        1,
+        LOSSES,
+    ),
     "full": (FULL, 3, (*LOSSES, "grad_norm")),
 }
 
 
 def tokenised_rows(tokenizer):
-    """Eight rows of different length; the loss is on the answer, which in some rows is too short for some heads."""
+    """Eight rows of different length; the loss is on the answer, which in some rows is too short
+    for some heads."""
     rows = []
     for i in range(8):
         prompt = tokenizer(f"Count to {i + 2}.").input_ids
@@ -82,7 +92,9 @@ def test_axolotl_and_trl_log_the_same_losses(project, tmp_path, kind):
         ),
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
-        peft_config=LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS) if kind == "lora" else None,
+        peft_config=(
+            LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS) if kind == "lora" else None
+        ),
         caft=CAFT,
     )
     trainer.train()

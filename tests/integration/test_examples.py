@@ -21,13 +21,26 @@ pytestmark = pytest.mark.slow
 SCRIPTS = Path(sys.executable).parent
 HELDOUT = ROOT / "axolotl_configs" / "data" / "molecules-heldout.jsonl"
 QUICK = ("--bf16", str(cpu_has_bf16()))
-KINDS = {"lora": ["--use_peft"], "qlora": ["--use_peft", "--load_in_4bit"], "full": ["--learning_rate", "5e-6"]}
+KINDS = {
+    "lora": ["--use_peft"],
+    "qlora": ["--use_peft", "--load_in_4bit"],
+    "full": ["--learning_rate", "5e-6"],
+}
 
 
 def launch(launcher, script, *arguments, check=True):
     result = subprocess.run(
-        [str(SCRIPTS / launcher[0]), *launcher[1:], str(ROOT / "trl_examples" / script), *map(str, arguments)],
-        env={**os.environ, "PATH": f"{SCRIPTS}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"},
+        [
+            str(SCRIPTS / launcher[0]),
+            *launcher[1:],
+            str(ROOT / "trl_examples" / script),
+            *map(str, arguments),
+        ],
+        env={
+            **os.environ,
+            "PATH": f"{SCRIPTS}{os.pathsep}{os.environ['PATH']}",
+            "OMP_NUM_THREADS": "1",
+        },
         capture_output=True,
         text=True,
         timeout=600,
@@ -47,7 +60,9 @@ def test_sft_caft(smollm2, tmp_path, kind):
     launch(["accelerate", "launch"], "sft_caft.py", *arguments)
     state = json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())
     assert all("caft/loss_head_2" in entry for entry in state["log_history"] if "loss" in entry)
-    saved = load_file(tmp_path / ("model.safetensors" if kind == "full" else "adapter_model.safetensors"))
+    saved = load_file(
+        tmp_path / ("model.safetensors" if kind == "full" else "adapter_model.safetensors")
+    )
     assert saved and not any("caft" in key for key in saved)
     assert json.loads((tmp_path / "caft_heads" / "config.json").read_text())["num_heads"] == 2
 
@@ -56,9 +71,24 @@ def test_sft_caft(smollm2, tmp_path, kind):
 def test_sft_meap(smollm2, tmp_path, kind):
     arguments = [
         *("--model_name_or_path", smollm2, "--dataset_name", few_molecules(tmp_path)),
-        *("--output_dir", tmp_path / "out", "--use_cpu", "--report_to", "none", "--min_answer_tokens", "8"),
+        *(
+            "--output_dir",
+            tmp_path / "out",
+            "--use_cpu",
+            "--report_to",
+            "none",
+            "--min_answer_tokens",
+            "8",
+        ),
         *("--max_steps", "2", "--logging_steps", "1", "--per_device_train_batch_size", "1"),
-        *("--save_steps", "2", "--max_length", "256", *KINDS[kind], *(["--num_heads", "1"] if kind == "lora" else [])),
+        *(
+            "--save_steps",
+            "2",
+            "--max_length",
+            "256",
+            *KINDS[kind],
+            *(["--num_heads", "1"] if kind == "lora" else []),
+        ),
     ]
     launch(["accelerate", "launch"], "sft_meap.py", *arguments)
     state = json.loads((tmp_path / "out" / "checkpoint-2" / "trainer_state.json").read_text())
@@ -91,14 +121,25 @@ def test_pretrain_heads_and_a_run_that_starts_from_them(smollm2, tmp_path):
     assert "held-out loss" in printed and "targets distribution" in printed
     folder = tmp_path / "heads" / "caft_heads"
     metrics = json.loads((folder / "metrics.json").read_text())
-    assert metrics["steps"] == 6 and metrics["targets"] == "distribution" and len(metrics["heads"]) == 2
+    assert (
+        metrics["steps"] == 6
+        and metrics["targets"] == "distribution"
+        and len(metrics["heads"]) == 2
+    )
     for before, after in zip(metrics["untrained"], metrics["heads"], strict=True):
         assert after["loss"] < before["loss"]
     record = json.loads((folder / "config.json").read_text())
     assert record["base_model"] == str(smollm2)
 
     arguments = [
-        *("--model_name_or_path", smollm2, "--dataset_name", HELDOUT, "--heads", tmp_path / "heads"),
+        *(
+            "--model_name_or_path",
+            smollm2,
+            "--dataset_name",
+            HELDOUT,
+            "--heads",
+            tmp_path / "heads",
+        ),
         *(
             "--num_heads",
             "2",
@@ -110,7 +151,16 @@ def test_pretrain_heads_and_a_run_that_starts_from_them(smollm2, tmp_path):
             "none",
             "--use_peft",
         ),
-        *("--max_steps", "1", "--per_device_train_batch_size", "1", "--max_length", "64", "--train_heads", "frozen"),
+        *(
+            "--max_steps",
+            "1",
+            "--per_device_train_batch_size",
+            "1",
+            "--max_length",
+            "64",
+            "--train_heads",
+            "frozen",
+        ),
     ]
     launch(["accelerate", "launch"], "sft_caft.py", *arguments)
     made = load_file(folder / "heads.safetensors")
@@ -131,7 +181,11 @@ BAD = {
         {"--targets": "both"},
         "pretrain_heads.targets: got 'both', but it accepts",
     ),
-    "two processes": (["torchrun", "--nproc_per_node", "2"], {}, "pretrain_heads: 2 processes were started, but"),
+    "two processes": (
+        ["torchrun", "--nproc_per_node", "2"],
+        {},
+        "pretrain_heads: 2 processes were started, but",
+    ),
 }
 
 

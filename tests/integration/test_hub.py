@@ -1,4 +1,5 @@
-"""What `push_to_hub` uploads, with a folder in the place of the Hub: the plain model, and the heads next to it."""
+"""What `push_to_hub` uploads, with a folder in the place of the Hub: the plain model, and the heads
+next to it."""
 
 from __future__ import annotations
 
@@ -26,7 +27,10 @@ from caft_plugin.trl import CAFTSFTTrainer
 
 KINDS = {
     "full": ({}, "model.safetensors"),
-    "LoRA": ({"peft_config": LoraConfig(r=4, target_modules="all-linear")}, "adapter_model.safetensors"),
+    "LoRA": (
+        {"peft_config": LoraConfig(r=4, target_modules="all-linear")},
+        "adapter_model.safetensors",
+    ),
 }
 FILES = {"config.json", "fingerprint.safetensors", "heads.safetensors", "losses.json"}
 HEADS = {f"caft_heads/{name}" for name in FILES}
@@ -34,15 +38,20 @@ HEADS = {f"caft_heads/{name}" for name in FILES}
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A folder with one folder a repository, and the Hub client's methods that make requests written for it."""
+    """A folder with one folder a repository, and the Hub client's methods that make requests
+    written for it."""
     hub = tmp_path / "hub"
 
     def create_repo(api, repo_id, **options):
         (hub / repo_id).mkdir(parents=True, exist_ok=True)
         return RepoUrl(f"https://huggingface.co/{repo_id}")
 
-    def upload_folder(api, *, repo_id, folder_path, ignore_patterns=None, path_in_repo="", **options):
-        for name in filter_repo_objects(sorted(files(Path(folder_path))), ignore_patterns=ignore_patterns):
+    def upload_folder(
+        api, *, repo_id, folder_path, ignore_patterns=None, path_in_repo="", **options
+    ):
+        for name in filter_repo_objects(
+            sorted(files(Path(folder_path))), ignore_patterns=ignore_patterns
+        ):
             copy(Path(folder_path) / name, hub / repo_id / path_in_repo / name)
         done = Future()
         done.set_result(None)
@@ -53,7 +62,9 @@ def hub(tmp_path, monkeypatch):
             copy(Path(operation.path_or_fileobj), hub / repo_id / operation.path_in_repo)
 
     def snapshot_download(repo_id, allow_patterns):
-        for name in filter_repo_objects(sorted(files(hub / repo_id)), allow_patterns=allow_patterns):
+        for name in filter_repo_objects(
+            sorted(files(hub / repo_id)), allow_patterns=allow_patterns
+        ):
             copy(hub / repo_id / name, tmp_path / "downloaded" / repo_id / name)
         return str(tmp_path / "downloaded" / repo_id)
 
@@ -82,7 +93,9 @@ def shapes(file: Path) -> dict[str, tuple]:
 
 
 def assert_same_heads(trainer, file: Path) -> None:
-    torch.testing.assert_close(dict(trainer.caft.heads.layers.state_dict()), load_file(file), rtol=0, atol=0)
+    torch.testing.assert_close(
+        dict(trainer.caft.heads.layers.state_dict()), load_file(file), rtol=0, atol=0
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -91,7 +104,14 @@ def test_push_to_hub(hub, tmp_path, kind):
     tokenizer = word_tokenizer(TEMPLATE)
     for name, trainer_class, caft in [("plain", SFTTrainer, None), ("ours", CAFTSFTTrainer, {})]:
         settings = {"hub_model_id": f"me/{name}", "save_strategy": "steps", "save_steps": 2}
-        trainer = make(trainer_class, tokenizer, tmp_path / name, settings=settings, arguments=arguments, caft=caft)
+        trainer = make(
+            trainer_class,
+            tokenizer,
+            tmp_path / name,
+            settings=settings,
+            arguments=arguments,
+            caft=caft,
+        )
         trainer.train()
         trainer.push_to_hub()
         trainer.model.push_to_hub(f"me/{name}-model")
@@ -112,11 +132,23 @@ def test_push_to_hub(hub, tmp_path, kind):
 def test_what_goes_up_during_training_is_plain(hub, tmp_path, kind):
     """`push_to_hub=True` with every checkpoint uploaded too."""
     arguments, weights = KINDS[kind]
-    settings = {"hub_strategy": "all_checkpoints", "push_to_hub": True, "save_strategy": "steps", "save_steps": 1}
+    settings = {
+        "hub_strategy": "all_checkpoints",
+        "push_to_hub": True,
+        "save_strategy": "steps",
+        "save_steps": 1,
+    }
     for name, trainer_class, caft in [("plain", SFTTrainer, None), ("ours", CAFTSFTTrainer, {})]:
         settings["hub_model_id"] = f"me/{name}"
         tokenizer = word_tokenizer(TEMPLATE)
-        trainer = make(trainer_class, tokenizer, tmp_path / name, settings=settings, arguments=arguments, caft=caft)
+        trainer = make(
+            trainer_class,
+            tokenizer,
+            tmp_path / name,
+            settings=settings,
+            arguments=arguments,
+            caft=caft,
+        )
         trainer.train()
         trainer.save_model()
     plain, ours = hub / "me/plain", hub / "me/ours"

@@ -1,7 +1,8 @@
-"""trl_examples/quickstart.ipynb runs from start to end in a real kernel, and what it shows is of such a run.
+"""trl_examples/quickstart.ipynb runs from start to end in a real kernel, and what it shows is of
+such a run.
 
-`python tests/integration/test_notebook.py` runs it with its own settings, on SmolLM2 from the package index, and writes
-its outputs (about five minutes on two free cores).
+`python tests/integration/test_notebook.py` runs it with its own settings, on SmolLM2 from the
+package index, and writes its outputs (about five minutes on two free cores).
 """
 
 from __future__ import annotations
@@ -42,25 +43,35 @@ def code_cells(notebook):
 def settings(cell) -> dict[str, object]:
     """What the cell of parameters, which is nothing else, assigns."""
     assert cell.metadata["tags"] == ["parameters"]
-    return {line.targets[0].id: ast.literal_eval(line.value) for line in ast.parse(cell.source).body}
+    return {
+        line.targets[0].id: ast.literal_eval(line.value) for line in ast.parse(cell.source).body
+    }
 
 
 def execute(notebook, folder: Path, **changes) -> None:
-    """Runs it in a kernel of this Python, where it lies, with other settings; what Jupyter writes goes to `folder`."""
+    """Runs it in a kernel of this Python, where it lies, with other settings; what Jupyter writes
+    goes to `folder`."""
     parameters = notebook.cells[1]
     given = settings(parameters)
     assert changes.keys() <= given.keys()
-    parameters.source = "\n".join(f"{name} = {value!r}" for name, value in {**given, **changes}.items())
+    parameters.source = "\n".join(
+        f"{name} = {value!r}" for name, value in {**given, **changes}.items()
+    )
     kernel = folder / "kernels" / "this_python"
     kernel.mkdir(parents=True)
     start = {
         "argv": [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"],
         "display_name": "this Python",
-        "env": {"IPYTHONDIR": str(folder), "MPLBACKEND": "module://matplotlib_inline.backend_inline"},
+        "env": {
+            "IPYTHONDIR": str(folder),
+            "MPLBACKEND": "module://matplotlib_inline.backend_inline",
+        },
     }
     (kernel / "kernel.json").write_text(json.dumps(start))
     where = {"metadata": {"path": str(NOTEBOOK.parent)}}
-    client = NotebookClient(notebook, kernel_name="this_python", timeout=1200, resources=where, record_timing=False)
+    client = NotebookClient(
+        notebook, kernel_name="this_python", timeout=1200, resources=where, record_timing=False
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JUPYTER_PATH", str(folder))
         patch.setenv("JUPYTER_RUNTIME_DIR", str(folder))
@@ -70,12 +81,15 @@ def execute(notebook, folder: Path, **changes) -> None:
 def images(notebook) -> list[bytes]:
     outputs = [output for cell in code_cells(notebook) for output in cell.outputs]
     return [
-        base64.b64decode(output["data"]["image/png"]) for output in outputs if "image/png" in output.get("data", {})
+        base64.b64decode(output["data"]["image/png"])
+        for output in outputs
+        if "image/png" in output.get("data", {})
     ]
 
 
 def assert_complete(notebook, questions: int) -> None:
-    """Every cell ran, in order; the losses are drawn; each answer was written twice, and the figures are there."""
+    """Every cell ran, in order; the losses are drawn; each answer was written twice, and the
+    figures are there."""
     cells = code_cells(notebook)
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
     (image,) = images(notebook)
@@ -100,7 +114,9 @@ def test_runs_from_start_to_end(smollm2, tmp_path):
     out = tmp_path / "out"
     execute(notebook, tmp_path, model=str(smollm2), heldout=str(few), steps=2, output=str(out))
     assert_complete(notebook, questions=2)
-    assert (out / "model.safetensors").is_file() and (out / "caft_heads" / "heads.safetensors").is_file()
+    assert (out / "model.safetensors").is_file() and (
+        out / "caft_heads" / "heads.safetensors"
+    ).is_file()
 
 
 def test_what_is_shipped_was_run():
@@ -112,7 +128,9 @@ def test_what_is_shipped_was_run():
     for cell in code_cells(notebook):
         compile(cell.source, NOTEBOOK.name, "exec")
         assert not [
-            output for output in cell.outputs if output.output_type == "error" or output.get("name") == "stderr"
+            output
+            for output in cell.outputs
+            if output.output_type == "error" or output.get("name") == "stderr"
         ]
     assert not re.search(r"/(work|tmp|home|root|Users)\b", NOTEBOOK.read_text(encoding="utf-8"))
 

@@ -1,5 +1,5 @@
-"""Two gloo processes on a CPU equal one with the same global batch: DDP with the settings that the Trainer chooses, and
-FSDP2 as accelerate applies it, in bfloat16 as Axolotl does."""
+"""Two gloo processes on a CPU equal one with the same global batch: DDP with the settings that the
+Trainer chooses, and FSDP2 as accelerate applies it, in bfloat16 as Axolotl does."""
 
 from __future__ import annotations
 
@@ -43,7 +43,11 @@ CASES = {
     "one drawn head": {"gradient_checkpointing": True, "caft": {"beta": 0.5, "heads_per_step": 1}},
     "lora, one drawn head": {"lora": True, "caft": {"beta": 0.5, "heads_per_step": 1}},
     "masked": {"caft": {"beta": 0.5}, "meap": {"min_answer_tokens": 3, "mask_token": "add"}},
-    "masked lora": {"lora": True, "caft": {"beta": 0.5}, "meap": {"min_answer_tokens": 3, "mask_token": "add"}},
+    "masked lora": {
+        "lora": True,
+        "caft": {"beta": 0.5},
+        "meap": {"min_answer_tokens": 3, "mask_token": "add"},
+    },
     "saved": {"caft": {"beta": 0.5}, **SAVED},
     "saved lora heads": {"caft": {"beta": 0.5, "train_heads": "lora"}, **SAVED},
     # accelerate 1.13 with FSDP2 does not bring back a PEFT adapter as it was, with or without CAFT
@@ -57,8 +61,9 @@ CASES = {
     },
 }
 SAVES = ("saved", "saved lora heads", "saved lora", "saved 4 bits")
-# As the YAMLs of axolotl_configs train under FSDP2, computed in bfloat16: weights in it (llama-3.1-8b-full-fsdp2.yml),
-# or in 4 bits with LoRA (llama-3.1-70b-qlora-fsdp2-2nodes.yml). Two steps, since some CPUs take long for them.
+# As the YAMLs of axolotl_configs train under FSDP2, computed in bfloat16: weights in it
+# (llama-3.1-8b-full-fsdp2.yml), or in 4 bits with LoRA (llama-3.1-70b-qlora-fsdp2-2nodes.yml). Two
+# steps, since some CPUs take long for them.
 HALVES = {
     "bf16": {"bf16": True, "loaded": {"dtype": "bfloat16"}, "max_steps": 2, "caft": {"beta": 0.5}},
     "bf16, 4 bits": {
@@ -72,7 +77,8 @@ HALVES = {
 }
 HALVES |= {f"{case}, plain": {**settings, "caft": None} for case, settings in HALVES.items()}
 LAYERS = {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
-# The final norm and the unembedding are groups of their own, so they are not gathered when heads begin to use them.
+# The final norm and the unembedding are groups of their own, so they are not gathered when heads
+# begin to use them.
 PIECES = {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer", "LlamaRMSNorm", "Linear"]}
 
 
@@ -88,7 +94,8 @@ def fsdp(case, **config):
 
 
 def halves():
-    """`HALVES` in several processes, sharded by Axolotl where it is installed, by accelerate elsewhere."""
+    """`HALVES` in several processes, sharded by Axolotl where it is installed, by accelerate
+    elsewhere."""
     sharded = {**fsdp("full", **LAYERS), "axolotl": importlib.util.find_spec("axolotl") is not None}
     return {case: {**sharded, **settings} for case, settings in HALVES.items()}
 
@@ -98,7 +105,13 @@ WAYS = {
     "ddp": {
         case: {**CASES[case], "resume": False}
         for case in CASES
-        if case not in ("tied", "accumulation", "4 bits, frozen heads", "4 bits, full heads, checkpointing")
+        if case
+        not in (
+            "tied",
+            "accumulation",
+            "4 bits, frozen heads",
+            "4 bits, full heads, checkpointing",
+        )
     },
     "layers": {case: fsdp(case, **LAYERS) for case in CASES},
     # as accelerate does it where the first process alone has read the weights
@@ -113,16 +126,32 @@ WAYS = {
             "masked lora": "meta",
         }.items()
     },
-    "pieces": {case: fsdp(case, **PIECES) for case in ("full", "lora, checkpointing", "gamma 0", "accumulation")},
+    "pieces": {
+        case: fsdp(case, **PIECES)
+        for case in ("full", "lora, checkpointing", "gamma 0", "accumulation")
+    },
 }
 
 
-ZERO2 = ("full", "lora, checkpointing", "gamma 0", "frozen heads", "full heads on lora", "saved", "saved lora")
+ZERO2 = (
+    "full",
+    "lora, checkpointing",
+    "gamma 0",
+    "frozen heads",
+    "full heads on lora",
+    "saved",
+    "saved lora",
+)
 
 
 def zero(case, stage=2):
     """With DeepSpeed's settings; "auto" is filled in by the Trainer."""
-    batch = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+    batch = (
+        "train_batch_size",
+        "train_micro_batch_size_per_gpu",
+        "gradient_accumulation_steps",
+        "gradient_clipping",
+    )
     config = {
         "zero_optimization": {"stage": stage},
         "zero_allow_untested_optimizer": True,
@@ -131,23 +160,43 @@ def zero(case, stage=2):
     return {**CASES[case], "resume": False, "deepspeed": config}
 
 
-# How torchrun names a process that crashed in torch or in gloo; Python code alone cannot do that. Two processes on a
-# CPU were seen to do so twice, at different places, in some hundred runs.
+# How torchrun names a process that crashed in torch or in gloo; Python code alone cannot do that.
+# Two processes on a CPU were seen to do so twice, at different places, in some hundred runs.
 CRASHES = ("(SIGSEGV)", "(SIGABRT)")
 
 
 def run(folder, cases, processes):
-    """The folder that the run left; a run in which a process crashed is warned of and done again, twice at most."""
-    rows = {case: 8 // processes // settings.get("gradient_accumulation_steps", 1) for case, settings in cases.items()}
-    cases = {case: {**settings, "per_device_train_batch_size": rows[case]} for case, settings in cases.items()}
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "AXOLOTL_DO_NOT_TRACK": "1"}
+    """The folder that the run left; a run in which a process crashed is warned of and done again,
+    twice at most."""
+    rows = {
+        case: 8 // processes // settings.get("gradient_accumulation_steps", 1)
+        for case, settings in cases.items()
+    }
+    cases = {
+        case: {**settings, "per_device_train_batch_size": rows[case]}
+        for case, settings in cases.items()
+    }
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "AXOLOTL_DO_NOT_TRACK": "1",
+    }
     for attempt in range(3):
         into = folder / str(attempt)
         into.mkdir()
         command = [sys.executable, str(SCRIPT), str(into), json.dumps(cases)]
         if processes > 1:
-            command[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+            command[1:1] = [
+                "-m",
+                "torch.distributed.run",
+                "--standalone",
+                "--nproc_per_node",
+                str(processes),
+            ]
+        result = subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=600
+        )
         if result.returncode == 0:
             return into
         if attempt == 2 or not any(crash in result.stderr for crash in CRASHES):
@@ -180,7 +229,9 @@ def test_two_processes_equal_one(one_process, two_processes, way, case):
     assert two["sharded"] == [way != "ddp"]
     assert (two["wrapped"] == "DistributedDataParallel") == (way == "ddp")
     assert two["left_behind"] == []
-    assert two["fields"] == one["fields"] and "caft_loss" not in two["fields"] and two["found"] == []
+    assert (
+        two["fields"] == one["fields"] and "caft_loss" not in two["fields"] and two["found"] == []
+    )
     assert len(one["logs"]) == 3
     for ours, theirs in zip(one["logs"], two["logs"], strict=True):
         assert ours.keys() == theirs.keys()
@@ -190,13 +241,14 @@ def test_two_processes_equal_one(one_process, two_processes, way, case):
 
     ours, theirs = (load_file(where / f"{case}.safetensors") for where in (one_process, folder))
     assert ours.keys() == theirs.keys()
-    for name, gradient in ours.items():  # 3e-8: what float32 rounds of sums whose terms are around 0.1 (seen: 1.3e-8)
+    # 3e-8: what float32 rounds of sums whose terms are around 0.1 (seen: 1.3e-8)
+    for name, gradient in ours.items():
         assert (theirs[name] - gradient).norm() <= 1e-5 * gradient.norm() + 3e-8, name
 
 
 def distances(one_process, folder, case):
-    """How far two processes' gradients lie from one's, relative to these: of the model and of the heads, at the step
-    where it is farthest."""
+    """How far two processes' gradients lie from one's, relative to these: of the model and of the
+    heads, at the step where it is farthest."""
     ours, theirs = (load_file(where / f"{case}.safetensors") for where in (one_process, folder))
     assert ours.keys() == theirs.keys()
     squares = {}
@@ -204,7 +256,10 @@ def distances(one_process, folder, case):
         of = (name.split(".")[0], "caft_heads" in name)
         off, size = squares.get(of, (0.0, 0.0))
         difference = theirs[name].double() - gradient.double()
-        squares[of] = (off + difference.square().sum().item(), size + gradient.double().square().sum().item())
+        squares[of] = (
+            off + difference.square().sum().item(),
+            size + gradient.double().square().sum().item(),
+        )
     found = {}
     for (_, part), (off, size) in squares.items():
         found[part] = max(found.get(part, 0.0), (off / size) ** 0.5)
@@ -212,10 +267,12 @@ def distances(one_process, folder, case):
 
 
 @pytest.mark.parametrize("case", [case for case in HALVES if HALVES[case]["caft"]])
-def test_in_bf16_two_processes_are_as_near_to_one_as_without_heads(one_process, two_processes, case):
-    """bfloat16 has 8 bits, and FSDP2 reduces gradients in it, so two processes cannot give one's digits. Without heads
-    their gradients lie 0.4 to 1 % from one's; with heads no more than three times as far (measured: 1.5 times at most;
-    a gradient that is halved is at 50 %)."""
+def test_in_bf16_two_processes_are_as_near_to_one_as_without_heads(
+    one_process, two_processes, case
+):
+    """bfloat16 has 8 bits, and FSDP2 reduces gradients in it, so two processes cannot give one's
+    digits. Without heads their gradients lie 0.4 to 1 % from one's; with heads no more than three
+    times as far (measured: 1.5 times at most; a gradient that is halved is at 50 %)."""
     folder, plain = two_processes("layers"), f"{case}, plain"
     limit = 3 * distances(one_process, folder, plain)[False]
     assert limit < 0.05
@@ -233,16 +290,20 @@ def test_in_bf16_two_processes_are_as_near_to_one_as_without_heads(one_process, 
     assert len(one["logs"]) == len(two["logs"]) == 2
     for ours, theirs in zip(one["logs"], two["logs"], strict=True):
         assert ours.keys() == theirs.keys()
-        # The plain loss comes out of FSDP2 in bfloat16, and newer transformers hand their count of tokens through it:
-        # a rounding of 0.4 % each. Those of the heads are summed in float32 over some hundred rows (measured: 7e-5).
-        assert theirs["caft/next_token_loss"] == pytest.approx(ours["caft/next_token_loss"], rel=8e-3)
+        # The plain loss comes out of FSDP2 in bfloat16, and newer transformers hand their count of
+        # tokens through it: a rounding of 0.4 % each. Those of the heads are summed in float32 over
+        # some hundred rows (measured: 7e-5).
+        assert theirs["caft/next_token_loss"] == pytest.approx(
+            ours["caft/next_token_loss"], rel=8e-3
+        )
         for key in ours:
             if key.startswith("caft/") and key != "caft/next_token_loss":
                 assert theirs[key] == pytest.approx(ours[key], rel=5e-4), key
 
 
 def same(ours, theirs):
-    """Files of tensors (see `plain_files`): the same files, names and, but for rounding, numbers."""
+    """Files of tensors (see `plain_files`): the same files, names and, but for rounding,
+    numbers."""
     assert theirs.keys() == ours.keys()
     for file in ours:
         assert ours[file].keys() == theirs[file].keys(), file
@@ -252,18 +313,26 @@ def same(ours, theirs):
 
 @pytest.fixture(scope="module")
 def zero2_run(tmp_path_factory):
-    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed (pip install deepspeed==0.19.8)")
+    pytest.importorskip(
+        "deepspeed", reason="DeepSpeed is not installed (pip install deepspeed==0.19.8)"
+    )
     return run(
-        tmp_path_factory.mktemp("zero2"), {**{case: zero(case) for case in ZERO2}, "zero3": zero("full", stage=3)}, 2
+        tmp_path_factory.mktemp("zero2"),
+        {**{case: zero(case) for case in ZERO2}, "zero3": zero("full", stage=3)},
+        2,
     )
 
 
 def test_deepspeed_zero2_equals_one_process(one_process, zero2_run):
-    """Also what is saved. DeepSpeed keeps the gradients to itself, so their norm stands for them."""
+    """Also what is saved. DeepSpeed keeps the gradients to itself, so their norm stands for
+    them."""
     for case in ZERO2:
-        one, two = (json.loads((where / f"{case}.json").read_text()) for where in (one_process, zero2_run))
+        one, two = (
+            json.loads((where / f"{case}.json").read_text()) for where in (one_process, zero2_run)
+        )
         assert two["wrapped"] == "DeepSpeedEngine"
-        # DeepSpeed's optimizer counts the step at which no head ran, so from the next update on heads differ.
+        # DeepSpeed's optimizer counts the step at which no head ran, so from the next update on
+        # heads differ.
         steps = 2 if case == "gamma 0" else 3
         assert len(one["logs"]) == len(two["logs"]) == 3
         for ours, theirs in zip(one["logs"][:steps], two["logs"][:steps], strict=True):
@@ -294,18 +363,27 @@ def test_processes_that_share_one_models_work_are_refused(tmp_path):
 
 
 def test_fsdp1_is_refused(tmp_path):
-    one = {**LAYERS, "version": 1, "reshard_after_forward": "FULL_SHARD", "sync_module_states": False}
+    one = {
+        **LAYERS,
+        "version": 1,
+        "reshard_after_forward": "FULL_SHARD",
+        "sync_module_states": False,
+    }
     alone = {"caft": {"beta": 0}}  # a plain run, but for the added vector
     cases = {"caft": fsdp("full", **one), "meap.mask_token": {**fsdp("masked", **one), **alone}}
     folder = run(tmp_path, cases, 2)
     for key in cases:
         refused = json.loads((folder / f"{key}.json").read_text())["refused"]
-        assert refused.startswith(f"{key}: got fsdp_config.version: 1, which is FSDP1, but it accepts FSDP2")
+        assert refused.startswith(
+            f"{key}: got fsdp_config.version: 1, which is FSDP1, but it accepts FSDP2"
+        )
 
 
 def test_deepspeed_zero3_is_refused(zero2_run):
     refused = json.loads((zero2_run / "zero3.json").read_text())["refused"]
-    assert refused.startswith("caft: got DeepSpeed's zero_optimization.stage: 3, but it accepts 0, 1 or 2")
+    assert refused.startswith(
+        "caft: got DeepSpeed's zero_optimization.stage: 3, but it accepts 0, 1 or 2"
+    )
 
 
 @pytest.mark.parametrize("case", [case for case in SAVES if CASES[case]["resume"]])

@@ -1,6 +1,8 @@
-"""Runs that are killed with SIGKILL, while they train and while they save, and started again until they end.
+"""Runs that are killed with SIGKILL, while they train and while they save, and started again until
+they end.
 
-Without more said, each kind of run is killed once; `make soak` (CAFT_SOAK=1) kills each a dozen times.
+Without more said, each kind of run is killed once; `make soak` (CAFT_SOAK=1) kills each a dozen
+times.
 """
 
 from __future__ import annotations
@@ -36,7 +38,9 @@ DEADLINE = 120.0
 def processes():
     """Forks of one process that has imported what a run needs: a start takes a second less many."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "peft", "transformers.trainer", "bitsandbytes", "caft_plugin.training"])
+    context.set_forkserver_preload(
+        ["torch", "peft", "transformers.trainer", "bitsandbytes", "caft_plugin.training"]
+    )
     return context
 
 
@@ -53,7 +57,9 @@ def finish(process, folder):
 
 def outcome(folder):
     """Every figure logged, the weights and the heads."""
-    state = json.loads((folder / f"checkpoint-{interrupted.STEPS}" / "trainer_state.json").read_text())
+    state = json.loads(
+        (folder / f"checkpoint-{interrupted.STEPS}" / "trainer_state.json").read_text()
+    )
     logs = [entry for entry in state["log_history"] if "loss" in entry]
     tensors = {}
     for file in [*folder.glob("*.safetensors"), *(folder / FOLDER).glob("*.safetensors")]:
@@ -62,7 +68,8 @@ def outcome(folder):
 
 
 def check_heads_files(folder):
-    """No file of ours is half there: each one with its final name loads, and the record was written last."""
+    """No file of ours is half there: each one with its final name loads, and the record was written
+    last."""
     for heads in folder.rglob(FOLDER):
         for file in heads.glob("*.safetensors"):
             assert all(torch.isfinite(tensor).all() for tensor in load_file(file).values())
@@ -71,9 +78,12 @@ def check_heads_files(folder):
 
 
 def half_written(folder):
-    """The checkpoints that are not whole, each with the time of its last change: one for each kill that left one."""
+    """The checkpoints that are not whole, each with the time of its last change: one for each kill
+    that left one."""
     broken = [path for path in folder.glob("checkpoint-*") if problem_of(path, interrupted.PARTS)]
-    return {(path.name, max(p.stat().st_mtime_ns for p in [path, *path.rglob("*")])) for path in broken}
+    return {
+        (path.name, max(p.stat().st_mtime_ns for p in [path, *path.rglob("*")])) for path in broken
+    }
 
 
 @pytest.mark.parametrize(("base", "heads"), KINDS)
@@ -84,14 +94,18 @@ def test_killed_and_resumed_equals_uninterrupted(processes, tmp_path, base, head
     expected_logs, expected_tensors = outcome(whole)
     assert [entry["step"] for entry in expected_logs] == list(range(1, interrupted.STEPS + 1))
 
-    # Each kill comes within a tenth of a second after a checkpoint's folder has appeared, of which saving takes
-    # about a half. Where the folder is there already, the kill meets the start.
+    # Each kill comes within a tenth of a second after a checkpoint's folder has appeared, of which
+    # saving takes about a half. Where the folder is there already, the kill meets the start.
     chance = random.Random(f"{base} {heads}")
     halves, problems = set(), []
     for step in sorted(chance.choices(range(1, interrupted.STEPS - 4), k=KILLS)):
         process = start(processes, parts, base, heads)
         until = time.monotonic() + DEADLINE
-        while not (parts / f"checkpoint-{step}").exists() and process.is_alive() and time.monotonic() < until:
+        while (
+            not (parts / f"checkpoint-{step}").exists()
+            and process.is_alive()
+            and time.monotonic() < until
+        ):
             time.sleep(0.001)
         time.sleep(chance.uniform(0, 0.1))
         process.kill()
@@ -100,7 +114,8 @@ def test_killed_and_resumed_equals_uninterrupted(processes, tmp_path, base, head
         check_heads_files(parts)
         newest, problems = newest_whole(parts, interrupted.PARTS)
         halves |= half_written(parts)
-        # heads come before the trainer's state (an older checkpoint may be half deleted by the save limit)
+        # heads come before the trainer's state (an older checkpoint may be half deleted by the save
+        # limit)
         assert newest is None or (newest / FOLDER / "config.json").exists()
     before = (parts / "output.txt").read_text()
     finish(start(processes, parts, base, heads), parts)
@@ -114,4 +129,6 @@ def test_killed_and_resumed_equals_uninterrupted(processes, tmp_path, base, head
     output = (parts / "output.txt").read_text().removeprefix(before)
     # (without a whole checkpoint the run started anew and had nothing to say)
     assert output.count("it is skipped") == (len(problems) if newest else 0)
-    print(f"{base} {heads}: {KILLS} kills left {len(halves)} half-written or half-deleted checkpoints")  # noqa: T201
+    print(  # noqa: T201
+        f"{base} {heads}: {KILLS} kills left {len(halves)} half-written or half-deleted checkpoints"
+    )

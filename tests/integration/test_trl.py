@@ -1,4 +1,5 @@
-"""The real SFTTrainer of whichever TRL is installed: what the plain one runs ours runs, what it refuses ours does."""
+"""The real SFTTrainer of whichever TRL is installed: what the plain one runs ours runs, what it
+refuses ours does."""
 
 from __future__ import annotations
 
@@ -22,9 +23,9 @@ from caft_plugin.caft.heads import MODULE_NAME
 from caft_plugin.trl import CAFTSFTTrainer
 
 TEMPLATE = (
-    "{% for m in messages %}{{ m.role }} {% if m.role == 'assistant' %}{% generation %}{{ m.content }} </s>"
-    "{% endgeneration %} {% else %}{{ m.content }} </s> {% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}assistant {% endif %}"
+    "{% for m in messages %}{{ m.role }} {% if m.role == 'assistant' %}{% generation %}{{ m.content"
+    " }} </s>{% endgeneration %} {% else %}{{ m.content }} </s> {% endif %}{% endfor %}{% if"
+    " add_generation_prompt %}assistant {% endif %}"
 )
 
 
@@ -38,7 +39,12 @@ def answer(i):
 
 
 CHATS = [
-    {"messages": [{"role": "user", "content": f"w{i} w{i + 1}"}, {"role": "assistant", "content": answer(i)}]}
+    {
+        "messages": [
+            {"role": "user", "content": f"w{i} w{i + 1}"},
+            {"role": "assistant", "content": answer(i)},
+        ]
+    }
     for i in range(24)
 ]
 COMPLETIONS = [{"prompt": f"w{i} w{i + 1} ", "completion": answer(i)} for i in range(24)]
@@ -47,7 +53,9 @@ TEXTS = [{"text": f"w{i} {answer(i)}"} for i in range(24)]
 
 def custom_loss(outputs, labels, num_items_in_batch=None):
     flat = outputs.logits[:, :-1].flatten(0, 1).float()
-    total = torch.nn.functional.cross_entropy(flat, labels[:, 1:].flatten(), ignore_index=-100, reduction="sum")
+    total = torch.nn.functional.cross_entropy(
+        flat, labels[:, 1:].flatten(), ignore_index=-100, reduction="sum"
+    )
     return total / num_items_in_batch
 
 
@@ -59,8 +67,16 @@ FEATURES = {
     "completion_only_loss off": (COMPLETIONS, {"completion_only_loss": False}, {}),
     "assistant_only_loss": (CHATS, {"assistant_only_loss": True}, {}),
     "packing bfd": (CHATS, {"packing": True, "max_length": 32}, {}),
-    "packing bfd_split": (CHATS, {"packing": True, "max_length": 32, "packing_strategy": "bfd_split"}, {}),
-    "packing wrapped": (CHATS, {"packing": True, "max_length": 32, "packing_strategy": "wrapped"}, {}),
+    "packing bfd_split": (
+        CHATS,
+        {"packing": True, "max_length": 32, "packing_strategy": "bfd_split"},
+        {},
+    ),
+    "packing wrapped": (
+        CHATS,
+        {"packing": True, "max_length": 32, "packing_strategy": "wrapped"},
+        {},
+    ),
     "padding_free": (CHATS, {"padding_free": True, "max_length": None}, {}),
     "padding_free with max_length": (CHATS, {"padding_free": True, "max_length": 32}, {}),
     "loss nll": (CHATS, {"loss_type": "nll"}, {}),
@@ -81,7 +97,11 @@ FEATURES = {
     "bf16": (CHATS, {"bf16": True}, {}),
     "torch_compile": (
         CHATS,
-        {"torch_compile": True, "torch_compile_backend": "aot_eager", "gradient_checkpointing": False},
+        {
+            "torch_compile": True,
+            "torch_compile_backend": "aot_eager",
+            "gradient_checkpointing": False,
+        },
         {},
     ),
 }
@@ -102,7 +122,16 @@ def model_of(seed=0, **changes):
     return LlamaForCausalLM(LlamaConfig(**{**LLAMA, "eos_token_id": 1, **changes}))
 
 
-def make(trainer_class, tokenizer, folder, rows=CHATS, settings=None, arguments=None, caft=None, model=None):
+def make(
+    trainer_class,
+    tokenizer,
+    folder,
+    rows=CHATS,
+    settings=None,
+    arguments=None,
+    caft=None,
+    model=None,
+):
     config = SFTConfig(
         **{
             "output_dir": str(folder),
@@ -150,8 +179,12 @@ def test_what_the_plain_trainer_runs_ours_runs(tokenizer, tmp_path, feature):
     first = ours[0]
     assert plain[0].keys() <= first.keys()
     # bfloat16 rounds the host's loss to 3 digits before it is added up
-    assert first["caft/next_token_loss"] == pytest.approx(plain[0]["loss"], rel=1e-2 if feature == "bf16" else 1e-6)
-    assert first["loss"] == pytest.approx(first["caft/next_token_loss"] + first["caft/aux_loss"], rel=1e-6)
+    assert first["caft/next_token_loss"] == pytest.approx(
+        plain[0]["loss"], rel=1e-2 if feature == "bf16" else 1e-6
+    )
+    assert first["loss"] == pytest.approx(
+        first["caft/next_token_loss"] + first["caft/aux_loss"], rel=1e-6
+    )
     assert {f"caft/loss_head_{k}" for k in range(1, 5)} <= first.keys()
     assert ours[-1]["caft/loss_head_1"] < first["caft/loss_head_1"]
     for key in ("entropy", "num_tokens", "mean_token_accuracy"):
@@ -159,10 +192,14 @@ def test_what_the_plain_trainer_runs_ours_runs(tokenizer, tmp_path, feature):
     if feature in SAME_HEADS:
         reference = run(CAFTSFTTrainer, tokenizer, tmp_path, caft={"beta": 0.05})[0]
         for k in range(1, 5):
-            assert first[f"caft/loss_head_{k}"] == pytest.approx(reference[f"caft/loss_head_{k}"], rel=1e-5)
+            assert first[f"caft/loss_head_{k}"] == pytest.approx(
+                reference[f"caft/loss_head_{k}"], rel=1e-5
+            )
 
 
-@pytest.mark.parametrize("feature", ["conversational", "packing bfd", "LoRA", "loss dft", "label smoothing nll"])
+@pytest.mark.parametrize(
+    "feature", ["conversational", "packing bfd", "LoRA", "loss dft", "label smoothing nll"]
+)
 def test_beta_zero_is_the_plain_trainer_to_the_digit(tokenizer, tmp_path, feature):
     given = dict(zip(("rows", "settings", "arguments"), FEATURES[feature], strict=True))
     runs = [
@@ -174,9 +211,12 @@ def test_beta_zero_is_the_plain_trainer_to_the_digit(tokenizer, tmp_path, featur
     assert runs[0][0].keys() == runs[1][0].keys()
 
 
-@pytest.mark.parametrize("packing", [{"packing": True, "max_length": 64}, {"padding_free": True, "max_length": None}])
+@pytest.mark.parametrize(
+    "packing", [{"packing": True, "max_length": 64}, {"padding_free": True, "max_length": None}]
+)
 def test_packed_rows_give_what_their_documents_give(tokenizer, tmp_path, packing):
-    """Heads see and predict within a document: the same means as of padded rows, all rows in one step."""
+    """Heads see and predict within a document: the same means as of padded rows, all rows in one
+    step."""
     settings = {"per_device_train_batch_size": 24, "gradient_accumulation_steps": 1, "max_steps": 1}
     padded = run(CAFTSFTTrainer, tokenizer, tmp_path, settings=settings, caft={})[0]
     packed = run(CAFTSFTTrainer, tokenizer, tmp_path, settings={**settings, **packing}, caft={})[0]
@@ -194,7 +234,14 @@ def test_evaluation_and_best_model(tokenizer, tmp_path):
     }
     evaluated = {"eval_dataset": Dataset.from_list(CHATS[:6])}
     plain = make(SFTTrainer, tokenizer, tmp_path / "plain", settings=settings, arguments=evaluated)
-    ours = make(CAFTSFTTrainer, tokenizer, tmp_path / "ours", settings=settings, arguments=evaluated, caft={})
+    ours = make(
+        CAFTSFTTrainer,
+        tokenizer,
+        tmp_path / "ours",
+        settings=settings,
+        arguments=evaluated,
+        caft={},
+    )
     before = plain.evaluate(), ours.evaluate()
     assert before[0]["eval_loss"] == before[1]["eval_loss"]
     assert before[1]["eval_caft/loss_head_4"] > 0
@@ -209,7 +256,9 @@ def test_evaluation_and_best_model(tokenizer, tmp_path):
 
 @pytest.mark.parametrize("how", ["full", "LoRA"])
 def test_what_is_saved_is_plain(tokenizer, tmp_path, how):
-    arguments = {"peft_config": LoraConfig(r=4, target_modules="all-linear")} if how == "LoRA" else {}
+    arguments = (
+        {"peft_config": LoraConfig(r=4, target_modules="all-linear")} if how == "LoRA" else {}
+    )
     file = "adapter_model.safetensors" if how == "LoRA" else "model.safetensors"
     found = []
     for trainer_class, caft in ((SFTTrainer, None), (CAFTSFTTrainer, {})):
@@ -231,7 +280,11 @@ def test_a_model_by_name_and_qlora(tokenizer, tmp_path):
     )
     settings = {
         "bf16": True,
-        "model_init_kwargs": {"quantization_config": quantisation, "dtype": torch.bfloat16, "device_map": "cpu"},
+        "model_init_kwargs": {
+            "quantization_config": quantisation,
+            "dtype": torch.bfloat16,
+            "device_map": "cpu",
+        },
     }
     arguments = {"peft_config": LoraConfig(r=4, target_modules="all-linear")}
     trainer = make(
@@ -243,7 +296,9 @@ def test_a_model_by_name_and_qlora(tokenizer, tmp_path):
         caft={},
         model=str(tmp_path / "base"),
     )
-    assert any(".lora_" in name for name, p in trainer.caft.heads.named_parameters() if p.requires_grad)
+    assert any(
+        ".lora_" in name for name, p in trainer.caft.heads.named_parameters() if p.requires_grad
+    )
     trainer.train()
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert all(torch.isfinite(torch.tensor(entry["caft/loss_head_4"])) for entry in logs)
@@ -261,4 +316,6 @@ def test_a_users_subclass_keeps_its_loss(tokenizer, tmp_path):
     plain = run(Half, tokenizer, tmp_path)
     ours = run(with_caft(Half), tokenizer, tmp_path, caft={})
     assert ours[0]["caft/next_token_loss"] == pytest.approx(plain[0]["loss"], rel=1e-6)
-    assert ours[0]["loss"] == pytest.approx(ours[0]["caft/next_token_loss"] + ours[0]["caft/aux_loss"], rel=1e-6)
+    assert ours[0]["loss"] == pytest.approx(
+        ours[0]["caft/next_token_loss"] + ours[0]["caft/aux_loss"], rel=1e-6
+    )

@@ -1,4 +1,5 @@
-"""Every trainer that TRL exports, with our class over it and neither `caft` nor `meap`: it does what it did."""
+"""Every trainer that TRL exports, with our class over it and neither `caft` nor `meap`: it does
+what it did."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ from caft_plugin.trl import SFTMixin
 EXPORTED = [
     name
     for name in trl.__all__
-    if name.endswith("Trainer") and issubclass(getattr(trl, name), Trainer)  # newer versions may export other kinds
+    # newer versions may export other kinds
+    if name.endswith("Trainer") and issubclass(getattr(trl, name), Trainer)
 ]
 PAIRS = [{"prompt": "w1 w2 ", "chosen": f"w{i} w5", "rejected": f"w{i + 1} w6"} for i in range(8)]
 JUDGED = [{**row, "label": i % 2 == 0} for i, row in enumerate(COMPLETIONS[:8])]
@@ -49,15 +51,21 @@ def test_all_are_found():
 
 @pytest.mark.parametrize("name", EXPORTED)
 def test_what_is_a_trainers_own_stays_its_own(name):
-    """Only methods of transformers' Trainer are overridden, and of SFTTrainer the one that packs its data."""
+    """Only methods of transformers' Trainer are overridden, and of SFTTrainer the one that packs
+    its data."""
     host = getattr(trl, name)
     ours = with_caft(host)
     assert ours.__name__ == f"CAFT{name}" and with_caft(ours) is ours is with_caft(host)
     added = [base for base in ours.__mro__ if base not in host.__mro__]
-    overridden = {key for base in added for key in vars(base) if hasattr(host, key)} - set(dir(object))
+    overridden = {key for base in added for key in vars(base) if hasattr(host, key)} - set(
+        dir(object)
+    )
     allowed = {"_prepare_dataset"} if issubclass(host, trl.SFTTrainer) else set()
     assert {key for key in overridden if not hasattr(Trainer, key)} <= allowed
-    assert getattr(ours, "_prepare_dataset", None) is getattr(host, "_prepare_dataset", None) or allowed
+    assert (
+        getattr(ours, "_prepare_dataset", None) is getattr(host, "_prepare_dataset", None)
+        or allowed
+    )
 
 
 @pytest.mark.parametrize("name", TRAINED)
@@ -88,7 +96,11 @@ def test_it_trains_as_it_did(name, tmp_path):
         trainer.evaluate()
         logs.append(
             [
-                {key: value for key, value in entry.items() if not key.endswith(("time", "per_second"))}
+                {
+                    key: value
+                    for key, value in entry.items()
+                    if not key.endswith(("time", "per_second"))
+                }
                 for entry in trainer.state.log_history
             ]
         )
@@ -104,7 +116,12 @@ class Mine(trl.SFTTrainer):
         super().__init__(*args, **kwargs)
         held_out = Dataset.from_list(CHATS[:4])
         self.held_out = self._prepare_dataset(
-            held_out, self.processing_class, self.args, False, formatting_func=None, dataset_name="train"
+            held_out,
+            self.processing_class,
+            self.args,
+            False,
+            formatting_func=None,
+            dataset_name="train",
         )
 
 
@@ -113,7 +130,9 @@ def test_a_users_class_over_sfttrainer_gets_what_sfttrainer_gets(tmp_path):
     assert issubclass(made, SFTMixin) and not issubclass(with_caft(Trainer), SFTMixin)
     trainer = made(
         model=model_of(),
-        args=trl.SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, max_steps=1, report_to=[]),
+        args=trl.SFTConfig(
+            output_dir=str(tmp_path), use_cpu=True, bf16=False, max_steps=1, report_to=[]
+        ),
         train_dataset=Dataset.from_list(CHATS),
         processing_class=word_tokenizer(TEMPLATE),
         meap={"mask_token": 95, "min_answer_tokens": 1},
@@ -132,16 +151,17 @@ def test_a_users_class_over_sfttrainer_gets_what_sfttrainer_gets(tmp_path):
 def test_the_door_opens_by_itself(first):
     """In a process of its own, in both orders of import."""
     code = (
-        f"{first}; import sys; from trl import SFTTrainer; from caft_plugin.trl import CAFTSFTTrainer, SFTMixin; "
-        "from caft_plugin import with_caft; assert C is CAFTSFTTrainer is with_caft(SFTTrainer); "
-        "assert issubclass(C, SFTMixin)"
+        f"{first}; import sys; from trl import SFTTrainer; from caft_plugin.trl import"
+        " CAFTSFTTrainer, SFTMixin; from caft_plugin import with_caft; assert C is CAFTSFTTrainer"
+        " is with_caft(SFTTrainer); assert issubclass(C, SFTMixin)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_the_engine_alone_opens_no_door():
     code = (
-        "import sys; from caft_plugin import with_caft; from transformers import Trainer; with_caft(Trainer); "
-        "assert 'caft_plugin.trl' not in sys.modules and 'trl' not in sys.modules"
+        "import sys; from caft_plugin import with_caft; from transformers import Trainer;"
+        " with_caft(Trainer); assert 'caft_plugin.trl' not in sys.modules and 'trl' not in"
+        " sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

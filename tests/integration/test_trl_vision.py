@@ -26,10 +26,10 @@ from caft_plugin import ConfigError
 from caft_plugin.trl import CAFTSFTTrainer
 
 TEMPLATE = (
-    "{% for m in messages %}{{ m.role }} {% if m.content is string %}{{ m.content }} {% else %}"
-    "{% for part in m.content %}"
-    "{% if part.type == 'image' %}<image> {% else %}{{ part.text }} {% endif %}{% endfor %}{% endif %}</s> {% endfor %}"
-    "{% if add_generation_prompt %}assistant {% endif %}"
+    "{% for m in messages %}{{ m.role }} {% if m.content is string %}{{ m.content }} {% else %}{%"
+    " for part in m.content %}{% if part.type == 'image' %}<image> {% else %}{{ part.text }} {%"
+    " endif %}{% endfor %}{% endif %}</s> {% endfor %}{% if add_generation_prompt %}assistant {%"
+    " endif %}"
 )
 
 
@@ -56,7 +56,10 @@ def rows():
                 "images": [Image.new("RGB", (16, 16), colour)],
                 "messages": [
                     {"role": "user", "content": f"w{i} w{i + 1}"},
-                    {"role": "assistant", "content": " ".join(f"w{(i * 7 + j) % 80}" for j in range(6))},
+                    {
+                        "role": "assistant",
+                        "content": " ".join(f"w{(i * 7 + j) % 80}" for j in range(6)),
+                    },
                 ],
             }
             for i, colour in enumerate(colours)
@@ -100,7 +103,9 @@ def test_images_through_trl(processor, tmp_path, how):
         trainer.save_model()
         logs[name] = [entry for entry in trainer.state.log_history if "loss" in entry]
         file = "adapter_model.safetensors" if how == "LoRA" else "model.safetensors"
-        saved[name] = {key: tensor.shape for key, tensor in load_file(tmp_path / name / file).items()}
+        saved[name] = {
+            key: tensor.shape for key, tensor in load_file(tmp_path / name / file).items()
+        }
     plain, ours = logs["SFTTrainer"], logs["CAFTSFTTrainer"]
     assert ours[0]["caft/next_token_loss"] == pytest.approx(plain[0]["loss"], rel=1e-6)
     for k in range(1, 5):
@@ -111,8 +116,8 @@ def test_images_through_trl(processor, tmp_path, how):
 
 
 def test_masks_and_images(processor, tmp_path):
-    """In pretraining no image token is ever masked, though a picture has more of them than there is text; copies,
-    which TRL's rows of images and text have no tokens for, are refused by name."""
+    """In pretraining no image token is ever masked, though a picture has more of them than there is
+    text; copies, which TRL's rows of images and text have no tokens for, are refused by name."""
     image_token = processor.tokenizer.convert_tokens_to_ids("<image>")
     make = functools.partial(
         CAFTSFTTrainer,
@@ -135,12 +140,15 @@ def test_masks_and_images(processor, tmp_path):
         model.config.image_token_id = image_token
         models.append(model)
     with pytest.raises(
-        ConfigError, match="training rows need `input_ids` and `labels`, but these have images.*pretrain"
+        ConfigError,
+        match="training rows need `input_ids` and `labels`, but these have images.*pretrain",
     ):
         make(model=models[0], meap={"min_answer_tokens": 1})
     trainer = make(model=models[1], meap={"mode": "pretrain", "mask_ratio": 0.9})
     seen = []
-    trainer.model.register_forward_pre_hook(lambda m, a, kwargs: seen.append(kwargs["input_ids"]), with_kwargs=True)
+    trainer.model.register_forward_pre_hook(
+        lambda m, a, kwargs: seen.append(kwargs["input_ids"]), with_kwargs=True
+    )
     trainer.train()
     mask = trainer.meap.collator.mask_id
     assert seen and all(((ids == image_token).sum(1) == 16).all() for ids in seen)

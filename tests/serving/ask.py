@@ -1,4 +1,5 @@
-"""Run by conftest.py: has vLLM write texts, each job in a fork of this process. Argument: a JSON file of jobs."""
+"""Run by conftest.py: has vLLM write texts, each job in a fork of this process. Argument: a JSON
+file of jobs."""
 
 from __future__ import annotations
 
@@ -39,7 +40,8 @@ def counts(engine: LLM) -> dict[str, Any]:
 
 
 def run(job: dict[str, Any]) -> list[dict[str, Any]]:
-    """The texts of each round, and the counts before and after it. A round is asked for with an adapter or None."""
+    """The texts of each round, and the counts before and after it. A round is asked for with an
+    adapter or None."""
     batch, rounds, written = job.get("batch", 8), job.get("rounds", [None]), []
     engine = LLM(
         job["model"],
@@ -54,13 +56,17 @@ def run(job: dict[str, Any]) -> list[dict[str, Any]]:
         enable_prefix_caching=job.get("prefix", True),
         **({"enable_lora": True, "max_lora_rank": 8} if any(rounds) else {}),
     )
-    sampling = SamplingParams(temperature=0, max_tokens=job["tokens"], ignore_eos=True, detokenize=False)
+    sampling = SamplingParams(
+        temperature=0, max_tokens=job["tokens"], ignore_eos=True, detokenize=False
+    )
     asked = [{"prompt_token_ids": prompt} for prompt in job["prompts"]]
     for adapter in rounds:
         lora = LoRARequest("tuned", 1, adapter) if adapter else None
         before, texts = counts(engine), []
         for at in range(0, len(asked), batch):
-            outputs = engine.generate(asked[at : at + batch], sampling, use_tqdm=False, lora_request=lora)
+            outputs = engine.generate(
+                asked[at : at + batch], sampling, use_tqdm=False, lora_request=lora
+            )
             texts += [list(output.outputs[0].token_ids) for output in outputs]
         written.append({"texts": texts, "before": before, "after": counts(engine)})
     return written
@@ -78,7 +84,8 @@ def main() -> None:
     load_general_plugins()
     for module in AHEAD:
         import_module(module)
-    gc.freeze()  # an engine's start collects garbage several times, and need not search what is imported
+    # an engine's start collects garbage several times, and need not search what is imported
+    gc.freeze()
     jobs = json.loads(Path(sys.argv[1]).read_text())
     for number, job in enumerate(jobs):
         if number >= AT_A_TIME:

@@ -1,4 +1,5 @@
-"""What vLLM writes with each drafter. `make test` runs these tests in an environment of their own, `.venv-vllm`."""
+"""What vLLM writes with each drafter. `make test` runs these tests in an environment of their own,
+`.venv-vllm`."""
 
 from __future__ import annotations
 
@@ -26,7 +27,10 @@ from drafters import (
 @pytest.fixture(scope="session")
 def prompts() -> list[list[int]]:
     generator = random.Random(3)
-    return [[generator.randrange(2, VOCABULARY) for _ in range(generator.randrange(5, 30))] for _ in range(6)]
+    return [
+        [generator.randrange(2, VOCABULARY) for _ in range(generator.randrange(5, 30))]
+        for _ in range(6)
+    ]
 
 
 def drafted(folder: Path, tokens: int, **settings) -> dict[str, object]:
@@ -37,7 +41,8 @@ PLAIN: dict[str, object] = {"speculative": None}
 
 
 def ways_of(folder: Path, case) -> dict[str, dict[str, object]]:
-    """How vLLM is asked in a case. Without a drafter once a family: its wirings have the same model."""
+    """How vLLM is asked in a case. Without a drafter once a family: its wirings have the same
+    model."""
     make(folder, *case)
     ways = {"4": drafted(folder, 4)}
     if case[1:] == DEFAULT:
@@ -58,10 +63,16 @@ def ways_of_all(root: Path) -> dict[str, dict[str, dict[str, object]]]:
     ways = {name_of(case): ways_of(root / name_of(case), case) for case in CASES}
     for scheme, dtype in QUANTISED.items():
         make(root / scheme, "llama", *DEFAULT, scheme)
-        ways[scheme] = {"plain": {**PLAIN, "dtype": dtype}, "4": drafted(root / scheme, 4, dtype=dtype)}
+        ways[scheme] = {
+            "plain": {**PLAIN, "dtype": dtype},
+            "4": drafted(root / scheme, 4, dtype=dtype),
+        }
     make_adapter(root / "adapter")
     rounds = [None, str(root / "adapter" / "out")]
-    ways["adapter"] = {"plain": {**PLAIN, "rounds": rounds}, "2": drafted(root / "adapter", 2, rounds=rounds)}
+    ways["adapter"] = {
+        "plain": {**PLAIN, "rounds": rounds},
+        "2": drafted(root / "adapter", 2, rounds=rounds),
+    }
     for name, (damage, tokens, _) in DAMAGED.items():
         make(root / name, "llama", *DEFAULT)
         damage(root / name / "vllm")
@@ -71,7 +82,8 @@ def ways_of_all(root: Path) -> dict[str, dict[str, dict[str, object]]]:
 
 @pytest.fixture(scope="session")
 def asked(tmp_path_factory, prompts) -> dict[str, dict[str, dict]]:
-    """What vLLM wrote and counted in each round, by case and by way; each case's folder is in it too."""
+    """What vLLM wrote and counted in each round, by case and by way; each case's folder is in it
+    too."""
     root = tmp_path_factory.mktemp("serving")
     ways = ways_of_all(root)
     jobs = [

@@ -1,4 +1,5 @@
-"""Tiny random models with heads over them, the drafters written from their files, and vLLM asked for texts."""
+"""Tiny random models with heads over them, the drafters written from their files, and vLLM asked
+for texts."""
 
 from __future__ import annotations
 
@@ -42,8 +43,16 @@ CONFIGS = {
     "qwen2": Qwen2Config(**SHAPE),
     "qwen3": Qwen3Config(**SHAPE),
 }
-DEFAULT, AUTHORS, NORMED, UNNORMED = ("penultimate", True), ("final", False), ("final", True), ("penultimate", False)
-CASES = [*((family, *DEFAULT) for family in CONFIGS), *(("llama", *wiring) for wiring in (AUTHORS, NORMED, UNNORMED))]
+DEFAULT, AUTHORS, NORMED, UNNORMED = (
+    ("penultimate", True),
+    ("final", False),
+    ("final", True),
+    ("penultimate", False),
+)
+CASES = [
+    *((family, *DEFAULT) for family in CONFIGS),
+    *(("llama", *wiring) for wiring in (AUTHORS, NORMED, UNNORMED)),
+]
 # By scheme, the type of the rest. vLLM's kernel for 4 bits takes no float32, and needs AVX-512.
 QUANTISED = {"int8": "float32"} | ({"int4": "float16"} if torch.cpu._is_avx512_supported() else {})
 
@@ -52,9 +61,12 @@ def name_of(case) -> str:
     return "-".join(map(str, case))
 
 
-def make(folder: Path, family: str, head_input: str, head_norm: bool, scheme: str | None = None) -> None:
-    """A model with noise on its norms and biases too, and heads that drift off the last layer one by one. `scheme`: the
-    model is quantised then, and its weights as they are now are in `dequantised`."""
+def make(
+    folder: Path, family: str, head_input: str, head_norm: bool, scheme: str | None = None
+) -> None:
+    """A model with noise on its norms and biases too, and heads that drift off the last layer one
+    by one. `scheme`: the model is quantised then, and its weights as they are now are in
+    `dequantised`."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(CONFIGS[family]).eval()
     with torch.no_grad():
@@ -62,7 +74,9 @@ def make(folder: Path, family: str, head_input: str, head_norm: bool, scheme: st
             if "norm" in name or name.endswith("bias"):
                 parameter.add_(0.2 * torch.randn_like(parameter))
     model.save_pretrained(folder / "model")
-    settings = CAFTConfig(num_heads=HEADS, head_input=head_input, head_norm=head_norm, train_heads="frozen")
+    settings = CAFTConfig(
+        num_heads=HEADS, head_input=head_input, head_norm=head_norm, train_heads="frozen"
+    )
     trunk, config = find_trunk(model), resolve_wiring(settings, None)
     heads = build_heads(model, trunk, config, seed=0)
     with torch.no_grad():
@@ -91,7 +105,9 @@ def make_adapter(folder: Path) -> None:
     tuned.save_pretrained(folder / "out")
     settings, trunk = CAFTConfig(num_heads=HEADS, train_heads="frozen"), find_trunk(tuned)
     config = resolve_wiring(settings, None)
-    save_heads(folder / "out", build_heads(tuned, trunk, config, seed=0), trunk, config, resumable=False)
+    save_heads(
+        folder / "out", build_heads(tuned, trunk, config, seed=0), trunk, config, resumable=False
+    )
     export_drafter(str(folder / "out"), str(folder / "out"), folder / "vllm")
 
 
@@ -109,13 +125,21 @@ def of_another_model(drafter: Path) -> None:
 
 # name: (what is done to the drafter, the draft tokens asked for, vLLM's message)
 DAMAGED = {
-    "a weight is missing": (lacking, 4, "lacks 1 weights, the first of them model.layers.2.mlp.down_proj.weight"),
+    "a weight is missing": (
+        lacking,
+        4,
+        "lacks 1 weights, the first of them model.layers.2.mlp.down_proj.weight",
+    ),
     "another model": (
         of_another_model,
         4,
         "was made for a model with num_hidden_layers 4, but the served model has",
     ),
-    "more tokens than heads": (lambda drafter: None, 5, "num_speculative_tokens is 5, but this drafter has 4 heads"),
+    "more tokens than heads": (
+        lambda drafter: None,
+        5,
+        "num_speculative_tokens is 5, but this drafter has 4 heads",
+    ),
 }
 
 
@@ -144,4 +168,6 @@ ENVIRONMENT = {
 def run_jobs(folder: Path, jobs: list[dict]) -> subprocess.CompletedProcess:
     (folder / "jobs.json").write_text(json.dumps(jobs))
     command = [sys.executable, str(Path(__file__).with_name("ask.py")), str(folder / "jobs.json")]
-    return subprocess.run(command, env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True, timeout=3600)
+    return subprocess.run(
+        command, env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True, timeout=3600
+    )

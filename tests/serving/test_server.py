@@ -1,4 +1,5 @@
-"""`vllm serve` as a process, with the command that `caft export-drafter` prints, asked through the openai client."""
+"""`vllm serve` as a process, with the command that `caft export-drafter` prints, asked through the
+openai client."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 LENGTH = 30
-PATIENCE = 900  # seconds for a start or a stop, which take 20 and 1 on a machine with nothing else to do
+# seconds for a start or a stop, which take 20 and 1 on a machine with nothing else to do
+PATIENCE = 900
 TEXTS = ["w3 w5 w7 w11 w2", "w20 w21 w22", "w9 w8 w7 w6", "w4 w4 w5"]
 
 
@@ -33,7 +35,9 @@ def words():
     names = ["<pad>", "</s>", "<unk>", *(f"w{i}" for i in range(VOCABULARY - 3))]
     model = Tokenizer(WordLevel({word: i for i, word in enumerate(names)}, unk_token="<unk>"))
     model.pre_tokenizer = Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=model, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=model, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +60,11 @@ def is_up(address):
 @pytest.fixture(scope="module")
 def server(run):
     """The address of a server, started with the printed command."""
-    line = next(line for line in (run / "vllm" / "README.md").read_text().splitlines() if "vllm serve" in line)
+    line = next(
+        line
+        for line in (run / "vllm" / "README.md").read_text().splitlines()
+        if "vllm serve" in line
+    )
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -66,7 +74,9 @@ def server(run):
     log = run / "server.log"
     environment = {**os.environ, **ENVIRONMENT}
     with open(log, "wb") as out:
-        process = subprocess.Popen(command, env=environment, stdout=out, stderr=out, start_new_session=True)
+        process = subprocess.Popen(
+            command, env=environment, stdout=out, stderr=out, start_new_session=True
+        )
     address = f"http://127.0.0.1:{port}"
     try:
         deadline = time.monotonic() + PATIENCE
@@ -80,13 +90,17 @@ def server(run):
             process.wait(PATIENCE)
         finally:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # the engine's processes, should the server have left them
+                # the engine's processes, should the server have left them
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 @pytest.fixture(scope="module")
 def expected(run):
     """transformers' greedy texts, without a cache."""
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(run / "model", dtype=torch.float32).eval(), words()
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(run / "model", dtype=torch.float32).eval(),
+        words(),
+    )
     written = []
     for text in TEXTS:
         ids = torch.tensor([tokenizer(text).input_ids])
@@ -120,7 +134,9 @@ def test_one_and_eight_at_a_time(server, expected):
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(lambda text: tokens(server, text), TEXTS * 2)) == expected * 2
     counted = counters(server)
-    assert counted["draft_tokens"] == HEADS * counted["drafts"] > 0 and counted["accepted_tokens"] > 0
+    assert (
+        counted["draft_tokens"] == HEADS * counted["drafts"] > 0 and counted["accepted_tokens"] > 0
+    )
 
 
 def test_a_stream_a_stop_and_a_request_that_is_cancelled(server, expected):

@@ -1,6 +1,8 @@
-"""vLLM with heads as its drafter: the texts of plain vLLM, and the counts of a slow reference, to the digit.
+"""vLLM with heads as its drafter: the texts of plain vLLM, and the counts of a slow reference, to
+the digit.
 
-The reference runs every head over whole texts by `replay` and counts what drafting would bring by that.
+The reference runs every head over whole texts by `replay` and counts what drafting would bring by
+that.
 """
 
 from __future__ import annotations
@@ -18,13 +20,20 @@ from caft_plugin.model.trunk import find_trunk
 
 BEYOND = HEADS + 2  # tokens, so that the last step of a text is known to its end
 NEAR = 4  # draft tokens by which counts may differ for rounding
-WAYS = {"1": 1, "2, in chunks, nothing cached": 2, "3, one at a time": 3, "4": 4, "4, cached prompts": 4, "eagle3": 1}
+WAYS = {
+    "1": 1,
+    "2, in chunks, nothing cached": 2,
+    "3, one at a time": 3,
+    "4": 4,
+    "4, cached prompts": 4,
+    "eagle3": 1,
+}
 
 
 @torch.no_grad()
 def proposals(folder, model, prompts, texts):
-    """Each text, written on by BEYOND tokens; what each head proposes at each position of prompt and text; and how many
-    tokens of the texts the model itself writes."""
+    """Each text, written on by BEYOND tokens; what each head proposes at each position of prompt
+    and text; and how many tokens of the texts the model itself writes."""
     heads_folder, trunk = HeadsFolder.open(folder), find_trunk(model)
     asked = CAFTConfig(num_heads=HEADS, heads=str(folder), train_heads="frozen")
     config = resolve_wiring(asked, heads_folder.record)
@@ -40,7 +49,11 @@ def proposals(folder, model, prompts, texts):
         for _ in range(BEYOND):
             ids = torch.cat([ids, model(ids, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
         logits, by_head = model(ids, use_cache=False).logits, []
-        own += int((logits[0, len(prompt) - 1 :].argmax(-1)[:TOKENS] == ids[0, len(prompt) :][:TOKENS]).sum())
+        own += int(
+            (
+                logits[0, len(prompt) - 1 :].argmax(-1)[:TOKENS] == ids[0, len(prompt) :][:TOKENS]
+            ).sum()
+        )
         call, final = noted["call"], noted["final"]
         source = final if config.head_input == "final" else call.hidden_states
         for layer in heads.layers:
@@ -53,7 +66,8 @@ def proposals(folder, model, prompts, texts):
 
 
 def simulated(prompts, texts, proposed, tokens):
-    """Drafts and accepted draft tokens by place: a step for the prompt, then a draft in each step."""
+    """Drafts and accepted draft tokens by place: a step for the prompt, then a draft in each
+    step."""
     drafts, accepted = 0, [0] * tokens
     for prompt, text, heads in zip(prompts, texts, proposed, strict=True):
         have = 1
@@ -83,7 +97,9 @@ def loaded(folder):
 def test_texts_and_counts(asked, prompts, case):
     found = asked[case]
     [plain] = asked[name_of((case.split("-")[0], *DEFAULT))]["plain"]
-    longer, proposed, own = proposals(found["folder"], loaded(found["folder"] / "model"), prompts, plain["texts"])
+    longer, proposed, own = proposals(
+        found["folder"], loaded(found["folder"] / "model"), prompts, plain["texts"]
+    )
     assert own == TOKENS * len(prompts)
     ways = WAYS.keys() & found.keys()
     assert ways
@@ -97,8 +113,9 @@ def test_texts_and_counts(asked, prompts, case):
 
 @pytest.mark.parametrize("scheme", ["int8", "int4"])
 def test_a_quantised_model(asked, prompts, scheme):
-    """Texts are those of the same model without drafter, and its heads, which stay plain, draft as well as by the
-    reference: up to ties, since vLLM's kernels round activations (int8) or compute in float16 (int4)."""
+    """Texts are those of the same model without drafter, and its heads, which stay plain, draft as
+    well as by the reference: up to ties, since vLLM's kernels round activations (int8) or compute
+    in float16 (int4)."""
     if scheme not in QUANTISED:
         pytest.skip("vLLM's kernel for weights in 4 bits needs a CPU with AVX-512")
     found = asked[scheme]
@@ -117,8 +134,8 @@ def test_a_quantised_model(asked, prompts, scheme):
 
 
 def test_an_adapter_served_next_to_its_base(asked):
-    """Texts are plain vLLM's, with the adapter named in the request and without; its heads draft for both, and better
-    for it."""
+    """Texts are plain vLLM's, with the adapter named in the request and without; its heads draft
+    for both, and better for it."""
     found, rates = asked["adapter"], []
     for plain, result in zip(found["plain"], found["2"], strict=True):
         assert result["texts"] == plain["texts"]

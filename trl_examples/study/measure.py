@@ -1,4 +1,5 @@
-"""Measures of a trained language model: losses and first choices on given answers, and greedy texts."""
+"""Measures of a trained language model: losses and first choices on given answers, and greedy
+texts."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ class Asked(NamedTuple):
 
 
 class Judged(NamedTuple):
-    """One answer: its tokens' summed loss in nats, their number, and whether each was the model's first choice."""
+    """One answer: its tokens' summed loss in nats, their number, and whether each was the model's
+    first choice."""
 
     loss: float
     tokens: int
@@ -47,9 +49,13 @@ def load(folder: Path, **settings: object) -> Model:
 
 
 def asked(tokenizer: Tokenizer, rows: Sequence[dict[str, str]], end: bool = True) -> list[Asked]:
-    """Tokenise rows of `prompt` and `completion`; with `end` the end token is part of the answer."""
+    """Tokenise rows of `prompt` and `completion`; with `end` the end token is part of the
+    answer."""
     ends = [tokenizer.eos_token_id] if end else []
-    return [Asked(tokenizer(row["prompt"]).input_ids, tokenizer(row["completion"]).input_ids + ends) for row in rows]
+    return [
+        Asked(tokenizer(row["prompt"]).input_ids, tokenizer(row["completion"]).input_ids + ends)
+        for row in rows
+    ]
 
 
 def padded(rows: Sequence[Sequence[int]], pad: int) -> dict[str, torch.Tensor]:
@@ -57,7 +63,11 @@ def padded(rows: Sequence[Sequence[int]], pad: int) -> dict[str, torch.Tensor]:
     length = max(map(len, rows))
     mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
     ids = torch.tensor([[pad] * (length - len(row)) + list(row) for row in rows])
-    return {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+    return {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "position_ids": (mask.cumsum(1) - 1).clamp(min=0),
+    }
 
 
 def on(where: torch.device, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -65,20 +75,27 @@ def on(where: torch.device, inputs: dict[str, torch.Tensor]) -> dict[str, torch.
 
 
 def quickly(where: torch.device) -> torch.autocast:
-    """Compute products in bfloat16 on a CPU that has instructions for it, elsewhere as the weights are."""
-    return torch.autocast(where.type, dtype=torch.bfloat16, enabled=where.type == "cpu" and cpu_has_bf16())
+    """Compute products in bfloat16 on a CPU that has instructions for it, elsewhere as the weights
+    are."""
+    return torch.autocast(
+        where.type, dtype=torch.bfloat16, enabled=where.type == "cpu" and cpu_has_bf16()
+    )
 
 
 @torch.no_grad()
-def judge(model: Model, rows: Sequence[Asked], pad: int, tokens_in_batch: int = 4096) -> list[Judged]:
-    """Judge each answer in one forward pass, rows of like length together. A model in training mode stays in it."""
+def judge(
+    model: Model, rows: Sequence[Asked], pad: int, tokens_in_batch: int = 4096
+) -> list[Judged]:
+    """Judge each answer in one forward pass, rows of like length together. A model in training mode
+    stays in it."""
     training = model.training
     model.eval()
     found: dict[int, Judged] = {}
     for batch in by_length([len(row.prompt) + len(row.answer) for row in rows], tokens_in_batch):
         inputs = on(model.device, padded([rows[i].prompt + rows[i].answer for i in batch], pad))
         longest = max(len(rows[i].answer) for i in batch)
-        # A tensor, because what a number cuts is not contiguous, and the unembedding is then copied for every row.
+        # A tensor, because what a number cuts is not contiguous, and the unembedding is then copied
+        # for every row.
         keep = torch.arange(-longest - 1, 0, device=model.device)
         with quickly(model.device):
             logits = model(**inputs, logits_to_keep=keep, use_cache=False).logits.float()
@@ -92,7 +109,8 @@ def judge(model: Model, rows: Sequence[Asked], pad: int, tokens_in_batch: int = 
 
 
 def by_length(lengths: Sequence[int], tokens_in_batch: int) -> list[list[int]]:
-    """Return indices in batches of at most so many tokens (but at least one row), padding counted, shortest first."""
+    """Return indices in batches of at most so many tokens (but at least one row), padding counted,
+    shortest first."""
     batches: list[list[int]] = [[]]
     for i in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
         if batches[-1] and (len(batches[-1]) + 1) * lengths[i] > tokens_in_batch:
@@ -112,7 +130,9 @@ def mean_loss(judged: Sequence[Judged]) -> float:
 
 
 @torch.no_grad()
-def write(model: Model, tokenizer: Tokenizer, prompts: Sequence[str], max_new_tokens: int, batch: int) -> list[str]:
+def write(
+    model: Model, tokenizer: Tokenizer, prompts: Sequence[str], max_new_tokens: int, batch: int
+) -> list[str]:
     """Return the model's greedy text after each prompt."""
     model.eval()
     ids = [tokenizer(prompt).input_ids for prompt in prompts]
@@ -133,6 +153,8 @@ def write(model: Model, tokenizer: Tokenizer, prompts: Sequence[str], max_new_to
                 eos_token_id=tokenizer.eos_token_id,
                 pad_token_id=tokenizer.pad_token_id,
             )
-        written = tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        written = tokenizer.batch_decode(
+            out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+        )
         texts.update(zip(chosen, written, strict=True))
     return [texts[i].strip() for i in range(len(prompts))]

@@ -1,4 +1,5 @@
-"""What a study declares before its runs: tasks, arms, metrics and questions, and the runs that its rules ask for."""
+"""What a study declares before its runs: tasks, arms, metrics and questions, and the runs that its
+rules ask for."""
 
 from __future__ import annotations
 
@@ -31,7 +32,8 @@ class Run(NamedTuple):
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to train: what it changes in its task's settings, and the arms that it is compared with."""
+    """One way to train: what it changes in its task's settings, and the arms that it is compared
+    with."""
 
     name: str
     says: str
@@ -67,8 +69,8 @@ class Metric:
 
 @dataclass(frozen=True)
 class Question:
-    """A primary comparison: one metric, one arm against another. With `learned`, the seeds whose metric is above it are
-    counted, and compared by Fisher's exact test."""
+    """A primary comparison: one metric, one arm against another. With `learned`, the seeds whose
+    metric is above it are counted, and compared by Fisher's exact test."""
 
     asks: str
     task: str
@@ -80,12 +82,14 @@ class Question:
 
 @dataclass(frozen=True)
 class Study:
-    """A study as `python -m study` uses it. Its functions are those of a module, so that a worker can import them.
+    """A study as `python -m study` uses it. Its functions are those of a module, so that a worker
+    can import them.
 
     Args:
         name: its folder, in which results.jsonl is.
         ready: the runs to do now, by the lines so far.
-        settings: the settings of a run, by the lines so far; raises NotYet where a run is missing that they need.
+        settings: the settings of a run, by the lines so far; raises NotYet where a run is missing
+            that they need.
         do: trains and measures a run; what its line holds besides the settings and where it ran.
         tables: Markdown tables for README.md, by name.
         draw: writes figures into a folder.

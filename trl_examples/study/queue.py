@@ -1,4 +1,5 @@
-"""Doing runs: workers side by side, each run's output in a log, its line added as soon as it is done."""
+"""Doing runs: workers side by side, each run's output in a log, its line added as soon as it is
+done."""
 
 from __future__ import annotations
 
@@ -23,7 +24,9 @@ THREADS = 2  # of one worker
 LOGS = OUTPUTS / "logs"
 
 
-def work_through(study: Study, wanted: Callable[[Run], bool], workers: int, deadline: float) -> list[Run]:
+def work_through(
+    study: Study, wanted: Callable[[Run], bool], workers: int, deadline: float
+) -> list[Run]:
     """Do the runs of a study that are wanted and have no line.
 
     Args:
@@ -48,19 +51,26 @@ def work_through(study: Study, wanted: Callable[[Run], bool], workers: int, dead
             taken = {*failed, *running.values()}
             waiting = [run for run in study.ready(lines) if wanted(run) and run not in taken]
             bar.total = bar.n + len(running) + len(waiting)
-            bar.set_postfix_str(f"{len(running)} running, {left(study, [*running.values(), *waiting], lines)}")
+            bar.set_postfix_str(
+                f"{len(running)} running, {left(study, [*running.values(), *waiting], lines)}"
+            )
             for run in waiting[: workers - len(running)] if time.monotonic() < deadline else ():
-                running[pool.submit(work, study.do, run, study.settings(run, lines), log_of(run))] = run
+                running[
+                    pool.submit(work, study.do, run, study.settings(run, lines), log_of(run))
+                ] = run
             if not running:
                 return failed
-            done, _ = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
+            done, _ = concurrent.futures.wait(
+                running, return_when=concurrent.futures.FIRST_COMPLETED
+            )
             for future in done:
                 run = running.pop(future)
                 bar.update()
                 if (error := future.exception()) is not None:
                     failed.append(run)
                     tqdm.write(f"error: {run}: {error}; its log is {log_of(run)}", file=sys.stderr)
-                elif run in results.missing([run], results.read(study.file)):  # else made again for its heads
+                # else made again for its heads
+                elif run in results.missing([run], results.read(study.file)):
                     results.add(future.result(), study.file)
 
 
@@ -107,10 +117,15 @@ def printed_to(file: int) -> Iterator[None]:
 
 
 def left(study: Study, runs: Sequence[Run], lines: Lines) -> str:
-    """Say how long these runs will take: as the same arm took before, else as its task is expected to."""
+    """Say how long these runs will take: as the same arm took before, else as its task is expected
+    to."""
     seconds = 0.0
     for run in runs:
         took = [line["wall_seconds"] for line in results.of(lines, run.task, run.arm)]
         seconds += statistics.median(took) if took else 60 * study.tasks[run.task].minutes
     minutes = round(seconds / 60)
-    return f"about {minutes // 60} h {minutes % 60:02} min left" if minutes >= 60 else f"about {minutes} min left"
+    return (
+        f"about {minutes // 60} h {minutes % 60:02} min left"
+        if minutes >= 60
+        else f"about {minutes} min left"
+    )

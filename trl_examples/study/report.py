@@ -1,4 +1,5 @@
-"""The report: the tables in the pages and the figures, from the studies' results and nothing else."""
+"""The report: the tables in the pages and the figures, from the studies' results and nothing
+else."""
 
 from __future__ import annotations
 
@@ -25,11 +26,18 @@ def report(studies: Sequence[Study], out: Path = HERE) -> list[Path]:
         lines = results.read(study.file)
         results.check(study, lines)
         for runs in results.unpaired(study, lines):
-            print(f"not compared, because they ran on different kinds of machine: {runs}", file=sys.stderr)
+            print(
+                f"not compared, because they ran on different kinds of machine: {runs}",
+                file=sys.stderr,
+            )
         found |= study.tables(lines)
         (out / study.name).mkdir(parents=True, exist_ok=True)
         study.draw(lines, out / study.name)
-    pages = [page for page in sorted(HERE.rglob("*.md")) if tables.MARKS.search(page.read_text(encoding="utf-8"))]
+    pages = [
+        page
+        for page in sorted(HERE.rglob("*.md"))
+        if tables.MARKS.search(page.read_text(encoding="utf-8"))
+    ]
     written = [out / page.relative_to(HERE) for page in pages]
     for page, copy in zip(pages, written, strict=True):
         copy.write_text(tables.filled(page.read_text(encoding="utf-8"), found), encoding="utf-8")

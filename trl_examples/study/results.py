@@ -1,4 +1,5 @@
-"""results.jsonl: one line a finished run, with its metrics, settings, versions, processor and commit."""
+"""results.jsonl: one line a finished run, with its metrics, settings, versions, processor and
+commit."""
 
 from __future__ import annotations
 
@@ -15,7 +16,16 @@ import torch
 
 from study.protocol import ROOT, Line, Lines, NotYet, Run, Settings, Study
 
-PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "rdkit", "caft_plugin")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "trl",
+    "peft",
+    "accelerate",
+    "datasets",
+    "rdkit",
+    "caft_plugin",
+)
 
 
 def read(file: Path) -> list[Line]:
@@ -33,8 +43,8 @@ def read(file: Path) -> list[Line]:
             run_of(line)
         except (ValueError, KeyError, TypeError) as error:
             raise SystemExit(
-                f"error: line {number} of {file} is not a run ({type(error).__name__}: {error}). Delete the line; make "
-                "study does that run again."
+                f"error: line {number} of {file} is not a run ({type(error).__name__}: {error})."
+                " Delete the line; make study does that run again."
             ) from None
         lines.append(line)
     return lines
@@ -64,26 +74,34 @@ def missing(runs: Iterable[Run], lines: Lines) -> list[Run]:
 def of(lines: Lines, task: str, arm: str) -> Lines:
     """Return the lines of an arm, by seed."""
     return sorted(
-        (line for line in lines if line["task"] == task and line["arm"] == arm), key=lambda line: line["seed"]
+        (line for line in lines if line["task"] == task and line["arm"] == arm),
+        key=lambda line: line["seed"],
     )
 
 
 def pairs(lines: Lines, task: str, arm: str, against: str) -> list[tuple[Line, Line]]:
     """Return the lines of two arms for each seed that both have on the same kind of machine."""
     ours, theirs = (
-        {(line["seed"], line.get("processor")): line for line in of(lines, task, name)} for name in (arm, against)
+        {(line["seed"], line.get("processor")): line for line in of(lines, task, name)}
+        for name in (arm, against)
     )
     return [(ours[key], theirs[key]) for key in sorted(ours.keys() & theirs.keys(), key=str)]
 
 
 def unpaired(study: Study, lines: Lines) -> list[str]:
-    """Name the runs that are in no difference because the other arm's run was on another kind of machine."""
+    """Name the runs that are in no difference because the other arm's run was on another kind of
+    machine."""
     found = set()
     for task in study.tasks.values():
         for arm, against in task.comparisons():
-            seeds, others = ({one["seed"] for one in of(lines, task.name, name)} for name in (arm, against))
+            seeds, others = (
+                {one["seed"] for one in of(lines, task.name, name)} for name in (arm, against)
+            )
             compared = {one["seed"] for one, _ in pairs(lines, task.name, arm, against)}
-            found |= {f"{task.name} {arm} and {against}, seed {seed}" for seed in (seeds & others) - compared}
+            found |= {
+                f"{task.name} {arm} and {against}, seed {seed}"
+                for seed in (seeds & others) - compared
+            }
     return sorted(found)
 
 
@@ -91,7 +109,8 @@ def check(study: Study, lines: Lines) -> None:
     """Compare lines with the protocol.
 
     Raises:
-        SystemExit: a run is not declared, is there twice, or was made with other settings or other data.
+        SystemExit: a run is not declared, is there twice, or was made with other settings or other
+            data.
     """
     declared, seen = set(study.declared()), set()
     for line in lines:
@@ -106,18 +125,22 @@ def check(study: Study, lines: Lines) -> None:
         except NotYet as error:
             raise SystemExit(f"error: {run}: {error}") from None
         made = line["settings"]
-        changed = sorted(key for key in wanted.keys() | made.keys() if wanted.get(key) != made.get(key))
+        changed = sorted(
+            key for key in wanted.keys() | made.keys() if wanted.get(key) != made.get(key)
+        )
         if changed:
             key = changed[0]
             raise SystemExit(
-                f"error: {run} was made with {key} {made.get(key)!r}, and protocol.py declares {wanted.get(key)!r}. "
-                "Delete its line and run make study."
+                f"error: {run} was made with {key} {made.get(key)!r}, and protocol.py declares"
+                f" {wanted.get(key)!r}. Delete its line and run make study."
             )
     if len({line.get("data") for line in lines}) > 1:
-        raise SystemExit(f"error: the lines of {study.file} were made on different data (key `data`)")
+        raise SystemExit(
+            f"error: the lines of {study.file} were made on different data (key `data`)"
+        )
 
 
-# -- where a line is from ---------------------------------------------------------------------------
+# -- where a line is from --------------------------------------------------------------------------
 
 
 def line_of(run: Run, settings: Settings, figures: Line, seconds: float) -> Line:
@@ -142,12 +165,20 @@ def processor() -> str:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
         return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in text.splitlines() if line.startswith("model name")), "")
+    return next(
+        (
+            line.split(":", 1)[1].strip()
+            for line in text.splitlines()
+            if line.startswith("model name")
+        ),
+        "",
+    )
 
 
 @functools.cache
 def commit() -> str:
-    """Return the commit of the code that this process runs, marked where the code has changed since."""
+    """Return the commit of the code that this process runs, marked where the code has changed
+    since."""
 
     def git(*words: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
@@ -155,4 +186,6 @@ def commit() -> str:
     head = git("rev-parse", "HEAD").stdout.strip()
     if not head:  # a copy without its history
         return os.environ.get("STUDY_COMMIT", "unknown")
-    return head + ("-changed" if git("diff", "--quiet", "HEAD", "--", "*.py").returncode != 0 else "")
+    return head + (
+        "-changed" if git("diff", "--quiet", "HEAD", "--", "*.py").returncode != 0 else ""
+    )

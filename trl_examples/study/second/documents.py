@@ -23,7 +23,8 @@ IN_TEST = 7  # documents of a held-out question
 
 
 def do(run: Run, settings: Settings, sizes: protocol.Sizes, places: Places) -> Line:
-    """Train on questions, and count the held-out ones whose number is the model's first choice, token by token."""
+    """Train on questions, and count the held-out ones whose number is the model's first choice,
+    token by token."""
     trainer = sft_trainer(run, settings, sizes, rows_of(settings, run.seed), places)
     tokenizer, is_pilot = trainer.processing_class, run.task == "documents-pilot"
     figures = train(trainer)
@@ -33,14 +34,18 @@ def do(run: Run, settings: Settings, sizes: protocol.Sizes, places: Places) -> L
     else:
         rows = middle_questions(data.read("records-heldout"), sizes.questions)
     found = measure.judge(model, measure.asked(tokenizer, rows, end=False), tokenizer.pad_token_id)
-    metrics = {"found": measure.mean(one.right for one in found), "answer_loss": measure.mean_loss(found)}
+    metrics = {
+        "found": measure.mean(one.right for one in found),
+        "answer_loss": measure.mean_loss(found),
+    }
     if trainer.meap is not None and not is_pilot:
         metrics |= copying(trainer, model, tokenizer, settings, sizes)
     return {**figures, "metrics": metrics, "items": {"found": [float(one.right) for one in found]}}
 
 
 def rows_of(settings: Settings, seed: int) -> list[Row]:
-    """Draw a seed's questions, each on one of 6 to 8 documents; every place among them is asked for as often."""
+    """Draw a seed's questions, each on one of 6 to 8 documents; every place among them is asked for
+    as often."""
     records = data.read("records-train")
     draw = random.Random(seed)
     chosen = draw.sample(records, settings["rows"])
@@ -49,14 +54,19 @@ def rows_of(settings: Settings, seed: int) -> list[Row]:
         size = settings["documents"][number % len(settings["documents"])]
         place = number // len(settings["documents"]) % size
         others = draw.sample([row for row in records if row is not compound], size - 1)
-        rows.append({"prompt": asked_of(compound, others, place), "completion": data.answer(compound)})
+        rows.append(
+            {"prompt": asked_of(compound, others, place), "completion": data.answer(compound)}
+        )
     return rows
 
 
 def middle_questions(records: Sequence[Row], number: int) -> list[Row]:
-    """Make so many questions on seven records each, the answer's in the middle. No record is there twice."""
+    """Make so many questions on seven records each, the answer's in the middle. No record is there
+    twice."""
     if IN_TEST * number > len(records):
-        raise ValueError(f"{number} questions need {IN_TEST * number} records, and there are {len(records)}")
+        raise ValueError(
+            f"{number} questions need {IN_TEST * number} records, and there are {len(records)}"
+        )
     rows = []
     for first in range(0, IN_TEST * number, IN_TEST):
         compound, *others = records[first : first + IN_TEST]
@@ -70,7 +80,7 @@ def asked_of(compound: Row, others: Sequence[Row], place: int) -> str:
     return data.question(shown, compound)
 
 
-# -- how much MEAP's copy copies from its original ------------------------------------------------------
+# -- how much MEAP's copy copies from its original -------------------------------------------------
 
 
 def copying(
@@ -80,14 +90,15 @@ def copying(
     settings: Settings,
     sizes: protocol.Sizes,
 ) -> dict[str, float]:
-    """Return the loss on masked tokens of rows that were not trained on: new documents, whose answer is in the prompt,
-    and molecules, whose answer is not."""
+    """Return the loss on masked tokens of rows that were not trained on: new documents, whose
+    answer is in the prompt, and molecules, whose answer is not."""
     documents = rows_of({**settings, "rows": sizes.masked}, seed=1_000)
     least = protocol.MEAP["min_answer_tokens"]
     molecules = [
         row
         for row in data.read("molecules-heldout")
-        if len(tokenizer(row["completion"]).input_ids) >= least + 2  # the first is never masked, nor the last
+        # the first is never masked, nor the last
+        if len(tokenizer(row["completion"]).input_ids) >= least + 2
     ][: sizes.masked]
     shorter = {**settings["meap"], "min_answer_tokens": least}
     return {
@@ -105,7 +116,8 @@ def masked_losses(
     rows: Sequence[Row],
     block: Settings,
 ) -> dict[str, float]:
-    """Return the loss on masked tokens with the original in view before the copy, and without it."""
+    """Return the loss on masked tokens with the original in view before the copy, and without
+    it."""
     assert trainer.meap is not None and trainer.meap.collator is not None
     mask_id, asked, found = trainer.meap.collator.mask_id, measure.asked(tokenizer, rows), {}
     for name, layout in (("with_original", "concat"), ("alone", "separate")):
@@ -114,13 +126,19 @@ def masked_losses(
         collate = MEAPCollator(DataCollatorForSeq2Seq(tokenizer), config, mask_id, seed=0)
         total, count = 0.0, 0
         for prompt, answer in asked:
-            *_, copy = make({"input_ids": prompt + answer, "labels": [IGNORE] * len(prompt) + answer})
+            *_, copy = make(
+                {"input_ids": prompt + answer, "labels": [IGNORE] * len(prompt) + answer}
+            )
             batch = measure.on(model.device, collate([copy]))
             places = (batch[PLAN] & MASKED).bool()[0].nonzero()[:, 0]
             with measure.quickly(model.device):
-                logits = model(input_ids=batch["input_ids"], use_cache=False, logits_to_keep=places - 1).logits[0]
+                logits = model(
+                    input_ids=batch["input_ids"], use_cache=False, logits_to_keep=places - 1
+                ).logits[0]
             wanted = batch["labels"][0, places]
-            total += torch.nn.functional.cross_entropy(logits.float(), wanted, reduction="sum").item()
+            total += torch.nn.functional.cross_entropy(
+                logits.float(), wanted, reduction="sum"
+            ).item()
             count += len(places)
         found[f"{metric}_{name}"] = total / count
     return found

@@ -1,4 +1,5 @@
-"""Fine-tuning SmolLM2 on molecules or documents: the trainer, its log, and the saved model without heads."""
+"""Fine-tuning SmolLM2 on molecules or documents: the trainer, its log, and the saved model without
+heads."""
 
 from __future__ import annotations
 
@@ -60,13 +61,16 @@ def sft_trainer(
     separate = settings["meap"] is not None and settings["meap"]["layout"] == "separate"
     warmup = settings.get("warmup_steps")
     if warmup is None:
-        warmup = round(settings["warmup_share"] * settings["epochs"] * settings["rows"] / settings["batch"])
+        warmup = round(
+            settings["warmup_share"] * settings["epochs"] * settings["rows"] / settings["batch"]
+        )
     return MeasuredSFT(
         model=model,
         args=SFTConfig(
             output_dir=str(places.trainer),
             num_train_epochs=settings["epochs"],
-            per_device_train_batch_size=settings["batch"] * (2 if separate else 1),  # originals and their copies
+            # originals and their copies
+            per_device_train_batch_size=settings["batch"] * (2 if separate else 1),
             per_device_eval_batch_size=50,
             warmup_steps=warmup,
             **{key: settings[key] for key in SFT_KEYS},
@@ -80,7 +84,9 @@ def sft_trainer(
             seed=run.seed,
         ),
         processing_class=AutoTokenizer.from_pretrained(places.model),
-        train_dataset=Dataset.from_list([{key: row[key] for key in ("prompt", "completion")} for row in rows]),
+        train_dataset=Dataset.from_list(
+            [{key: row[key] for key in ("prompt", "completion")} for row in rows]
+        ),
         peft_config=None if full else LoraConfig(task_type="CAUSAL_LM", **protocol.LORA),
         caft=caft,
         meap=None if settings["meap"] is None else MEAPConfig(**settings["meap"]),
@@ -105,7 +111,11 @@ def train(trainer: Measured) -> Line:
     curve = [
         {
             "step": entry["step"],
-            **{key: round(entry[key], 5) for key in entry if key == "loss" or key.startswith("caft/loss")},
+            **{
+                key: round(entry[key], 5)
+                for key in entry
+                if key == "loss" or key.startswith("caft/loss")
+            },
         }
         for entry in log
         if "loss" in entry
@@ -113,7 +123,9 @@ def train(trainer: Measured) -> Line:
     return {
         "curve": curve[:: max(1, len(curve) // 40)],
         "dose": trainer.dose,
-        "tokens": next((int(entry["num_tokens"]) for entry in reversed(log) if "num_tokens" in entry), None),
+        "tokens": next(
+            (int(entry["num_tokens"]) for entry in reversed(log) if "num_tokens" in entry), None
+        ),
         "steps": trainer.state.global_step,
         "train_seconds": round(clock.seconds, 1),
     }

@@ -1,4 +1,5 @@
-"""How strongly the heads pull: the length and the direction of their gradient next to next-token training's."""
+"""How strongly the heads pull: the length and the direction of their gradient next to next-token
+training's."""
 
 from __future__ import annotations
 
@@ -16,8 +17,9 @@ RandomState = tuple[torch.Tensor, torch.Tensor | None]
 
 
 class Measured(Trainer):
-    """Notes in `dose`, every so many steps of a run with heads, the length of the heads' gradient on the model's own
-    weights as a ratio to that of next-token training, and the cosine between the two."""
+    """Notes in `dose`, every so many steps of a run with heads, the length of the heads' gradient
+    on the model's own weights as a ratio to that of next-token training, and the cosine between the
+    two."""
 
     model: PreTrainedModel
     processing_class: PreTrainedTokenizerBase
@@ -30,7 +32,11 @@ class Measured(Trainer):
         super().__init__(*args, **kwargs)  # type: ignore[arg-type]
 
     def training_step(
-        self, model: torch.nn.Module, inputs: dict[str, torch.Tensor], *args: object, **kwargs: object
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, torch.Tensor],
+        *args: object,
+        **kwargs: object,
     ) -> torch.Tensor:
         if self.caft is None or self.state.global_step % self.dose_every:
             return super().training_step(model, inputs, *args, **kwargs)  # type: ignore[arg-type]
@@ -46,16 +52,21 @@ class Measured(Trainer):
     def next_token_gradients(
         self, model: torch.nn.Module, batch: dict[str, torch.Tensor]
     ) -> tuple[list[torch.nn.Parameter], tuple[torch.Tensor | None, ...]]:
-        """Return the model's parameters that the step gave a gradient, and their gradients without heads."""
+        """Return the model's parameters that the step gave a gradient, and their gradients without
+        heads."""
         own = [p for p in self.model.parameters() if p.requires_grad and p.grad is not None]
         with torch.enable_grad(), self.compute_loss_context_manager():
             inputs = measure.on(self.model.device, batch)
             labels = inputs.pop("labels")[:, 1:]
             logits = model(**inputs, use_cache=False).logits[:, :-1].float()
-            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE)
+            loss = torch.nn.functional.cross_entropy(
+                logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE
+            )
         return own, torch.autograd.grad(loss, own, allow_unused=True)
 
-    def compare(self, own: list[torch.nn.Parameter], gradients: tuple[torch.Tensor | None, ...]) -> None:
+    def compare(
+        self, own: list[torch.nn.Parameter], gradients: tuple[torch.Tensor | None, ...]
+    ) -> None:
         theirs = ours = both = torch.zeros((), device=self.model.device)
         for parameter, gradient in zip(own, gradients, strict=True):
             if gradient is not None and parameter.grad is not None:

@@ -1,11 +1,13 @@
-"""Task B, looking ahead: paths in star graphs, on which next-token training is known to fail (Bachmann and Nagarajan,
-2024, arXiv 2403.06963), because each step but the first can be read off the one before.
+"""Task B, looking ahead: paths in star graphs, on which next-token training is known to fail
+(Bachmann and Nagarajan, 2024, arXiv 2403.06963), because each step but the first can be read off
+the one before.
 
-From a start node lead arms of equal length. A row lists all edges in random order, then start and goal, then the path
-from start to goal, or on request from goal to start: in that direction each step follows from the one before, and
-next-token training learns it.
+From a start node lead arms of equal length. A row lists all edges in random order, then start and
+goal, then the path from start to goal, or on request from goal to start: in that direction each
+step follows from the one before, and next-token training learns it.
 
-A row as token ids: `a b |` for each edge, `=`, start, goal, `:`, the path. Nodes have random numbers in each graph.
+A row as token ids: `a b |` for each edge, `=`, start, goal, `:`, the path. Nodes have random
+    numbers in each graph.
 """
 
 from __future__ import annotations
@@ -51,7 +53,9 @@ def do(run: Run, settings: Settings, sizes: protocol.Sizes, places: Places) -> L
     return {**figures, "metrics": metrics}
 
 
-def trainer_of(run: Run, settings: Settings, sizes: protocol.Sizes, places: Places) -> MeasuredPlain:
+def trainer_of(
+    run: Run, settings: Settings, sizes: protocol.Sizes, places: Places
+) -> MeasuredPlain:
     set_seed(run.seed)
     return MeasuredPlain(
         model=small_llama(settings),
@@ -92,18 +96,20 @@ def small_llama(settings: Settings) -> LlamaForCausalLM:
     )
 
 
-# -- data -------------------------------------------------------------------------------------------
+# -- data ------------------------------------------------------------------------------------------
 
 
 def make(settings: Settings, number: int, seed: int | list[int]) -> np.ndarray:
-    """Draw so many graphs as rows of token ids (number, length); the last `settings["length"]` are the path."""
+    """Draw so many graphs as rows of token ids (number, length); the last `settings["length"]` are
+    the path."""
     draw = np.random.default_rng(seed)
     nodes, arms, length = settings["nodes"], settings["arms"], settings["length"]
     end_of_edge, asks, answers = nodes, nodes + 1, nodes + 2
     named = draw.random((number, nodes)).argsort(axis=1)[:, : 1 + arms * (length - 1)]
     start = named[:, :1]
     paths = np.concatenate(
-        [np.repeat(start[:, None], arms, axis=1), named[:, 1:].reshape(number, arms, length - 1)], axis=2
+        [np.repeat(start[:, None], arms, axis=1), named[:, 1:].reshape(number, arms, length - 1)],
+        axis=2,
     )
     edges = np.stack([paths[:, :, :-1], paths[:, :, 1:]], axis=-1).reshape(number, -1, 2)
     edges = np.concatenate([edges, np.full((*edges.shape[:2], 1), end_of_edge)], axis=2)
@@ -148,13 +154,13 @@ def tested(settings: Settings, number: int) -> list[torch.Tensor]:
     return [torch.from_numpy(part) for part in np.array_split(rows, max(1, number // 250))]
 
 
-# -- measures ---------------------------------------------------------------------------------------
+# -- measures --------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def paths_right(model: Model, settings: Settings, number: int) -> np.ndarray:
-    """Return (number, length), for each node of a fresh path: is it the model's first choice, those before it given? A
-    path with all nodes right is what the model would write."""
+    """Return (number, length), for each node of a fresh path: is it the model's first choice, those
+    before it given? A path with all nodes right is what the model would write."""
     length, found = settings["length"], []
     for ids in tested(settings, number):
         logits = model(input_ids=ids[:, :-1].to(model.device), logits_to_keep=length).logits.cpu()
@@ -164,9 +170,12 @@ def paths_right(model: Model, settings: Settings, number: int) -> np.ndarray:
 
 @torch.no_grad()
 def written_paths(model: Model, settings: Settings, number: int) -> Iterator[torch.Tensor]:
-    """Yield fresh graphs with the paths that the model writes greedily, in batches (batch, length)."""
+    """Yield fresh graphs with the paths that the model writes greedily, in batches (batch,
+    length)."""
     length = settings["length"]
     for ids in tested(settings, number):
         asked = ids[:, :-length].to(model.device)
         seen = torch.ones_like(asked)
-        yield model.generate(input_ids=asked, attention_mask=seen, do_sample=False, max_new_tokens=length).cpu()
+        yield model.generate(
+            input_ids=asked, attention_mask=seen, do_sample=False, max_new_tokens=length
+        ).cpu()

@@ -29,7 +29,9 @@ def do(run: Run, settings: Settings, sizes: protocol.Sizes, places: Places) -> L
     trainer = sft_trainer(run, settings, sizes, rows_of(settings, run.seed), places)
     tokenizer = trainer.processing_class
     if settings["noise"]:
-        trainer.data_collator = Noise(trainer.data_collator, settings["noise"], len(tokenizer), run.seed)
+        trainer.data_collator = Noise(
+            trainer.data_collator, settings["noise"], len(tokenizer), run.seed
+        )
     validation = measure.asked(tokenizer, data.read("molecules-validation")[: sizes.validation])
     epochs = BestEpoch(trainer, validation, tokenizer.pad_token_id, settings["patience"])
     trainer.add_callback(epochs)
@@ -37,15 +39,23 @@ def do(run: Run, settings: Settings, sizes: protocol.Sizes, places: Places) -> L
     epochs.restore()
     figures["train_seconds"] = round(figures["train_seconds"] - epochs.seconds, 1)
     figures["validation"] = [round(loss, 6) for loss in epochs.losses]
-    metrics = {"validation_loss": min(epochs.losses), "best_epoch": epochs.best, "epochs": len(epochs.losses)}
+    metrics = {
+        "validation_loss": min(epochs.losses),
+        "best_epoch": epochs.best,
+        "epochs": len(epochs.losses),
+    }
     if run.task == "few":
         model = saved_model(trainer, settings, places)
         metrics["heldout_loss"] = heldout_loss(model, tokenizer, sizes)
         rows = data.read("molecules-heldout")[: sizes.generated]
-        written = measure.write(model, tokenizer, [row["prompt"] for row in rows], max_new_tokens=64, batch=250)
+        written = measure.write(
+            model, tokenizer, [row["prompt"] for row in rows], max_new_tokens=64, batch=250
+        )
         items = items_of(written, [row["smiles"] for row in rows])
         metrics |= {name: measure.mean(values) for name, values in items.items()}
-        figures["items"] = {name: [round(value, 4) for value in values] for name, values in items.items()}
+        figures["items"] = {
+            name: [round(value, 4) for value in values] for name, values in items.items()
+        }
         if trainer.caft is not None:
             metrics["tokens_per_pass"] = tokens_per_step(trainer, rows, written)
         metrics["forgetting"] = forgetting(model, tokenizer, sizes.base_answers, places)
@@ -53,7 +63,8 @@ def do(run: Run, settings: Settings, sizes: protocol.Sizes, places: Places) -> L
 
 
 def rows_of(settings: Settings, seed: int) -> list[Row]:
-    """Draw a seed's molecules. The first of more rows are those of fewer; stage 1 sees none of these."""
+    """Draw a seed's molecules. The first of more rows are those of fewer; stage 1 sees none of
+    these."""
     pool = data.read("molecules-train")[protocol.STAGE1["rows"] :]
     drawn = random.Random(seed).sample(pool, len(pool))
     return drawn[: round(settings["rows"] * settings["times_rows"])]
@@ -70,15 +81,20 @@ class Noise:
         batch = self.host(examples)
         ids = batch["input_ids"]
         others = torch.randint(self.vocabulary, ids.shape, generator=self.generator)
-        replaced = (torch.rand(ids.shape, generator=self.generator) < self.share) & batch["attention_mask"].bool()
+        replaced = (torch.rand(ids.shape, generator=self.generator) < self.share) & batch[
+            "attention_mask"
+        ].bool()
         return {**batch, "input_ids": torch.where(replaced, others, ids)}
 
 
 class BestEpoch(TrainerCallback):
-    """Measures the next-token loss on validation molecules after each epoch, and ends the run when it has not improved
-    for `patience` epochs. `restore` brings back the model and the heads of the best epoch."""
+    """Measures the next-token loss on validation molecules after each epoch, and ends the run when
+    it has not improved for `patience` epochs. `restore` brings back the model and the heads of the
+    best epoch."""
 
-    def __init__(self, trainer: MeasuredSFT, validation: Sequence[Asked], pad: int, patience: int) -> None:
+    def __init__(
+        self, trainer: MeasuredSFT, validation: Sequence[Asked], pad: int, patience: int
+    ) -> None:
         self.trainer, self.validation, self.pad, self.patience = trainer, validation, pad, patience
         self.losses: list[float] = []
         self.kept: list[dict[str, torch.Tensor]] = []
@@ -90,12 +106,19 @@ class BestEpoch(TrainerCallback):
         if self.trainer.caft is not None:
             yield self.trainer.caft.heads
 
-    def on_epoch_end(self, args: object, state: object, control: TrainerControl, **kwargs: object) -> None:
+    def on_epoch_end(
+        self, args: object, state: object, control: TrainerControl, **kwargs: object
+    ) -> None:
         began = time.perf_counter()
-        self.losses.append(measure.mean_loss(measure.judge(self.trainer.model, self.validation, self.pad)))
+        self.losses.append(
+            measure.mean_loss(measure.judge(self.trainer.model, self.validation, self.pad))
+        )
         if self.losses[-1] == min(self.losses):
             self.best = len(self.losses)
-            self.kept = [{key: value.clone() for key, value in part.state_dict().items()} for part in self.parts()]
+            self.kept = [
+                {key: value.clone() for key, value in part.state_dict().items()}
+                for part in self.parts()
+            ]
         control.should_training_stop |= len(self.losses) >= self.best + self.patience
         self.seconds += time.perf_counter() - began
 
@@ -104,7 +127,7 @@ class BestEpoch(TrainerCallback):
             part.load_state_dict(kept)
 
 
-# -- measures ---------------------------------------------------------------------------------------
+# -- measures --------------------------------------------------------------------------------------
 
 
 def heldout_loss(model: Model, tokenizer: Tokenizer, sizes: protocol.Sizes) -> float:
@@ -121,18 +144,27 @@ def molecule(smiles: str) -> Mol | None:
 
 
 def items_of(written: Sequence[str], references: Sequence[str]) -> dict[str, list[float]]:
-    """Judge each SMILES that a model wrote: is it the reference's molecule (by canonical SMILES), can RDKit read it,
-    and its Tanimoto similarity to the reference (Morgan, radius 2, 2,048 bits; 0 where it cannot be read)."""
+    """Judge each SMILES that a model wrote: is it the reference's molecule (by canonical SMILES),
+    can RDKit read it, and its Tanimoto similarity to the reference (Morgan, radius 2, 2,048 bits; 0
+    where it cannot be read)."""
     from rdkit import Chem, DataStructs
     from rdkit.Chem import rdFingerprintGenerator
 
     morgan = rdFingerprintGenerator.GetMorganGenerator(radius=2, fpSize=2048)
     pairs = list(zip(map(molecule, written), map(molecule, references), strict=True))
     return {
-        "exact": [float(a is not None and Chem.MolToSmiles(a) == Chem.MolToSmiles(b)) for a, b in pairs],
+        "exact": [
+            float(a is not None and Chem.MolToSmiles(a) == Chem.MolToSmiles(b)) for a, b in pairs
+        ],
         "valid": [float(a is not None) for a, _ in pairs],
         "tanimoto": [
-            0.0 if a is None else DataStructs.TanimotoSimilarity(morgan.GetFingerprint(a), morgan.GetFingerprint(b))
+            (
+                0.0
+                if a is None
+                else DataStructs.TanimotoSimilarity(
+                    morgan.GetFingerprint(a), morgan.GetFingerprint(b)
+                )
+            )
             for a, b in pairs
         ],
     }
@@ -155,12 +187,15 @@ def tokens_per_step(trainer: MeasuredSFT, rows: Sequence[Row], written: Sequence
 
 @torch.no_grad()
 def forgetting(model: Model, tokenizer: Tokenizer, number: int, places: Places) -> float:
-    """Return KL(base || tuned) of the next-token distributions on the base model's own answers, in nats per token."""
+    """Return KL(base || tuned) of the next-token distributions on the base model's own answers, in
+    nats per token."""
     base = measure.load(places.model).eval()
     rows = [Asked(*pair) for pair in base_answers(base, tokenizer, number, places)]
     total, count = 0.0, 0
     for chosen in measure.by_length([len(row.prompt) + len(row.answer) for row in rows], 4096):
-        inputs = measure.padded([rows[i].prompt + rows[i].answer for i in chosen], tokenizer.pad_token_id)
+        inputs = measure.padded(
+            [rows[i].prompt + rows[i].answer for i in chosen], tokenizer.pad_token_id
+        )
         inputs = measure.on(base.device, inputs)
         longest = max(len(rows[i].answer) for i in chosen)
         keep = torch.arange(-longest - 1, -1, device=base.device)
@@ -176,13 +211,17 @@ def forgetting(model: Model, tokenizer: Tokenizer, number: int, places: Places) 
     return total / count
 
 
-def base_answers(base: Model, tokenizer: Tokenizer, number: int, places: Places) -> list[list[list[int]]]:
-    """Return pairs of token ids, kept in a file: passages that nothing is trained on, and the base model's greedy
-    continuation of each."""
+def base_answers(
+    base: Model, tokenizer: Tokenizer, number: int, places: Places
+) -> list[list[list[int]]]:
+    """Return pairs of token ids, kept in a file: passages that nothing is trained on, and the base
+    model's greedy continuation of each."""
     file = places.base_answers
     if file.is_file():
         return json.loads(file.read_text())[:number]
-    prompts = [data.continuation(row["text"])["prompt"] for row in data.read("passages-heldout")[:number]]
+    prompts = [
+        data.continuation(row["text"])["prompt"] for row in data.read("passages-heldout")[:number]
+    ]
     written = measure.write(base, tokenizer, prompts, max_new_tokens=48, batch=50)
     pairs = [
         [tokenizer(prompt).input_ids, tokenizer(f" {text}").input_ids]

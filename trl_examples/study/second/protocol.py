@@ -1,7 +1,8 @@
 """The second study's protocol: where the methods should help. Declared before any run that counts.
 
-Pilots choose the settings of next-token training on validation rows, and decide by the rules here whether a task is
-done at all. The runs that count follow, seed by seed: `plan()` says which, `QUESTIONS` what is asked.
+Pilots choose the settings of next-token training on validation rows, and decide by the rules here
+whether a task is done at all. The runs that count follow, seed by seed: `plan()` says which,
+`QUESTIONS` what is asked.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ FIVE, EIGHT = tuple(range(5)), tuple(range(8))
 INTERIM = 4  # seeds after which an arm may stop
 PILOT_SEED = 100
 
-# -- rules for pilots and for the first seeds ---------------------------------------------------------
+# -- rules for pilots and for the first seeds ------------------------------------------------------
 
 PATIENCE = 2  # epochs without a better validation loss, after which a run of few molecules ends
 EPOCHS = 12
@@ -30,9 +31,10 @@ CONTROL = 0.95  # of the paths have to be found by the control
 LEARNED = 0.9  # of the paths right: a seed that has learned them
 CONFIDENCE_TO_STOP = 0.8
 
-# -- the methods: every key written out, so that a later change of a default changes nothing here -------
+# -- the methods: every key written out, so that a changed default changes nothing here ------------
 
-LORA: Settings = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0, "target_modules": "all-linear"}  # the authors'
+# the authors'
+LORA: Settings = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0, "target_modules": "all-linear"}
 CAFT_DEFAULTS: Settings = {
     "num_heads": 4,
     "train_heads": "auto",
@@ -54,7 +56,7 @@ CAFT = {**CAFT_DEFAULTS, "beta": 0.3, "schedule": "constant"}
 FROZEN = {**CAFT_DEFAULTS, "train_heads": "frozen"}
 MEAP = {**MEAP_DEFAULTS, "layout": "separate", "mask_ratio": 0.15, "min_answer_tokens": 12}
 
-# -- A. few molecules, many epochs --------------------------------------------------------------------
+# -- A. few molecules, many epochs -----------------------------------------------------------------
 
 MOLECULES: Settings = {
     "model": MODEL,
@@ -89,7 +91,12 @@ GRID = tuple(
 FEW_ARMS = (
     Arm("ntp", "next-token", EIGHT, against=()),
     Arm("ntp-more", "next-token, 30 % more molecules, for comparison", FIVE, {"times_rows": MORE}),
-    Arm("caft", "CAFT, beta 0.3, constant, heads trained (from copies of the last layer)", EIGHT, {"caft": CAFT}),
+    Arm(
+        "caft",
+        "CAFT, beta 0.3, constant, heads trained (from copies of the last layer)",
+        EIGHT,
+        {"caft": CAFT},
+    ),
     Arm("meap", "MEAP separate, ratio 0.15, answers of 12 tokens and more", EIGHT, {"meap": MEAP}),
     Arm(
         "caft-frozen",
@@ -100,8 +107,9 @@ FEW_ARMS = (
     Arm("noise", "next-token, 5 % of the input tokens replaced at random", FIVE, {"noise": 0.05}),
 )
 
-# Stage 1 of the frozen heads, by `caft pretrain-heads`: 2,500 molecules that no other run of the second study trains
-# on. The heads have seen more molecules than the other arms; this arm asks what strong heads do, not what few data do.
+# Stage 1 of the frozen heads, by `caft pretrain-heads`: 2,500 molecules that no other run of the
+# second study trains on. The heads have seen more molecules than the other arms; this arm asks what
+# strong heads do, not what few data do.
 STAGE1: Settings = {
     "model": MODEL,
     "rows": 2_500,
@@ -117,7 +125,7 @@ STAGE1: Settings = {
     "seed": 0,
 }
 
-# -- B. looking ahead: paths in star graphs -----------------------------------------------------------
+# -- B. looking ahead: paths in star graphs --------------------------------------------------------
 
 GRAPHS: Settings = {
     "layers": 3,
@@ -127,7 +135,9 @@ GRAPHS: Settings = {
     "arms": 3,
     "length": 6,  # nodes of a path, its start and its goal among them
     "reversed": False,
-    "tied": True,  # one matrix for embeddings and unembedding: found to learn in hundreds of steps, not in thousands
+    # one matrix for embeddings and unembedding: found to learn in hundreds of steps, not in
+    # thousands
+    "tied": True,
     "steps": 1_500,
     "batch": 256,
     "optim": "adamw_torch",
@@ -141,12 +151,22 @@ GRAPHS: Settings = {
 }
 GRAPH_ARMS = (
     Arm("ntp", "next-token", FIVE, against=()),
-    Arm("caft-1", "CAFT, beta 1, constant", FIVE, {"caft": {**CAFT_DEFAULTS, "beta": 1.0, "schedule": "constant"}}),
-    Arm("caft-0.01", "CAFT with default settings (beta 0.01, rsine)", FIVE, {"caft": dict(CAFT_DEFAULTS)}),
+    Arm(
+        "caft-1",
+        "CAFT, beta 1, constant",
+        FIVE,
+        {"caft": {**CAFT_DEFAULTS, "beta": 1.0, "schedule": "constant"}},
+    ),
+    Arm(
+        "caft-0.01",
+        "CAFT with default settings (beta 0.01, rsine)",
+        FIVE,
+        {"caft": dict(CAFT_DEFAULTS)},
+    ),
     Arm("control", "next-token on reversed paths", (0, 1), {"reversed": True}, against=()),
 )
 
-# -- C. retrieval with headroom -----------------------------------------------------------------------
+# -- C. retrieval with headroom --------------------------------------------------------------------
 
 DOCUMENTS: Settings = {
     "model": MODEL,
@@ -166,10 +186,10 @@ DOCUMENTS: Settings = {
     "loss_type": "chunked_nll",
     "meap": None,
 }
-# At first 80 to 640: 80 questions, the pilot's first run, left no headroom (89 % found), so the range was moved down
-# before anything else of this task was run. And at first the number nearest to half was to be taken: 20 questions,
-# three steps of MEAP, found 60 %, 40 found 64 %, so before any run that counts the rule became the most that leave
-# headroom.
+# At first 80 to 640: 80 questions, the pilot's first run, left no headroom (89 % found), so the
+# range was moved down before anything else of this task was run. And at first the number nearest to
+# half was to be taken: 20 questions, three steps of MEAP, found 60 %, 40 found 64 %, so before any
+# run that counts the rule became the most that leave headroom.
 ROWS = (20, 40, 80)
 DOCUMENT_ARMS = (
     Arm("ntp", "next-token, two epochs (MEAP's number of tokens)", EIGHT, against=()),
@@ -187,15 +207,20 @@ DOCUMENT_ARMS = (
         {"meap": MEAP_DEFAULTS, "epochs": 1},
         against=("ntp", "ntp-once"),
     ),
-    # Added when seed 0 of the others was done: a batch of MEAP holds twice the tokens, so `ntp` takes twice as many
-    # optimizer steps, and this arm as many as MEAP.
+    # Added when seed 0 of the others was done: a batch of MEAP holds twice the tokens, so `ntp`
+    # takes twice as many optimizer steps, and this arm as many as MEAP.
     Arm("ntp-once", "next-token, one epoch (MEAP's number of steps)", EIGHT, {"epochs": 1}),
 )
 
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
-        Task("few-heads", STAGE1, (Arm("few-heads", "stage 1 on 2,500 other molecules", (0,)),), minutes=30),
+        Task(
+            "few-heads",
+            STAGE1,
+            (Arm("few-heads", "stage 1 on 2,500 other molecules", (0,)),),
+            minutes=30,
+        ),
         Task(
             "few-pilot",
             MOLECULES,
@@ -214,11 +239,19 @@ TASKS: dict[str, Task] = {
         Task(
             "documents-pilot",
             DOCUMENTS,
-            tuple(Arm(f"rows-{rows}", f"next-token, {rows} questions", (PILOT_SEED,), {"rows": rows}) for rows in ROWS),
+            tuple(
+                Arm(f"rows-{rows}", f"next-token, {rows} questions", (PILOT_SEED,), {"rows": rows})
+                for rows in ROWS
+            ),
             minutes=5,
         ),
         Task("documents", DOCUMENTS, DOCUMENT_ARMS, minutes=10),
-        Task("graphs-pilot", GRAPHS, (Arm("control", "reversed paths", (PILOT_SEED,), {"reversed": True}),), minutes=5),
+        Task(
+            "graphs-pilot",
+            GRAPHS,
+            (Arm("control", "reversed paths", (PILOT_SEED,), {"reversed": True}),),
+            minutes=5,
+        ),
         Task("graphs", GRAPHS, GRAPH_ARMS, minutes=10),
     )
 }
@@ -242,7 +275,7 @@ class Sizes:
 
 SIZES = Sizes()
 
-# -- the pilots' choices, by the rules above ----------------------------------------------------------
+# -- the pilots' choices, by the rules above -------------------------------------------------------
 
 
 def pilot(task: str, lines: Lines) -> dict[str, Mapping[str, float]]:
@@ -260,8 +293,9 @@ def pilot(task: str, lines: Lines) -> dict[str, Mapping[str, float]]:
 
 
 def chosen_few(lines: Lines) -> Settings:
-    """Return learning rate, weight decay and dropout of the lowest validation loss, and the number of molecules: 250
-    where that run continued to the last epoch, because it did not overfit then."""
+    """Return learning rate, weight decay and dropout of the lowest validation loss, and the number
+    of molecules: 250 where that run continued to the last epoch, because it did not overfit
+    then."""
     found = pilot("few-pilot", lines)
     name = min(found, key=lambda name: found[name]["validation_loss"])
     rows = FEW if found[name]["epochs"] < EPOCHS else FEWER
@@ -269,10 +303,12 @@ def chosen_few(lines: Lines) -> Settings:
 
 
 def chosen_rows(lines: Lines) -> int | None:
-    """Return the most questions after which next-token training leaves headroom on the validation questions, None where
-    it never does."""
+    """Return the most questions after which next-token training leaves headroom on the validation
+    questions, None where it never does."""
     found = pilot("documents-pilot", lines)
-    fitting = [rows for rows in ROWS if HEADROOM[0] <= found[f"rows-{rows}"]["found"] <= HEADROOM[1]]
+    fitting = [
+        rows for rows in ROWS if HEADROOM[0] <= found[f"rows-{rows}"]["found"] <= HEADROOM[1]
+    ]
     return max(fitting, default=None)
 
 
@@ -281,8 +317,9 @@ def control_works(lines: Lines) -> bool:
 
 
 def stopped(lines: Lines) -> set[str]:
-    """Return the arms of `few` that end after four seeds: the 80 % interval of their difference to next-token training
-    holds no gain of half of what 30 % more molecules bring. Pairs are of runs on the same kind of machine."""
+    """Return the arms of `few` that end after four seeds: the 80 % interval of their difference to
+    next-token training holds no gain of half of what 30 % more molecules bring. Pairs are of runs
+    on the same kind of machine."""
     first = [line for line in lines if line["seed"] < INTERIM]
     apart = {
         arm.name: [
@@ -300,11 +337,12 @@ def stopped(lines: Lines) -> set[str]:
     return {
         name
         for name, found in apart.items()
-        if len(found) == INTERIM and sum(found) / INTERIM - quantile * stats.sem(found) > half_a_gain
+        if len(found) == INTERIM
+        and sum(found) / INTERIM - quantile * stats.sem(found) > half_a_gain
     }
 
 
-# -- the plan -----------------------------------------------------------------------------------------
+# -- the plan --------------------------------------------------------------------------------------
 
 
 def allowed(rule: Callable[[Lines], object], lines: Lines) -> bool:
@@ -316,7 +354,8 @@ def allowed(rule: Callable[[Lines], object], lines: Lines) -> bool:
 
 
 def plan(lines: Lines) -> list[Run]:
-    """Return the runs that the rules ask for as far as `lines` tell: those that wait for others are not in it yet."""
+    """Return the runs that the rules ask for as far as `lines` tell: those that wait for others are
+    not in it yet."""
     runs = protocol.declared(TASKS)
     wanted = [run for run in runs if run.task.endswith("-pilot") or run.task == "few-heads"]
     if allowed(chosen_few, lines):
@@ -324,7 +363,11 @@ def plan(lines: Lines) -> list[Run]:
         wanted += first
         if not results.missing(first, lines):
             out = stopped(lines)
-            wanted += [run for run in runs if run.task == "few" and run.seed >= INTERIM and run.arm not in out]
+            wanted += [
+                run
+                for run in runs
+                if run.task == "few" and run.seed >= INTERIM and run.arm not in out
+            ]
     for task, rule in (("graphs", control_works), ("documents", chosen_rows)):
         if allowed(rule, lines):
             wanted += [run for run in runs if run.task == task]
@@ -346,7 +389,7 @@ def settings(run: Run, lines: Lines) -> Settings:
     return {key: list(value) if isinstance(value, tuple) else value for key, value in found.items()}
 
 
-# -- metrics and questions ----------------------------------------------------------------------------
+# -- metrics and questions -------------------------------------------------------------------------
 
 METRICS: dict[str, Metric] = {
     "heldout_loss": Metric("held-out loss", True, 4),
@@ -363,6 +406,14 @@ METRICS: dict[str, Metric] = {
 QUESTIONS = (
     Question("A. Does CAFT help where data are few?", "few", "heldout_loss", "caft", "ntp"),
     Question("A. Does MEAP help where data are few?", "few", "heldout_loss", "meap", "ntp"),
-    Question("B. Does CAFT learn to look ahead?", "graphs", "paths", "caft-1", "ntp", learned=LEARNED),
-    Question("C. Does MEAP help retrieval where there is room?", "documents", "found", "meap-separate", "ntp"),
+    Question(
+        "B. Does CAFT learn to look ahead?", "graphs", "paths", "caft-1", "ntp", learned=LEARNED
+    ),
+    Question(
+        "C. Does MEAP help retrieval where there is room?",
+        "documents",
+        "found",
+        "meap-separate",
+        "ntp",
+    ),
 )

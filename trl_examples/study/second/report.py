@@ -40,14 +40,17 @@ def tables(lines: Lines) -> dict[str, str]:
         "second graphs differences": differences_table(STUDY, lines, "graphs", GRAPH_METRICS),
         "second graphs heads": heads_table(lines, "graphs"),
         "second documents": means_table(STUDY, lines, "documents", DOCUMENT_METRICS),
-        "second documents differences": differences_table(STUDY, lines, "documents", DOCUMENT_METRICS),
+        "second documents differences": differences_table(
+            STUDY, lines, "documents", DOCUMENT_METRICS
+        ),
         "second copying": copying_table(lines),
         "second cost": cost_table(lines),
     }
 
 
 def worth(lines: Lines, answer: Answer) -> str:
-    """Return a difference of held-out loss as a share of labelled rows, by the gain from 30 % more of them."""
+    """Return a difference of held-out loss as a share of labelled rows, by the gain from 30 % more
+    of them."""
     gain = statistics.difference(lines, "few", "ntp-more", "ntp", "heldout_loss")
     if answer.question.task != "few" or answer.difference is None or gain is None or gain.mean >= 0:
         return "-"
@@ -60,7 +63,10 @@ def heads_table(lines: Lines, task: str) -> str:
     for arm in protocol.TASKS[task].arms:
         found = [line for line in results.of(lines, task, arm.name) if line.get("dose")]
         if found:
-            ratios, cosines = ([entry[key] for line in found for entry in line["dose"]] for key in ("ratio", "cosine"))
+            ratios, cosines = (
+                [entry[key] for line in found for entry in line["dose"]]
+                for key in ("ratio", "cosine")
+            )
             rows.append(
                 [
                     f"`{arm.name}`",
@@ -72,7 +78,14 @@ def heads_table(lines: Lines, task: str) -> str:
             )
     length = "length of the heads' gradient / next-token gradient, median (range)"
     return table(
-        ["arm", "seeds", length, "cosine of the two, median (range)", "tokens per step on its own texts"], rows
+        [
+            "arm",
+            "seeds",
+            length,
+            "cosine of the two, median (range)",
+            "tokens per step on its own texts",
+        ],
+        rows,
     )
 
 
@@ -80,14 +93,30 @@ def copying_table(lines: Lines) -> str:
     """Loss on masked tokens with the original in view and without it."""
     rows = []
     for arm in protocol.DOCUMENT_ARMS:
-        for kind, where in (("masked_loss", "documents: yes"), ("masked_molecule_loss", "molecules: no")):
+        for kind, where in (
+            ("masked_loss", "documents: yes"),
+            ("masked_molecule_loss", "molecules: no"),
+        ):
             names = [f"{kind}_{how}" for how in ("alone", "with_original")]
-            found = [line for line in results.of(lines, "documents", arm.name) if names[0] in line["metrics"]]
+            found = [
+                line
+                for line in results.of(lines, "documents", arm.name)
+                if names[0] in line["metrics"]
+            ]
             if found:
                 losses = [f"{np.mean(statistics.values(found, name)):.3f}" for name in names]
-                rows.append([f"`{arm.name}`", where, seeds(line["seed"] for line in found), *losses])
+                rows.append(
+                    [f"`{arm.name}`", where, seeds(line["seed"] for line in found), *losses]
+                )
     return table(
-        ["arm", "is the answer in the prompt?", "seeds", "loss: only the copy", "loss: original in view"], rows
+        [
+            "arm",
+            "is the answer in the prompt?",
+            "seeds",
+            "loss: only the copy",
+            "loss: original in view",
+        ],
+        rows,
     )
 
 
@@ -95,19 +124,47 @@ def settings_table() -> str:
     """The numbers that the protocol declares."""
     rules = f"{protocol.INTERIM}; {100 * protocol.CONFIDENCE_TO_STOP:.0f} %"
     rows = [
-        ("all", "corrected p-value below which a verdict is better or worse", f"{1 - statistics.CONFIDENCE:.2f}"),
-        ("A", "molecules per seed; for comparison", f"{MOLECULES['rows']}; {MOLECULES['rows'] * protocol.MORE:.0f}"),
+        (
+            "all",
+            "corrected p-value below which a verdict is better or worse",
+            f"{1 - statistics.CONFIDENCE:.2f}",
+        ),
+        (
+            "A",
+            "molecules per seed; for comparison",
+            f"{MOLECULES['rows']}; {MOLECULES['rows'] * protocol.MORE:.0f}",
+        ),
         ("A", "batch; epochs at most", f"{MOLECULES['batch']}; {MOLECULES['epochs']}"),
-        ("A", "epochs without a better validation loss, after which a run ends", f"{MOLECULES['patience']}"),
-        ("A", "held-out molecules for the loss; for SMILES", f"{SIZES.heldout:,}; {SIZES.generated}"),
+        (
+            "A",
+            "epochs without a better validation loss, after which a run ends",
+            f"{MOLECULES['patience']}",
+        ),
+        (
+            "A",
+            "held-out molecules for the loss; for SMILES",
+            f"{SIZES.heldout:,}; {SIZES.generated}",
+        ),
         ("A", "molecules of stage 1 for the frozen heads", f"{protocol.STAGE1['rows']:,}"),
         ("A", "seeds after which an arm may stop; interval that decides it", rules),
-        ("B", "arms of a graph; nodes of an arm, with the start", f"{GRAPHS['arms']}; {GRAPHS['length']}"),
+        (
+            "B",
+            "arms of a graph; nodes of an arm, with the start",
+            f"{GRAPHS['arms']}; {GRAPHS['length']}",
+        ),
         ("B", "layers; width", f"{GRAPHS['layers']}; {GRAPHS['width']}"),
         ("B", "steps; fresh graphs in each", f"{GRAPHS['steps']:,}; {GRAPHS['batch']}"),
-        ("B", "paths right, above which a seed has learned them", f"{100 * protocol.LEARNED:.0f} %"),
+        (
+            "B",
+            "paths right, above which a seed has learned them",
+            f"{100 * protocol.LEARNED:.0f} %",
+        ),
         ("C", "documents of a training question", ", ".join(map(str, DOCUMENTS["documents"]))),
-        ("C", "batch; LoRA rank; alpha", f"{DOCUMENTS['batch']}; {DOCUMENTS['lora_r']}; {DOCUMENTS['lora_alpha']}"),
+        (
+            "C",
+            "batch; LoRA rank; alpha",
+            f"{DOCUMENTS['batch']}; {DOCUMENTS['lora_r']}; {DOCUMENTS['lora_alpha']}",
+        ),
         ("C", "held-out questions; documents of each", f"{SIZES.questions}; 7"),
     ]
     return table(["task", "setting", "value"], rows)
@@ -124,7 +181,7 @@ def cost_table(lines: Lines) -> str:
     return table(["processor, dtype of products", "runs", "hours"], rows)
 
 
-# -- pilots -----------------------------------------------------------------------------------------
+# -- pilots ----------------------------------------------------------------------------------------
 
 
 def pilots(lines: Lines) -> Iterator[list[str]]:
@@ -154,7 +211,9 @@ def few_pilot(lines: Lines) -> Iterator[list[str]]:
 def stage1(lines: Lines) -> Iterator[list[str]]:
     for line in results.of(lines, "few-heads", "few-heads"):
         steps, batch = (line["settings"][key] for key in ("steps", "batch-size"))
-        accuracy = f"head 1 right in {100 * line['metrics']['trained_accuracy_head_1']:.0f} % (goal: 40 %)"
+        accuracy = (
+            f"head 1 right in {100 * line['metrics']['trained_accuracy_head_1']:.0f} % (goal: 40 %)"
+        )
         yield [f"`few-heads`, {steps} steps of {batch}", accuracy, "used"]
 
 
@@ -162,7 +221,10 @@ def interim(lines: Lines) -> Iterator[list[str]]:
     for name in sorted(protocol.stopped(lines)):
         yield [
             f"`{name}`",
-            f"the {100 * protocol.CONFIDENCE_TO_STOP:.0f} % interval holds no gain of half of `ntp-more`'s",
+            (
+                f"the {100 * protocol.CONFIDENCE_TO_STOP:.0f} % interval holds no gain of half of"
+                " `ntp-more`'s"
+            ),
             "stopped",
         ]
 
@@ -176,17 +238,21 @@ def graphs_pilot(lines: Lines) -> Iterator[list[str]]:
 def documents_pilot(lines: Lines) -> Iterator[list[str]]:
     rows = protocol.chosen_rows(lines)
     for name, one in protocol.pilot("documents-pilot", lines).items():
-        yield [f"`{name}`", f"{100 * one['found']:.1f} % found", "chosen" if name == f"rows-{rows}" else ""]
+        yield [
+            f"`{name}`",
+            f"{100 * one['found']:.1f} % found",
+            "chosen" if name == f"rows-{rows}" else "",
+        ]
     if rows is None:
         yield ["all", "none leaves headroom", "task dropped"]
 
 
-# -- the figure -------------------------------------------------------------------------------------
+# -- the figure ------------------------------------------------------------------------------------
 
 
 def draw(lines: Lines, folder: Path) -> None:
-    """Draw few.png: the validation loss by epoch, means over seeds as far as all have gone, and each seed's held-out
-    loss."""
+    """Draw few.png: the validation loss by epoch, means over seeds as far as all have gone, and
+    each seed's held-out loss."""
     import matplotlib
 
     matplotlib.use("Agg")

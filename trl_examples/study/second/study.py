@@ -26,8 +26,8 @@ NOT_OPTIONS = ("model", "rows")  # of `caft pretrain-heads`
 
 
 def ready(lines: Lines) -> list[Run]:
-    """Return the runs that can be done now: stage 1 and pilots first, then those that the rules ask for. Heads that are
-    gone are made again before the runs that start from them."""
+    """Return the runs that can be done now: stage 1 and pilots first, then those that the rules ask
+    for. Heads that are gone are made again before the runs that start from them."""
     missing = results.missing(protocol.plan(lines), lines)
     need_heads = [run for run in missing if run.arm == "caft-frozen"]
     if MAKE_HEADS not in missing and (not need_heads or heads_are_there(MAKE_HEADS.arm)):
@@ -49,9 +49,14 @@ def do(run: Run, settings: Settings, sizes: protocol.Sizes = protocol.SIZES) -> 
     from study.second.fine_tuning import Places
 
     if not (MODEL / "config.json").is_file():
-        raise ValueError(f"{MODEL} is not there: python axolotl_configs/demo/make_base_model.py --out {MODEL}")
+        raise ValueError(
+            f"{MODEL} is not there: python axolotl_configs/demo/make_base_model.py --out {MODEL}"
+        )
     if settings.get("heads") is not None and not heads_are_there(settings["heads"]):
-        raise ValueError(f"heads are not in {HEADS / settings['heads']}: python -m study run --tasks {MAKE_HEADS.task}")
+        raise ValueError(
+            f"heads are not in {HEADS / settings['heads']}: python -m study run --tasks"
+            f" {MAKE_HEADS.task}"
+        )
     digest = data.prepare()
     if run == MAKE_HEADS:
         rows = data.read("molecules-train")[: settings["rows"]]
@@ -71,17 +76,27 @@ def train(run: Run, settings: Settings, sizes: protocol.Sizes, places: Places) -
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     task: Callable[[Run, Settings, protocol.Sizes, Places], Line]
-    task = {"few": molecules.do, "documents": documents.do, "graphs": graphs.do}[run.task.removesuffix("-pilot")]
+    task = {"few": molecules.do, "documents": documents.do, "graphs": graphs.do}[
+        run.task.removesuffix("-pilot")
+    ]
     return task(run, settings, sizes, places)
 
 
 def make_heads(settings: Settings, rows: Sequence[data.Row], out: Path, float32: bool) -> Line:
-    """Run stage 1 by the shipped command; the figures are those that it leaves next to the heads."""
+    """Run stage 1 by the shipped command; the figures are those that it leaves next to the
+    heads."""
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     file = out / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    command = [sys.executable, "-m", "caft_plugin.tools.cli", "pretrain-heads", "--model", str(MODEL)]
+    command = [
+        sys.executable,
+        "-m",
+        "caft_plugin.tools.cli",
+        "pretrain-heads",
+        "--model",
+        str(MODEL),
+    ]
     command += ["--data", str(file), "--output", str(out)]
     for key, value in settings.items():
         command += [] if key in NOT_OPTIONS else [f"--{key}", str(value)]
