@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
-CAFT, MEAP = "caft/", "meap/"
-HEAD_LOSS, HEAD_ACCURACY = f"{CAFT}loss_head_", f"{CAFT}accuracy_head_"
+CAFT = "caft/"
+MEAP = "meap/"
+HEAD_LOSS = f"{CAFT}loss_head_"
+HEAD_ACCURACY = f"{CAFT}accuracy_head_"
 
 
 def greater_is_better(metric: str) -> bool | None:
@@ -108,10 +110,8 @@ class HeadsEvaluation:
 
     @classmethod
     def read(cls, metrics: Mapping[str, float], prefix: str) -> HeadsEvaluation:
-        losses, accuracies = (
-            by_head(f"{prefix}_{HEAD_LOSS}", metrics),
-            by_head(f"{prefix}_{HEAD_ACCURACY}", metrics),
-        )
+        losses = by_head(f"{prefix}_{HEAD_LOSS}", metrics)
+        accuracies = by_head(f"{prefix}_{HEAD_ACCURACY}", metrics)
         positions = metrics.get(f"{prefix}_{CAFT}positions")
         return cls(
             losses,

@@ -11,7 +11,8 @@ from caft_plugin.caft.heads_record import CARD, FOLDER
 from caft_plugin.config import Block, CAFTConfig, MEAPConfig
 from caft_plugin.files import write_text
 
-START, END = "<!-- caft_plugin -->", "<!-- end of caft_plugin -->"
+START = "<!-- caft_plugin -->"
+END = "<!-- end of caft_plugin -->"
 SECTION = re.compile(rf"\s*{START}.*?{END}\s*", re.DOTALL)
 
 

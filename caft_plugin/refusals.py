@@ -111,7 +111,8 @@ def why_not_fused(
     host = next(
         c for c in trainer_class.__mro__ if "compute_loss" in vars(c) and not hasattr(c, ours)
     )
-    model, text_config = type(base).__name__, base.config.get_text_config()
+    model = type(base).__name__
+    text_config = base.config.get_text_config()
     if host not in getattr(trainer_class, ours):
         return f"{host.__name__} computes its own loss (TRL's builds no logits either)"
     if takes_logits:

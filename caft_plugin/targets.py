@@ -18,7 +18,11 @@ IGNORE = -100
 # original, may be masked, is masked, marks a masked example (one token of each), or marks an
 # example that is too long for a pair.
 PLAN = "meap_plan"
-BOUNDARY, MAY_MASK, MASKED, EXAMPLE, OVERLONG = 1, 2, 4, 8, 16
+BOUNDARY = 1
+MAY_MASK = 2
+MASKED = 4
+EXAMPLE = 8
+OVERLONG = 16
 # An addend of an attention score at or below this value hides a key; above, it is a bias.
 HIDDEN = -1000.0
 
@@ -64,7 +68,8 @@ def document_ids(batch: Batch) -> Tensor | None:
         found = True
     elif mask is not None:
         starts[:, 1:] |= ~sees_back(mask, 1, shape)
-        mask, found = None, True
+        mask = None
+        found = True
 
     lengths = batch.get("cu_seq_lens_q")
     if lengths is not None:
@@ -150,7 +155,8 @@ def head_targets(batch: Batch, num_heads: int) -> Tensor:
     Returns:
         Long tensor (num_heads, batch, length).
     """
-    labels, mask = batch["labels"], mask_of(batch)
+    labels = batch["labels"]
+    mask = mask_of(batch)
     pairwise = mask is not None and not (isinstance(mask, Tensor) and mask.shape == labels.shape)
     # A query-key mask is used directly, because its documents may be interleaved.
     documents = document_ids({**batch, "attention_mask": None} if pairwise else batch)
@@ -161,7 +167,8 @@ def head_targets(batch: Batch, num_heads: int) -> Tensor:
             continue
         target = labels[:, ahead:]
         if documents is not None:
-            there, here = documents[:, ahead:], documents[:, :-ahead]
+            there = documents[:, ahead:]
+            here = documents[:, :-ahead]
             target = target.masked_fill((there != here) | (there < 0), IGNORE)
         if pairwise:
             target = target.masked_fill(~sees_back(mask, ahead, labels.shape), IGNORE)

@@ -456,9 +456,11 @@ def argument(name: str, method: Callable, as_in: Callable, args: tuple, kwargs: 
     If the method has only *args and **kwargs, the signature of `as_in`, the function that it
     overrides, is used.
     """
-    signature, given = inspect.signature(method), args
+    signature = inspect.signature(method)
+    given = args
     if name not in signature.parameters:
-        signature, given = inspect.signature(as_in), (None, *args)
+        signature = inspect.signature(as_in)
+        given = (None, *args)
     bound = signature.bind(*given, **kwargs)
     bound.apply_defaults()
     return bound.arguments[name]

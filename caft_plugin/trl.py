@@ -45,15 +45,19 @@ class SFTMixin(CAFTTrainerMixin):
         Only the first data set named "train" is doubled: evaluation sets may have any name.
         """
         prepare = super()._prepare_dataset  # type: ignore[misc]
-        dataset, meap = self.as_evaluated(dataset), self.meap
+        dataset = self.as_evaluated(dataset)
+        meap = self.meap
         if meap is None or meap.config.mode != "sft" or meap.data is not None:
             return prepare(dataset, *args, **kwargs)
         given = ARGUMENTS.bind(self, dataset, *args, **kwargs).arguments
-        settings, tokenizer, name = given["args"], given["processing_class"], given["dataset_name"]
+        settings = given["args"]
+        tokenizer = given["processing_class"]
+        name = given["dataset_name"]
         if name != "train":
             return prepare(dataset, *args, **kwargs)
         uncut = copy.copy(settings)
-        uncut.max_length, uncut.shuffle_dataset = None, False
+        uncut.max_length = None
+        uncut.shuffle_dataset = False
         dataset = prepare(dataset, tokenizer, uncut, False, given["formatting_func"], name)
         rest = tokenizer, settings, given["packing"], None, name
         meap.plain = functools.partial(prepare, dataset, *rest)

@@ -80,7 +80,8 @@ class FinishedRun:
 def left_in(folder: Path) -> Path:
     """Return the folder of a run's model: the merged one if it is newer than the adapter, else the
     run's folder."""
-    merged, adapter = folder / MERGED, folder / ADAPTER_CONFIG_NAME
+    merged = folder / MERGED
+    adapter = folder / ADAPTER_CONFIG_NAME
     if not (merged / CONFIG_NAME).is_file():
         return folder
     if adapter.is_file() and newest(merged) < newest(folder):

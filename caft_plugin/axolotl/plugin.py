@@ -106,7 +106,8 @@ class CAFTPlugin(BasePlugin):
         This is the first hook that is called only in training. Prepared data on disk is not
         changed.
         """
-        caft, meap = caft_config(cfg), meap_config(cfg)
+        caft = caft_config(cfg)
+        meap = meap_config(cfg)
         if preprocess or (caft is None and meap is None):
             return None
         trainer_class: Any = self.get_trainer_cls(cfg)
@@ -155,7 +156,8 @@ class CAFTPlugin(BasePlugin):
         return {} if torch.accelerator.is_available() else {"use_cpu": True}
 
     def post_trainer_create(self, cfg: DictDefault, trainer: Trainer) -> None:
-        caft, meap = caft_config(cfg), meap_config(cfg)
+        caft = caft_config(cfg)
+        meap = meap_config(cfg)
         if caft is None and meap is None:
             return
         if not isinstance(trainer, CAFTTrainerMixin):
@@ -182,7 +184,8 @@ class CAFTPlugin(BasePlugin):
 
         Axolotl calls this after training, and again after its final save.
         """
-        trainer, card = self._trainer, self._card
+        trainer = self._trainer
+        card = self._card
         self._trainer = self._card = None
         if trainer is not None:
             trainer.save_ours(cfg.output_dir)
@@ -268,7 +271,8 @@ def _check_model(
 
     Only the model's config is read.
     """
-    cfg, model_config = loader.cfg, loader.model_config
+    cfg = loader.cfg
+    model_config = loader.model_config
     trunk = trunk_without_weights(
         model_config, cfg.base_model, functools.partial(build_empty, loader)
     )

@@ -21,7 +21,8 @@ PEFT_NAMES = {
     "peft_trainable_token_indices": "trainable_token_indices",
 }
 # Keys that affect memory or time and are not modelled, and what is counted instead.
-_OFFLOADED, _ALL = "counted as if nothing left the GPU", "counted as if all of it was trained"
+_OFFLOADED = "counted as if nothing left the GPU"
+_ALL = "counted as if all of it was trained"
 UNCOUNTED = {
     "activation_offloading": _OFFLOADED,
     "auto_find_batch_size": "counted with micro_batch_size as written",

@@ -66,7 +66,9 @@ TUNING = (
     "cosine_min_lr_ratio",
     "cosine_constant_lr_ratio",
 )
-STEPS, RATE = 20, 0.01  # steps and learning rate of a rehearsal
+# steps and learning rate of a rehearsal
+STEPS = 20
+RATE = 0.01
 
 
 class AxolotlHeadsTrainer(HeadsTrainer, OptimizerMixin, SchedulerMixin):  # type: ignore[misc, valid-type]
@@ -87,11 +89,9 @@ class Settings:
         optimizer_cls_and_kwargs: tuple[type, Keys] | None = None,
         **for_a_trainer: object,
     ) -> None:
-        self.args, self.callbacks, self.optimizer_cls_and_kwargs = (
-            args,
-            callbacks,
-            optimizer_cls_and_kwargs,
-        )
+        self.args = args
+        self.callbacks = callbacks
+        self.optimizer_cls_and_kwargs = optimizer_cls_and_kwargs
 
     @property
     def trainer(self) -> functools.partial[HeadsTrainer]:
@@ -232,7 +232,8 @@ def rehearse(settings: Settings) -> Tensor:
         The layer's weights after these steps.
     """
     arguments = copy.copy(settings.args)
-    arguments.report_to, arguments.learning_rate = [], RATE
+    arguments.report_to = []
+    arguments.learning_rate = RATE
     optimizer = settings.optimizer_cls_and_kwargs
     if optimizer is not None:
         optimizer = (optimizer[0], {**optimizer[1], "lr": RATE})

@@ -311,7 +311,9 @@ class AttachedHeads:
                 f"caft: the model returned a {type(output).__name__} instead of a ModelOutput; CAFT"
                 " needs `return_dict` (the default of transformers) switched on."
             )
-        request, call, final = reading.request, reading.call, reading.final
+        request = reading.request
+        call = reading.call
+        final = reading.final
         reading.call = None  # from here on, calls of the norm are the heads'
         device, dtype, enabled = call.autocast
         trunk = self._unsharded_trunk(call.hidden_states.dtype)
@@ -389,7 +391,8 @@ class AttachedHeads:
                 " cannot read the final hidden state. Use head_input: penultimate."
             )
         _check_shape(self.trunk.model, source, request.targets[0])
-        device, num_heads = source.device, len(self.heads)
+        device = source.device
+        num_heads = len(self.heads)
         lesson = request.lesson if request.training else TOKENS_AND_HITS
         checkpointing = bool(getattr(self.trunk.model, "is_gradient_checkpointing", False))
         zero = source.new_zeros((), dtype=torch.float32)
@@ -406,14 +409,16 @@ class AttachedHeads:
             learned.append(lesson.learned(request.targets[index], index, positions, final))
             numbers.append(torch.full_like(positions, index))
             places.append(positions)
-        loss, sums = zero, zero.new_zeros(num_heads)
+        loss = zero
+        sums = zero.new_zeros(num_heads)
         right = (
             None
             if request.training
             else torch.zeros(request.targets.flatten(1).shape, dtype=torch.bool, device=device)
         )
         if rows:
-            hidden, number = torch.cat(rows), torch.cat(numbers)
+            hidden = torch.cat(rows)
+            number = torch.cat(numbers)
             if self.apply_norm:
                 hidden = trunk.norm(hidden)
             weights = request.weights.to(device)[number]
@@ -466,7 +471,8 @@ class WatchedWrapper:
             return
         for handle in self._handles:
             handle.remove()
-        self._wrapper, self._handles = wrapper, []
+        self._wrapper = wrapper
+        self._handles = []
         if wrapper is not None:
             self._handles = [
                 wrapper.register_forward_pre_hook(self._enter),

@@ -45,7 +45,8 @@ logger = logging.getLogger(__name__)
 MODULE_NAME = "caft_heads"
 NOTING = "_caft_notes_its_call"  # marks the last layer's class while heads are attached
 # The paper's LoRA (section 4), used if the base model has no LoRA whose rank could be copied.
-LORA_RANK, LORA_ALPHA = 8, 16
+LORA_RANK = 8
+LORA_ALPHA = 16
 
 
 class AuxiliaryHeads(nn.Module):
@@ -290,7 +291,8 @@ def is_cache(name: str, value: object) -> bool:
     """
     if value is None or isinstance(value, (Tensor, bool, int, float, str)):
         return False
-    name, kind = name.lower(), type(value).__name__.lower()
+    name = name.lower()
+    kind = type(value).__name__.lower()
     return isinstance(value, Cache) or "cache" in kind or "cache" in name or "past" in name
 
 

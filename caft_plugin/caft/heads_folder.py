@@ -79,7 +79,9 @@ class HeadsFolder:
         Raises:
             ConfigError: too few heads, or heads for another hidden size.
         """
-        path, record, text_config = self.path, self.record, model_config.get_text_config()
+        path = self.path
+        record = self.record
+        text_config = model_config.get_text_config()
         if record.num_heads < config.num_heads:
             raise ConfigError(
                 f"{setting_as('caft', 'num_heads')}: got {config.num_heads}, but the folder {path}"
@@ -99,7 +101,8 @@ class HeadsFolder:
         Raises:
             ConfigError: heads of another class, or a checkpoint's LoRA factors that are not merged.
         """
-        path, record = self.path, self.record
+        path = self.path
+        record = self.record
         if record.layer_class != layer_class:
             raise ConfigError(
                 f"{heads_as()}: the heads in {path} are of class {named(record.layer_class)} (base"
@@ -121,10 +124,8 @@ class HeadsFolder:
             now: a sample of this model, or None.
             model_config: this model's config.
         """
-        name, theirs = (
-            model_config.name_or_path or model_config.model_type,
-            named(self.record.base_model),
-        )
+        name = model_config.name_or_path or model_config.model_type
+        theirs = named(self.record.base_model)
         fingerprint = None if now is None else read_fingerprint(self.path)
         if now is None or fingerprint is None:
             if model_config.name_or_path and self.record.base_model != model_config.name_or_path:
@@ -161,7 +162,8 @@ class HeadsFolder:
         """Warn if the config wires the heads differently than they were trained."""
         record = self.record
         for key in ("head_input", "head_norm"):
-            written, recorded = getattr(config, key), getattr(record, key)
+            written = getattr(config, key)
+            recorded = getattr(record, key)
             if written is not None and written != recorded:
                 logger.warning(
                     "%s: got %s, but these heads were made with %s; omit it to use the folder's"
@@ -262,7 +264,8 @@ def save_heads(
     folder = Path(parent) / FOLDER
     if write:
         if lora and not resumable:
-            weights, lora = merged(heads, weights, lora), {}
+            weights = merged(heads, weights, lora)
+            lora = {}
         record = HeadsRecord.of(trunk, config, train_heads=heads.how if resumable else None)
         fingerprint = (
             None if heads.origin is None or after is None else Fingerprint(heads.origin, after)
@@ -454,7 +457,8 @@ def _check_tensors(wanted: dict[str, Tensor], found: dict[str, Any], file: Path,
             f" {held}. The files do not belong together: make or download the heads folder again."
         )
     for name, tensor in sorted(wanted.items()):
-        shape, kind = tuple(found[name].get_shape()), found[name].get_dtype()
+        shape = tuple(found[name].get_shape())
+        kind = found[name].get_dtype()
         if shape != tuple(tensor.shape):
             raise ConfigError(
                 f"{heads_as()}: {file} holds {name} with shape {shape}, but this model's heads need"

@@ -18,23 +18,25 @@ if TYPE_CHECKING:
     from caft_plugin.model.trunk import Trunk
 
 FOLDER = "caft_heads"
-WEIGHTS, LORA, RECORD = "heads.safetensors", "lora.safetensors", "config.json"
+WEIGHTS = "heads.safetensors"
+LORA = "lora.safetensors"
+RECORD = "config.json"
 # of the last layer and final norm that the heads were trained with
 FINGERPRINT = "fingerprint.safetensors"
 LONGEST_JSON = 100_000  # bytes
 COPIES = "; omit it to start from copies of the last layer"
-METRICS, CARD = "metrics.json", "README.md"  # written for pretrained heads
+# written for pretrained heads
+METRICS = "metrics.json"
+CARD = "README.md"
 DRAFTING = "drafting.json"  # written by `caft speculate`
 LOSSES = "losses.json"  # written by a run
 TRAINING = "training"  # in it, next to the names of evaluation sets
 # Keys that tell config.json of heads from that of a model, and that from a drafter's.
-OF_MODEL, OF_DRAFTER = (
-    {"architectures", "model_type"},
-    {
-        "caft_heads",
-        "eagle_aux_hidden_state_layer_ids",
-    },
-)
+OF_MODEL = {"architectures", "model_type"}
+OF_DRAFTER = {
+    "caft_heads",
+    "eagle_aux_hidden_state_layer_ids",
+}
 
 
 class HeadsRecord(BaseModel):

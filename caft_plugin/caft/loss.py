@@ -157,7 +157,8 @@ def weighted_sum(
         gradient.
     """
     if not torch.is_grad_enabled():
-        hidden, parameters = hidden.detach(), ()
+        hidden = hidden.detach()
+        parameters = ()
     size = rows_at_a_time(hidden.device, vocab_size)
     return _WeightedSum.apply(row_loss, size, weights, learned, hidden, *parameters)
 
@@ -187,7 +188,8 @@ class _WeightedSum(torch.autograd.Function):
         # Gradients are computed with weights near 1, for float16; the factor is applied in the
         # backward pass.
         factor = weights.max().clamp(min=1e-30) if len(weights) else weights.new_ones(())
-        figures, hidden_gradients = [], []
+        figures = []
+        hidden_gradients = []
         parameter_gradients: list[Tensor | None] = [None] * len(parameters)
         for start in range(0, max(len(hidden), 1), size):
             chunk = slice(start, start + size)
@@ -224,7 +226,9 @@ class _WeightedSum(torch.autograd.Function):
                 "caft: backward was called twice through one loss of the heads, which keeps no"
                 " graph."
             )
-        factor, found, ctx.gradients = gradients[0] * ctx.factor, ctx.gradients, None
+        factor = gradients[0] * ctx.factor
+        found = ctx.gradients
+        ctx.gradients = None
         return (
             None,
             None,

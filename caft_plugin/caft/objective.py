@@ -182,7 +182,8 @@ class AuxiliaryObjective:
             micro_batch = window.micro_batches[0]
         else:
             window, micro_batch = self._step
-        share, tokens = self._share(items), next_tokens_in(inputs)
+        share = self._share(items)
+        tokens = next_tokens_in(inputs)
         request = dataclasses.replace(window.request(micro_batch, inputs), lesson=self.lesson)
         if self.fused:
             request = request.with_next_tokens(inputs["labels"], window.mean_weight(share))
@@ -269,7 +270,9 @@ class AuxiliaryObjective:
     def log_entries(self) -> dict[str, float]:
         """Return the log entries since the last call. Every process must call it."""
         self.end_window()
-        trainer, tally, self._tally = self.trainer, self._tally, None
+        trainer = self.trainer
+        tally = self._tally
+        self._tally = None
         if tally is None:
             return {}
         processes = trainer.accelerator.num_processes

@@ -247,7 +247,8 @@ class Drafter:
         side = _Side(self, passes.trunk) if self.num_draft != 0 and self.pace.awake() else None
         sent: list[int] = []
         while True:
-            first, began = passes.first, time.perf_counter()
+            first = passes.first
+            began = time.perf_counter()
             logits, notes, sent = passes.run(text.ids, sent)
             came = text.check(logits, sent)
             wrong = len(sent) + 1 - len(came)
@@ -266,7 +267,8 @@ class Drafter:
             if not first and room:
                 self.pace.round_took(len(came), time.perf_counter() - began)
                 if self.num_draft is None and not self.pace.worth_it():
-                    side, sent = None, []
+                    side = None
+                    sent = []
 
     def _trunk_of(self, model: nn.Module) -> Trunk:
         """Return the parts of the model. Raise ConfigError if it is another model, or in training
@@ -312,7 +314,8 @@ class _Passes:
         """
         inputs = self._inputs(ids, sent)
         if sent and self._thrown_away(inputs):
-            inputs, sent = self._inputs(ids, []), []
+            inputs = self._inputs(ids, [])
+            sent = []
         restart = self._thrown_away(inputs)
         if restart:
             self._restart(inputs)
@@ -457,7 +460,8 @@ class _Side:
 
     def _read(self, head: int) -> Tensor:
         """Return a head's output (1, hidden size) at the newest valid position."""
-        layer, cache = self.drafter.heads.layers[head], self.caches[head]
+        layer = self.drafter.heads.layers[head]
+        cache = self.caches[head]
         last = len(self.trunk.layers) - 1
         with turn_with(self.drafter.heads):
             for a_pass in self.unread[head]:
@@ -477,7 +481,8 @@ class _Side:
         self.open = [entry for entry in self.open if len(entry[2]) < len(entry[1])]
 
     def _how_many(self, probabilities: list[float], most: int) -> int:
-        drafter, most = self.drafter, min(most, len(probabilities))
+        drafter = self.drafter
+        most = min(most, len(probabilities))
         if drafter.confidence is not None:
             sure = (at for at, p in enumerate(probabilities) if p < drafter.confidence)
             most = min(most, next(sure, most))

@@ -14,7 +14,9 @@ from typing import Concatenate, ParamSpec, TypeVar
 BINS = 10  # bins of a head's probability of its draft token
 FADING = 0.98  # decay per step of past tokens and seconds
 FIRST_ROUNDS = 10  # steps before drafting is judged
-FIRST_REST, LONGEST_REST = 32, 2048  # tokens without drafting
+# tokens without drafting
+FIRST_REST = 32
+LONGEST_REST = 2048
 FIRST_PASSES = 3  # forward passes of a width before their median is used
 
 P = ParamSpec("P")
@@ -46,13 +48,15 @@ class Pace:
         # by draft length
         self.seconds: list[deque[float]] = [deque(maxlen=9) for _ in range(num_heads + 1)]
         # tokens without drafting: in the next rest, and left in this one
-        self.rest, self.resting = FIRST_REST, 0
+        self.rest = FIRST_REST
+        self.resting = 0
         self._start_afresh()
         self.turn = threading.RLock()
 
     def _start_afresh(self) -> None:
         self.rounds = 0
-        self.recent_tokens, self.recent_seconds = 0.0, 0.0
+        self.recent_tokens = 0.0
+        self.recent_seconds = 0.0
 
     @_in_turn
     def awake(self) -> bool:
@@ -125,12 +129,15 @@ class Pace:
         chances = itertools.accumulate(
             (self.chance(head, p) for head, p in enumerate(probabilities)), lambda a, b: a * b
         )
-        best, gained, best_gain = 0, 0.0, 0.0
+        best = 0
+        gained = 0.0
+        best_gain = 0.0
         for drafts, chance in enumerate(itertools.islice(chances, most), 1):
             gained += chance
             gain = gained - tokens_a_second * (self.cost(drafts) - self.cost(0))
             if gain > best_gain:
-                best, best_gain = drafts, gain
+                best = drafts
+                best_gain = gain
         return best
 
     @_in_turn
@@ -143,7 +150,8 @@ class Pace:
             if self.rounds >= 5 * FIRST_ROUNDS:
                 self.rest = FIRST_REST
             return True
-        self.resting, self.rest = self.rest, min(2 * self.rest, LONGEST_REST)
+        self.resting = self.rest
+        self.rest = min(2 * self.rest, LONGEST_REST)
         self._start_afresh()
         return False
 

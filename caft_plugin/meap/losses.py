@@ -37,7 +37,9 @@ class LossesByKind:
     ) -> None:
         """`found` receives the summed loss of masked and of other tokens, float32 (2,), and their
         numbers, (2,)."""
-        self.model, self.mask_id, self.found = model, mask_id, found
+        self.model = model
+        self.mask_id = mask_id
+        self.found = found
         try:
             self.trunk: Trunk | None = find_trunk(model)
         except ConfigError:  # then only the model's own logits can be read
@@ -75,7 +77,8 @@ class LossesByKind:
         for handle in self._handles:
             handle.remove()
         copies_hold_again(self, *self._modules)
-        self._handles, self._final = [], None
+        self._handles = []
+        self._final = None
 
     @contextlib.contextmanager
     def reading(self, inputs: Batch) -> Iterator[None]:
@@ -94,7 +97,8 @@ class LossesByKind:
     def _after_forward(
         self, model: nn.Module, args: tuple, kwargs: dict[str, object], output: object
     ) -> None:
-        final, self._final = self._final, None
+        final = self._final
+        self._final = None
         if self._batch is None or not torch.is_grad_enabled():
             return
         ids = kwargs.get("input_ids", args[0] if args else None)
@@ -146,10 +150,8 @@ class LossesByKind:
         targets = labels[:, 1:]
         masked = (ids[:, 1:].to(targets.device) == self.mask_id) & (targets != self.mask_id)
         rows, places = (targets != IGNORE).nonzero(as_tuple=True)
-        sums, counts = (
-            torch.zeros(2, device=targets.device),
-            torch.zeros(2, dtype=torch.long, device=targets.device),
-        )
+        sums = torch.zeros(2, device=targets.device)
+        counts = torch.zeros(2, dtype=torch.long, device=targets.device)
         vocabulary = self.trunk.vocab_size if self.trunk is not None else 2**16
         size = rows_at_a_time(targets.device, vocabulary)
         for start in range(0, len(rows), size):

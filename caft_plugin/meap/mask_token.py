@@ -238,7 +238,8 @@ class AddedMaskToken(nn.Module):
         return (args[0].masked_fill(self._where, self.token.id - 1), *args[1:])
 
     def _after(self, embedding: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        where, self._where = self._where, None
+        where = self._where
+        self._where = None
         assert where is not None
         self.hidden.ran = True
         return torch.where(where[..., None], self.vector.to(output.dtype), output)

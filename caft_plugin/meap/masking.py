@@ -335,7 +335,8 @@ class MEAPCollator:
                 f"meap: {self._host_name()} made a batch without labels. Use a collator that adds"
                 " them."
             )
-        ids, labels = batch["input_ids"].clone(), batch["labels"].clone()
+        ids = batch["input_ids"].clone()
+        labels = batch["labels"].clone()
         sft = self.config.mode == "sft"
         if sft and not codes(labels).any() and any(carries_codes(row) for row in features):
             raise ConfigError(

@@ -45,7 +45,8 @@ class StepPlans:
     def of(self, batch: Batch) -> Tensor | None:
         """Return the plan (batch, length) of a micro-batch or of parts of micro-batches; None
         without a pair."""
-        ids, labels = batch.get("input_ids"), batch.get("labels")
+        ids = batch.get("input_ids")
+        labels = batch.get("labels")
         if labels is None or labels.dim() != 2:
             return None
         known_here = self._known + self._other
@@ -100,7 +101,8 @@ class _Pair:
         """
         # padding may differ
         end = 1 + int(np.flatnonzero((self.labels != IGNORE) | (self.plan != 0))[-1])
-        cut, at = _offset(own, row), _offset(row, own[:end])
+        cut = _offset(own, row)
+        at = _offset(row, own[:end])
         if cut is None and at is None:
             return False
         start, marks = (0, self.plan[cut:]) if at is None else (at, self.plan[:end])
@@ -115,7 +117,9 @@ def _array(tensor: Tensor) -> np.ndarray:
 
 def _offset(whole: np.ndarray, part: np.ndarray) -> int | None:
     """Return the index at which `part` starts in `whole`, or None."""
-    inside, wanted, size = whole.tobytes(), part.tobytes(), whole.itemsize
+    inside = whole.tobytes()
+    wanted = part.tobytes()
+    size = whole.itemsize
     at = inside.find(wanted)
     while at >= 0 and at % size:
         at = inside.find(wanted, at + 1)

@@ -68,7 +68,8 @@ class Roles:
             in_configs: ids from the configs (`role_ids`).
             said: the user's settings of tokens.
         """
-        mask, unknown = tokenizer.mask_token_id, tokenizer.unk_token_id
+        mask = tokenizer.mask_token_id
+        unknown = tokenizer.unk_token_id
         vocabulary = tokenizer.get_vocab()
         named = {
             vocabulary.get(str(token))

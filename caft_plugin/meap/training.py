@@ -107,7 +107,8 @@ class MaskedTraining:
         Raises:
             ConfigError: there is no tokenizer or no mask token.
         """
-        trainer, config = self.trainer, self.config
+        trainer = self.trainer
+        config = self.config
         model = cast(PreTrainedModel, trainer.model)
         embedding = input_embedding(model)
         rows = getattr(embedding, "num_embeddings", None) or len(embedding.weight)
@@ -134,7 +135,8 @@ class MaskedTraining:
                     " optimizer_cls_and_kwargs instead, or name a token."
                 )
             self.handle = added
-        seed, kept = trainer.args.seed, roles.never_masked
+        seed = trainer.args.seed
+        kept = roles.never_masked
         self.collator = MEAPCollator(
             trainer.data_collator, config, token.id, seed, base.placeholders, kept
         )
@@ -150,10 +152,8 @@ class MaskedTraining:
     def double(self) -> None:
         """Replace the trainer's training set with the doubled one."""
         trainer = self.trainer
-        dataset, base = (
-            trainer.train_dataset,
-            BaseModel.of_model(cast(PreTrainedModel, trainer.model)),
-        )
+        dataset = trainer.train_dataset
+        base = BaseModel.of_model(cast(PreTrainedModel, trainer.model))
         trainer.train_dataset = self.doubled(dataset, trainer.processing_class, trainer.args, base)
         self.plain = lambda: dataset
 
@@ -176,7 +176,8 @@ class MaskedTraining:
         """
         tokenizer = tokenizer_of(processing_class)
         roles = Roles.of(tokenizer, base.roles)
-        limit, column = base.limit(max_length), args.length_column_name
+        limit = base.limit(max_length)
+        column = args.length_column_name
         duplication = Duplication.of(
             self.config, tokenizer, limit, base.placeholders, roles, column
         )
@@ -212,7 +213,8 @@ class MaskedTraining:
     @contextlib.contextmanager
     def collating(self) -> Iterator[None]:
         """Use the masking collator as the trainer's collator, for the training data loader only."""
-        trainer, ours = self.trainer, self.collator
+        trainer = self.trainer
+        ours = self.collator
         # a class may request its data loader while creating it
         if ours is None or trainer.data_collator is ours:
             yield
@@ -233,7 +235,8 @@ class MaskedTraining:
     def put_plain_labels(self, inputs: MutableMapping[str, Tensor]) -> None:
         """Restore the original labels of rows from the doubled training set, or from a part of
         it."""
-        ids, labels = inputs.get("input_ids"), inputs.get("labels")
+        ids = inputs.get("input_ids")
+        labels = inputs.get("labels")
         if (
             self.config.mode == "sft"
             and ids is not None
@@ -290,7 +293,8 @@ class MaskedTraining:
 
     def log_entries(self) -> dict[str, float]:
         """Return the log entries since the last call. Every process must call it."""
-        tally, self._tally = self._tally, None
+        tally = self._tally
+        self._tally = None
         gathered = functools.partial(over_processes, self.trainer.accelerator)
         return (
             {} if tally is None else tally.log(self.trainer.state.global_step, gathered).entries()

@@ -158,11 +158,15 @@ def _with_effect(base: Any, tuner: Any) -> nn.Module:
     (quantised, or with tensors that stay in half precision). A tuner without effect leaves `base`
     bitwise unchanged.
     """
-    kind, device = base.weight.dtype, base.weight.device
+    kind = base.weight.dtype
+    device = base.weight.device
     exact = torch.promote_types(kind, torch.float32)
     out_in = isinstance(base, nn.Linear)
     size = base.weight.shape[1 if out_in else 0]
-    layer, takes, rounding = tuner, kind, 0.02  # tolerance for rounding, relative to the output
+    # tolerance for rounding, relative to the output
+    layer = tuner
+    takes = kind
+    rounding = 0.02
     probe = torch.randn(4, size, generator=torch.Generator().manual_seed(0)).to(device, exact)
 
     def change(rows: Tensor) -> Tensor:
@@ -175,7 +179,9 @@ def _with_effect(base: Any, tuner: Any) -> nn.Module:
             with contextlib.suppress(Exception):
                 wide = copy.deepcopy(tuner).to(exact)
                 wide(probe[None])
-                layer, takes, rounding = wide, exact, 1e-5
+                layer = wide
+                takes = exact
+                rounding = 1e-5
         try:
             wanted = change(probe)
         except Exception as error:  # a method that needs more than an input, each in its own way
@@ -197,7 +203,8 @@ def _with_effect(base: Any, tuner: Any) -> nn.Module:
 def full_precision() -> Iterator[None]:
     """Compute float32 products on a GPU exactly (no TF32)."""
     settings = torch.backends.cuda.matmul
-    before, settings.fp32_precision = settings.fp32_precision, "ieee"
+    before = settings.fp32_precision
+    settings.fp32_precision = "ieee"
     try:
         yield
     finally:

@@ -32,7 +32,9 @@ from caft_plugin.model.trunk import Trunk, in_use
 
 logger = logging.getLogger(__name__)
 
-MOST, EACH = 16_384, 2_048  # maximum values of a sample, and of one tensor
+# maximum values of a sample, and of one tensor
+MOST = 16_384
+EACH = 2_048
 FEW = 32  # changed values below which the position between two models is not meaningful
 # Relative spacing of neighbouring numbers; rounding adds at most half of it. From coarse to fine.
 GRIDS = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}
@@ -218,12 +220,15 @@ def _factors(tuner: BaseTunerLayer) -> list[_Factors] | None:
 
 def _effect(linear: nn.Module, lora: _Factors, each: int) -> Tensor:
     """Return the contribution of a LoRA to the sampled values of a linear layer's weight."""
-    outputs, inputs = lora.b.shape[0], lora.a.shape[1]
+    outputs = lora.b.shape[0]
+    inputs = lora.a.shape[1]
     at = positions(outputs * inputs, each)
     if isinstance(linear, Conv1D):  # weights (in, out)
-        into, out = at // outputs, at % outputs
+        into = at // outputs
+        out = at % outputs
     else:
-        out, into = at // inputs, at % inputs
+        out = at // inputs
+        into = at % inputs
     return lora.scaling * (lora.b[out] * lora.a.T[into]).sum(-1)
 
 
@@ -267,7 +272,8 @@ class Fingerprint:
 
         If the first two cannot be distinguished, the verdict is `own`.
         """
-        before, after = self.before.values, self.after.values
+        before = self.before.values
+        after = self.after.values
         shapes = [
             {name: len(values) for name, values in sample.items()}
             for sample in (before, after, now.values)

@@ -132,7 +132,8 @@ class HiddenSubmodule:
     def _hide(
         self, owner: nn.Module, state: dict[str, Tensor], prefix: str, metadata: object
     ) -> None:
-        start, shown = f"{prefix}{self.name}.", set()
+        start = f"{prefix}{self.name}."
+        shown = set()
         if self._shown == "all":
             return
         if self._shown == "frozen":
@@ -224,7 +225,8 @@ def shown_to(accelerator: Accelerator, parts: list[HiddenSubmodule]) -> Iterator
 
     If only one process has read the weights, accelerate sends its state dict to the others.
     """
-    prepare, own = accelerator.prepare, "prepare" in vars(accelerator)
+    prepare = accelerator.prepare
+    own = "prepare" in vars(accelerator)
 
     def prepare_with_ours(*args: object, **kwargs: object) -> object:
         with contextlib.ExitStack() as stack:
@@ -245,7 +247,8 @@ def shown_to(accelerator: Accelerator, parts: list[HiddenSubmodule]) -> Iterator
 @contextlib.contextmanager
 def hidden_from(callbacks: CallbackHandler, parts: list[HiddenSubmodule]) -> Iterator[None]:
     """Hide `parts` of the model from callbacks."""
-    call_event, own = callbacks.call_event, "call_event" in vars(callbacks)
+    call_event = callbacks.call_event
+    own = "call_event" in vars(callbacks)
 
     def call_without_ours(*args, **kwargs):
         with all_out_of_sight(parts):

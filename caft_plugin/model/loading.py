@@ -59,7 +59,8 @@ def _base_and_revision(name: str) -> tuple[str, str | None]:
         return name, None
     try:
         keys = json.loads(read_text(Path(file), asked_as("model"), "the folder of an adapter"))
-        base, revision = keys["base_model_name_or_path"], keys.get("revision")
+        base = keys["base_model_name_or_path"]
+        revision = keys.get("revision")
     except (ValueError, KeyError, TypeError, AttributeError):
         base = revision = None
     if not isinstance(base, str):
@@ -140,7 +141,8 @@ class Source:
             return cls(name, base, revision, config, None, trust_remote_code)
         # The run's changes (overrides_of_model_config) are used. Vocabulary size and quantisation
         # stay the base's, because the base's files are read first.
-        text, tokens = own.get_text_config(), own.get_text_config().vocab_size
+        text = own.get_text_config()
+        tokens = own.get_text_config().vocab_size
         text.vocab_size = config.get_text_config().vocab_size
         vars(own).pop("quantization_config", None)
         if getattr(config, "quantization_config", None) is not None:
@@ -227,7 +229,8 @@ def with_overrides_of_run(
     if Path(name).name != MERGED or find_adapter_config_file(str(run)) is None:
         return
     own = _own_config(str(run), config, read)
-    trained, written = ({} if own is None else own.to_dict()), config.to_dict()
+    trained = {} if own is None else own.to_dict()
+    written = config.to_dict()
     changed = {
         key: value
         for key, value in trained.items()

@@ -94,7 +94,8 @@ def find_trunk(model: nn.Module) -> Trunk:
         )
     refuse_unfit(base.config, name)
     text_config = base.config.get_text_config()
-    layers, norms = None, []
+    layers = None
+    norms = []
     at = find_layers(base, getattr(text_config, "num_hidden_layers", None))
     # the final norm is a sibling of the layers: the next one after them, else the last one before
     if at is not None:

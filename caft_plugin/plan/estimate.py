@@ -174,10 +174,8 @@ def make_plan(
         if heads is None
         else [_count(heads), sum(p.numel() for p in heads.parameters() if p.requires_grad)]
     )
-    base_parameters, gathered = (
-        _count(model),
-        (gathered_by_fsdp(trunk, model, quantised) if shards > 1 else 0.0),
-    )
+    base_parameters = _count(model)
+    gathered = gathered_by_fsdp(trunk, model, quantised) if shards > 1 else 0.0
 
     if as_kept in seen.kept:
         seen.built[as_built] = (model, trunk, quantised, caft, heads)
@@ -189,7 +187,8 @@ def make_plan(
     if run.checkpointing:
         inputs = kept.base - sum(kept.layers) + len(kept.layers) * kept.hidden
         base = dataclasses.replace(base, activations=inputs, work=max(kept.layers))
-    added, losses = standing[1], (_next_token_loss(run, trunk),) * 2
+    added = standing[1]
+    losses = (_next_token_loss(run, trunk),) * 2
     if heads is not None:
         chunk = (
             min(LOGITS_AT_A_TIME[device], supervised * run.tokens * trunk.vocab_size)
@@ -299,7 +298,8 @@ def gathered_by_fsdp(trunk: Trunk, model: nn.Module, quantised: dict[Tensor, flo
 def _checked(run: Run, trunk: Trunk) -> CAFTConfig:
     """Return the `caft:` block with its wiring filled in, after checking local heads against the
     model."""
-    name, record = run.caft.heads, None
+    name = run.caft.heads
+    record = None
     if name is not None and (Path(name).exists() or name.startswith((".", "/", "~"))):
         folder = HeadsFolder.open(name)
         folder.check_model(run.caft, trunk.model.config)

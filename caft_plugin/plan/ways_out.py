@@ -98,7 +98,8 @@ class WaysOut:
         """Return the available changes, the cheapest first: those that cost neither time nor
         quality, then time, precision, training of the heads, hardware, data, and the heads
         themselves."""
-        run, plan = self.plan.run, self.plan
+        run = self.plan.run
+        plan = self.plan
         found = []
         if run.builds_logits and not run.fuses:
             found.append(

@@ -69,7 +69,9 @@ def as_text(plan: Plan) -> str:
 
 def run_as_text(plan: Plan) -> str:
     """Return the memory of the complete run on one GPU, without and with heads, as a table."""
-    base, added, none = plan.base, plan.added, 0.0
+    base = plan.base
+    added = plan.added
+    none = 0.0
     rows = [
         ("base and adapter: weights", base.weights, base.weights),
         ("  gradients", base.gradients, base.gradients),

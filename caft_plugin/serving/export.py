@@ -212,7 +212,8 @@ def export_drafter(
 def _check(
     folder: HeadsFolder, target: Target, family: Family, form: Format, num_heads: int | None
 ) -> None:
-    record, config = folder.record, target.config
+    record = folder.record
+    config = target.config
     if (folder.path / LORA).exists() or record.layer_class != family.layer_class:
         folder.check_layers(family.layer_class)
     if record.hidden_size != config.hidden_size:
@@ -267,7 +268,8 @@ def as_eagle3(
         family: the model's family.
         normed_input: the head's input is the normalised final hidden state.
     """
-    size, weights = norm.numel(), {}
+    size = norm.numel()
+    weights = {}
     for name, tensor in heads[0].items():
         if name in [f"self_attn.{part}_proj.weight" for part in "qkv"]:
             tensor = torch.cat([torch.zeros_like(tensor), tensor], dim=1)
@@ -299,7 +301,8 @@ def as_heads(heads: list[dict[str, Tensor]], norm: Tensor, count: int) -> dict[s
 def _config(
     target: Target, family: Family, folder: HeadsFolder, form: Format, count: int
 ) -> dict[str, object]:
-    theirs, record = target.config.to_dict(), folder.record
+    theirs = target.config.to_dict()
+    record = folder.record
     layers = target.config.num_hidden_layers
     # the heads' input: the output of this many layers
     read = layers if record.head_input == "final" else layers - 1

@@ -59,7 +59,8 @@ class Heads(nn.Module):
     ) -> None:
         super().__init__()
         wiring = config.caft_heads
-        self.normed_input, self.normed_output = wiring["head_input"] == "final", wiring["head_norm"]
+        self.normed_input = wiring["head_input"] == "final"
+        self.normed_output = wiring["head_norm"]
         build = _builder_of(FAMILIES[wiring["model_type"]], vllm_config, config)
         asked = vllm_config.speculative_config.num_speculative_tokens
         self.layers = nn.ModuleList(build(f"{prefix}.layers.{first + k}") for k in range(asked))

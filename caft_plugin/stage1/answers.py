@@ -162,7 +162,8 @@ def write_answers(
             with tqdm(
                 total=len(prompts), initial=done, unit="answer", desc="generating answers"
             ) as bar:
-                tokens, start = 0, time.monotonic()
+                tokens = 0
+                start = time.monotonic()
                 vllm = start_vllm(model, name) if config.vllm else None
                 for first in range(done, len(prompts), config.generation_batch_size):
                     batch = prompts[first : first + config.generation_batch_size]

@@ -185,12 +185,10 @@ def pretrain_heads(stage1: Stage1) -> Path:
     Raises:
         ConfigError: the data or the settings do not fit.
     """
-    model, tokenizer, arguments, config = (
-        stage1.model,
-        stage1.tokenizer,
-        stage1.arguments,
-        stage1.config,
-    )
+    model = stage1.model
+    tokenizer = stage1.tokenizer
+    arguments = stage1.arguments
+    config = stage1.config
     if arguments.world_size > 1:
         raise ConfigError(
             f"pretrain_heads: {arguments.world_size} processes were started, but it accepts one."

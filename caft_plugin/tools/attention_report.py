@@ -32,9 +32,12 @@ from caft_plugin.model.trunk import input_embedding
 from caft_plugin.tools.pictures import write_png
 
 SEGMENTS = ("context", "answer", "query")
-MODELS, INPUTS = ("base", "tuned"), ("unmasked", "masked")
+MODELS = ("base", "tuned")
+INPUTS = ("unmasked", "masked")
 COLOURS = {"base": "#9aa5b1", "tuned": "#2f6f9f", "unmasked": "#9aa5b1", "masked": "#2f6f9f"}
-FIRST, LAST = ("base", "unmasked"), ("tuned", "masked")  # the two that the paper compares
+# the two that the paper compares
+FIRST = ("base", "unmasked")
+LAST = ("tuned", "masked")
 
 ByModelAndInput = Mapping[tuple[str, str], float]
 
@@ -260,7 +263,8 @@ def on_masked_and_variance_of_rest(weights: Tensor, masked: Tensor) -> tuple[flo
     length = len(masked)
     earlier = torch.ones(length, length).tril().bool()
     earlier[:, 0] = False
-    on_masked, rest = earlier & masked, earlier & ~masked
+    on_masked = earlier & masked
+    rest = earlier & ~masked
     seeing = (on_masked.sum(-1) > 0) & (rest.sum(-1) > 1)
     mean = (weights * on_masked).sum(-1) / on_masked.sum(-1).clamp(min=1)
     count = rest.sum(-1).clamp(min=2)

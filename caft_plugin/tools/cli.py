@@ -346,11 +346,13 @@ def speculate_command(
         from caft_plugin.axolotl.finished_run import FinishedRun
 
         run = FinishedRun.of(config, "speculate")
-        model, heads = model or run.model, heads or run.heads
+        model = model or run.model
+        heads = heads or run.heads
     for name, value in (("model", model), ("heads", heads), ("prompts", prompts or config)):
         if value is None:
             raise click.UsageError(needed(name))
-    model, heads = cast(str, model), cast(str, heads)
+    model = cast(str, model)
+    heads = cast(str, heads)
 
     from caft_plugin.drafting.decoding import Drafter
     from caft_plugin.model.loading import load_tokenizer
@@ -455,7 +457,8 @@ def export_drafter_command(
         from caft_plugin.axolotl.finished_run import FinishedRun
 
         run = FinishedRun.of(config, "export-drafter")
-        model, heads = model or run.model, heads or run.heads
+        model = model or run.model
+        heads = heads or run.heads
     for name, value in (("model", model), ("heads", heads)):
         if value is None:
             raise click.UsageError(needed(name))

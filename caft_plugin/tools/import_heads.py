@@ -56,7 +56,8 @@ def import_heads(
         ConfigError: the file does not contain such heads, or they do not fit the base model; the
             base model's config cannot be read; `out` exists or cannot be written.
     """
-    file, out = Path(file), Path(out)
+    file = Path(file)
+    out = Path(out)
     wiring = CAFTConfig(head_input=head_input, head_norm=head_norm)
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise ConfigError(

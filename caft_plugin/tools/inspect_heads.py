@@ -41,7 +41,8 @@ def describe(heads: str | os.PathLike[str]) -> str:
     """
     folder = locate_heads(os.fspath(heads))
     record = read_record(folder)
-    metrics, losses = read_metrics(folder, record), read_losses(folder)
+    metrics = read_metrics(folder, record)
+    losses = read_losses(folder)
     if metrics is not None:  # of stage 1, which evaluates after its last step
         losses = {name: logged for name, logged in losses.items() if name == TRAINING}
     tensors = tensors_of_heads(folder, record)

@@ -24,9 +24,12 @@ from caft_plugin.stage1.answers import end_tokens
 from caft_plugin.tools.pictures import write_png
 from caft_plugin.tools.steps import Steps, steps_with
 
-PLAIN, HEADS, LOOKUP = "plain", "with the heads", "prompt lookup"
+PLAIN = "plain"
+HEADS = "with the heads"
+LOOKUP = "prompt lookup"
 LOOKUP_TOKENS = 10  # copied at most by transformers' prompt lookup, as in its documentation
-BLUE, GREY = "#2f6f9f", "#9aa5b1"
+BLUE = "#2f6f9f"
+GREY = "#9aa5b1"
 
 
 @dataclasses.dataclass
@@ -144,7 +147,8 @@ def speculate(
             for number in range(len(prompts)):
                 texts = {}
                 for name in turned(list(ways), run + number):
-                    before, began = passes(), time.perf_counter()
+                    before = passes()
+                    began = time.perf_counter()
                     texts[name] = write(number, max_new_tokens, ways[name])
                     if model.device.type == "cuda":
                         torch.cuda.synchronize()
@@ -281,7 +285,8 @@ def draw(found: Comparison, file: Path) -> None:
     Raises:
         ConfigError: matplotlib is not installed.
     """
-    way, drafted = found.ways[HEADS], found.ways[HEADS].drafted
+    way = found.ways[HEADS]
+    drafted = found.ways[HEADS].drafted
     assert drafted is not None
     shares = [
         right / max(sent, 1) for sent, right in zip(drafted.drafted, drafted.accepted, strict=True)

@@ -55,7 +55,8 @@ def proposals(drafter: Drafter, prompt: Sequence[int], text: Sequence[int]) -> l
     """Return each head's proposals (heads, tokens of the text), token ids: at the prompt's last
     position and at every position of the text except the last."""
     model: nn.Module = drafter.model
-    trunk, config = drafter.trunk, drafter.config
+    trunk = drafter.trunk
+    config = drafter.config
     ids = torch.tensor([[*prompt, *text[:-1]]], device=next(trunk.last_layer.parameters()).device)
     with noted_pass(trunk, compiled_around(trunk)) as notes:
         model(input_ids=ids, use_cache=False)
@@ -73,7 +74,8 @@ def proposals(drafter: Drafter, prompt: Sequence[int], text: Sequence[int]) -> l
 def steps_of(text: Sequence[int], proposed: Sequence[Sequence[int]], number: int) -> int:
     """Return the steps that a text takes with `number` draft tokens, including the prompt's step,
     which has none."""
-    written, steps = 1, 1
+    written = 1
+    steps = 1
     while written < len(text):
         right = 0
         # At the last position that the model has read, head 1 proposes the token after the newest
