@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.metadata
 import json
@@ -13,9 +14,10 @@ from pathlib import Path
 
 import torch
 
+import caft_plugin
 from study.protocol import ROOT, Line, Lines, NotYet, Run, Settings, Study
 
-PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "rdkit", "caft_plugin")
+PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "rdkit")
 
 
 def read(file: Path) -> list[Line]:
@@ -128,13 +130,19 @@ def line_of(run: Run, settings: Settings, figures: Line, seconds: float) -> Line
         "wall_seconds": round(seconds, 1),
         **{key: value for key, value in figures.items() if key != "metrics"},
         "settings": settings,
-        "versions": {
-            "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in PACKAGES},
-        },
+        "versions": versions(),
         "processor": torch.cuda.get_device_name() if torch.cuda.is_available() else processor(),
         "commit": commit(),
     }
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that are here; a study that does not use one runs without."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return {**found, "caft_plugin": caft_plugin.__version__}
 
 
 def processor() -> str:
