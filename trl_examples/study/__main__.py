@@ -1,6 +1,6 @@
 """Do the runs that the results lack, or write the tables.
 
-    python -m study run [--workers 1] [--minutes N] [--tasks few-heads few-pilot few] [--arms ...] [--seeds ...]
+    python -m study run [--workers 1] [--minutes N] [--tasks small-pilot small] [--arms ...] [--seeds ...]
     python -m study report
 
 `run` can be stopped at any time and started again: an interrupted run leaves nothing and is done again. To do a
@@ -19,8 +19,9 @@ from study import queue, results
 from study.protocol import Run
 from study.report import report
 from study.second import study as second
+from study.third import study as third
 
-STUDIES = (second.STUDY,)
+STUDIES = (second.STUDY, third.STUDY)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
