@@ -155,12 +155,17 @@ def processor() -> str:
 
 @functools.cache
 def commit() -> str:
-    """Return the commit of the code that this process runs, marked where the code has changed since."""
+    """Return the commit of the code that this process runs, marked where the code has changed since.
+
+    STUDY_COMMIT names it for a copy of the code, whose own history says something else or nothing.
+    """
+    if told := os.environ.get("STUDY_COMMIT"):
+        return told
 
     def git(*words: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
 
     head = git("rev-parse", "HEAD").stdout.strip()
     if not head:  # a copy without its history
-        return os.environ.get("STUDY_COMMIT", "unknown")
+        return "unknown"
     return head + ("-changed" if git("diff", "--quiet", "HEAD", "--", "*.py").returncode != 0 else "")
