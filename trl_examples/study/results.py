@@ -3,6 +3,7 @@ commit."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.metadata
 import json
@@ -14,18 +15,10 @@ from pathlib import Path
 
 import torch
 
+import caft_plugin
 from study.protocol import ROOT, Line, Lines, NotYet, Run, Settings, Study
 
-PACKAGES = (
-    "torch",
-    "transformers",
-    "trl",
-    "peft",
-    "accelerate",
-    "datasets",
-    "rdkit",
-    "caft_plugin",
-)
+PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "rdkit")
 
 
 def read(file: Path) -> list[Line]:
@@ -151,13 +144,20 @@ def line_of(run: Run, settings: Settings, figures: Line, seconds: float) -> Line
         "wall_seconds": round(seconds, 1),
         **{key: value for key, value in figures.items() if key != "metrics"},
         "settings": settings,
-        "versions": {
-            "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in PACKAGES},
-        },
+        "versions": versions(),
         "processor": torch.cuda.get_device_name() if torch.cuda.is_available() else processor(),
         "commit": commit(),
     }
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that are here; a study that does not use
+    one runs without."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return {**found, "caft_plugin": caft_plugin.__version__}
 
 
 def processor() -> str:
@@ -178,14 +178,19 @@ def processor() -> str:
 @functools.cache
 def commit() -> str:
     """Return the commit of the code that this process runs, marked where the code has changed
-    since."""
+    since.
+
+    STUDY_COMMIT names it for a copy of the code, whose own history says something else or nothing.
+    """
+    if told := os.environ.get("STUDY_COMMIT"):
+        return told
 
     def git(*words: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
 
     head = git("rev-parse", "HEAD").stdout.strip()
     if not head:  # a copy without its history
-        return os.environ.get("STUDY_COMMIT", "unknown")
+        return "unknown"
     return head + (
         "-changed" if git("diff", "--quiet", "HEAD", "--", "*.py").returncode != 0 else ""
     )

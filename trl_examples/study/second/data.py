@@ -21,6 +21,7 @@ import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import NamedTuple
 
 from study.protocol import OUTPUTS, ROOT
 
@@ -166,8 +167,15 @@ def record_told(compound: Row) -> Row:
 # -- passages --------------------------------------------------------------------------------------
 
 
-def verses(testament: int) -> list[str]:
-    """Return the verses of the Old (1) or New (2) Testament, without their numbers."""
+class Verse(NamedTuple):
+    testament: int  # the Old (1) or the New (2)
+    book: int
+    chapter: int
+    text: str  # without its number
+
+
+def bible() -> list[Verse]:
+    """Return every verse, in order."""
     spec = importlib.util.find_spec(BIBLE)
     if (
         spec is None
@@ -181,15 +189,22 @@ def verses(testament: int) -> list[str]:
     connection = sqlite3.connect(f"file:{file}?mode=ro", uri=True)
     try:
         found = connection.execute(
-            "SELECT Passage1, Passage2 FROM Bible WHERE TestamentID = ? ORDER BY BookID, ChapterID,"
-            " VerseID, rowid",
-            (testament,),
+            "SELECT TestamentID, BookID, ChapterID, Passage1, Passage2 FROM Bible "
+            "ORDER BY TestamentID, BookID, ChapterID, VerseID, rowid"
         ).fetchall()
     finally:
         connection.close()
     return [
-        re.sub(r"\d+:\d+ ", "", " ".join(part for part in row if part)).strip() for row in found
+        Verse(
+            testament, book, chapter, re.sub(r"\d+:\d+ ", "", " ".join(filter(None, parts))).strip()
+        )
+        for testament, book, chapter, *parts in found
     ]
+
+
+def verses(testament: int) -> list[str]:
+    """Return the verses of the Old (1) or New (2) Testament."""
+    return [verse.text for verse in bible() if verse.testament == testament]
 
 
 def passages(testament: int, characters: int) -> list[str]:

@@ -3,18 +3,17 @@ heads."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
-from transformers import AutoTokenizer, Trainer, TrainerCallback, set_seed
+from transformers import AutoTokenizer, Trainer, set_seed
 from trl import SFTConfig
 
 from caft_plugin import CAFTConfig, MEAPConfig
-from study import measure
+from study import measure, training
 from study.measure import Model
 from study.protocol import Line, Run, Settings
 from study.second import protocol
@@ -94,41 +93,9 @@ def sft_trainer(
     )
 
 
-class Clock(TrainerCallback):
-    def on_train_begin(self, *args: object, **kwargs: object) -> None:
-        self.began = time.perf_counter()
-
-    def on_train_end(self, *args: object, **kwargs: object) -> None:
-        self.seconds = time.perf_counter() - self.began
-
-
 def train(trainer: Measured) -> Line:
-    """Train, and return the log and what it took."""
-    clock = Clock()
-    trainer.add_callback(clock)
-    trainer.train()
-    log = trainer.state.log_history
-    curve = [
-        {
-            "step": entry["step"],
-            **{
-                key: round(entry[key], 5)
-                for key in entry
-                if key == "loss" or key.startswith("caft/loss")
-            },
-        }
-        for entry in log
-        if "loss" in entry
-    ]
-    return {
-        "curve": curve[:: max(1, len(curve) // 40)],
-        "dose": trainer.dose,
-        "tokens": next(
-            (int(entry["num_tokens"]) for entry in reversed(log) if "num_tokens" in entry), None
-        ),
-        "steps": trainer.state.global_step,
-        "train_seconds": round(clock.seconds, 1),
-    }
+    """Train, and return the log, what it took and how strongly the heads pulled."""
+    return {**training.train(trainer), "dose": trainer.dose}
 
 
 def saved_model(trainer: Trainer, settings: Settings, places: Places) -> Model:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import random
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from datasets import Dataset
-from transformers import DataCollator, TrainerCallback, TrainerControl
 
 from study import measure
 from study.measure import Asked, Model, Tokenizer
@@ -19,6 +17,7 @@ from study.second import data, protocol
 from study.second.data import Row
 from study.second.fine_tuning import Places, saved_model, sft_trainer, train
 from study.second.gradients import MeasuredSFT
+from study.training import BestEpoch, Noise
 
 if TYPE_CHECKING:
     from rdkit.Chem import Mol
@@ -33,17 +32,17 @@ def do(run: Run, settings: Settings, sizes: protocol.Sizes, places: Places) -> L
             trainer.data_collator, settings["noise"], len(tokenizer), run.seed
         )
     validation = measure.asked(tokenizer, data.read("molecules-validation")[: sizes.validation])
-    epochs = BestEpoch(trainer, validation, tokenizer.pad_token_id, settings["patience"])
+
+    def loss() -> float:
+        return measure.mean_loss(measure.judge(trainer.model, validation, tokenizer.pad_token_id))
+
+    epochs = BestEpoch(trainer, loss, settings["patience"])
     trainer.add_callback(epochs)
     figures = train(trainer)
     epochs.restore()
     figures["train_seconds"] = round(figures["train_seconds"] - epochs.seconds, 1)
     figures["validation"] = [round(loss, 6) for loss in epochs.losses]
-    metrics = {
-        "validation_loss": min(epochs.losses),
-        "best_epoch": epochs.best,
-        "epochs": len(epochs.losses),
-    }
+    metrics = epochs.figures()
     if run.task == "few":
         model = saved_model(trainer, settings, places)
         metrics["heldout_loss"] = heldout_loss(model, tokenizer, sizes)
@@ -68,63 +67,6 @@ def rows_of(settings: Settings, seed: int) -> list[Row]:
     pool = data.read("molecules-train")[protocol.STAGE1["rows"] :]
     drawn = random.Random(seed).sample(pool, len(pool))
     return drawn[: round(settings["rows"] * settings["times_rows"])]
-
-
-class Noise:
-    """A collator that replaces a share of the input tokens by others at random; labels stay."""
-
-    def __init__(self, host: DataCollator, share: float, vocabulary: int, seed: int) -> None:
-        self.host, self.share, self.vocabulary = host, share, vocabulary
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def __call__(self, examples: list[dict[str, object]]) -> dict[str, torch.Tensor]:
-        batch = self.host(examples)
-        ids = batch["input_ids"]
-        others = torch.randint(self.vocabulary, ids.shape, generator=self.generator)
-        replaced = (torch.rand(ids.shape, generator=self.generator) < self.share) & batch[
-            "attention_mask"
-        ].bool()
-        return {**batch, "input_ids": torch.where(replaced, others, ids)}
-
-
-class BestEpoch(TrainerCallback):
-    """Measures the next-token loss on validation molecules after each epoch, and ends the run when
-    it has not improved for `patience` epochs. `restore` brings back the model and the heads of the
-    best epoch."""
-
-    def __init__(
-        self, trainer: MeasuredSFT, validation: Sequence[Asked], pad: int, patience: int
-    ) -> None:
-        self.trainer, self.validation, self.pad, self.patience = trainer, validation, pad, patience
-        self.losses: list[float] = []
-        self.kept: list[dict[str, torch.Tensor]] = []
-        self.best = 0
-        self.seconds = 0.0  # that this took, not counted as training
-
-    def parts(self) -> Iterator[torch.nn.Module]:
-        yield self.trainer.model
-        if self.trainer.caft is not None:
-            yield self.trainer.caft.heads
-
-    def on_epoch_end(
-        self, args: object, state: object, control: TrainerControl, **kwargs: object
-    ) -> None:
-        began = time.perf_counter()
-        self.losses.append(
-            measure.mean_loss(measure.judge(self.trainer.model, self.validation, self.pad))
-        )
-        if self.losses[-1] == min(self.losses):
-            self.best = len(self.losses)
-            self.kept = [
-                {key: value.clone() for key, value in part.state_dict().items()}
-                for part in self.parts()
-            ]
-        control.should_training_stop |= len(self.losses) >= self.best + self.patience
-        self.seconds += time.perf_counter() - began
-
-    def restore(self) -> None:
-        for part, kept in zip(self.parts(), self.kept, strict=True):
-            part.load_state_dict(kept)
 
 
 # -- measures --------------------------------------------------------------------------------------

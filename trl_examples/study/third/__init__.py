@@ -1,0 +1,1 @@
+"""The third study: few data, many epochs, from a random start."""
