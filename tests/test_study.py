@@ -524,9 +524,8 @@ def test_figures_in_the_top_readme_are_in_the_page():
     readme, page = ((folder / "README.md").read_text(encoding="utf-8") for folder in (ROOT, HERE))
     answer = re.search(r"(?ms)^## Does it improve quality\?$(.*?)^## ", readme)[1]
     runs, *found = re.findall(r"\d+(?:\.\d+)?", answer.split("](")[0])
-    assert int(runs) == sum(
-        len(results.read(HERE / name / "results.jsonl")) for name in ("first", "second", "third")
-    )
+    finished = ("first", "second")
+    assert int(runs) == sum(len(results.read(HERE / name / "results.jsonl")) for name in finished)
     assert {"0.039", "0.056", "0.0759"} < set(found)
     assert not [figure for figure in found if figure not in re.findall(r"\d+(?:\.\d+)?", page)]
 

@@ -95,6 +95,7 @@ def questions_table(study: Study, lines: Lines, **more: Callable[[Answer], str])
     """One row a question. `more` are columns before the verdict: by heading, the cell of an
     answer."""
     rows = []
+    left = {(run.task, run.arm) for run in study.ready(lines)}
     for one in answers(study, lines):
         question, metric = one.question, study.metrics[one.question.metric]
         measured, apart, least = (
@@ -120,6 +121,7 @@ def questions_table(study: Study, lines: Lines, **more: Callable[[Answer], str])
             )
         elif one.difference:
             least = effect(one.difference, metric)
+        unfinished = left & {(question.task, question.arm), (question.task, question.against)}
         rows.append(
             [
                 question.asks,
@@ -130,7 +132,7 @@ def questions_table(study: Study, lines: Lines, **more: Callable[[Answer], str])
                 least,
                 *(cell(one) for cell in more.values()),
                 f"{one.corrected:.2f}" if len(one.pairs) > 1 else "-",
-                one.verdict,
+                "not finished" if unfinished and one.pairs else one.verdict,
             ]
         )
     head = [
