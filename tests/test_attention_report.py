@@ -9,8 +9,8 @@ import pytest
 import torch
 from click.testing import CliRunner
 from peft import LoraConfig, get_peft_model
-from tiny import word_tokenizer
 
+from builders.tiny import word_tokenizer
 from caft_plugin import ConfigError
 from caft_plugin.tools.attention_report import (
     as_table,

@@ -16,8 +16,6 @@ import pytest
 import torch
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
-from test_families import FAMILIES, model_of
-from tiny import LLAMA
 from tokenizers import Tokenizer, decoders
 from tokenizers.models import BPE
 from transformers import (
@@ -40,14 +38,16 @@ from transformers import (
     WatermarkingConfig,
 )
 
-from caft_plugin import CAFTConfig, ConfigError, Drafter
-from caft_plugin.caft.heads import build_heads, replay
+from builders.drafters import drafter_of, few_words_model
+from builders.families import FAMILIES, model_of
+from builders.tiny import LLAMA
+from caft_plugin import ConfigError, Drafter
+from caft_plugin.caft.heads import replay
 from caft_plugin.caft.heads_folder import save_heads
 from caft_plugin.drafting import decoding
 from caft_plugin.drafting.pace import Pace
 from caft_plugin.drafting.pass_notes import noted_pass
 from caft_plugin.drafting.rotary import Border, borders
-from caft_plugin.model.trunk import find_trunk
 
 RECURRENT = (
     "RecurrentGemma",
@@ -60,23 +60,6 @@ RECURRENT = (
     "Qwen3Next",
 )
 NEW = 24  # tokens
-
-
-def drafter_of(model, num_heads=4, head_input="penultimate", head_norm=True, **settings):
-    """Heads that are copies of the last layer, the later ones a little off, so that some guesses
-    are right."""
-    model.eval()
-    config = CAFTConfig(
-        num_heads=num_heads, head_input=head_input, head_norm=head_norm, train_heads="frozen"
-    )
-    heads = build_heads(model, find_trunk(model), config, seed=0)
-    generator = torch.Generator().manual_seed(0)
-    for index, layer in enumerate(heads.layers):
-        for parameter in layer.parameters():
-            if parameter.is_floating_point():
-                noise = torch.randn(parameter.shape, generator=generator)
-                parameter.data += 0.01 * index * noise.to(parameter)
-    return Drafter(model, heads, config, **settings)
 
 
 def prompt(length=9, vocab_size=24, seed=1, padding=0):
@@ -99,8 +82,7 @@ def written(model, inputs, seed=5, **settings):
 
 @pytest.fixture
 def tiny_model():
-    """Of few words, so that guesses are often right."""
-    return LlamaForCausalLM(LlamaConfig(**{**LLAMA, "vocab_size": 24}))
+    return few_words_model()
 
 
 GREEDY = {"do_sample": False}

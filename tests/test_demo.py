@@ -14,7 +14,8 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-from paths import ROOT
+
+from builders.paths import ROOT
 
 DEMO = ROOT / "axolotl_configs" / "demo"
 sys.path.insert(0, str(DEMO))

@@ -12,11 +12,11 @@ import pytest
 import torch
 from click.testing import CliRunner
 from peft import LoraConfig, get_peft_model
-from quantised import quantise
 from safetensors.torch import load_file, save_file
-from tiny import LLAMA
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Qwen2Config, Qwen3Config
 
+from builders.quantised import quantise
+from builders.tiny import LLAMA
 from caft_plugin import CAFTConfig, ConfigError
 from caft_plugin.caft.heads import build_heads
 from caft_plugin.caft.heads_folder import resolve_wiring, save_heads

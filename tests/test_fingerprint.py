@@ -15,7 +15,6 @@ import torch
 from click.testing import CliRunner
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny import LLAMA, word_tokenizer
 from transformers import (
     BitsAndBytesConfig,
     GPT2Config,
@@ -26,6 +25,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from builders.tiny import LLAMA, word_tokenizer
 from caft_plugin import CAFTConfig, ConfigError, Drafter, with_caft
 from caft_plugin.caft.heads import build_heads
 from caft_plugin.caft.heads_folder import read_fingerprint, resolve_wiring, save_heads

@@ -7,10 +7,10 @@ import copy
 
 import pytest
 import torch
-from test_families import FAMILIES, model_of
-from test_training import DATA, Gradients, lora, losses, trainer_of
 from transformers import LlamaForCausalLM, Trainer
 
+from builders.families import FAMILIES, model_of
+from builders.runs import DATA, Gradients, lora, losses, trainer_of
 from caft_plugin import ConfigError, with_caft
 from caft_plugin.caft.objective import AuxiliaryObjective
 

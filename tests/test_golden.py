@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import head_outputs
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerState, TrainingArguments
 
+from builders.tiny import head_outputs
 from caft_plugin import CAFTConfig, with_caft
 from caft_plugin.caft.attach import Request
 from caft_plugin.caft.heads import MODULE_NAME

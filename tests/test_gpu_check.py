@@ -13,7 +13,8 @@ import time
 
 import pytest
 import torch
-from paths import ROOT
+
+from builders.paths import ROOT
 
 FOLDER = ROOT / "tests" / "gpu"
 sys.path[:0] = [str(FOLDER), str(ROOT / "tests" / "benchmarks")]

@@ -7,7 +7,6 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, OFTConfig, PeftModel, get_peft_model
-from tiny import LLAMA, add_adapter, head_outputs
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -28,10 +27,11 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutput
 
-from caft_plugin import CAFTConfig, ConfigError
-from caft_plugin.caft.attach import AttachedHeads, Request
-from caft_plugin.caft.heads import MODULE_NAME, build_heads, pointwise_parts
-from caft_plugin.caft.heads_folder import resolve_wiring
+from builders.heads import assert_the_models_own_logits, attach, batch, read
+from builders.tiny import LLAMA, add_adapter, head_outputs
+from caft_plugin import ConfigError
+from caft_plugin.caft.attach import Request
+from caft_plugin.caft.heads import MODULE_NAME, pointwise_parts
 from caft_plugin.caft.loss import LOGITS_AT_A_TIME
 from caft_plugin.model.copies import plain_copy
 from caft_plugin.model.trunk import find_trunk
@@ -44,38 +44,6 @@ FAMILIES = {
     "multiplied": Cohere2Config(**LLAMA, logit_scale=0.25),
     "divided": GraniteConfig(**LLAMA, logits_scaling=4.0),
 }
-
-
-def attach(model, **settings):
-    config = resolve_wiring(CAFTConfig(**settings), None)
-    trunk = find_trunk(model)
-    return AttachedHeads(model, build_heads(model, trunk, config, seed=0), trunk, config).attach()
-
-
-def batch(rows=2, length=12):
-    ids = torch.randint(1, 97, (rows, length))
-    labels = ids.clone()
-    labels[:, :4] = IGNORE
-    return {"input_ids": ids, "labels": labels}
-
-
-def read(attached, inputs, model=None):
-    targets = head_targets(inputs, len(attached.heads))
-    request = Request(targets, torch.ones(len(targets)), [True] * len(targets), training=True)
-    output, result = attached.answer(request, lambda: (model or attached.model)(**inputs))
-    return result, output
-
-
-def assert_the_models_own_logits(attached, inputs):
-    """The first head, a copy of the last layer, gives the model's logits wherever it has a
-    target."""
-    with head_outputs() as seen:
-        result, output = read(attached, inputs)
-    positions, hidden = seen[0]
-    logits = attached.trunk.logits(attached.trunk.norm(hidden))
-    assert 0 < len(positions) < output.logits.shape[:-1].numel()
-    torch.testing.assert_close(logits, output.logits.flatten(0, 1)[positions], rtol=0, atol=1e-5)
-    return result, output
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from paths import ROOT
+
+from builders.paths import ROOT
 
 HOUSE = ROOT / "caft_plugin"
 FILES = sorted(file for file in HOUSE.rglob("*.py") if "figures" not in file.parts)

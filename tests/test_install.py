@@ -17,7 +17,8 @@ import venv
 import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
-from paths import ROOT
+
+from builders.paths import ROOT
 
 LOWEST = {
     "torch": "2.11.0",

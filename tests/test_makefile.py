@@ -10,8 +10,8 @@ import sys
 import time
 
 import pytest
-from paths import ROOT
 
+from builders.paths import ROOT
 from caft_plugin.tools.cli import commands
 
 pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")

@@ -10,49 +10,20 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from test_masking import MASK, duplication, example, pad
-from test_training import CAFTTrainer, arguments, losses
-from tiny import word_tokenizer
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch.utils.data import DataLoader, IterableDataset, Subset
-from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback
+from transformers import PreTrainedTokenizerFast, Trainer
 
+from builders.masked import MASK, ROWS, Batches, duplication, pad, trainer_of
+from builders.runs import CAFTTrainer, arguments, losses
+from builders.tiny import word_tokenizer
 from caft_plugin import ConfigError, MEAPConfig, with_caft
 from caft_plugin.caft.window import Window
 from caft_plugin.meap.mask_token import FILE
 from caft_plugin.targets import IGNORE, PLAN
 
-ROWS = [example(answer=n, seed=n) for n in (60, 20, 55, 58, 30, 52, 10, 61)]
 LONG = sum(len(row["input_ids"]) > 54 for row in ROWS)  # answers of more than 50 tokens: 5 of 8
-
-
-class Batches(TrainerCallback):
-    """Notes what the model is called with in training, and in evaluation."""
-
-    def __init__(self, model):
-        self.train, self.evaluation = [], []
-        model.register_forward_pre_hook(self.note, with_kwargs=True)
-
-    def note(self, model, args, kwargs):
-        (self.train if torch.is_grad_enabled() else self.evaluation).append(
-            {key: kwargs[key].clone() for key in ("input_ids", "labels")} | {"keys": set(kwargs)}
-        )
-
-
-def trainer_of(
-    model, folder, meap=None, caft=None, data=ROWS, evaluate=None, processing_class=None, **settings
-):
-    return CAFTTrainer(
-        model=model,
-        args=arguments(folder, **{"max_steps": -1, "num_train_epochs": 2, **settings}),
-        train_dataset=data,
-        eval_dataset=evaluate,
-        data_collator=pad,
-        processing_class=processing_class or word_tokenizer(""),
-        meap={"mask_token": MASK, **meap} if meap is not None else None,
-        caft=caft,
-    )
 
 
 @pytest.fixture

@@ -14,14 +14,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset, IterableDataset
-from paths import GOLDENS
-from tiny import word_tokenizer
 from transformers import (
     DataCollatorForLanguageModeling,
     DataCollatorForSeq2Seq,
     DataCollatorWithFlattening,
 )
 
+from builders.masked import EOS, MASK, PAD, duplication, example, pad
+from builders.paths import GOLDENS
+from builders.tiny import word_tokenizer
 from caft_plugin import ConfigError, MEAPConfig
 from caft_plugin.meap.masking import (
     COPY,
@@ -42,8 +43,6 @@ from caft_plugin.meap.training_set import used_ids
 from caft_plugin.targets import BOUNDARY, IGNORE, PLAN, head_targets
 
 CASES = json.loads((GOLDENS / "meap_official_sft.json").read_text())
-MASK = 96  # w91 of the word tokenizer; no row below has it
-EOS, PAD = 1, 0
 
 
 @pytest.fixture(scope="module")
@@ -51,36 +50,10 @@ def tokenizer():
     return word_tokenizer("")
 
 
-def pad(rows):
-    """What hosts do at least: right-padded input_ids, labels and attention_mask."""
-
-    def padded(key, value):
-        tensors = [torch.as_tensor(row[key]) for row in rows]
-        return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)
-
-    mask = [{"mask": torch.ones(len(row["input_ids"]), dtype=torch.long)} for row in rows]
-    mask = torch.nn.utils.rnn.pad_sequence([m["mask"] for m in mask], batch_first=True)
-    return {
-        "input_ids": padded("input_ids", PAD),
-        "labels": padded("labels", IGNORE),
-        "attention_mask": mask,
-    }
-
-
-def example(prompt=3, answer=60, seed=0, end=True):
-    generator = np.random.default_rng(seed)
-    ids = generator.integers(5, 90, prompt + answer).tolist() + [EOS] * end
-    return {"input_ids": ids, "labels": [IGNORE] * prompt + ids[prompt:]}
-
-
 def conversation(*turns, seed=0):
     """Alternating (prompt, answer) lengths, an end token after each answer."""
     rows = [example(p, a, seed + i) for i, (p, a) in enumerate(turns)]
     return {key: [token for row in rows for token in row[key]] for key in ("input_ids", "labels")}
-
-
-def duplication(layout="concat", min_answer_tokens=51, max_length=None):
-    return Duplication(layout, min_answer_tokens, max_length, special=(PAD, EOS, 2), blank=())
 
 
 def collator(host=pad, seed=0, **settings):

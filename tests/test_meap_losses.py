@@ -9,11 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
-from test_masked_training import MASK, ROWS, Batches, trainer_of
-from test_training import losses
-from tiny import LLAMA
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
+from builders.masked import MASK, ROWS, Batches, trainer_of
+from builders.runs import losses
+from builders.tiny import LLAMA
 from caft_plugin.targets import IGNORE
 
 KINDS = ("meap/loss_masked", "meap/loss_original")

@@ -10,10 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from test_attention_report import ROW
-from tiny import LLAMA, word_tokenizer
 from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM
 
+from builders.tiny import LLAMA, word_tokenizer
 from caft_plugin.model import loading as model_loading
 from caft_plugin.model.loading import Source, load_model, load_tokenizer, merged
 from caft_plugin.stage1.pretraining import load_base
@@ -145,7 +144,10 @@ def test_attention_report_of_an_adapter_is_that_of_the_merged_model(base, tmp_pa
     merged(load_model(str(tmp_path / "out"), torch.float32)).save_pretrained(tmp_path / "whole")
     word_tokenizer("").save_pretrained(tmp_path / "whole")
     (tmp_path / "texts.jsonl").write_text(
-        json.dumps(ROW) + "\n" + json.dumps({"text": "w1 w2 w3 w4 w5"}) + "\n"
+        json.dumps({"context": "w1 w2 w3 w4 w5 w6", "answer": "w3 w4", "query": "w7 w8"})
+        + "\n"
+        + json.dumps({"text": "w1 w2 w3 w4 w5"})
+        + "\n"
     )
     texts = read_texts(tmp_path / "texts.jsonl")
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
-from test_training import DATA, CAFTTrainer, Gradients, losses, pad, trainer_of
 from torch import nn
 from transformers import DynamicCache, Trainer, TrainerCallback
 
+from builders.runs import DATA, CAFTTrainer, Gradients, losses, pad, trainer_of
 from caft_plugin import ConfigError, with_caft
 from caft_plugin.caft.heads import LayerCall, replay
 from caft_plugin.targets import IGNORE

@@ -13,10 +13,7 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner
-from paths import ROOT
 from peft import LoraConfig, get_peft_model
-from test_vision import model_of
-from tiny import LLAMA
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import (
@@ -29,6 +26,9 @@ from transformers import (
 )
 from transformers import Trainer as HFTrainer
 
+from builders.images import model_of
+from builders.paths import ROOT
+from builders.tiny import LLAMA
 from caft_plugin import CAFTConfig, ConfigError, with_caft
 from caft_plugin.axolotl.run import read_run
 from caft_plugin.caft.heads import build_heads

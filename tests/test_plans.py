@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_masked_training import trainer_of
-from test_training import losses
 from transformers import LlamaForCausalLM, Trainer
 
+from builders.masked import trainer_of
+from builders.runs import losses
 from caft_plugin import with_caft
 from caft_plugin.caft.window import Window
 from caft_plugin.meap.masking import MEAPCollator

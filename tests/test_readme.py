@@ -1,8 +1,4 @@
-"""The READMEs: links lead somewhere, keys exist, the package index gets links that work there.
-
-`python tests/test_readme.py` writes the configuration tables in caft_plugin/MANUAL.md from the
-config classes.
-"""
+"""The READMEs: links lead somewhere, keys exist, the package index gets links that work there."""
 
 from __future__ import annotations
 
@@ -12,47 +8,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from paths import ROOT
 
-from caft_plugin.config import CAFTConfig, MEAPConfig, PretrainConfig, accepted
+from builders.paths import PAGES, ROOT
+from caft_plugin.config import CAFTConfig
+from generate.tables_of_keys import BLOCKS, KEYS, with_tables
 
 README = ROOT / "README.md"
-KEYS = ROOT / "caft_plugin" / "MANUAL.md"
-BLOCKS = (CAFTConfig, MEAPConfig, PretrainConfig)
-FOLDERS = ("caft_plugin", "axolotl_configs", "trl_examples", "tests")
-PAGES = sorted(
-    [*ROOT.glob("*.md"), *(page for folder in FOLDERS for page in (ROOT / folder).rglob("*.md"))]
-)
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-
-
-def shown(value: object) -> str:
-    return (
-        f"`{str(value).lower() if isinstance(value, bool) else value}`"
-        if value is not None
-        else "not set"
-    )
-
-
-def table(config_class) -> str:
-    lines = ["| key | default | accepted | meaning |", "| --- | --- | --- | --- |"]
-    for name, field in config_class.model_fields.items():
-        takes = accepted(field).replace("|", "\\|")
-        lines.append(f"| `{name}` | {shown(field.default)} | {takes} | {field.description} |")
-    return "\n".join(lines) + "\n"
-
-
-def with_tables(text: str) -> str:
-    for config_class in BLOCKS:
-        start, end = (f"<!-- {what}{config_class.block} table -->\n" for what in ("", "end of "))
-        before, rest = text.split(start)
-        text = before + start + table(config_class) + end + rest.split(end)[1]
-    return text
 
 
 def test_configuration_tables():
     text = KEYS.read_text(encoding="utf-8")
-    assert text == with_tables(text), "run: python tests/test_readme.py"
+    assert text == with_tables(text), "run: python tests/generate/tables_of_keys.py"
 
 
 @pytest.mark.parametrize("config_class", BLOCKS, ids=lambda one: one.block)
@@ -190,7 +157,3 @@ def test_the_package_index_gets_no_relative_link():
 )
 def test_the_package_index_gets_text_in_place_of_links_into_the_repository(written, shown):
     assert as_the_index_gets_it(written) == shown
-
-
-if __name__ == "__main__":
-    KEYS.write_text(with_tables(KEYS.read_text(encoding="utf-8")), encoding="utf-8")

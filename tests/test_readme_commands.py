@@ -18,12 +18,11 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
-from paths import ROOT
-from test_readme import PAGES
-from test_stage1 import TEMPLATE, counting
-from tiny import LLAMA, word_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
+from builders.answers import TEMPLATE, counting
+from builders.paths import PAGES, ROOT
+from builders.tiny import LLAMA, word_tokenizer
 from caft_plugin import with_caft
 from caft_plugin.caft.heads_folder import FOLDER
 from caft_plugin.stage1.data import pad_rows

@@ -6,10 +6,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from test_mask_token import FAMILIES, WORDS, tokenizer
-from test_masking import pad
-from test_training import CAFTTrainer, arguments
-from tiny import LLAMA, word_tokenizer
 from transformers import (
     BloomConfig,
     Gemma3Config,
@@ -21,6 +17,10 @@ from transformers import (
     OPTConfig,
 )
 
+from builders.masked import pad
+from builders.runs import CAFTTrainer, arguments
+from builders.tiny import LLAMA, word_tokenizer
+from builders.tokenizers_of_families import FAMILIES, WORDS, tokenizer
 from caft_plugin import ConfigError, MEAPConfig
 from caft_plugin.meap.base_model import BaseModel, positions_of
 from caft_plugin.meap.mask_token import choose_mask_token

@@ -10,10 +10,10 @@ import re
 import pytest
 import torch
 from click.testing import CliRunner
-from test_decoding import drafter_of, tiny_model  # noqa: F401
-from test_stage1 import TEMPLATE
-from tiny import word_tokenizer
 
+from builders.answers import TEMPLATE
+from builders.drafters import drafter_of, few_words_model
+from builders.tiny import word_tokenizer
 from caft_plugin.caft.heads_folder import save_heads
 from caft_plugin.drafting.decoding import Drafted
 from caft_plugin.serving.recommendation import kept
@@ -25,9 +25,10 @@ NEW = 20
 
 
 @pytest.fixture
-def model(tiny_model):  # noqa: F811
-    tiny_model.generation_config.eos_token_id = 1  # as the tokenizer has it
-    return tiny_model
+def model():
+    made = few_words_model()
+    made.generation_config.eos_token_id = 1  # as the tokenizer has it
+    return made
 
 
 def compared(model, drafter, **settings):

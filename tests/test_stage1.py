@@ -11,9 +11,10 @@ from click.testing import CliRunner
 from datasets import load_dataset
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from tiny import word_tokenizer
 from transformers import LlamaForCausalLM, RwkvConfig, TrainingArguments
 
+from builders.answers import TEMPLATE, counting
+from builders.tiny import word_tokenizer
 from caft_plugin import CAFTConfig, ConfigError, with_caft
 from caft_plugin.caft.loss import cross_entropy_and_hit_of, divergence_of, weighted_sum
 from caft_plugin.config import PretrainConfig
@@ -31,11 +32,6 @@ from caft_plugin.stage1.pretraining import (
 from caft_plugin.targets import IGNORE
 from caft_plugin.tools.attention_report import read_texts
 from caft_plugin.tools.cli import commands
-
-TEMPLATE = (
-    "{% for m in messages %}{{ m.role }} {{ m.content }} </s> {% endfor %}"
-    "{% if add_generation_prompt %}assistant {% endif %}"
-)
 
 
 @pytest.fixture
@@ -89,11 +85,6 @@ def job(
     return Stage1(
         base, tokenizer, data, heldout, arguments, CAFTConfig(**caft or {}), config, "tiny"
     )
-
-
-def counting(count=28):
-    """Rows that count on from where the prompt stops, and end."""
-    return [with_answer([5 + i, 6 + i, 7 + i], [*range(8 + i, 14 + i), 1]) for i in range(count)]
 
 
 @pytest.fixture

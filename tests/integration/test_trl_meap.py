@@ -12,10 +12,10 @@ pytest.importorskip("trl")
 
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig, get_peft_model
-from test_trl import CHATS, COMPLETIONS, FEATURES, TEMPLATE, make, model_of, run
-from tiny import word_tokenizer
 from trl import SFTConfig, SFTTrainer
 
+from builders.sft import CHATS, COMPLETIONS, FEATURES, TEMPLATE, make, model_of, run
+from builders.tiny import word_tokenizer
 from caft_plugin import ConfigError
 from caft_plugin.targets import IGNORE, PLAN
 from caft_plugin.trl import CAFTSFTTrainer

@@ -1,0 +1,28 @@
+"""How the tests lie: what they share is in tests/builders."""
+
+from __future__ import annotations
+
+import ast
+
+from builders.paths import ROOT
+
+TESTS = ROOT / "tests"
+
+
+def imported_by(source: str) -> set[str]:
+    """The first parts of the modules that a file imports, wherever it does so."""
+    modules = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            modules |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            modules.add(node.module)
+    return {module.split(".")[0] for module in modules}
+
+
+def test_no_file_imports_a_test_file():
+    files = sorted(TESTS.rglob("*.py"))
+    unfit = {file.stem for file in files if file.stem.startswith("test_")} | {"conftest"}
+    assert {"test_heads", "test_server", "conftest"} <= unfit
+    found = {file.name: imported_by(file.read_text(encoding="utf-8")) & unfit for file in files}
+    assert not {name: modules for name, modules in found.items() if modules}
