@@ -15,6 +15,8 @@ from builders.tiny import word_tokenizer
 from caft_plugin import ConfigError
 from caft_plugin.checkpoints import Parts, newest_whole, problem_of
 
+pytestmark = pytest.mark.newest
+
 WHOLE = Parts(weights=True, optimizer=True)
 
 

@@ -37,6 +37,8 @@ from caft_plugin import ConfigError
 from caft_plugin.model.copies import plain_copy
 from caft_plugin.model.trunk import find_trunk
 
+pytestmark = pytest.mark.newest
+
 TARGETS = ["q_proj", "down_proj"]
 
 

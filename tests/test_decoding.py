@@ -49,6 +49,8 @@ from caft_plugin.drafting.pace import Pace
 from caft_plugin.drafting.pass_notes import noted_pass
 from caft_plugin.drafting.rotary import Border, borders
 
+pytestmark = pytest.mark.newest
+
 RECURRENT = (
     "RecurrentGemma",
     "Mamba",

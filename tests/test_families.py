@@ -20,6 +20,8 @@ from builders.paths import ROOT
 from caft_plugin import ConfigError
 from caft_plugin.model.trunk import find_trunk
 
+pytestmark = pytest.mark.newest
+
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_copy_of_the_last_layer_gives_the_models_own_logits(family):

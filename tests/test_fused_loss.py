@@ -14,6 +14,8 @@ from builders.runs import DATA, Gradients, lora, losses, trainer_of
 from caft_plugin import ConfigError, with_caft
 from caft_plugin.caft.objective import AuxiliaryObjective
 
+pytestmark = pytest.mark.newest
+
 
 def trained(model, folder, fused, host_divides=False, checkpointing=False, **settings):
     """Logs and gradients of a run."""

@@ -12,6 +12,8 @@ from caft_plugin.caft.attach import Request
 from caft_plugin.caft.heads import MODULE_NAME
 from caft_plugin.targets import IGNORE, head_targets
 
+pytestmark = pytest.mark.newest
+
 BETA, ALPHA, STEPS = 0.01, 0.8, 100
 SCHEDULES = ("rsine", "sine", "linear", "constant")
 AT_STEPS = (0, 25, 50, 99)

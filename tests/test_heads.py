@@ -37,6 +37,8 @@ from caft_plugin.model.copies import plain_copy
 from caft_plugin.model.trunk import find_trunk
 from caft_plugin.targets import IGNORE, head_targets
 
+pytestmark = pytest.mark.newest
+
 FAMILIES = {
     "plain": LlamaConfig(**LLAMA),
     "bias": Qwen2Config(**LLAMA),

@@ -19,6 +19,8 @@ from builders.runs import DATA, CAFTTrainer, arguments, lora, losses, pad, train
 from caft_plugin import ConfigError, with_caft
 from caft_plugin.caft.heads import MODULE_NAME
 
+pytestmark = pytest.mark.newest
+
 
 def saved_how(model):
     """How `torch.save` of a whole model ends: some models cannot be pickled, whoever trained

@@ -20,6 +20,8 @@ from packaging.version import Version
 
 from builders.paths import ROOT
 
+pytestmark = pytest.mark.newest
+
 LOWEST = {
     "torch": "2.11.0",
     "transformers": "5.16.0",

@@ -25,6 +25,8 @@ from caft_plugin.meap.mask_token import FILE, AddedMaskToken, choose_mask_token,
 from caft_plugin.meap.roles import placeholder_ids
 from caft_plugin.meap.training_set import used_ids
 
+pytestmark = pytest.mark.newest
+
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_auto(family):

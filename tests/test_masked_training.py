@@ -23,6 +23,8 @@ from caft_plugin.caft.window import Window
 from caft_plugin.meap.mask_token import FILE
 from caft_plugin.targets import IGNORE, PLAN
 
+pytestmark = pytest.mark.newest
+
 LONG = sum(len(row["input_ids"]) > 54 for row in ROWS)  # answers of more than 50 tokens: 5 of 8
 
 

@@ -42,6 +42,8 @@ from caft_plugin.meap.masking import (
 from caft_plugin.meap.training_set import used_ids
 from caft_plugin.targets import BOUNDARY, IGNORE, PLAN, head_targets
 
+pytestmark = pytest.mark.newest
+
 CASES = json.loads((GOLDENS / "meap_official_sft.json").read_text())
 
 

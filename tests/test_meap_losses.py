@@ -16,6 +16,8 @@ from builders.runs import losses
 from builders.tiny import LLAMA
 from caft_plugin.targets import IGNORE
 
+pytestmark = pytest.mark.newest
+
 KINDS = ("meap/loss_masked", "meap/loss_original")
 
 

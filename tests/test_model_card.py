@@ -13,6 +13,8 @@ from builders.tiny import LLAMA
 from caft_plugin import CAFTConfig, MEAPConfig
 from caft_plugin.model_card import END, START, FrameworkCard, section
 
+pytestmark = pytest.mark.newest
+
 
 def model_of(kind):
     model = LlamaForCausalLM(LlamaConfig(**{**LLAMA, "max_position_embeddings": 256}))

@@ -16,6 +16,8 @@ from caft_plugin import with_caft
 from caft_plugin.caft.heads import MODULE_NAME
 from caft_plugin.targets import IGNORE, head_targets
 
+pytestmark = pytest.mark.newest
+
 # name: (weights, autocast); what a head's gradient may be off by, as a share of its largest entry
 FORMATS = {
     "float32": (torch.float32, None),

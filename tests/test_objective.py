@@ -18,6 +18,8 @@ from caft_plugin import ConfigError, with_caft
 from caft_plugin.caft.heads import LayerCall, replay
 from caft_plugin.targets import IGNORE
 
+pytestmark = pytest.mark.newest
+
 KEYS = (
     "loss",
     "grad_norm",

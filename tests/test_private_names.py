@@ -15,6 +15,8 @@ import pytest
 from builders.paths import ROOT
 from generate.private_names import NAMES, README, with_table
 
+pytestmark = pytest.mark.newest
+
 
 @pytest.mark.parametrize("private", NAMES, ids=str)
 def test_it_is_there(private):

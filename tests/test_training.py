@@ -31,6 +31,8 @@ from caft_plugin.caft.heads import MODULE_NAME
 from caft_plugin.caft.window import draw_heads
 from caft_plugin.targets import IGNORE
 
+pytestmark = pytest.mark.newest
+
 
 def test_one_class_for_one_class():
     assert with_caft(Trainer) is CAFTTrainer

@@ -18,6 +18,8 @@ from builders.paths import ROOT
 from caft_plugin import with_caft
 from caft_plugin.targets import head_targets
 
+pytestmark = pytest.mark.newest
+
 
 @pytest.mark.parametrize("with_image", [False, True], ids=["text", "image"])
 @pytest.mark.parametrize("family", FAMILIES)

@@ -12,7 +12,7 @@ import pytest
 from builders.paths import ROOT
 from generate.notebook import METADATA, NOTEBOOK, code_cells, execute, read, settings
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.newest]
 
 HELDOUT = ROOT / "axolotl_configs" / "data" / "molecules-heldout.jsonl"
 

@@ -22,6 +22,8 @@ from caft_plugin import with_caft
 from caft_plugin.caft.heads import MODULE_NAME
 from caft_plugin.trl import CAFTSFTTrainer
 
+pytestmark = pytest.mark.newest
+
 
 @pytest.fixture(scope="module")
 def tokenizer():

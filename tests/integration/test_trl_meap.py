@@ -20,6 +20,8 @@ from caft_plugin import ConfigError
 from caft_plugin.targets import IGNORE, PLAN
 from caft_plugin.trl import CAFTSFTTrainer
 
+pytestmark = pytest.mark.newest
+
 MASK = 95  # w90, in no row
 MEAP = {"mask_token": MASK, "min_answer_tokens": 4}
 ONE_BATCH = {"per_device_train_batch_size": 64, "gradient_accumulation_steps": 1, "max_steps": 1}

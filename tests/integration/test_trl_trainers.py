@@ -21,6 +21,8 @@ from caft_plugin import with_caft
 from caft_plugin.meap.masking import ELIGIBLE
 from caft_plugin.trl import SFTMixin
 
+pytestmark = pytest.mark.newest
+
 EXPORTED = [
     name
     for name in trl.__all__
