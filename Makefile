@@ -201,7 +201,7 @@ test: environments  ## run every test, on Axolotl's stack, on the newest one and
 # Where PYTEST_ARGS chooses tests, there may be none of these among them (pytest's code 5).
 test-serving: $(if $(NO_VLLM),,$(VLLM_VENV)/.package)  ## serve heads with a real vLLM on a CPU: texts, and counts to the digit (Linux; 2 minutes)
 ifeq ($(NO_VLLM),)
-	@"$(VLLM_VENV)/bin/pytest" $(PYTEST) $(PYTEST_ARGS) tests/serving tests/test_private_names.py || \
+	@"$(VLLM_VENV)/bin/pytest" $(PYTEST) $(PYTEST_ARGS) tests/serving tests/house/test_private_names.py || \
 		$(if $(strip $(PYTEST_ARGS)),[ $$? -eq 5 ],exit 1)
 else
 	@echo "SKIPPED tests/serving: vLLM for CPUs is for Linux with glibc on x86-64 or aarch64, and this is $(NO_VLLM)"

@@ -32,14 +32,14 @@ AXOLOTL, EXAMPLES = "tests/integration/test_axolotl.py", "tests/integration/test
 HEADS_EXAMPLE = "test_pretrain_heads_and_a_run_that_starts_from_them"
 # A test (file::name) that runs commands which begin like this, or why none does.
 ELSEWHERE = {
-    "pip install": "an installation; .ci/run and tests/test_install.py install the same package",
+    "pip install": "an installation; .ci/run and tests/house/test_install.py do the same",
     "vllm serve": "tests/serving/test_server.py::test_one_and_eight_at_a_time",
     "axolotl train": f"{AXOLOTL}::test_lora_logs_and_leaves_a_plain_adapter",
     "axolotl merge-lora": f"{AXOLOTL}::test_merged_model_is_plain",
     "axolotl caft pretrain-heads": f"{AXOLOTL}::test_pretrain_heads_from_a_yaml",
     "axolotl caft speculate": f"{AXOLOTL}::test_heads_go_on_over_the_tuned_model_and_draft_for_it",
-    "axolotl caft plan": "tests/test_plan.py::test_shipped_configs",
-    "caft plan": "tests/test_plan.py::test_shipped_configs",
+    "axolotl caft plan": "tests/plan/test_plan.py::test_shipped_configs",
+    "caft plan": "tests/plan/test_plan.py::test_shipped_configs",
     ".venv/bin/caft speculate": (
         "of the demo's model, a quarter of an hour; the same command is run here with others"
     ),
@@ -61,10 +61,10 @@ ELSEWHERE = {
     ),
     "make soak": "an hour; tests/integration/test_restart.py does a few of its kills",
     "make bench": "hours",
-    "make gpu": "needs a GPU; tests/test_gpu_check.py runs the program without one",
+    "make gpu": "needs a GPU; tests/house/test_gpu_check.py runs the program without one",
     "make study": "days",
     "python tests/gpu/check.py": (
-        "needs a GPU; tests/test_gpu_check.py runs the program without one"
+        "needs a GPU; tests/house/test_gpu_check.py runs the program without one"
     ),
     "python -m study": "days; tests of the study run its parts",
 }

@@ -1,4 +1,4 @@
-"""How the tests lie: what they share is in tests/builders."""
+"""How the tests lie: in folders as the package's, and what they share in tests/builders."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ import ast
 from builders.paths import ROOT
 
 TESTS = ROOT / "tests"
+
+
+# Folders of tests that are about no folder of the package.
+OTHERS = {"examples", "house", "integration"}
 
 
 def imported_by(source: str) -> set[str]:
@@ -26,3 +30,15 @@ def test_no_file_imports_a_test_file():
     assert {"test_heads", "test_server", "conftest"} <= unfit
     found = {file.name: imported_by(file.read_text(encoding="utf-8")) & unfit for file in files}
     assert not {name: modules for name, modules in found.items() if modules}
+
+
+def test_folders_are_the_packages():
+    folders = {file.parent.name for file in TESTS.glob("*/test_*.py")}
+    wings = {file.parent.name for file in (ROOT / "caft_plugin").glob("*/__init__.py")}
+    assert folders - OTHERS <= wings
+
+
+def test_no_two_files_have_one_name():
+    """pytest imports them by their names alone."""
+    names = [file.name for file in TESTS.rglob("test_*.py")]
+    assert len(names) == len(set(names))
