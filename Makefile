@@ -190,26 +190,18 @@ study-report: $(VENV)/.development  ## write the tables and the figure of trl_ex
 # --- development
 
 # Two processes, each test file in one of them, in the order in which conftest.py puts the files. What an Axolotl run does
-# not touch runs on the newest stack as well.
+# not touch is marked `newest`, and runs on the newest stack as well.
 PYTEST := -n 2 --dist loadfile --no-loadscope-reorder
-NEWEST := tests/test_golden.py tests/test_heads.py tests/test_training.py tests/test_families.py tests/test_vision.py \
-	tests/test_masking.py tests/test_mask_token.py tests/test_masked_training.py \
-	tests/test_numbers.py tests/test_checkpoints.py tests/test_fused_loss.py tests/test_copies.py tests/test_objective.py \
-	tests/test_host_model.py tests/test_private_names.py tests/test_install.py tests/test_decoding.py \
-	tests/test_meap_losses.py tests/test_model_card.py \
-	tests/integration/test_trl_trainers.py \
-	tests/integration/test_trl.py tests/integration/test_trl_meap.py tests/integration/test_restart.py \
-	tests/integration/test_notebook.py
 
 test: environments  ## run every test, on Axolotl's stack, on the newest one and with a real vLLM (40 minutes on two cores)
 	@PATH="$(abspath $(BIN)):$$PATH" "$(BIN)/pytest" $(PYTEST) $(PYTEST_ARGS)
-	@"$(TRL_VENV)/bin/pytest" $(PYTEST) $(PYTEST_ARGS) $(NEWEST)
+	@"$(TRL_VENV)/bin/pytest" $(PYTEST) $(PYTEST_ARGS) -m newest
 	@$(MAKE) --no-print-directory test-serving
 
 # Where PYTEST_ARGS chooses tests, there may be none of these among them (pytest's code 5).
 test-serving: $(if $(NO_VLLM),,$(VLLM_VENV)/.package)  ## serve heads with a real vLLM on a CPU: texts, and counts to the digit (Linux; 2 minutes)
 ifeq ($(NO_VLLM),)
-	@"$(VLLM_VENV)/bin/pytest" $(PYTEST) $(PYTEST_ARGS) tests/serving tests/test_private_names.py || \
+	@"$(VLLM_VENV)/bin/pytest" $(PYTEST) $(PYTEST_ARGS) tests/serving tests/house/test_private_names.py || \
 		$(if $(strip $(PYTEST_ARGS)),[ $$? -eq 5 ],exit 1)
 else
 	@echo "SKIPPED tests/serving: vLLM for CPUs is for Linux with glibc on x86-64 or aarch64, and this is $(NO_VLLM)"

@@ -9,10 +9,14 @@ import sys
 from pathlib import Path
 
 import pytest
+
+pytest.register_assert_rewrite("builders")
+
 import torch
-from paths import GOLDENS, ROOT
 from safetensors import safe_open
-from tiny import LLAMA
+
+from builders.paths import GOLDENS, ROOT
+from builders.tiny import LLAMA
 
 # Tiny models: a second thread costs more than it brings, and much more on a busy machine.
 torch.set_num_threads(1)

@@ -12,7 +12,7 @@ import sys
 import tokenize
 from collections.abc import Iterator
 
-from paths import ROOT
+from builders.paths import ROOT
 
 FILES = sorted(file for file in (ROOT / "caft_plugin").rglob("*.py") if "figures" not in file.parts)
 BRANCHES, DEPTH = 10, 3

@@ -23,12 +23,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from paths import ROOT
 from safetensors.torch import load_file, save_file
-from tiny import LLAMA
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from builders.paths import ROOT
+from builders.tiny import LLAMA
 from caft_plugin import CAFTConfig, ConfigError
 from caft_plugin.caft.heads import build_heads
 from caft_plugin.caft.heads_folder import (

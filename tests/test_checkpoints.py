@@ -8,12 +8,14 @@ import shutil
 
 import pytest
 import torch
-from test_training import CAFTTrainer, arguments, lora, losses, trainer_of
-from tiny import word_tokenizer
 from transformers import Trainer
 
+from builders.runs import CAFTTrainer, arguments, lora, losses, trainer_of
+from builders.tiny import word_tokenizer
 from caft_plugin import ConfigError
 from caft_plugin.checkpoints import Parts, newest_whole, problem_of
+
+pytestmark = pytest.mark.newest
 
 WHOLE = Parts(weights=True, optimizer=True)
 
@@ -26,8 +28,9 @@ def make(model, folder, **settings):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """An uninterrupted run with two checkpoints: its model at the start, its folder, its losses."""
-    from tiny import LLAMA
     from transformers import LlamaConfig, LlamaForCausalLM
+
+    from builders.tiny import LLAMA
 
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**LLAMA))

@@ -12,13 +12,13 @@ import shutil
 
 import pytest
 import torch
-from test_host_model import anatomy
-from test_training import arguments, lora, losses, pad, rows
-from tiny import LLAMA, word_tokenizer
 from torch._dynamo import OptimizedModule
 from torch._dynamo.utils import counters
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
 
+from builders.anatomy import anatomy
+from builders.runs import arguments, lora, losses, pad, rows
+from builders.tiny import LLAMA, word_tokenizer
 from caft_plugin import with_caft
 
 CAFTTrainer = with_caft(Trainer)

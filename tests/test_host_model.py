@@ -12,27 +12,14 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
-from test_training import DATA, CAFTTrainer, arguments, lora, losses, pad, trainer_of
 from transformers import LlamaForCausalLM, Trainer, TrainerCallback
 
+from builders.anatomy import anatomy
+from builders.runs import DATA, CAFTTrainer, arguments, lora, losses, pad, trainer_of
 from caft_plugin import ConfigError, with_caft
 from caft_plugin.caft.heads import MODULE_NAME
 
-HOOKS = [name for name in vars(torch.nn.Linear(1, 1)) if name.endswith("_hooks")]
-
-
-def anatomy(model):
-    """All of a model that a plugin might leave something on."""
-    return {
-        "modules": [(name, type(module)) for name, module in model.named_modules()],
-        "parameters": [
-            (name, tuple(p.shape), p.requires_grad) for name, p in model.named_parameters()
-        ],
-        "state": list(model.state_dict()),
-        "attributes": [sorted(vars(module)) for module in model.modules()],
-        "hooks": [[len(getattr(module, name)) for name in HOOKS] for module in model.modules()],
-        "count": model.num_parameters(),
-    }
+pytestmark = pytest.mark.newest
 
 
 def saved_how(model):

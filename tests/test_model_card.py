@@ -6,12 +6,14 @@ from __future__ import annotations
 import pytest
 import yaml
 from peft import LoraConfig, get_peft_model
-from test_masked_training import MASK, trainer_of
-from tiny import LLAMA
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from builders.masked import MASK, trainer_of
+from builders.tiny import LLAMA
 from caft_plugin import CAFTConfig, MEAPConfig
 from caft_plugin.model_card import END, START, FrameworkCard, section
+
+pytestmark = pytest.mark.newest
 
 
 def model_of(kind):

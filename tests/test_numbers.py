@@ -8,13 +8,15 @@ import copy
 
 import pytest
 import torch
-from test_training import DATA, Gradients, losses, pad, rows, trainer_of
-from tiny import head_outputs
 from transformers import Trainer
 
+from builders.runs import DATA, Gradients, losses, pad, rows, trainer_of
+from builders.tiny import head_outputs
 from caft_plugin import with_caft
 from caft_plugin.caft.heads import MODULE_NAME
 from caft_plugin.targets import IGNORE, head_targets
+
+pytestmark = pytest.mark.newest
 
 # name: (weights, autocast); what a head's gradient may be off by, as a share of its largest entry
 FORMATS = {

@@ -11,12 +11,13 @@ import time
 
 import pytest
 import torch
-from paths import ROOT
 
+from builders.paths import ROOT
 from caft_plugin.precision import cpu_has_bf16
 
 # What makes any x86 processor one without instructions for bfloat16.
 SLOW = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
+PROGRAM = ROOT / "tests" / "warned_runs.py"
 CHOICES = {
     "--bf16=true": "== computing in bfloat16 on the",
     "--bf16=false": "== computing in float32: this CPU has no",
@@ -66,63 +67,9 @@ def test_the_makefile_gets_an_option_and_the_user_a_line(environment):
     assert line.startswith(CHOICES[option])
 
 
-RUNS = """
-import sys
-from test_precision import run
-from tiny import LLAMA, word_tokenizer
-from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
-
-folder = sys.argv[1]
-made = LlamaForCausalLM(LlamaConfig(**{**LLAMA, "hidden_size": 64}))
-made.save_pretrained(folder)
-in_4_bits = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
-
-
-def load(dtype, compute=None):
-    more = {}
-    if compute is not None:
-        settings = {**in_4_bits, "bnb_4bit_compute_dtype": compute}
-        more["quantization_config"] = BitsAndBytesConfig(**settings)
-    return LlamaForCausalLM.from_pretrained(folder, dtype=dtype, device_map="cpu", **more)
-
-
-tokenizer = word_tokenizer("")
-run("asked for", folder, load("float32"), caft={}, bf16=True)
-run("beta 0", folder, load("float32"), caft={"beta": 0}, bf16=True)
-masks = {"mode": "pretrain", "mask_token": "add"}
-run("masks", folder, load("float32"), meap=masks, tokenizer=tokenizer, bf16=True)
-run("weights", folder, load("bfloat16"), caft={})
-run("4 bits", folder, load("float32", "bfloat16"), caft={}, adapter=True)
-run("neither", folder, load("float32"), bf16=True)
-run("float32", folder, load("float32"), caft={})
-run("4 bits, float32", folder, load("float32", "float32"), caft={}, adapter=True)
-"""
-
-
-def run(name, folder, model, caft=None, meap=None, tokenizer=None, adapter=False, **settings):
-    """Prints the name, and trains two runs of one step."""
-    from test_training import DATA, arguments, lora, pad
-    from transformers import Trainer
-
-    from caft_plugin import precision, with_caft
-
-    precision._warn.cache_clear()
-    print(f"\nRUN {name}", file=sys.stderr, flush=True)  # noqa: T201
-    trainer = with_caft(Trainer)(
-        model=lora(model) if adapter else model,
-        args=arguments(folder, max_steps=1, **settings),
-        train_dataset=DATA,
-        data_collator=pad,
-        processing_class=tokenizer,
-        caft=caft,
-        meap=meap,
-    )
-    trainer.train(), trainer.train()
-
-
 def test_a_slow_run_is_warned_of_once(tmp_path):
     """In a process without instructions for bfloat16, whatever this machine has."""
-    said = python("-c", RUNS, str(tmp_path), OMP_NUM_THREADS="1", **SLOW).stderr
+    said = python(str(PROGRAM), str(tmp_path), OMP_NUM_THREADS="1", **SLOW).stderr
     found = {}
     for part in said.split("\nRUN ")[1:]:
         name, _, output = part.partition("\n")

@@ -48,7 +48,8 @@ class AxolotlCheck(Check):
 
     def measure(self, device: str, folder: Path) -> Row:
         from runs import data_of, model_of
-        from tiny import word_tokenizer
+
+        from builders.tiny import word_tokenizer
 
         reference = str(self.reference)
         size, run = REFERENCES[reference]

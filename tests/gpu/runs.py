@@ -18,7 +18,6 @@ from accelerate import DistributedType, PartialState
 from described import LARGE, Figures, Run, Size
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
-from tiny import parameters_with_ours, word_tokenizer
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -30,6 +29,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from builders.tiny import parameters_with_ours, word_tokenizer
 from caft_plugin import CAFTConfig, Drafter, with_caft
 from caft_plugin.caft.heads import MODULE_NAME, build_heads
 from caft_plugin.caft.heads_folder import resolve_wiring

@@ -11,8 +11,6 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from peft import LoraConfig, get_peft_model
-from test_training import arguments, pad, rows
-from tiny import LLAMA
 from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
@@ -21,6 +19,8 @@ from transformers import (
     Trainer,
 )
 
+from builders.runs import arguments, pad, rows
+from builders.tiny import LLAMA
 from caft_plugin import with_caft
 from caft_plugin.checkpoints import Parts, newest_whole
 

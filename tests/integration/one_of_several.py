@@ -30,12 +30,12 @@ torch.set_num_threads(1)
 from accelerate import DistributedType, ParallelismConfig, PartialState
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
-from test_training import arguments, pad, rows
-from tiny import LLAMA, parameters_with_ours, word_tokenizer
 from torch.distributed.tensor import DTensor
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
 
 import caft_plugin.caft.loss
+from builders.runs import arguments, pad, rows
+from builders.tiny import LLAMA, parameters_with_ours, word_tokenizer
 from caft_plugin import ConfigError, with_caft
 from caft_plugin.model.sharding import gather
 from caft_plugin.model.trunk import find_trunk

@@ -16,10 +16,11 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner
-from paths import ROOT
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from builders.axolotl import FULL
+from builders.paths import ROOT
 from caft_plugin.drafting.pace import Pace
 from caft_plugin.precision import quick_dtype
 from caft_plugin.tools.cli import commands
@@ -33,16 +34,6 @@ pytestmark = pytest.mark.slow
 
 PLUGIN = {"plugins": ["caft_plugin"]}
 LORA_RUN = {**PLUGIN, "caft": {"num_heads": 4, "beta": 0.01}}
-FULL = {
-    "adapter": None,
-    "lora_r": None,
-    "lora_alpha": None,
-    "lora_dropout": None,
-    "lora_target_linear": None,
-    "lora_mlp_kernel": None,
-    "lora_qkv_kernel": None,
-    "lora_o_kernel": None,
-}
 
 
 def shapes(file):

@@ -8,8 +8,6 @@ import json
 import pytest
 import torch
 import yaml
-from paths import ROOT
-from tiny import LLAMA
 from transformers import (
     BertConfig,
     Gemma3nConfig,
@@ -20,6 +18,8 @@ from transformers import (
     T5Config,
 )
 
+from builders.paths import ROOT
+from builders.tiny import LLAMA
 from caft_plugin import ConfigError
 from caft_plugin.caft.heads_folder import write_heads
 from caft_plugin.caft.heads_record import HeadsRecord

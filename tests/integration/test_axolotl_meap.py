@@ -172,7 +172,7 @@ def test_pretraining_data(project, texts, packed):
 
 
 def test_full_fine_tuning_with_an_added_token_leaves_a_plain_model(project):
-    from test_axolotl import FULL
+    from builders.axolotl import FULL
 
     meap = {"mask_token": "add", "layout": "separate", "min_answer_tokens": 4}
     out = project.train("meap_full", **{**MEAP, **FULL, **ONE_STEP, "meap": meap})

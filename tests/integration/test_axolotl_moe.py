@@ -18,9 +18,10 @@ import copy
 import bitsandbytes
 import pytest
 import torch
-from conftest import assert_starts_from, losses_ahead
 from safetensors.torch import load_file
-from test_copies import EXACT, MOE, gap, moved, tiny, without_adapter
+
+from builders.axolotl import assert_starts_from, losses_ahead
+from builders.copies import EXACT, MOE, gap, moved, tiny, without_adapter
 
 pytest.importorskip("axolotl")
 

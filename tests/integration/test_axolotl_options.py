@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import BASE, Project
 from safetensors.torch import load_file
-from test_axolotl import FULL
+
+from builders.axolotl import BASE, FULL, Project
 
 pytestmark = pytest.mark.slow
 

@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import assert_starts_from, losses_ahead
 from safetensors.torch import load_file
-from test_axolotl import FULL
-from test_vision import GATED, HEAD_DIM, VIT
+
+from builders.axolotl import FULL, assert_starts_from, losses_ahead
+from builders.images import GATED, HEAD_DIM, VIT
 
 pytest.importorskip("axolotl")
 

@@ -10,10 +10,10 @@ pytest.importorskip("axolotl")
 
 from datasets import Dataset
 from peft import LoraConfig
-from test_axolotl import FULL
 from transformers import AutoTokenizer
 from trl import SFTConfig
 
+from builders.axolotl import FULL
 from caft_plugin.trl import CAFTSFTTrainer
 
 pytestmark = pytest.mark.slow

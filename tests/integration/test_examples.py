@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from paths import ROOT
 from safetensors.torch import load_file
 
+from builders.paths import ROOT
 from caft_plugin.precision import cpu_has_bf16
 
 pytest.importorskip("trl")

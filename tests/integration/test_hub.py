@@ -18,10 +18,10 @@ from huggingface_hub.errors import EntryNotFoundError
 from huggingface_hub.utils import filter_repo_objects
 from peft import LoraConfig
 from safetensors.torch import load_file
-from test_trl import TEMPLATE, make
-from tiny import word_tokenizer
 from trl import SFTTrainer
 
+from builders.sft import TEMPLATE, make
+from builders.tiny import word_tokenizer
 from caft_plugin.tools.cli import push_heads
 from caft_plugin.trl import CAFTSFTTrainer
 

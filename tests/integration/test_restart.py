@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import interrupted
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.newest]
 
 KILLS = 12 if os.environ.get("CAFT_SOAK") else 1
 KINDS = [(base, heads) for base in ("full", "lora", "qlora") for heads in ("auto", "frozen")]

@@ -12,13 +12,15 @@ pytest.importorskip("trl")
 
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig, get_peft_model
-from test_trl import CHATS, COMPLETIONS, FEATURES, TEMPLATE, make, model_of, run
-from tiny import word_tokenizer
 from trl import SFTConfig, SFTTrainer
 
+from builders.sft import CHATS, COMPLETIONS, FEATURES, TEMPLATE, make, model_of, run
+from builders.tiny import word_tokenizer
 from caft_plugin import ConfigError
 from caft_plugin.targets import IGNORE, PLAN
 from caft_plugin.trl import CAFTSFTTrainer
+
+pytestmark = pytest.mark.newest
 
 MASK = 95  # w90, in no row
 MEAP = {"mask_token": MASK, "min_answer_tokens": 4}

@@ -13,13 +13,15 @@ pytest.importorskip("trl")
 
 import trl
 from datasets import Dataset
-from test_trl import CHATS, COMPLETIONS, TEMPLATE, model_of
-from tiny import LLAMA, word_tokenizer
 from transformers import LlamaConfig, LlamaForSequenceClassification, Trainer
 
+from builders.sft import CHATS, COMPLETIONS, TEMPLATE, model_of
+from builders.tiny import LLAMA, word_tokenizer
 from caft_plugin import with_caft
 from caft_plugin.meap.masking import ELIGIBLE
 from caft_plugin.trl import SFTMixin
+
+pytestmark = pytest.mark.newest
 
 EXPORTED = [
     name

@@ -17,11 +17,11 @@ from datasets import Dataset
 from peft import LoraConfig
 from PIL import Image
 from safetensors.torch import load_file
-from test_vision import model_of
-from tiny import word_tokenizer
 from transformers import CLIPImageProcessor, LlavaProcessor
 from trl import SFTConfig, SFTTrainer
 
+from builders.images import model_of
+from builders.tiny import word_tokenizer
 from caft_plugin import ConfigError
 from caft_plugin.trl import CAFTSFTTrainer
 

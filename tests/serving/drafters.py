@@ -11,10 +11,10 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
-from quantised import quantise
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
+from builders.quantised import quantise
 from caft_plugin.caft.heads import build_heads
 from caft_plugin.caft.heads_folder import resolve_wiring, save_heads
 from caft_plugin.config import CAFTConfig

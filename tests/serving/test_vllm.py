@@ -10,9 +10,9 @@ from __future__ import annotations
 import pytest
 import torch
 from drafters import CASES, DAMAGED, DEFAULT, HEADS, QUANTISED, TOKENS, name_of
-from quantised import rounded_as_int8
 from transformers import AutoModelForCausalLM
 
+from builders.quantised import rounded_as_int8
 from caft_plugin import CAFTConfig
 from caft_plugin.caft.heads import LayerCall, build_heads, replay
 from caft_plugin.caft.heads_folder import HeadsFolder, resolve_wiring
