@@ -87,8 +87,7 @@ class CAFTTrainerMixin(_Base):
     """The part of `with_caft` that is the same for every trainer class.
 
     It only overrides methods of Trainer; the work is done by `caft`, an AuxiliaryObjective, and
-    `meap`, a MaskedTraining. It has one method for each of Trainer's that these two need, so it has
-    many.
+    `meap`, a MaskedTraining.
     """
 
     # Classes whose compute_loss uses only the loss of a model's output, so that `fused_loss` may

@@ -42,9 +42,6 @@ class AuxiliaryObjective:
     """The heads' objective in one trainer. `handle` attaches the heads to the model and detaches
     them.
 
-    It has a method for each place where a trainer meets heads (window, step, loss, evaluation,
-    log), so it has many.
-
     Raises:
         ConfigError: the model, the trainer's settings or the heads folder do not fit.
     """

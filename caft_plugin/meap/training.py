@@ -83,8 +83,7 @@ class MaskedTraining:
     masking.
 
     `data` is the training set that is masked (in mode sft, the doubled one); `plain` returns the
-    same set without copies. It has a method for each place where a trainer meets masks (data,
-    batches, log, files), so it has many.
+    same set without copies.
     """
 
     def __init__(self, trainer: Trainer, config: MEAPConfig) -> None:
