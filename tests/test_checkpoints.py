@@ -139,8 +139,8 @@ def test_what_a_run_does_not_save_is_not_asked_for(run, tmp_path):
     model, _, _ = run
     trainer = make(model, tmp_path, save_only_model=True)
     trainer.train()
-    assert trainer.newest_whole_checkpoint() == str(tmp_path / "checkpoint-4")
-    assert make(model, tmp_path).newest_whole_checkpoint() is None
+    assert trainer.caft_files.newest_whole_checkpoint() == str(tmp_path / "checkpoint-4")
+    assert make(model, tmp_path).caft_files.newest_whole_checkpoint() is None
 
 
 def test_adapters_and_other_folders(run, tmp_path):
@@ -153,7 +153,7 @@ def test_adapters_and_other_folders(run, tmp_path):
     (tmp_path / "checkpoint-30").write_text("a file")
     assert newest_whole(tmp_path, WHOLE) == (tmp_path / "checkpoint-4", [])
     (tmp_path / "checkpoint-4" / "adapter_model.safetensors").unlink()
-    assert trainer.newest_whole_checkpoint() == str(tmp_path / "checkpoint-2")
+    assert trainer.caft_files.newest_whole_checkpoint() == str(tmp_path / "checkpoint-2")
 
 
 class Killed(BaseException):
@@ -361,7 +361,7 @@ def test_a_run_keeps_its_own_heads_and_a_plain_trainer_touches_nothing(
 ):
     trainer = make(tiny_model, tmp_path)
     trainer.save_model()
-    trainer.detach_ours()
+    trainer.caft_parts.remove()
     trainer.save_model()  # as Axolotl does, after the heads were saved and taken off
     make(tiny_model, tmp_path, caft=None).save_model()
     assert (

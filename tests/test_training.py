@@ -108,6 +108,22 @@ def lora(model):
     )
 
 
+def test_names_on_the_trainer_begin_with_caft(tiny_model, tmp_path):
+    """Also after training: a user's own trainer class may have any other name."""
+    plain = trainer_of(copy.deepcopy(tiny_model), tmp_path, trainer_class=Trainer)
+    ours = trainer_of(
+        tiny_model,
+        tmp_path,
+        caft=CAFTConfig(num_heads=1),
+        meap={"mode": "pretrain", "mask_token": "add"},
+    )
+    for trainer in (plain, ours):
+        trainer.train()
+    added = {*vars(ours), *dir(type(ours))} - {*vars(plain), *dir(type(plain))}
+    assert {"caft_parts", "caft_files"} <= added
+    assert [name for name in added if not name.startswith(("caft_", "__"))] == []
+
+
 class Gradients(TrainerCallback):
     """Gradients as the optimizer is about to see them, at every step."""
 
@@ -216,7 +232,7 @@ def test_loss_and_gradients_equal_the_formula(tiny_model, tmp_path, host_divides
         max_steps=1,
         max_grad_norm=0.0,
     )
-    heads = copy.deepcopy(trainer.caft.heads.layers)
+    heads = copy.deepcopy(trainer.caft_parts.caft.heads.layers)
     if host_divides:
         trainer.model_accepts_loss_kwargs = False
     trainer.train()
@@ -269,7 +285,7 @@ def test_loss_and_gradients_equal_the_formula(tiny_model, tmp_path, host_divides
 def test_what_trains_changes_and_what_is_frozen_does_not(tiny_model, tmp_path, base, how):
     model = lora(tiny_model) if base == "lora" else tiny_model
     trainer = trainer_of(model, tmp_path, caft={"train_heads": how, "beta": 0.1})
-    heads = trainer.caft.heads
+    heads = trainer.caft_parts.caft.heads
     before = {n: p.detach().clone() for n, p in heads.named_parameters()}
     trainer.train()
     expected = {"auto": "full" if base == "full" else "lora"}.get(how, how)
@@ -539,8 +555,10 @@ def test_pretrained_heads_are_used(tiny_model, tmp_path):
         tmp_path / "b",
         caft={"heads": str(tmp_path / "a"), "num_heads": 2},
     )
-    assert second.caft_config.head_input == "final"  # as the folder records
-    for ours, theirs in zip(second.caft.heads.layers, first.caft.heads.layers[:2], strict=True):
+    assert second.caft_parts.caft_config.head_input == "final"  # as the folder records
+    for ours, theirs in zip(
+        second.caft_parts.caft.heads.layers, first.caft_parts.caft.heads.layers[:2], strict=True
+    ):
         for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
             assert torch.equal(a, b)
 
@@ -572,7 +590,7 @@ def test_best_model_brings_its_heads(tiny_model, tmp_path):
     best = trainer.state.best_model_checkpoint
     assert best.endswith("checkpoint-1")
     saved = load_file(f"{best}/caft_heads/heads.safetensors")
-    for name, tensor in trainer.caft.heads.layers.state_dict().items():
+    for name, tensor in trainer.caft_parts.caft.heads.layers.state_dict().items():
         assert torch.equal(tensor, saved[name])
 
 
@@ -736,8 +754,11 @@ def test_only_drawn_heads_are_logged_and_updated(tiny_model, tmp_path):
     trainer = trainer_of(
         tiny_model, tmp_path, caft={"heads_per_step": 1, "num_heads": 3}, max_steps=6
     )
-    before = [p.detach().clone() for p in trainer.caft.heads.parameters()]
-    draws = [draw_heads(trainer.caft_config, 1, trainer.args.seed, step)[0] for step in range(6)]
+    before = [p.detach().clone() for p in trainer.caft_parts.caft.heads.parameters()]
+    draws = [
+        draw_heads(trainer.caft_parts.caft_config, 1, trainer.args.seed, step)[0]
+        for step in range(6)
+    ]
     trainer.train()
     for times, entry in zip(draws, losses(trainer), strict=True):
         assert [f"caft/loss_head_{k}" in entry for k in (1, 2, 3)] == [count > 0 for count in times]
@@ -746,7 +767,9 @@ def test_only_drawn_heads_are_logged_and_updated(tiny_model, tmp_path):
         )
     ever = [any(times[k] for times in draws) for k in range(3)]
     per_head = len(before) // 3
-    for index, (old, new) in enumerate(zip(before, trainer.caft.heads.parameters(), strict=True)):
+    for index, (old, new) in enumerate(
+        zip(before, trainer.caft_parts.caft.heads.parameters(), strict=True)
+    ):
         assert torch.equal(old, new) != ever[index // per_head]
 
 

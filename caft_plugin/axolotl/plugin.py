@@ -163,19 +163,19 @@ class CAFTPlugin(BasePlugin):
         if not isinstance(trainer, CAFTTrainerMixin):
             raise ConfigError(_two_trainers(type(trainer).__name__))
         if caft is not None:
-            trainer.attach_caft(caft)
+            trainer.caft_parts.attach_caft(caft)
         if meap is not None:
             if meap.mode == "sft" and not self._duplicated:
                 raise ConfigError(
                     "meap: another plugin provides the training data, so examples were not"
                     " duplicated. Remove it from `plugins:`, or remove the `meap:` block."
                 )
-            trainer.attach_meap(meap, said_of_tokens(cfg))
+            trainer.caft_parts.attach_meap(meap, said_of_tokens(cfg))
         self._trainer = trainer
         if cfg.auto_resume_from_checkpoints and cfg.resume_from_checkpoint is None:
             # Axolotl would use the highest number, complete or not. Without a complete one, the run
             # starts over.
-            cfg.resume_from_checkpoint = trainer.newest_whole_checkpoint()
+            cfg.resume_from_checkpoint = trainer.caft_files.newest_whole_checkpoint()
             cfg.auto_resume_from_checkpoints = False
 
     def post_train(self, cfg: DictDefault, model: torch.nn.Module) -> None:
@@ -188,11 +188,10 @@ class CAFTPlugin(BasePlugin):
         card = self._card
         self._trainer = self._card = None
         if trainer is not None:
-            trainer.save_ours(cfg.output_dir)
-            trainer.detach_ours()
-            self._card = (
-                trainer.framework_card(cfg.output_dir) if trainer.is_world_process_zero() else None
-            )
+            trainer.caft_files.save(cfg.output_dir)
+            trainer.caft_parts.remove()
+            if trainer.is_world_process_zero():
+                self._card = trainer.caft_files.framework_card(cfg.output_dir)
         elif card is not None:
             card.complete()
 
@@ -304,11 +303,11 @@ def axolotl_trainer(base: type[Trainer]) -> type[Trainer]:
     caft_class: Any = with_caft(base)
 
     def train(self, *args, **kwargs):
-        card = self.framework_card()
+        card = self.caft_files.framework_card()
         try:
             return caft_class.train(self, *args, **kwargs)
         except SystemExit:  # Ctrl-C: Axolotl's handler has saved the model into the output folder
-            self.save_ours(self.args.output_dir)
+            self.caft_files.save(self.args.output_dir)
             if self.is_world_process_zero():
                 card.complete()
             raise

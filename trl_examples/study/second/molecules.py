@@ -56,7 +56,7 @@ def do(run: Run, settings: Settings, sizes: protocol.Sizes, places: Places) -> L
         figures["items"] = {
             name: [round(value, 4) for value in values] for name, values in items.items()
         }
-        if trainer.caft is not None:
+        if trainer.caft_parts.caft is not None:
             metrics["tokens_per_pass"] = tokens_per_step(trainer, rows, written)
         metrics["forgetting"] = forgetting(model, tokenizer, sizes.base_answers, places)
     return {**figures, "metrics": metrics}
@@ -103,8 +103,8 @@ class BestEpoch(TrainerCallback):
 
     def parts(self) -> Iterator[torch.nn.Module]:
         yield self.trainer.model
-        if self.trainer.caft is not None:
-            yield self.trainer.caft.heads
+        if self.trainer.caft_parts.caft is not None:
+            yield self.trainer.caft_parts.caft.heads
 
     def on_epoch_end(
         self, args: object, state: object, control: TrainerControl, **kwargs: object
