@@ -19,7 +19,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, Tr
 
 from caft_plugin.caft.objective import AuxiliaryObjective, HostLoss
 from caft_plugin.config import CAFTConfig, MEAPConfig
-from caft_plugin.refusals import check_optimizer
+from caft_plugin.refusals import refuse_optimizer
 from caft_plugin.run_files import RunFiles
 from caft_plugin.targets import Batch
 from caft_plugin.trainer_parts import TrainerParts
@@ -105,7 +105,7 @@ class CAFTTrainerMixin(_Base):
             optimizer = super().create_optimizer(*args, **kwargs)
         if not self.is_deepspeed_enabled:  # DeepSpeed's optimizers hold tensors of their own
             for block, handle in self.caft_parts.handles().items():
-                check_optimizer(self, optimizer, block, handle.hidden.module)
+                refuse_optimizer(self, optimizer, block, handle.hidden.module)
         return optimizer
 
     # -- data --------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from tiny import word_tokenizer
 from transformers import Trainer
 
 from caft_plugin import ConfigError
-from caft_plugin.checkpoints import Parts, newest_whole, problem_of
+from caft_plugin.checkpoints import IncompleteCheckpoint, Parts, newest_whole, refuse_incomplete
 
 WHOLE = Parts(weights=True, optimizer=True)
 
@@ -147,7 +147,7 @@ def test_adapters_and_other_folders(run, tmp_path):
     model, _, _ = run
     trainer = make(lora(copy.deepcopy(model)), tmp_path)
     trainer.train()
-    assert problem_of(tmp_path / "checkpoint-4", WHOLE) is None
+    refuse_incomplete(tmp_path / "checkpoint-4", WHOLE)
     for name in ("checkpoint-20-old", "checkpoint-", "checkpoint-x", "checkpoints"):
         (tmp_path / name).mkdir()
     (tmp_path / "checkpoint-30").write_text("a file")
@@ -176,9 +176,8 @@ def test_one_that_is_overwritten_is_not_whole_until_it_is_done(run, tmp_path, mo
         trainer.train()
     newest, passed_over = newest_whole(tmp_path / "out", WHOLE)
     assert newest.name == "checkpoint-4" and passed_over == []
-    assert "has no readable trainer_state.json" in problem_of(
-        tmp_path / "out" / "checkpoint-2", WHOLE
-    )
+    with pytest.raises(IncompleteCheckpoint, match="has no readable trainer_state.json"):
+        refuse_incomplete(tmp_path / "out" / "checkpoint-2", WHOLE)
 
 
 def test_what_a_killed_save_left_is_cleaned_up(run, tmp_path):

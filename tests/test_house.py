@@ -192,6 +192,18 @@ def test_code_is_thin(figure):
     assert count <= AT_MOST[figure], found
 
 
+def test_an_error_is_raised_where_it_is_made():
+    """A function that refuses raises: none returns an error, or makes one for its caller."""
+    for file in FILES:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            place = f"{name_of(file)}:{getattr(node, 'lineno', 0)}"
+            if isinstance(node, ast.FunctionDef) and node.returns is not None:
+                assert "Error" not in ast.unparse(node.returns), f"{place} {node.name}"
+            if isinstance(node, ast.Raise) and node.exc is not None:
+                made = ast.unparse(node.exc.func) if isinstance(node.exc, ast.Call) else ""
+                assert made.rpartition(".")[2][:1].isupper(), f"{place} {ast.unparse(node)[:80]}"
+
+
 def test_types_are_known():
     found = sum(len(re.findall(r"\bAny\b", file.read_text(encoding="utf-8"))) for file in FILES)
     assert found <= ANYS

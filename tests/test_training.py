@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from tiny import parameters_with_ours, word_tokenizer
 from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-from caft_plugin import CAFTConfig, ConfigError, with_caft
+from caft_plugin import CAFTConfig, CAFTError, ConfigError, with_caft
 from caft_plugin.caft import window
 from caft_plugin.caft.heads import MODULE_NAME
 from caft_plugin.caft.window import draw_heads
@@ -675,8 +675,9 @@ def test_a_loss_that_never_calls_the_model_is_an_error(tiny_model, tmp_path):
             return next(model.parameters()).sum()
 
     trainer = trainer_of(tiny_model, tmp_path, caft={}, trainer_class=with_caft(Blind))
-    with pytest.raises(RuntimeError, match="without calling the model with gradients"):
+    with pytest.raises(RuntimeError, match="without calling the model with gradients") as raised:
         trainer.train()
+    assert isinstance(raised.value, CAFTError) and not isinstance(raised.value, ConfigError)
 
 
 def test_record(tiny_model, tmp_path):

@@ -133,7 +133,7 @@ class _Reading:
                 input_ids is None or self.input_ids is None or _same(input_ids, self.input_ids)
             )
 
-    def check(self, name: str) -> None:
+    def refuse_other_calls(self, name: str) -> None:
         """Raise ConfigError if heads did not train on the batch, or if that cannot be determined.
 
         `name` is the model's name in the message.
@@ -274,7 +274,7 @@ class AttachedHeads:
             finally:
                 self._reading = None
                 self._wrapper.runs = False  # a wrapper that raised did not reset it
-        reading.check(type(self.trunk.model).__name__)
+        reading.refuse_other_calls(type(self.trunk.model).__name__)
         return returned, reading.result
 
     def _note_call(self, layer: nn.Module, args: tuple, kwargs: dict[str, object]) -> None:
@@ -318,7 +318,7 @@ class AttachedHeads:
         device, dtype, enabled = call.autocast
         trunk = self._unsharded_trunk(call.hidden_states.dtype)
         with torch.autocast(device, dtype=dtype, enabled=enabled):
-            self._check_logits(output, final, trunk)
+            self._refuse_other_logits(output, final, trunk)
             if request.next_tokens is not None:
                 loss = self._next_token_loss(request, final, trunk)
                 # fields keep their order
@@ -337,7 +337,7 @@ class AttachedHeads:
                 f"caft.fused_loss: {type(self.trunk.model).__name__} did not call its final norm,"
                 " so the plugin cannot compute the next-token loss. Use fused_loss: off."
             )
-        _check_shape(self.trunk.model, final, request.next_tokens)
+        _refuse_other_shape(self.trunk.model, final, request.next_tokens)
         targets = request.next_tokens.to(final.device).flatten()
         positions = (targets != IGNORE).nonzero().squeeze(1)
         weights = final.new_ones(len(positions), dtype=torch.float32) * request.next_token_weight
@@ -358,9 +358,8 @@ class AttachedHeads:
         )
         return dataclasses.replace(self.trunk, norm=norm, unembedding=unembedding)
 
-    def _check_logits(self, output: ModelOutput, final: Tensor | None, trunk: Trunk) -> None:
-        """Check once, if the host has logits, that `trunk.logits` gives the model's logits from its
-        hidden states."""
+    def _refuse_other_logits(self, output: ModelOutput, final: Tensor | None, trunk: Trunk) -> None:
+        """Raise ConfigError, at the first logits of the host, if `trunk.logits` computes others."""
         logits = output.get("logits")
         if (
             self._logits_checked
@@ -390,7 +389,7 @@ class AttachedHeads:
                 f"caft: {type(self.trunk.model).__name__} did not call its final norm, so heads"
                 " cannot read the final hidden state. Use head_input: penultimate."
             )
-        _check_shape(self.trunk.model, source, request.targets[0])
+        _refuse_other_shape(self.trunk.model, source, request.targets[0])
         device = source.device
         num_heads = len(self.heads)
         lesson = request.lesson if request.training else TOKENS_AND_HITS
@@ -489,7 +488,7 @@ class WatchedWrapper:
         return _without_aux_loss(output)
 
 
-def _check_shape(model: nn.Module, hidden: Tensor, targets: Tensor) -> None:
+def _refuse_other_shape(model: nn.Module, hidden: Tensor, targets: Tensor) -> None:
     """Raise ConfigError unless `hidden` (batch, length, hidden size) fits `targets` (batch,
     length)."""
     if hidden.shape[:-1] != targets.shape:

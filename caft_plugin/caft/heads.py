@@ -32,7 +32,7 @@ from caft_plugin.config import CAFTConfig
 from caft_plugin.errors import ConfigError
 from caft_plugin.model.copies import plain_copy
 from caft_plugin.model.fingerprint import Sample, take_sample
-from caft_plugin.model.hidden import taken
+from caft_plugin.model.hidden import refuse_taken_model
 from caft_plugin.model.trunk import (
     Trunk,
     active_peft_configs,
@@ -186,8 +186,7 @@ def head_lora_config(model: nn.Module, layer: nn.Module) -> LoraConfig:
 
 def refuse_taken(trunk: Trunk) -> None:
     """Raise ConfigError if heads are attached to the last layer."""
-    if hasattr(type(trunk.last_layer), NOTING):
-        raise taken(trunk.model)
+    refuse_taken_model(trunk.model, taken=hasattr(type(trunk.last_layer), NOTING))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -71,8 +71,8 @@ class HeadsFolder:
         path = locate_heads(os.fspath(heads))
         return cls(path, read_record(path))
 
-    def check_model(self, config: CAFTConfig, model_config: PretrainedConfig) -> None:
-        """Check the folder against the model's config, before any weight is loaded.
+    def refuse_other_model(self, config: CAFTConfig, model_config: PretrainedConfig) -> None:
+        """Refuse a model whose config the folder does not fit, before any weight is loaded.
 
         The vocabulary size may differ: heads use the model's own unembedding.
 
@@ -95,8 +95,8 @@ class HeadsFolder:
                 f" {text_config.hidden_size}. Use heads only with the model they were trained with."
             )
 
-    def check_layers(self, layer_class: str) -> None:
-        """Check the folder against the model's layer class, before the heads' weights are read.
+    def refuse_other_layers(self, layer_class: str) -> None:
+        """Refuse a model with another layer class, before the heads' weights are read.
 
         Raises:
             ConfigError: heads of another class, or a checkpoint's LoRA factors that are not merged.
@@ -182,7 +182,7 @@ class HeadsFolder:
         Raises:
             ConfigError: damaged files, another layer class, missing, unknown or misshapen tensors.
         """
-        self.check_layers(layer_class)
+        self.refuse_other_layers(layer_class)
         wanted = {
             plain_name(name): t
             for name, t in heads.layers.state_dict().items()
@@ -422,7 +422,7 @@ def _copy_into(wanted: dict[str, Tensor], file: Path, *, held: int) -> None:
     file = own_file(file.parent, file.name)
     try:
         with safe_open(file, framework="pt") as opened:
-            _check_tensors(
+            _refuse_other_tensors(
                 wanted, {name: opened.get_slice(name) for name in opened.keys()}, file, held
             )
             with torch.no_grad():
@@ -435,7 +435,9 @@ def _copy_into(wanted: dict[str, Tensor], file: Path, *, held: int) -> None:
         ) from None
 
 
-def _check_tensors(wanted: dict[str, Tensor], found: dict[str, Any], file: Path, held: int) -> None:
+def _refuse_other_tensors(
+    wanted: dict[str, Tensor], found: dict[str, Any], file: Path, held: int
+) -> None:
     # the requested heads; of the others only the number is checked
     first = {name.split(".")[0] for name in wanted}
     missing = sorted(wanted.keys() - found.keys())

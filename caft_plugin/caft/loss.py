@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from caft_plugin.errors import ConfigError
+from caft_plugin.errors import ConfigError, RunError
 
 # Maps hidden states (n, hidden size) and their targets (n, ...) to float32 figures (n, figures),
 # the loss first.
@@ -222,7 +222,7 @@ class _WeightedSum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.gradients is None:
-            raise RuntimeError(
+            raise RunError(
                 "caft: backward was called twice through one loss of the heads, which keeps no"
                 " graph."
             )

@@ -29,10 +29,15 @@ from caft_plugin.caft.window import (
     over_processes,
 )
 from caft_plugin.config import CAFTConfig
-from caft_plugin.errors import ConfigError
+from caft_plugin.errors import ConfigError, RunError
 from caft_plugin.logs import CAFTLog, HeadsEvaluation, evaluated_sets
 from caft_plugin.model.trunk import find_trunk
-from caft_plugin.refusals import check_trainer, may_fuse, no_heads_ran, no_labels
+from caft_plugin.refusals import (
+    may_fuse,
+    refuse_step_without_heads,
+    refuse_trainer,
+    refuse_without_labels,
+)
 from caft_plugin.targets import Batch, count_targets
 
 HostLoss = Tensor | tuple  # what compute_loss returns: a loss, or a loss and the model's outputs
@@ -47,13 +52,13 @@ class AuxiliaryObjective:
     """
 
     def __init__(self, trainer: Trainer, config: CAFTConfig, lesson: Lesson = TOKENS) -> None:
-        check_trainer(trainer)
+        refuse_trainer(trainer)
         model = cast(nn.Module, trainer.model)
         trunk = find_trunk(model)
         folder = None
         if config.heads is not None:
             folder = heads_folder.HeadsFolder.open(config.heads)
-            folder.check_model(config, trunk.model.config)
+            folder.refuse_other_model(config, trunk.model.config)
             folder.warn_of_wiring(config)
         config = heads_folder.resolve_wiring(config, None if folder is None else folder.record)
         heads = build_heads(model, trunk, config, seed=trainer.args.seed)
@@ -135,7 +140,7 @@ class AuxiliaryObjective:
         if not self.trainer.accelerator.sync_gradients:
             return
         if not self._ran:
-            raise no_heads_ran(self.trainer)
+            refuse_step_without_heads(self.trainer)
         # These heads are in the graph only for DDP. Their gradient is None, not zero, so that
         # neither the gradient norm nor the optimizer includes them.
         for layer, ran in zip(self.heads.layers, window.run, strict=True):
@@ -161,12 +166,12 @@ class AuxiliaryObjective:
         Raises:
             ConfigError: the batch has no `labels`, or the model was called with other tokens or
                 another shape.
-            RuntimeError: `host_loss` did not call the model with gradients.
+            RunError: `host_loss` did not call the model with gradients.
         """
         training = torch.is_grad_enabled()
         if not has_targets(inputs):
             if training:
-                raise no_labels(self.trainer, inputs)
+                refuse_without_labels(self.trainer, inputs)
             return host_loss()
         if not training:
             return (
@@ -187,7 +192,7 @@ class AuxiliaryObjective:
         ids = inputs.get("input_ids")
         returned, result = self.handle.answer(request, host_loss, called=model, input_ids=ids)
         if result is None:
-            raise RuntimeError(
+            raise RunError(
                 "caft: the trainer computed its loss without calling the model with gradients, so"
                 " the auxiliary heads did not run. Use a trainer whose compute_loss calls the"
                 " model."

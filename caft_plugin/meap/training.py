@@ -36,7 +36,7 @@ from caft_plugin.meap.plans import StepPlans
 from caft_plugin.meap.roles import NOTHING_SAID, Roles, Said
 from caft_plugin.meap.training_set import TrainingSet, used_ids
 from caft_plugin.model.trunk import input_embedding
-from caft_plugin.refusals import check_trainer
+from caft_plugin.refusals import refuse_trainer
 from caft_plugin.targets import EXAMPLE, MASKED, MAY_MASK, OVERLONG, PLAN, Batch
 
 logger = logging.getLogger(__name__)
@@ -125,7 +125,7 @@ class MaskedTraining:
             # lower levels are not shown by default
             logger.warning("meap.mask_token: %s", token.words)
         if token.added:
-            check_trainer(trainer, "meap.mask_token")
+            refuse_trainer(trainer, "meap.mask_token")
             added = AddedMaskToken(model, token)
             if trainer.optimizer is not None and added.vector.requires_grad:
                 raise ConfigError(

@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
 from caft_plugin.errors import ConfigError
-from caft_plugin.model.trunk import in_use, unmergeable
+from caft_plugin.model.trunk import in_use, refuse_unmergeable
 
 # Attributes with which accelerate or a kernel replaces the class's forward on an instance.
 OWN_FORWARD = ("forward", "_old_forward", "_hf_hook")
@@ -34,7 +34,7 @@ def plain_copy(layer: nn.Module, dtype: torch.dtype | None) -> nn.Module:
         ConfigError: an adapter that cannot be merged, or a quantisation that cannot be reversed.
     """
     layer = _plain(_without_hooks(layer).eval(), dtype)
-    _check_plain(layer)
+    _refuse_not_plain(layer)
     largest = max((p for p in layer.parameters() if p.is_floating_point()), key=Tensor.numel)
     layer = layer.to(largest.dtype)
     layer.requires_grad_(False)
@@ -137,7 +137,7 @@ def _merged(tuner: Any, dtype: torch.dtype | None) -> nn.Module:
             if merges:
                 part.merge()
     except NotImplementedError as error:
-        raise unmergeable(tuner, str(error)) from None
+        refuse_unmergeable(tuner, str(error))
     return tuner.get_base_layer()
 
 
@@ -185,14 +185,14 @@ def _with_effect(base: Any, tuner: Any) -> nn.Module:
         try:
             wanted = change(probe)
         except Exception as error:  # a method that needs more than an input, each in its own way
-            raise unmergeable(tuner, f"{type(error).__name__}: {error}") from error
+            refuse_unmergeable(tuner, f"{type(error).__name__}: {error}")
         if wanted.any():
             bias = change(probe.new_zeros(1, size))[0]
             identity = torch.eye(size, device=device, dtype=exact)
             weight = torch.cat([change(rows) - bias for rows in identity.split(1024)])
             off = (probe @ weight + bias - wanted).norm()
             if not off <= 0.01 * wanted.norm() + rounding * base(probe.to(kind)).norm():
-                raise unmergeable(tuner, "its effect is not linear in its input")
+                refuse_unmergeable(tuner, "its effect is not linear in its input")
             base.weight.data = (base.weight + (weight.T if out_in else weight)).to(kind)
             if bias.any():
                 base.bias = nn.Parameter((bias if base.bias is None else base.bias + bias).to(kind))
@@ -211,11 +211,11 @@ def full_precision() -> Iterator[None]:
         settings.fp32_precision = before
 
 
-def _check_plain(layer: nn.Module) -> None:
+def _refuse_not_plain(layer: nn.Module) -> None:
     """Raise ConfigError if a copy has a module or tensor that a plain layer does not have."""
     for name, module in layer.named_modules():
         if type(module).__module__.startswith("peft."):
-            raise unmergeable(module, f"{name} is not a layer that can be merged")
+            refuse_unmergeable(module, f"{name} is not a layer that can be merged")
         for key, tensor in [
             *module.named_parameters(recurse=False),
             *module.named_buffers(recurse=False),

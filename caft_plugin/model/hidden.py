@@ -27,12 +27,14 @@ class Handle(Protocol):
     def detach(self) -> None: ...
 
 
-def taken(model: nn.Module) -> ConfigError:
-    return ConfigError(
-        f"caft: this {type(model).__name__} is in use by another trainer with `caft` or `meap`."
-        " Trainers can share a model one after the other, not at the same time: let the other"
-        " train() or evaluate() finish first."
-    )
+def refuse_taken_model(model: nn.Module, taken: bool) -> None:
+    """Raise ConfigError if `taken`: another trainer has attached something to this model."""
+    if taken:
+        raise ConfigError(
+            f"caft: this {type(model).__name__} is in use by another trainer with `caft` or `meap`."
+            " Trainers can share a model one after the other, not at the same time: let the other"
+            " train() or evaluate() finish first."
+        )
 
 
 class HiddenSubmodule:
@@ -58,8 +60,7 @@ class HiddenSubmodule:
         Raises:
             ConfigError: the model already has a submodule with this name.
         """
-        if hasattr(self.model, self.name):
-            raise taken(self.model)
+        refuse_taken_model(self.model, taken=hasattr(self.model, self.name))
         give_memory(self.module)
         self.model.add_module(self.name, None if self._out_of_sight else self.module)
         self._handles = [

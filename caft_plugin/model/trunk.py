@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from peft import PeftConfig, PeftMixedModel, PeftModel, PeftType
@@ -122,7 +122,7 @@ def find_trunk(model: nn.Module) -> Trunk:
             " without CAFT."
         )
     if isinstance(layers[-1], BaseTunerLayer):
-        raise unmergeable(layers[-1], "it wraps complete decoder layers")
+        refuse_unmergeable(layers[-1], "it wraps complete decoder layers")
     return Trunk(
         model=base,
         layers=[
@@ -320,12 +320,11 @@ def refuse_offloaded(trunk: Trunk) -> None:
             )
 
 
-def unmergeable(tuner: object, why: str) -> ConfigError:
-    kind = (
-        f"{type(tuner).__module__.removeprefix('peft.tuners.').split('.')[0]}"
-        f" ({type(tuner).__name__})"
-    )
-    return ConfigError(
+def refuse_unmergeable(tuner: object, why: str) -> NoReturn:
+    """Raise ConfigError for an adapter's module of which no plain copy can be made."""
+    method = type(tuner).__module__.removeprefix("peft.tuners.").split(".")[0]
+    kind = f"{method} ({type(tuner).__name__})"
+    raise ConfigError(
         f"caft: the last layer has a PEFT {kind} adapter, which cannot be merged into its weights"
         f" ({why}), so the layer cannot be copied into heads. Use an adapter that can be merged,"
         " such as LoRA, or train without CAFT."
