@@ -159,14 +159,11 @@ def own_file(folder: Path, name: str) -> Path:
     in_cache = snapshot is not None and snapshot.parent.name.startswith("models--")
     root = snapshot.parent if snapshot is not None and in_cache else folder
     try:
-        inside = file.resolve(strict=True).is_relative_to(root.resolve())
-        problem = (
-            None
-            if inside and file.is_file()
-            else "not a regular file"
-            if inside
-            else "a link out of the folder"
-        )
+        problem = None
+        if not file.resolve(strict=True).is_relative_to(root.resolve()):
+            problem = "a link out of the folder"
+        elif not file.is_file():
+            problem = "not a regular file"
     except OSError as error:
         problem = error.strerror
     except RuntimeError:

@@ -122,7 +122,10 @@ def distributions_at(
             "pretrain_heads.targets: got distribution, but the model did not call its final norm,"
             " from which its distribution is computed. Use targets: model or dataset."
         )
-    return final.detach().roll(-(index + 1), dims=1).flatten(0, 1)[positions]
+    # At position t head k predicts the token t + k + 1, as the model does at t + k. No target's
+    # position wraps around: the token ahead of it exists.
+    teachers = final.detach().roll(-(index + 1), dims=1)
+    return teachers.flatten(0, 1)[positions]
 
 
 TOKENS = Lesson(cross_entropy_of, tokens_at)
@@ -172,6 +175,11 @@ def _own_saved_tensors() -> torch.autograd.graph.saved_tensors_hooks:
     return torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
 
 
+def _added(total: Tensor | None, gradient: Tensor) -> Tensor:
+    """Return the sum; it is written into `total`."""
+    return gradient if total is None else total.add_(gradient)
+
+
 class _WeightedSum(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -200,16 +208,14 @@ class _WeightedSum(torch.autograd.Function):
             figures.append(chunk_figures.detach())
             if not loss.requires_grad:
                 continue
-            inputs = [rows] if hidden.requires_grad else []
-            found = list(
-                torch.autograd.grad(
-                    loss, inputs + [parameters[i] for i in wanted], allow_unused=True
-                )
-            )
-            hidden_gradients += [found.pop(0) for _ in inputs]
+            sources = [parameters[index] for index in wanted]
+            if hidden.requires_grad:
+                sources.append(rows)
+            found = list(torch.autograd.grad(loss, sources, allow_unused=True))
+            if hidden.requires_grad:
+                hidden_gradients.append(found.pop())
             for index, gradient in zip(wanted, found, strict=True):
-                before = parameter_gradients[index]
-                parameter_gradients[index] = gradient if before is None else before.add_(gradient)
+                parameter_gradients[index] = _added(parameter_gradients[index], gradient)
         ctx.factor = factor
         ctx.gradients = [
             torch.cat(hidden_gradients) if hidden_gradients else None,

@@ -35,8 +35,8 @@ def plain_copy(layer: nn.Module, dtype: torch.dtype | None) -> nn.Module:
     """
     layer = _plain(_without_hooks(layer).eval(), dtype)
     _refuse_not_plain(layer)
-    largest = max((p for p in layer.parameters() if p.is_floating_point()), key=Tensor.numel)
-    layer = layer.to(largest.dtype)
+    floats = [p for p in layer.parameters() if p.is_floating_point()]
+    layer = layer.to(max(floats, key=Tensor.numel).dtype)
     layer.requires_grad_(False)
     return layer
 
@@ -119,26 +119,36 @@ def _merged(tuner: Any, dtype: torch.dtype | None) -> nn.Module:
         if part.disable_adapters and part.merged:
             part.unmerge()
     inner = chain[-1]
-    has_adapter_inside = isinstance(inner.base_layer, nn.MultiheadAttention)
-    if not has_adapter_inside:
-        theirs = inner.base_layer
-        # dequantising damages some
-        base = _plain(copy.deepcopy(theirs) if is_quantised(theirs) else theirs, dtype)
-        if any(parameter.is_meta for parameter in base.parameters()):
-            return base
-        if is_plain_linear(base):
-            return _with_effect(base, tuner)
-        inner.base_layer = base
+    theirs = inner.base_layer
+    if isinstance(theirs, nn.MultiheadAttention):  # PEFT has put adapters inside
+        return _plain(_merge_into_attention(inner), dtype)
+    # a copy, because dequantising damages some
+    base = _plain(copy.deepcopy(theirs) if is_quantised(theirs) else theirs, dtype)
+    if any(parameter.is_meta for parameter in base.parameters()):
+        return base
+    if is_plain_linear(base):
+        return _with_effect(base, tuner)
+    inner.base_layer = base
+    for part in reversed(chain):
+        _merge(part)
+    return tuner.get_base_layer()
+
+
+def _merge(tuner: Any) -> None:
+    if tuner.disable_adapters or tuner.merged:
+        return
     try:
-        for part in reversed(chain):
-            merges = not part.disable_adapters and not part.merged
-            if has_adapter_inside:
-                return _plain(part.unload_and_optionally_merge_module(merges, False, None), dtype)
-            if merges:
-                part.merge()
+        tuner.merge()
     except NotImplementedError as error:
         refuse_unmergeable(tuner, str(error))
-    return tuner.get_base_layer()
+
+
+def _merge_into_attention(tuner: Any) -> nn.Module:
+    merges = not tuner.disable_adapters and not tuner.merged
+    try:
+        return tuner.unload_and_optionally_merge_module(merges, False, None)
+    except NotImplementedError as error:
+        refuse_unmergeable(tuner, str(error))
 
 
 def is_plain_linear(module: nn.Module) -> bool:
@@ -191,11 +201,14 @@ def _with_effect(base: Any, tuner: Any) -> nn.Module:
             identity = torch.eye(size, device=device, dtype=exact)
             weight = torch.cat([change(rows) - bias for rows in identity.split(1024)])
             off = (probe @ weight + bias - wanted).norm()
-            if not off <= 0.01 * wanted.norm() + rounding * base(probe.to(kind)).norm():
+            tolerance = 0.01 * wanted.norm() + rounding * base(probe.to(kind)).norm()
+            if not off <= tolerance:  # also if it is not a number
                 refuse_unmergeable(tuner, "its effect is not linear in its input")
-            base.weight.data = (base.weight + (weight.T if out_in else weight)).to(kind)
+            weight = weight.T if out_in else weight
+            base.weight.data = (base.weight + weight).to(kind)
             if bias.any():
-                base.bias = nn.Parameter((bias if base.bias is None else base.bias + bias).to(kind))
+                bias = bias if base.bias is None else base.bias + bias
+                base.bias = nn.Parameter(bias.to(kind))
     return base
 
 
@@ -220,13 +233,10 @@ def _refuse_not_plain(layer: nn.Module) -> None:
             *module.named_parameters(recurse=False),
             *module.named_buffers(recurse=False),
         ]:
-            plain = type(tensor) in (nn.Parameter, Tensor)
-            small = tensor.itemsize == 1 and tensor.dtype != torch.bool
-            if (
-                not plain
-                or small
-                or (isinstance(tensor, nn.Parameter) and not tensor.is_floating_point())
-            ):
+            is_plain = type(tensor) in (nn.Parameter, Tensor)
+            is_packed = isinstance(tensor, nn.Parameter) and not tensor.is_floating_point()
+            is_small = tensor.itemsize == 1 and tensor.dtype != torch.bool
+            if not is_plain or is_packed or is_small:
                 raise ConfigError(
                     f"caft: {key} of the last layer's {name or type(layer).__name__}"
                     f" ({type(module).__name__}) is a {type(tensor).__name__} of {tensor.dtype},"
