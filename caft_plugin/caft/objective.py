@@ -169,16 +169,12 @@ class AuxiliaryObjective:
             RunError: `host_loss` did not call the model with gradients.
         """
         training = torch.is_grad_enabled()
-        if not has_targets(inputs):
-            if training:
-                refuse_without_labels(self.trainer, inputs)
-            return host_loss()
+        if not has_targets(inputs) and training:
+            refuse_without_labels(self.trainer, inputs)
         if not training:
-            return (
-                host_loss()
-                if self._totals is None
-                else self._evaluated(model, inputs, host_loss, self._totals)
-            )
+            if self._totals is None or not has_targets(inputs):
+                return host_loss()
+            return self._evaluated(model, inputs, host_loss, self._totals)
         if self._step is None:  # called by user code, outside of training_step
             window = self._open_window([inputs])
             micro_batch = window.micro_batches[0]
@@ -199,11 +195,12 @@ class AuxiliaryObjective:
             )
         self._ran = True
         loss, *outputs = returned if isinstance(returned, tuple) else (returned,)
+        # the host divides the loss and averages gradients over processes: scale undoes both
         aux = result.loss.to(loss.device) * share.scale
         total = loss + aux
-        window.sums.add(
-            loss.double() / share.divisor, aux.double() / share.divisor, result.sums, tokens
-        )
+        own_loss = loss.double() / share.divisor
+        own_aux = aux.double() / share.divisor
+        window.sums.add(own_loss, own_aux, result.sums, tokens)
         return (total, *outputs) if isinstance(returned, tuple) else total
 
     def _share(self, items: Tensor | int | None) -> LossShare:

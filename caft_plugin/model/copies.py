@@ -100,9 +100,8 @@ def _take_value(module: Any, dtype: torch.dtype | None) -> None:
             *parametrisation.buffers(recurse=False),
         ]
         value = getattr(module, name).detach().clone()
-        values[name] = (
-            value if all(map(torch.is_floating_point, stored)) else value.to(dtype or value.dtype)
-        )
+        was_quantised = not all(map(torch.is_floating_point, stored))
+        values[name] = value.to(dtype or value.dtype) if was_quantised else value
     module.__class__ = type(module).__bases__[0]
     del module.parametrizations
     for name, value in values.items():
@@ -177,11 +176,14 @@ def _with_effect(base: Any, tuner: Any) -> nn.Module:
     layer = tuner
     takes = kind
     rounding = 0.02
-    probe = torch.randn(4, size, generator=torch.Generator().manual_seed(0)).to(device, exact)
+    generator = torch.Generator().manual_seed(0)
+    probe = torch.randn(4, size, generator=generator).to(device, exact)
 
     def change(rows: Tensor) -> Tensor:
         rows = rows[None].to(takes)
-        return (layer(rows).to(exact) - layer.get_base_layer()(rows).to(exact))[0]
+        with_adapter = layer(rows).to(exact)
+        without = layer.get_base_layer()(rows).to(exact)
+        return (with_adapter - without)[0]
 
     with full_precision(), torch.random.fork_rng(devices=[]):
         if tuner.get_base_layer() is base:
@@ -268,10 +270,11 @@ def dequantised_linear(module: nn.Module, dtype: torch.dtype | None) -> nn.Linea
             " (load_in_4bit or load_in_8bit) or unquantised."
         ) from None
     bias = getattr(module, "bias", None)
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    linear.weight = nn.Parameter(
-        weight.detach().clone().to(dtype or weight.dtype), requires_grad=False
-    )
+    out_features, in_features = weight.shape
+    # on meta: both of its tensors are replaced
+    linear = nn.Linear(in_features, out_features, bias=bias is not None, device="meta")
+    plain = weight.detach().clone().to(dtype or weight.dtype)
+    linear.weight = nn.Parameter(plain, requires_grad=False)
     if bias is not None:
         linear.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
     return linear

@@ -251,13 +251,17 @@ def _effect(linear: nn.Module, lora: _Factors, each: int) -> Tensor:
     else:
         out = at // inputs
         into = at % inputs
-    return lora.scaling * (lora.b[out] * lora.a.T[into]).sum(-1)
+    # the product of the factors at the sampled positions only
+    product = (lora.b[out] * lora.a.T[into]).sum(-1)
+    return lora.scaling * product
 
 
 def positions(size: int, each: int) -> Tensor:
     """Return the indices of the sampled values, always the same ones: all of `size`, or `each` of
     them, spread."""
-    return torch.arange(size) if size <= each else torch.arange(each) * 2_654_435_761 % size
+    if size <= each:
+        return torch.arange(size)
+    return torch.arange(each) * 2_654_435_761 % size
 
 
 def _all_of(tensor: Tensor) -> Tensor:
@@ -268,7 +272,8 @@ def _all_of(tensor: Tensor) -> Tensor:
 def _pick(tensor: Tensor, each: int) -> Tensor:
     full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
     flat = full.detach().flatten()
-    return flat[positions(flat.numel(), each).to(flat.device)].float().cpu()
+    at = positions(flat.numel(), each).to(flat.device)
+    return flat[at].float().cpu()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -370,13 +375,11 @@ class _Compared:
             rounding = 0.0 if is_on_grid else TWICE_ROUNDED * max(step, GRIDS[grid])
             return off <= rounding + 0.05 * _rms(after - before) / size + 1e-5
 
-        moved = (after - before).abs() > step * now.abs()
-        return cls(
-            alike(before),
-            alike(after),
-            ((after - before) / size)[moved],
-            ((now - before) / size)[moved],
-        )
+        change = after - before
+        moved = change.abs() > step * now.abs()
+        way = (change / size)[moved]
+        gone = ((now - before) / size)[moved]
+        return cls(alike(before), alike(after), way, gone)
 
 
 def grid_of(values: Tensor) -> torch.dtype:

@@ -138,12 +138,11 @@ class HiddenSubmodule:
         if self._shown == "all":
             return
         if self._shown == "frozen":
-            shown = {
-                f"{start}{name}"
-                for name, p in self.module.named_parameters()
-                if not p.requires_grad
-            }
-        for key in [key for key in state if key.startswith(start) and key not in shown]:
+            for name, parameter in self.module.named_parameters():
+                if not parameter.requires_grad:
+                    shown.add(f"{start}{name}")
+        hidden = [key for key in state if key.startswith(start) and key not in shown]
+        for key in hidden:
             del state[key]
 
     def _forgive(self, owner: nn.Module, incompatible: Any) -> None:
@@ -197,7 +196,8 @@ def copies_leave_out(handle: Handle, *modules: nn.Module) -> None:
     for module in modules:
         copier = copier_of(module) or CopyWithoutUs(module)
         copier.handles.append(handle)
-        vars(module).update({name: method.__get__(copier) for name, method in ON_MODULE.items()})
+        for name, method in ON_MODULE.items():
+            vars(module)[name] = method.__get__(copier)
 
 
 def copies_hold_again(handle: Handle, *modules: nn.Module) -> None:
