@@ -11,13 +11,22 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "CAFTConfig": "caft_plugin.config",
+    "CAFTError": "caft_plugin.errors",
     "ConfigError": "caft_plugin.errors",
     "Drafter": "caft_plugin.drafting.decoding",
     "MEAPConfig": "caft_plugin.config",
     "with_caft": "caft_plugin.training",
     "CAFTPlugin": "caft_plugin.axolotl.plugin",
 }
-__all__ = ["CAFTConfig", "CAFTPlugin", "ConfigError", "Drafter", "MEAPConfig", "with_caft"]
+__all__ = [
+    "CAFTConfig",
+    "CAFTError",
+    "CAFTPlugin",
+    "ConfigError",
+    "Drafter",
+    "MEAPConfig",
+    "with_caft",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -39,10 +39,11 @@ def with_bare_names(base):  # type: ignore[no-untyped-def]
             return entry.load()()
         try:
             return load_plugin(plugin_name)
-        except (AttributeError, ValueError) as error:  # no such class, or a name without a dot
-            from caft_plugin.axolotl.slips import unknown_name
+        except (AttributeError, ValueError):  # no such class, or a name without a dot
+            from caft_plugin.axolotl.slips import refuse_misspelt
 
-            raise unknown_name(plugin_name, sorted(entries.names)) or error from None
+            refuse_misspelt(plugin_name, sorted(entries.names))
+            raise
 
     base.load_plugin = load
 

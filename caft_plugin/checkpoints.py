@@ -28,7 +28,7 @@ from transformers.utils import (
 )
 
 from caft_plugin.caft.heads_record import FOLDER, WEIGHTS, read_record
-from caft_plugin.errors import ConfigError
+from caft_plugin.errors import CAFTError, ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -50,49 +50,69 @@ class Parts:
     optimizer: bool  # with scheduler and random states
 
 
-def problem_of(folder: Path, parts: Parts) -> str | None:
-    """Return what is missing or damaged in a checkpoint, in words, or None if it is complete.
+class IncompleteCheckpoint(CAFTError):
+    """Something is missing or damaged in a checkpoint. The message says what, without a subject."""
+
+
+def refuse_incomplete(folder: Path, parts: Parts) -> None:
+    """Raise IncompleteCheckpoint if something is missing or damaged in a checkpoint.
 
     Files are opened and checked for truncation, not read. A checkpoint without heads counts as
     complete: it is from a run without CAFT, because heads are written before the trainer's state.
     """
     if not folder.is_dir():
-        return "is not a folder"
+        raise IncompleteCheckpoint("is not a folder")
     if _json(folder / TRAINER_STATE_NAME) is None:
-        return f"has no readable {TRAINER_STATE_NAME}, which is written last"
+        raise IncompleteCheckpoint(f"has no readable {TRAINER_STATE_NAME}, which is written last")
     for index in folder.glob("*.index.json"):
-        shards = (_json(index) or {}).get("weight_map")
-        if not isinstance(shards, dict):
-            return f"has a damaged {index.name}"
-        for shard in sorted(set(map(str, shards.values()))):
-            if not (folder / shard).is_file():
-                return f"lacks {shard}"
+        _refuse_missing_shards(index)
     if parts.weights and not any(path.name in WEIGHT_FILES for path in folder.rglob("*.*")):
-        return "lacks the weights of the model or adapter"
+        raise IncompleteCheckpoint("lacks the weights of the model or adapter")
     if parts.optimizer:
-        for name in (OPTIMIZER_NAME, SCHEDULER_NAME):
-            if not (folder / name).is_file():
-                return f"lacks {name}, which this run saves (unless save_only_model is set)"
-        if not any(folder.glob("rng_state*.pth")):
-            return "lacks rng_state.pth, which this run saves (unless save_only_model is set)"
+        _refuse_missing_states(folder)
+    _refuse_damaged_files(folder)
+    if (folder / FOLDER).is_dir():
+        _refuse_incomplete_heads(folder / FOLDER)
+
+
+def _refuse_missing_shards(index: Path) -> None:
+    shards = (_json(index) or {}).get("weight_map")
+    if not isinstance(shards, dict):
+        raise IncompleteCheckpoint(f"has a damaged {index.name}")
+    for shard in sorted(set(map(str, shards.values()))):
+        if not (index.parent / shard).is_file():
+            raise IncompleteCheckpoint(f"lacks {shard}")
+
+
+def _refuse_missing_states(folder: Path) -> None:
+    unless = "which this run saves (unless save_only_model is set)"
+    for name in (OPTIMIZER_NAME, SCHEDULER_NAME):
+        if not (folder / name).is_file():
+            raise IncompleteCheckpoint(f"lacks {name}, {unless}")
+    if not any(folder.glob("rng_state*.pth")):
+        raise IncompleteCheckpoint(f"lacks rng_state.pth, {unless}")
+
+
+def _refuse_damaged_files(folder: Path) -> None:
     for file in sorted([*folder.glob("*.pt"), *folder.glob("*.pth"), *folder.glob("*.bin")]):
         if not zipfile.is_zipfile(file):
-            return f"has a damaged {file.name}"
+            raise IncompleteCheckpoint(f"has a damaged {file.name}")
     for file in sorted(folder.rglob("*.safetensors")):
         try:
+            # the header tells how long the file must be
             with safe_open(file, framework="numpy"):
                 pass
         except (OSError, RuntimeError, SafetensorError):
-            return f"has a damaged {file.relative_to(folder)}"
-    heads = folder / FOLDER
-    if heads.is_dir():
-        try:
-            read_record(heads)
-        except ConfigError as error:
-            return f"has an incomplete {FOLDER}/ ({error})"
-        if not (heads / WEIGHTS).is_file():
-            return f"lacks {FOLDER}/{WEIGHTS}"
-    return None
+            raise IncompleteCheckpoint(f"has a damaged {file.relative_to(folder)}") from None
+
+
+def _refuse_incomplete_heads(heads: Path) -> None:
+    try:
+        read_record(heads)
+    except ConfigError as error:
+        raise IncompleteCheckpoint(f"has an incomplete {FOLDER}/ ({error})") from error
+    if not (heads / WEIGHTS).is_file():
+        raise IncompleteCheckpoint(f"lacks {FOLDER}/{WEIGHTS}")
 
 
 def newest_whole(output_dir: str | Path, parts: Parts) -> tuple[Path | None, list[str]]:
@@ -106,10 +126,12 @@ def newest_whole(output_dir: str | Path, parts: Parts) -> tuple[Path | None, lis
     }
     passed_over: list[str] = []
     for _, path in sorted(numbered.items(), reverse=True):
-        problem = problem_of(path, parts)
-        if problem is None:
+        try:
+            refuse_incomplete(path, parts)
+        except IncompleteCheckpoint as problem:
+            passed_over.append(f"the checkpoint {path} {problem}")
+        else:
             return path, passed_over
-        passed_over.append(f"the checkpoint {path} {problem}")
     return None, passed_over
 
 
@@ -133,8 +155,9 @@ def to_resume_from(asked: str | Literal[True], output_dir: str | Path, parts: Pa
                 " Omit it to start from the beginning, or give the path of a checkpoint elsewhere."
             )
         return str(newest)
-    problem = problem_of(Path(asked), parts)
-    if problem is not None:
+    try:
+        refuse_incomplete(Path(asked), parts)
+    except IncompleteCheckpoint as problem:
         newest, _ = newest_whole(Path(asked).parent, parts)
         remedy = (
             f"use {newest}, the newest complete one there"
@@ -144,7 +167,7 @@ def to_resume_from(asked: str | Literal[True], output_dir: str | Path, parts: Pa
         raise ConfigError(
             f"resume_from_checkpoint: got {asked}, which {problem}. It accepts a complete"
             f" checkpoint: {remedy}."
-        )
+        ) from None
     return str(asked)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, ClassVar, Literal, Self, get_args
+from typing import Any, ClassVar, Literal, NoReturn, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
@@ -39,7 +39,7 @@ class Block(BaseModel):
         try:
             super().__init__(**data)
         except ValidationError as error:
-            raise ConfigError(explain(type(self), error.errors())) from None
+            refuse_values(type(self), error.errors())
 
     @field_validator("*", mode="before")
     @classmethod
@@ -250,9 +250,9 @@ class PretrainConfig(Block):
     )
 
 
-def explain(model: type[Block], errors: Iterable[ErrorDetails]) -> str:
-    """Return one line for each wrong setting of a block: its name, the value received, the values
-    accepted."""
+def refuse_values(model: type[Block], errors: Iterable[ErrorDetails]) -> NoReturn:
+    """Raise ConfigError with a line for each wrong setting of a block: name, value, accepted
+    values."""
     lines = {}
     for error in errors:
         key = str(error["loc"][0]) if error["loc"] else ""
@@ -267,7 +267,7 @@ def explain(model: type[Block], errors: Iterable[ErrorDetails]) -> str:
                 f"{setting_as(model.block, key)}: got {shown(error['input'])}, but it accepts"
                 f" {accepted(field)}."
             )
-    return "\n".join(lines.values())
+    raise ConfigError("\n".join(lines.values())) from None
 
 
 def accepted(field: FieldInfo) -> str:

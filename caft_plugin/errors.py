@@ -16,6 +16,10 @@ class CAFTError(ValueError):
     fix."""
 
 
+class RunError(CAFTError, RuntimeError):
+    """Something other than a setting that goes wrong in a run, such as a second backward pass."""
+
+
 class ConfigError(CAFTError):
     """A setting that cannot work. The message names the key, the value, what is accepted and the
     fix."""

@@ -57,7 +57,7 @@ def numbered_lines(text: str) -> list[tuple[int, str]]:
     """Return the lines of a text that are not blank, numbered from 1.
 
     Lines end only at newlines: `str.splitlines` would also split JSON lines at U+2028, U+0085 and
-        form feeds, which
-    JSON allows inside strings and which `datasets` reads as part of them.
+    form feeds, which JSON allows inside strings and which `datasets` reads as part of them.
     """
-    return [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    numbered = enumerate(text.split("\n"), 1)
+    return [(number, line) for number, line in numbered if line.strip()]

@@ -30,10 +30,12 @@ def evaluated_sets(logs: Mapping[str, float]) -> list[str]:
 
 def by_head(start: str, values: Mapping[str, float]) -> dict[int, float]:
     """Return the values whose keys are `start` followed by a head's number k, by k."""
-    found = {
-        key.removeprefix(start): value for key, value in values.items() if key.startswith(start)
-    }
-    return dict(sorted((int(k), value) for k, value in found.items() if k.isdecimal()))
+    found = {}
+    for key, value in values.items():
+        k = key.removeprefix(start)
+        if key.startswith(start) and k.isdecimal():
+            found[int(k)] = value
+    return dict(sorted(found.items()))
 
 
 @dataclasses.dataclass(frozen=True)

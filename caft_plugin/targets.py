@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from caft_plugin.errors import ConfigError
@@ -43,56 +44,67 @@ def document_ids(batch: Batch) -> Tensor | None:
     Returns:
         Long tensor (batch, length), equal within a document and different between neighbours.
     """
-    shape = batch["labels"].shape
-    device = batch["labels"].device
-    starts = torch.zeros(shape, dtype=torch.bool, device=device)
-    found = False
-
-    positions = batch.get("position_ids")
-    if positions is not None:
-        if positions.dim() == 3 and len(positions) == 3:
-            # M-RoPE: time, height and width. Within an image they repeat or jump; only a document's
-            # first token has 0 on every axis.
-            starts |= (positions == 0).all(dim=0)
-        else:
-            # four axes: the first is the text's, which the model uses to separate documents
-            if positions.dim() == 3:
-                positions = positions[0]
-            positions = positions.expand(shape)
-            starts[:, 1:] |= positions[:, 1:] != positions[:, :-1] + 1
-        found = True
-
+    labels = batch["labels"]
     mask = mask_of(batch)
-    if isinstance(mask, Tensor) and mask.shape == shape:
-        starts[:, 1:] |= mask[:, 1:] != mask[:, :-1]
-        found = True
-    elif mask is not None:
-        starts[:, 1:] |= ~sees_back(mask, 1, shape)
-        mask = None
-        found = True
-
+    positions = batch.get("position_ids")
     lengths = batch.get("cu_seq_lens_q")
-    if lengths is not None:
-        inner = lengths.flatten()
-        inner = inner[(inner > 0) & (inner < starts.numel())].long()
-        starts.view(-1)[inner.to(device)] = True
-        found = True
-
     plan = batch.get(PLAN)
+    marks: list[Tensor] = []
+    if positions is not None:
+        marks.append(_starts_in_positions(positions, labels.shape))
+    if mask is not None:
+        marks.append(_starts_in_mask(mask, labels.shape))
+    if lengths is not None:
+        marks.append(_starts_in_lengths(lengths, labels))
     if plan is not None:
-        starts |= (plan & BOUNDARY).bool()
-        found = True
-
-    if not found:
+        marks.append((plan & BOUNDARY).bool())
+    if not marks:
         return None
+    starts = torch.zeros(labels.shape, dtype=torch.bool, device=labels.device)
+    for mark in marks:
+        starts |= mark
     documents = starts.cumsum(dim=1)
-    return documents if mask is None else documents.masked_fill(mask == 0, -1)
+    is_padding = mask == 0 if isinstance(mask, Tensor) and mask.shape == labels.shape else None
+    return documents if is_padding is None else documents.masked_fill(is_padding, -1)
+
+
+def _starts_in_positions(positions: Tensor, shape: torch.Size) -> Tensor:
+    if positions.dim() == 3 and len(positions) == 3:
+        # M-RoPE: time, height and width. Within an image they repeat or jump; only a document's
+        # first token has 0 on every axis.
+        return (positions == 0).all(dim=0)
+    if positions.dim() == 3:
+        # four axes: the first is the text's, which the model uses to separate documents
+        positions = positions[0]
+    positions = positions.expand(shape)
+    return _after_first(positions[:, 1:] != positions[:, :-1] + 1)
+
+
+def _starts_in_mask(mask: object, shape: torch.Size) -> Tensor:
+    if isinstance(mask, Tensor) and mask.shape == shape:
+        return _after_first(mask[:, 1:] != mask[:, :-1])
+    return _after_first(~sees_back(mask, 1, shape))
+
+
+def _starts_in_lengths(lengths: Tensor, labels: Tensor) -> Tensor:
+    ends = lengths.flatten()
+    inner = ends[(ends > 0) & (ends < labels.numel())].long()
+    starts = torch.zeros(labels.numel(), dtype=torch.bool, device=labels.device)
+    starts[inner.to(labels.device)] = True
+    return starts.view(labels.shape)
+
+
+def _after_first(changed: Tensor) -> Tensor:
+    """Return what is true of positions 1, 2, ... (batch, length - 1) for all, False for 0."""
+    return F.pad(changed, (1, 0))
 
 
 def mask_of(batch: Batch) -> object:
     """Return the batch's attention mask; None also for a dict by layer type without any mask."""
     mask = batch.get("attention_mask")
-    return None if isinstance(mask, Mapping) and all(m is None for m in mask.values()) else mask
+    if isinstance(mask, Mapping) and all(of_layers is None for of_layers in mask.values()):
+        return None
+    return mask
 
 
 def sees_back(mask: object, distance: int, shape: torch.Size) -> Tensor:

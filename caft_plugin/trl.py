@@ -34,9 +34,9 @@ class SFTMixin(CAFTTrainerMixin):
         given = host.bind_partial(
             *args, **{key: kwargs[key] for key in kwargs.keys() - {"caft", "meap"}}
         ).arguments
-        self._model_given = given.get("model", given.get("kwargs", {}).get("model"))
+        self.caft_model_given = given.get("model", given.get("kwargs", {}).get("model"))
         super().__init__(*args, **kwargs)
-        self._model_given = None
+        self.caft_model_given = None
 
     def _prepare_dataset(self, dataset: TrainingSet, *args, **kwargs) -> TrainingSet:
         """Tokenise first, without truncation, add the masked copies, then run the rest of
@@ -45,8 +45,8 @@ class SFTMixin(CAFTTrainerMixin):
         Only the first data set named "train" is doubled: evaluation sets may have any name.
         """
         prepare = super()._prepare_dataset  # type: ignore[misc]
-        dataset = self.as_evaluated(dataset)
-        meap = self.meap
+        dataset = self.caft_parts.as_evaluated(dataset)
+        meap = self.caft_parts.meap
         if meap is None or meap.config.mode != "sft" or meap.data is not None:
             return prepare(dataset, *args, **kwargs)
         given = ARGUMENTS.bind(self, dataset, *args, **kwargs).arguments
@@ -61,7 +61,7 @@ class SFTMixin(CAFTTrainerMixin):
         dataset = prepare(dataset, tokenizer, uncut, False, given["formatting_func"], name)
         rest = tokenizer, settings, given["packing"], None, name
         meap.plain = functools.partial(prepare, dataset, *rest)
-        base = base_model(self._model_given, settings)
+        base = base_model(self.caft_model_given, settings)
         doubled = prepare(
             meap.doubled(dataset, tokenizer, settings, base, settings.max_length), *rest
         )

@@ -7,6 +7,7 @@ A line of code is a line with at least one token that is neither a comment nor p
 from __future__ import annotations
 
 import ast
+import functools
 import io
 import sys
 import tokenize
@@ -105,6 +106,7 @@ def crowded_statements(tree: ast.Module) -> Iterator[ast.stmt]:
                 yield node
 
 
+@functools.cache
 def figures() -> dict[str, float | list[str]]:
     """Return the figures by name; a list names the places."""
     tokens, lines, comments = 0, 0, 0

@@ -240,7 +240,7 @@ class Sound:
         """As a run does that starts from the heads in this folder."""
         heads, trunk, config = self.full
         opened = HeadsFolder.open(folder)
-        opened.check_model(config, self.model.config)
+        opened.refuse_other_model(config, self.model.config)
         opened.load_into(heads, trunk.layer_class)
         return heads.layers.state_dict()
 

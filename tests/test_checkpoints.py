@@ -13,7 +13,7 @@ from transformers import Trainer
 from builders.runs import CAFTTrainer, arguments, lora, losses, trainer_of
 from builders.tiny import word_tokenizer
 from caft_plugin import ConfigError
-from caft_plugin.checkpoints import Parts, newest_whole, problem_of
+from caft_plugin.checkpoints import IncompleteCheckpoint, Parts, newest_whole, refuse_incomplete
 
 pytestmark = pytest.mark.newest
 
@@ -142,21 +142,21 @@ def test_what_a_run_does_not_save_is_not_asked_for(run, tmp_path):
     model, _, _ = run
     trainer = make(model, tmp_path, save_only_model=True)
     trainer.train()
-    assert trainer.newest_whole_checkpoint() == str(tmp_path / "checkpoint-4")
-    assert make(model, tmp_path).newest_whole_checkpoint() is None
+    assert trainer.caft_files.newest_whole_checkpoint() == str(tmp_path / "checkpoint-4")
+    assert make(model, tmp_path).caft_files.newest_whole_checkpoint() is None
 
 
 def test_adapters_and_other_folders(run, tmp_path):
     model, _, _ = run
     trainer = make(lora(copy.deepcopy(model)), tmp_path)
     trainer.train()
-    assert problem_of(tmp_path / "checkpoint-4", WHOLE) is None
+    refuse_incomplete(tmp_path / "checkpoint-4", WHOLE)
     for name in ("checkpoint-20-old", "checkpoint-", "checkpoint-x", "checkpoints"):
         (tmp_path / name).mkdir()
     (tmp_path / "checkpoint-30").write_text("a file")
     assert newest_whole(tmp_path, WHOLE) == (tmp_path / "checkpoint-4", [])
     (tmp_path / "checkpoint-4" / "adapter_model.safetensors").unlink()
-    assert trainer.newest_whole_checkpoint() == str(tmp_path / "checkpoint-2")
+    assert trainer.caft_files.newest_whole_checkpoint() == str(tmp_path / "checkpoint-2")
 
 
 class Killed(BaseException):
@@ -179,9 +179,8 @@ def test_one_that_is_overwritten_is_not_whole_until_it_is_done(run, tmp_path, mo
         trainer.train()
     newest, passed_over = newest_whole(tmp_path / "out", WHOLE)
     assert newest.name == "checkpoint-4" and passed_over == []
-    assert "has no readable trainer_state.json" in problem_of(
-        tmp_path / "out" / "checkpoint-2", WHOLE
-    )
+    with pytest.raises(IncompleteCheckpoint, match="has no readable trainer_state.json"):
+        refuse_incomplete(tmp_path / "out" / "checkpoint-2", WHOLE)
 
 
 def test_what_a_killed_save_left_is_cleaned_up(run, tmp_path):
@@ -364,7 +363,7 @@ def test_a_run_keeps_its_own_heads_and_a_plain_trainer_touches_nothing(
 ):
     trainer = make(tiny_model, tmp_path)
     trainer.save_model()
-    trainer.detach_ours()
+    trainer.caft_parts.remove()
     trainer.save_model()  # as Axolotl does, after the heads were saved and taken off
     make(tiny_model, tmp_path, caft=None).save_model()
     assert (

@@ -333,7 +333,7 @@ def test_the_trainer_goes_on_with_its_heads(tiny_model, tmp_path):
             trainer.evaluate()
             trainer.save_model()
         trainer.train()
-        runs.append((losses(trainer), trainer.caft.heads.state_dict()))
+        runs.append((losses(trainer), trainer.caft_parts.caft.heads.state_dict()))
     for key in ("loss", "grad_norm", "caft/loss_head_1", "caft/loss_head_2"):
         assert [e[key] for e in runs[0][0]] == [e[key] for e in runs[1][0]], key
     assert all(torch.equal(runs[0][1][name], tensor) for name, tensor in runs[1][1].items())
@@ -381,10 +381,11 @@ def test_a_second_attach_is_refused_by_name(tiny_model, tmp_path, how):
 def test_an_optimizer_made_by_hand_holds_the_heads(tiny_model, tmp_path):
     trainer = trainer_of(tiny_model, tmp_path, {"beta": 0.5})
     trainer.create_optimizer_and_scheduler(num_training_steps=3)
-    before = [p.detach().clone() for p in trainer.caft.heads.parameters()]
+    before = [p.detach().clone() for p in trainer.caft_parts.caft.heads.parameters()]
     trainer.train()
     assert not any(
-        torch.equal(a, b) for a, b in zip(before, trainer.caft.heads.parameters(), strict=True)
+        torch.equal(a, b)
+        for a, b in zip(before, trainer.caft_parts.caft.heads.parameters(), strict=True)
     )
 
 

@@ -43,7 +43,7 @@ def slow_means(trainer, batches, outputs, dtype):
     """Mean cross-entropy of each head over all batches: the model's own logits, the rest in
     float64."""
     sums, counts = torch.zeros(4, dtype=torch.float64), torch.zeros(4)
-    trunk = trainer.caft.trunk
+    trunk = trainer.caft_parts.caft.trunk
     for batch in batches:
         for k, targets in enumerate(head_targets(batch, 4)):
             with torch.no_grad(), autocast(dtype):
@@ -89,7 +89,7 @@ def gradients_of_heads(trainer, batch, dtype, scaler=None):
     """Of the total loss of one batch; with a scaler, scaled for the backward pass and unscaled
     afterwards."""
     model = trainer.model
-    with trainer.caft.handle:
+    with trainer.caft_parts.caft.handle:
         model.zero_grad(set_to_none=True)
         with autocast(dtype):
             loss = trainer.compute_loss(model, {key: value.clone() for key, value in batch.items()})
@@ -134,7 +134,7 @@ def test_fp16_scaling_skips_a_step_that_overflows_and_goes_on(tiny_model, tmp_pa
     trainer = at_start(trainer_of(tiny_model, tmp_path, caft={"beta": 0.5}))
     batch = pad(DATA[:6])
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
-    heads = trainer.caft.heads
+    heads = trainer.caft_parts.caft.heads
     seen, skipped = [], 0
     while len(seen) < 8:
         before = {name: p.detach().clone() for name, p in heads.named_parameters()}

@@ -25,13 +25,29 @@ from builders.runs import (
     rows,
     trainer_of,
 )
-from caft_plugin import CAFTConfig, ConfigError, with_caft
+from caft_plugin import CAFTConfig, CAFTError, ConfigError, with_caft
 from caft_plugin.caft import window
 from caft_plugin.caft.heads import MODULE_NAME
 from caft_plugin.caft.window import draw_heads
 from caft_plugin.targets import IGNORE
 
 pytestmark = pytest.mark.newest
+
+
+def test_names_on_the_trainer_begin_with_caft(tiny_model, tmp_path):
+    """Also after training: a user's own trainer class may have any other name."""
+    plain = trainer_of(copy.deepcopy(tiny_model), tmp_path, trainer_class=Trainer)
+    ours = trainer_of(
+        tiny_model,
+        tmp_path,
+        caft=CAFTConfig(num_heads=1),
+        meap={"mode": "pretrain", "mask_token": "add"},
+    )
+    for trainer in (plain, ours):
+        trainer.train()
+    added = {*vars(ours), *dir(type(ours))} - {*vars(plain), *dir(type(plain))}
+    assert {"caft_parts", "caft_files"} <= added
+    assert [name for name in added if not name.startswith(("caft_", "__"))] == []
 
 
 def test_one_class_for_one_class():
@@ -130,7 +146,7 @@ def test_loss_and_gradients_equal_the_formula(tiny_model, tmp_path, host_divides
         max_steps=1,
         max_grad_norm=0.0,
     )
-    heads = copy.deepcopy(trainer.caft.heads.layers)
+    heads = copy.deepcopy(trainer.caft_parts.caft.heads.layers)
     if host_divides:
         trainer.model_accepts_loss_kwargs = False
     trainer.train()
@@ -183,7 +199,7 @@ def test_loss_and_gradients_equal_the_formula(tiny_model, tmp_path, host_divides
 def test_what_trains_changes_and_what_is_frozen_does_not(tiny_model, tmp_path, base, how):
     model = lora(tiny_model) if base == "lora" else tiny_model
     trainer = trainer_of(model, tmp_path, caft={"train_heads": how, "beta": 0.1})
-    heads = trainer.caft.heads
+    heads = trainer.caft_parts.caft.heads
     before = {n: p.detach().clone() for n, p in heads.named_parameters()}
     trainer.train()
     expected = {"auto": "full" if base == "full" else "lora"}.get(how, how)
@@ -453,8 +469,10 @@ def test_pretrained_heads_are_used(tiny_model, tmp_path):
         tmp_path / "b",
         caft={"heads": str(tmp_path / "a"), "num_heads": 2},
     )
-    assert second.caft_config.head_input == "final"  # as the folder records
-    for ours, theirs in zip(second.caft.heads.layers, first.caft.heads.layers[:2], strict=True):
+    assert second.caft_parts.caft_config.head_input == "final"  # as the folder records
+    for ours, theirs in zip(
+        second.caft_parts.caft.heads.layers, first.caft_parts.caft.heads.layers[:2], strict=True
+    ):
         for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
             assert torch.equal(a, b)
 
@@ -486,7 +504,7 @@ def test_best_model_brings_its_heads(tiny_model, tmp_path):
     best = trainer.state.best_model_checkpoint
     assert best.endswith("checkpoint-1")
     saved = load_file(f"{best}/caft_heads/heads.safetensors")
-    for name, tensor in trainer.caft.heads.layers.state_dict().items():
+    for name, tensor in trainer.caft_parts.caft.heads.layers.state_dict().items():
         assert torch.equal(tensor, saved[name])
 
 
@@ -571,8 +589,9 @@ def test_a_loss_that_never_calls_the_model_is_an_error(tiny_model, tmp_path):
             return next(model.parameters()).sum()
 
     trainer = trainer_of(tiny_model, tmp_path, caft={}, trainer_class=with_caft(Blind))
-    with pytest.raises(RuntimeError, match="without calling the model with gradients"):
+    with pytest.raises(RuntimeError, match="without calling the model with gradients") as raised:
         trainer.train()
+    assert isinstance(raised.value, CAFTError) and not isinstance(raised.value, ConfigError)
 
 
 def test_record(tiny_model, tmp_path):
@@ -650,8 +669,11 @@ def test_only_drawn_heads_are_logged_and_updated(tiny_model, tmp_path):
     trainer = trainer_of(
         tiny_model, tmp_path, caft={"heads_per_step": 1, "num_heads": 3}, max_steps=6
     )
-    before = [p.detach().clone() for p in trainer.caft.heads.parameters()]
-    draws = [draw_heads(trainer.caft_config, 1, trainer.args.seed, step)[0] for step in range(6)]
+    before = [p.detach().clone() for p in trainer.caft_parts.caft.heads.parameters()]
+    draws = [
+        draw_heads(trainer.caft_parts.caft_config, 1, trainer.args.seed, step)[0]
+        for step in range(6)
+    ]
     trainer.train()
     for times, entry in zip(draws, losses(trainer), strict=True):
         assert [f"caft/loss_head_{k}" in entry for k in (1, 2, 3)] == [count > 0 for count in times]
@@ -660,7 +682,9 @@ def test_only_drawn_heads_are_logged_and_updated(tiny_model, tmp_path):
         )
     ever = [any(times[k] for times in draws) for k in range(3)]
     per_head = len(before) // 3
-    for index, (old, new) in enumerate(zip(before, trainer.caft.heads.parameters(), strict=True)):
+    for index, (old, new) in enumerate(
+        zip(before, trainer.caft_parts.caft.heads.parameters(), strict=True)
+    ):
         assert torch.equal(old, new) != ever[index // per_head]
 
 

@@ -7,7 +7,7 @@ import copy
 import importlib.util
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import yaml
 from pydantic import ValidationError
@@ -74,7 +74,7 @@ def read_config(file: Path, command: str, **keys: object) -> DictDefault:
         raise
     # Axolotl's validators, and readers of the base's config, raise many kinds
     except Exception as error:
-        raise _refused(command, error) from error
+        _refuse(command, error)
 
 
 def read_for_plan(file: Path, command: str) -> Keys:
@@ -113,7 +113,7 @@ def _by_schema(keys: Keys, command: str) -> Keys:
     except ConfigError:
         raise
     except Exception as error:
-        raise _refused(command, error) from error
+        _refuse(command, error)
     # The schema has the blocks only if the plugin is listed, and drops an empty one.
     return {**read, **{block: keys[block] for block in BLOCKS if block in keys}}
 
@@ -138,7 +138,7 @@ def _value(value: object) -> object:
         return value
 
 
-def _refused(command: str, error: Exception) -> ConfigError:
+def _refuse(command: str, error: Exception) -> NoReturn:
     said = first_line(error)
     if isinstance(error, ValidationError):
         lines = []
@@ -148,4 +148,4 @@ def _refused(command: str, error: Exception) -> ConfigError:
                 f"{key}: got {shown(found['input'])}: {found['msg']}" if key else found["msg"]
             )
         said = "; ".join(lines)
-    return ConfigError(f"{command}: Axolotl rejects this YAML: {said}")
+    raise ConfigError(f"{command}: Axolotl rejects this YAML: {said}") from error

@@ -4,10 +4,9 @@ training set."""
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
-from accelerate.utils.deepspeed import HfDeepSpeedConfig
 from axolotl.common.datasets import TrainDatasetMeta, load_datasets
 from axolotl.integrations.base import BasePlugin, PluginManager
 from axolotl.loaders import ModelLoader, load_tokenizer
@@ -22,28 +21,19 @@ from caft_plugin.axolotl.loading import build_empty
 from caft_plugin.axolotl.slips import refuse_slips
 from caft_plugin.caft.heads_folder import HeadsFolder
 from caft_plugin.config import CAFTConfig, MEAPConfig, PretrainConfig
-from caft_plugin.errors import ConfigError, named
+from caft_plugin.errors import ConfigError
 from caft_plugin.meap.base_model import BaseModel, generation_config_of
 from caft_plugin.meap.masking import Duplication
 from caft_plugin.meap.roles import Roles, Said
 from caft_plugin.model.trunk import refuse_encoder_decoder, trunk_without_weights
 from caft_plugin.model_card import FrameworkCard
-from caft_plugin.refusals import cut_up, fsdp1, not_fused, why_not_fused, zero3
+from caft_plugin.refusals import AXOLOTL, affected_by, refuse_settings, refuse_unfused
 from caft_plugin.training import CAFTTrainerMixin, with_caft
 
 LOG = get_logger(__name__)
 
-# Keys of an Axolotl config that select training other than supervised fine-tuning.
-OTHER_TRAINING = ("rl", "reward_model", "process_reward_model")
 # Keys that Axolotl computes from the training set, unless the user sets them.
 COUNTED = ("total_num_tokens", "total_supervised_tokens", "sample_packing_eff_est")
-# Keys that split among processes what caft_plugin needs in one piece.
-CUTTING = {
-    "context_parallel_size": "sequences",
-    "sequence_parallel_degree": "sequences",
-    "tensor_parallel_size": "layers",
-    "expert_parallel_size": "experts",
-}
 
 
 class CAFTPlugin(BasePlugin):
@@ -73,26 +63,8 @@ class CAFTPlugin(BasePlugin):
             if block not in cfg:
                 continue
             config = config_class.read(_as_dict(cfg[block]))
-            for key in OTHER_TRAINING:
-                if cfg.get(key):
-                    raise ConfigError(
-                        f"{block}: cannot be used together with `{key}: {cfg[key]}`;"
-                        f" {block.upper()} supports supervised fine-tuning and pretraining. Remove"
-                        f" the `{block}:` block or the key `{key}`."
-                    )
-            if isinstance(config, MEAPConfig) and cfg.get("processor_type"):
-                raise ConfigError(
-                    f"meap: cannot be used together with `processor_type: {cfg['processor_type']}`:"
-                    " Axolotl then makes tokens and labels from images and text in each batch,"
-                    " where examples cannot be copied. Remove the `meap:` block or, if the data is"
-                    " text only, the key `processor_type`."
-                )
-            if isinstance(config, MEAPConfig) and config.mode == "sft":
-                _refuse_packed_stream(cfg)
-            if isinstance(config, CAFTConfig) and config.beta != 0:
-                _refuse_cut_up(cfg, "caft")
-            if isinstance(config, MEAPConfig) and config.mask_token == "add":
-                _refuse_cut_up(cfg, "meap.mask_token")
+            for asks, affected in affected_by(config):
+                refuse_settings(cfg, AXOLOTL, asks, affected)
             if cfg[block] is None:
                 cfg[block] = {}  # Axolotl drops keys without a value
 
@@ -115,7 +87,7 @@ class CAFTPlugin(BasePlugin):
         if caft is None:
             refuse_encoder_decoder(loader.model_config, cfg.base_model, "meap")
         else:
-            _check_model(loader, caft, trainer_class)
+            _refuse_unfit(loader, caft, trainer_class)
         if meap is None or meap.mode != "sft":
             return None
         generation = generation_config_of(cfg.base_model, cfg.revision_of_model)
@@ -143,7 +115,7 @@ class CAFTPlugin(BasePlugin):
             return None
         for name, plugin in PluginManager.get_instance().plugins.items():
             if not isinstance(plugin, CAFTPlugin) and plugin.get_trainer_cls(cfg) is not None:
-                raise ConfigError(_two_trainers(name))
+                _refuse_other_trainer(name)
         if cfg.trainer_cls:
             return axolotl_trainer(get_cls_from_module_str(cfg.trainer_cls))
         from axolotl.core.trainers import AxolotlTrainer
@@ -161,21 +133,21 @@ class CAFTPlugin(BasePlugin):
         if caft is None and meap is None:
             return
         if not isinstance(trainer, CAFTTrainerMixin):
-            raise ConfigError(_two_trainers(type(trainer).__name__))
+            _refuse_other_trainer(type(trainer).__name__)
         if caft is not None:
-            trainer.attach_caft(caft)
+            trainer.caft_parts.attach_caft(caft)
         if meap is not None:
             if meap.mode == "sft" and not self._duplicated:
                 raise ConfigError(
                     "meap: another plugin provides the training data, so examples were not"
                     " duplicated. Remove it from `plugins:`, or remove the `meap:` block."
                 )
-            trainer.attach_meap(meap, said_of_tokens(cfg))
+            trainer.caft_parts.attach_meap(meap, said_of_tokens(cfg))
         self._trainer = trainer
         if cfg.auto_resume_from_checkpoints and cfg.resume_from_checkpoint is None:
             # Axolotl would use the highest number, complete or not. Without a complete one, the run
             # starts over.
-            cfg.resume_from_checkpoint = trainer.newest_whole_checkpoint()
+            cfg.resume_from_checkpoint = trainer.caft_files.newest_whole_checkpoint()
             cfg.auto_resume_from_checkpoints = False
 
     def post_train(self, cfg: DictDefault, model: torch.nn.Module) -> None:
@@ -188,11 +160,10 @@ class CAFTPlugin(BasePlugin):
         card = self._card
         self._trainer = self._card = None
         if trainer is not None:
-            trainer.save_ours(cfg.output_dir)
-            trainer.detach_ours()
-            self._card = (
-                trainer.framework_card(cfg.output_dir) if trainer.is_world_process_zero() else None
-            )
+            trainer.caft_files.save(cfg.output_dir)
+            trainer.caft_parts.remove()
+            if trainer.is_world_process_zero():
+                self._card = trainer.caft_files.framework_card(cfg.output_dir)
         elif card is not None:
             card.complete()
 
@@ -214,62 +185,12 @@ def said_of_tokens(cfg: DictDefault) -> Said:
     return Said(cfg.eot_tokens or (), added, [template for template in templates if template])
 
 
-def _refuse_packed_stream(cfg: DictDefault) -> None:
-    if cfg.get("pretraining_dataset") or (cfg.get("streaming") and cfg.get("sample_packing")):
-        key = "pretraining_dataset" if cfg.get("pretraining_dataset") else "streaming"
-        raise ConfigError(
-            f"meap.mode: got sft, but `{key}` packs its rows while it reads them, so examples"
-            " cannot be duplicated. Use mode: pretrain, or `datasets:` with one of sample_packing"
-            " and streaming, not both."
-        )
-
-
-def _refuse_cut_up(cfg: DictDefault, asks: str) -> None:
-    """Raise ConfigError if processes would split what the key `asks` needs in one piece.
-
-    `check_trainer` raises the same errors, but only after the model is loaded.
-    """
-    for key, what in CUTTING.items():
-        if str(cfg.get(key) or 1) != "1":
-            raise ConfigError(cut_up(f"{key}: {cfg[key]}", what, asks))
-    deepspeed = cfg.get("deepspeed")
-    if deepspeed and _zero_stage(deepspeed) == "3":
-        where = f" ({named(deepspeed)})" if isinstance(deepspeed, str) else ""
-        raise ConfigError(zero3(f"DeepSpeed's zero_optimization.stage: 3{where}", asks))
-    if cfg.get("fsdp") or cfg.get("fsdp_config"):
-        inside = cfg["fsdp_config"] if isinstance(cfg.get("fsdp_config"), dict) else {}
-        said = {
-            "fsdp_version": cfg.get("fsdp_version"),
-            "fsdp_config.fsdp_version": inside.get("fsdp_version"),
-            "fsdp_config.version": inside.get("version"),
-        }
-        said = {key: version for key, version in said.items() if version}
-        if not said:  # Axolotl's default is version 1
-            raise ConfigError(
-                fsdp1(f"{'fsdp_config' if inside else 'fsdp'} without fsdp_version", asks)
-            )
-        for key, version in said.items():
-            if str(version) != "2":
-                raise ConfigError(fsdp1(f"{key}: {version}", asks))
-
-
-def _zero_stage(deepspeed: str | dict) -> str:
-    """Return the ZeRO stage of a DeepSpeed config: a dict or the path of a JSON file, as Axolotl
-    accepts it."""
-    try:
-        return str(HfDeepSpeedConfig(deepspeed).get_value("zero_optimization.stage"))
-    # no such file, or not JSON: Axolotl stops there itself
-    except (ValueError, OSError, AttributeError):
-        return "unknown"
-
-
-def _check_model(
+def _refuse_unfit(
     loader: ModelLoader, caft: CAFTConfig, trainer_class: type[CAFTTrainerMixin]
 ) -> None:
-    """Raise ConfigError if heads, the heads folder or `fused_loss: on` do not fit the model that
-    Axolotl will load.
+    """Raise ConfigError for a model that heads, the heads folder or `fused_loss: on` do not fit.
 
-    Only the model's config is read.
+    Only the config of the model that Axolotl will load is read.
     """
     cfg = loader.cfg
     model_config = loader.model_config
@@ -278,21 +199,19 @@ def _check_model(
     )
     if caft.heads is not None:
         folder = HeadsFolder.open(caft.heads)
-        folder.check_model(caft, model_config)
+        folder.refuse_other_model(caft, model_config)
         if trunk is not None:
-            folder.check_layers(trunk.layer_class)
+            folder.refuse_other_layers(trunk.layer_class)
     if trunk is not None and caft.fused_loss == "on" and caft.beta != 0:
-        why = why_not_fused(trainer_class, trunk.model, takes_logits=bool(cfg.use_eaft))
-        if why is not None:
-            raise ConfigError(not_fused(why))
+        refuse_unfused(trainer_class, trunk.model, takes_logits=bool(cfg.use_eaft))
 
 
 def _as_dict(block: object) -> object:
     return dict(block) if isinstance(block, dict) else block
 
 
-def _two_trainers(other: str) -> str:
-    return (
+def _refuse_other_trainer(other: str) -> NoReturn:
+    raise ConfigError(
         f"caft_plugin: {other} sets its own trainer class, so CAFT and MEAP cannot be used with it."
         " Remove it from `plugins:`, or remove the `caft:` and `meap:` blocks."
     )
@@ -304,11 +223,11 @@ def axolotl_trainer(base: type[Trainer]) -> type[Trainer]:
     caft_class: Any = with_caft(base)
 
     def train(self, *args, **kwargs):
-        card = self.framework_card()
+        card = self.caft_files.framework_card()
         try:
             return caft_class.train(self, *args, **kwargs)
         except SystemExit:  # Ctrl-C: Axolotl's handler has saved the model into the output folder
-            self.save_ours(self.args.output_dir)
+            self.caft_files.save(self.args.output_dir)
             if self.is_world_process_zero():
                 card.complete()
             raise

@@ -117,15 +117,13 @@ def check_loaded(cfg: Mapping) -> None:
         )
 
 
-def unknown_name(name: str, known: Iterable[str]) -> ConfigError | None:
-    """Return the error for an unknown name in `plugins:`, or None if it does not resemble a `known`
-    one."""
+def refuse_misspelt(name: str, known: Iterable[str]) -> None:
+    """Raise ConfigError for an unknown name in `plugins:` that resembles a `known` one."""
     spelt = {re.sub(r"[^a-z]", "", entry.lower()): entry for entry in known}
     near = difflib.get_close_matches(
         re.sub(r"[^a-z]", "", name.split(".")[0].lower()), spelt, n=1, cutoff=0.55
     )
-    if not near:
-        return None
-    return ConfigError(
-        f"plugins: got {name!r}, which is no plugin. Did you mean `{spelt[near[0]]}`? {FIX}"
-    )
+    if near:
+        raise ConfigError(
+            f"plugins: got {name!r}, which is no plugin. Did you mean `{spelt[near[0]]}`? {FIX}"
+        ) from None

@@ -70,12 +70,8 @@ class Request:
     @classmethod
     def for_evaluation(cls, inputs: Batch, num_heads: int) -> Request:
         """Return the request that evaluates all heads on a batch."""
-        return cls(
-            head_targets(inputs, num_heads),
-            torch.zeros(num_heads),
-            [True] * num_heads,
-            training=False,
-        )
+        targets = head_targets(inputs, num_heads)
+        return cls(targets, torch.zeros(num_heads), [True] * num_heads, training=False)
 
     def with_next_tokens(self, labels: Tensor, weight: Tensor | float) -> Request:
         """Return this request with the model's own loss: `weight` times the cross-entropy of each
@@ -128,12 +124,11 @@ class _Reading:
     def begin_call(self, input_ids: Tensor | None) -> None:
         self.calls.append(None if input_ids is None else input_ids.shape)
         if self.result is None:
-            self.on_trust = input_ids is None and self.input_ids is not None
-            self.of_batch = (
-                input_ids is None or self.input_ids is None or _same(input_ids, self.input_ids)
-            )
+            of_batch = self.input_ids
+            self.on_trust = input_ids is None and of_batch is not None
+            self.of_batch = input_ids is None or of_batch is None or _same(input_ids, of_batch)
 
-    def check(self, name: str) -> None:
+    def refuse_other_calls(self, name: str) -> None:
         """Raise ConfigError if heads did not train on the batch, or if that cannot be determined.
 
         `name` is the model's name in the message.
@@ -274,7 +269,7 @@ class AttachedHeads:
             finally:
                 self._reading = None
                 self._wrapper.runs = False  # a wrapper that raised did not reset it
-        reading.check(type(self.trunk.model).__name__)
+        reading.refuse_other_calls(type(self.trunk.model).__name__)
         return returned, reading.result
 
     def _note_call(self, layer: nn.Module, args: tuple, kwargs: dict[str, object]) -> None:
@@ -318,18 +313,16 @@ class AttachedHeads:
         device, dtype, enabled = call.autocast
         trunk = self._unsharded_trunk(call.hidden_states.dtype)
         with torch.autocast(device, dtype=dtype, enabled=enabled):
-            self._check_logits(output, final, trunk)
+            self._refuse_other_logits(output, final, trunk)
             if request.next_tokens is not None:
                 loss = self._next_token_loss(request, final, trunk)
-                # fields keep their order
-                output = type(output)(**{**dict(output.items()), "loss": loss})
+                fields = dict(output.items())  # which keep their order
+                output = type(output)(**{**fields, "loss": loss})
             with without_dropout(trunk.norm, trunk.unembedding):
                 reading.result = self._run(request, call, final, trunk)
-        return (
-            _with_aux_loss(output, reading.result.loss)
-            if request.training and self._wrapper.runs
-            else output
-        )
+        if request.training and self._wrapper.runs:
+            return _with_aux_loss(output, reading.result.loss)
+        return output
 
     def _next_token_loss(self, request: Request, final: Tensor | None, trunk: Trunk) -> Tensor:
         if final is None or request.next_tokens is None:
@@ -337,14 +330,15 @@ class AttachedHeads:
                 f"caft.fused_loss: {type(self.trunk.model).__name__} did not call its final norm,"
                 " so the plugin cannot compute the next-token loss. Use fused_loss: off."
             )
-        _check_shape(self.trunk.model, final, request.next_tokens)
-        targets = request.next_tokens.to(final.device).flatten()
-        positions = (targets != IGNORE).nonzero().squeeze(1)
+        _refuse_other_shape(self.trunk.model, final, request.next_tokens)
+        targets = request.next_tokens.to(final.device)
+        positions = _with_target(targets)
+        learned = targets.flatten()[positions]
         weights = final.new_ones(len(positions), dtype=torch.float32) * request.next_token_weight
         hidden = final.flatten(0, 1)[positions]
-        return _weighted_loss(
-            cross_entropy_of(trunk.logits), weights, hidden, targets[positions], trunk
-        )[0]
+        row_loss = cross_entropy_of(trunk.logits)
+        loss, _ = _weighted_loss(row_loss, weights, hidden, learned, trunk)
+        return loss
 
     def _unsharded_trunk(self, dtype: torch.dtype) -> Trunk:
         """Return the trunk with norm and unembedding unsharded and without hooks (the user's and
@@ -353,26 +347,21 @@ class AttachedHeads:
         The number of uses differs between processes (chunks of rows), so none of them may
         communicate; and hooks on these modules expect only the model's own hidden states.
         """
-        norm, unembedding = (
-            unsharded_twin(module, dtype) for module in (self.trunk.norm, self.trunk.unembedding)
-        )
+        norm = unsharded_twin(self.trunk.norm, dtype)
+        unembedding = unsharded_twin(self.trunk.unembedding, dtype)
         return dataclasses.replace(self.trunk, norm=norm, unembedding=unembedding)
 
-    def _check_logits(self, output: ModelOutput, final: Tensor | None, trunk: Trunk) -> None:
-        """Check once, if the host has logits, that `trunk.logits` gives the model's logits from its
-        hidden states."""
+    def _refuse_other_logits(self, output: ModelOutput, final: Tensor | None, trunk: Trunk) -> None:
+        """Raise ConfigError, at the first logits of the host, if `trunk.logits` computes others."""
         logits = output.get("logits")
-        if (
-            self._logits_checked
-            or logits is None
-            or final is None
-            or active_dropouts(trunk.unembedding)
-        ):
+        if self._logits_checked or logits is None or final is None:
             return
-        if logits.dim() != 3 or len(logits) != len(final):
+        has_shape = logits.dim() == 3 and len(logits) == len(final)
+        if not has_shape or active_dropouts(trunk.unembedding):
             return
         self._logits_checked = True
         with torch.no_grad():
+            # one position is enough: families differ by a factor or a cap on all logits
             theirs = logits[:1, -1].float()
             ours = trunk.logits(final[:1, -1]).float()
             same = (ours - theirs).norm() <= 0.05 * theirs.norm() + 1e-3
@@ -390,7 +379,7 @@ class AttachedHeads:
                 f"caft: {type(self.trunk.model).__name__} did not call its final norm, so heads"
                 " cannot read the final hidden state. Use head_input: penultimate."
             )
-        _check_shape(self.trunk.model, source, request.targets[0])
+        _refuse_other_shape(self.trunk.model, source, request.targets[0])
         device = source.device
         num_heads = len(self.heads)
         lesson = request.lesson if request.training else TOKENS_AND_HITS
@@ -402,21 +391,23 @@ class AttachedHeads:
         places: list[Tensor] = []  # the position of each row
         for index, layer in enumerate(self.heads.layers):
             if not request.run[index]:
-                zero = zero + joined_zero(layer) if request.training else zero
+                if request.training:
+                    zero = zero + joined_zero(layer)
                 continue
-            positions = (request.targets[index].to(device).flatten() != IGNORE).nonzero().squeeze(1)
+            targets = request.targets[index]
+            positions = _with_target(targets.to(device))
             rows.append(run_head(layer, source, call, positions, checkpointing))
-            learned.append(lesson.learned(request.targets[index], index, positions, final))
+            learned.append(lesson.learned(targets, index, positions, final))
             numbers.append(torch.full_like(positions, index))
             places.append(positions)
         loss = zero
         sums = zero.new_zeros(num_heads)
-        right = (
-            None
-            if request.training
-            else torch.zeros(request.targets.flatten(1).shape, dtype=torch.bool, device=device)
-        )
+        right = None
+        if not request.training:
+            everywhere = request.targets.flatten(1)
+            right = torch.zeros(everywhere.shape, dtype=torch.bool, device=device)
         if rows:
+            # the rows of all heads together, so that chunks of logits are full
             hidden = torch.cat(rows)
             number = torch.cat(numbers)
             if self.apply_norm:
@@ -442,7 +433,9 @@ def _same(ids: Tensor, others: Tensor) -> bool:
 
     Identical tensors are not compared: on a GPU, a comparison would synchronise.
     """
-    return ids is others or (ids.shape == others.shape and torch.equal(ids, others.to(ids.device)))
+    if ids is others:
+        return True
+    return ids.shape == others.shape and torch.equal(ids, others.to(ids.device))
 
 
 def wrapper_of(model: nn.Module, called: nn.Module | None) -> nn.Module | None:
@@ -489,7 +482,12 @@ class WatchedWrapper:
         return _without_aux_loss(output)
 
 
-def _check_shape(model: nn.Module, hidden: Tensor, targets: Tensor) -> None:
+def _with_target(targets: Tensor) -> Tensor:
+    """Return the positions (n,) in the flattened batch where there is a target."""
+    return (targets.flatten() != IGNORE).nonzero().squeeze(1)
+
+
+def _refuse_other_shape(model: nn.Module, hidden: Tensor, targets: Tensor) -> None:
     """Raise ConfigError unless `hidden` (batch, length, hidden size) fits `targets` (batch,
     length)."""
     if hidden.shape[:-1] != targets.shape:
@@ -521,7 +519,8 @@ def joined_zero(module: nn.Module) -> Tensor:
 
 
 def active_dropouts(module: nn.Module) -> list[nn.Module]:
-    return [m for m in module.modules() if m.training and "dropout" in type(m).__name__.lower()]
+    dropouts = [m for m in module.modules() if "dropout" in type(m).__name__.lower()]
+    return [dropout for dropout in dropouts if dropout.training]
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ import inspect
 import logging
 import threading
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any, Literal, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -32,7 +32,7 @@ from caft_plugin.config import CAFTConfig
 from caft_plugin.errors import ConfigError
 from caft_plugin.model.copies import plain_copy
 from caft_plugin.model.fingerprint import Sample, take_sample
-from caft_plugin.model.hidden import taken
+from caft_plugin.model.hidden import refuse_taken_model
 from caft_plugin.model.trunk import (
     Trunk,
     active_peft_configs,
@@ -143,38 +143,18 @@ def head_lora_config(model: nn.Module, layer: nn.Module) -> LoraConfig:
     Raises:
         ConfigError: the head has no linear layer that is called (nn.MultiheadAttention calls none).
     """
-    linear = {
-        name: module
-        for name, module in layer.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D))
-        and not isinstance(module, NonDynamicallyQuantizableLinear)
-    }
+    linear = {name: module for name, module in layer.named_modules() if _is_called_linear(module)}
     if not linear:
         raise ConfigError(
             f"caft.train_heads: got lora, or auto with an adapter, but {type(layer).__name__} has"
             " no linear layer for LoRA. Use train_heads: full or frozen."
         )
-    covered = {parameter for module in linear.values() for parameter in module.parameters()}
-    rest = {
-        name: parameter.numel()
-        for name, parameter in layer.named_parameters()
-        if parameter not in covered
-    }
-    share = sum(rest.values()) / sum(parameter.numel() for parameter in layer.parameters())
-    if share > 0.1:
-        logger.warning(
-            "caft.train_heads: LoRA trains only a head's linear layers; %.0f %% of its weights are"
-            " elsewhere (most of them in %s) and stay unchanged. Use train_heads: full to train"
-            " them too.",
-            100 * share,
-            max(rest, key=lambda name: rest[name]),
-        )
-    lora = (
-        config
-        for config in active_peft_configs(model)
-        if isinstance(config, LoraConfig) and config.r > 0
-    )
-    base = next(lora, LoraConfig(r=LORA_RANK, lora_alpha=LORA_ALPHA))
+    _warn_of_unchanged(layer, list(linear.values()))
+    base = LoraConfig(r=LORA_RANK, lora_alpha=LORA_ALPHA)
+    for config in active_peft_configs(model):
+        if isinstance(config, LoraConfig) and config.r > 0:
+            base = config
+            break
     return LoraConfig(
         r=base.r,
         lora_alpha=base.lora_alpha,
@@ -184,10 +164,35 @@ def head_lora_config(model: nn.Module, layer: nn.Module) -> LoraConfig:
     )
 
 
+def _is_called_linear(module: nn.Module) -> bool:
+    # nn.MultiheadAttention reads the weight of its NonDynamicallyQuantizableLinear
+    is_read = isinstance(module, NonDynamicallyQuantizableLinear)
+    return isinstance(module, (nn.Linear, Conv1D)) and not is_read
+
+
+def _warn_of_unchanged(layer: nn.Module, linear: list[nn.Module]) -> None:
+    """Warn if more than a tenth of a head's weights is not in these linear layers."""
+    covered = {parameter for module in linear for parameter in module.parameters()}
+    sizes = {name: parameter.numel() for name, parameter in layer.named_parameters()}
+    rest = {
+        name: sizes[name]
+        for name, parameter in layer.named_parameters()
+        if parameter not in covered
+    }
+    share = sum(rest.values()) / sum(sizes.values())
+    if share > 0.1:
+        logger.warning(
+            "caft.train_heads: LoRA trains only a head's linear layers; %.0f %% of its weights are"
+            " elsewhere (most of them in %s) and stay unchanged. Use train_heads: full to train"
+            " them too.",
+            100 * share,
+            max(rest, key=lambda name: rest[name]),
+        )
+
+
 def refuse_taken(trunk: Trunk) -> None:
     """Raise ConfigError if heads are attached to the last layer."""
-    if hasattr(type(trunk.last_layer), NOTING):
-        raise taken(trunk.model)
+    refuse_taken_model(trunk.model, taken=hasattr(type(trunk.last_layer), NOTING))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,14 +207,10 @@ class LayerCall:
     @classmethod
     def of(cls, args: tuple, kwargs: dict[str, Any]) -> LayerCall:
         """Return the call with these arguments, under the current autocast."""
-        device = next(
-            (a.device.type for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), "cpu"
-        )
-        return cls(
-            args,
-            dict(kwargs),
-            (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)),
-        )
+        tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        device = next((tensor.device.type for tensor in tensors), "cpu")
+        autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
+        return cls(args, dict(kwargs), autocast)
 
     @property
     def hidden_states(self) -> Tensor:
@@ -245,29 +246,35 @@ def replay(
     named = dict(bound.arguments)
     extra = dict(named.get("kwargs", {}))
     first = next(iter(named))
+    # the model's cache is its last layer's: a head that wrote to it would change the model's text
     for arguments in (named, extra):
-        for name, value in arguments.items():
-            if is_cache(name, value):
-                arguments[name] = cache
-        if cache is None and "use_cache" in arguments:
-            arguments["use_cache"] = False
+        _replace_cache(arguments, cache)
     named[first] = source
     if "kwargs" in named:
         named["kwargs"] = extra
 
     dtype = next(p.dtype for p in layer.parameters() if p.is_floating_point())
-    if not call.autocast[2] and source.dtype != dtype:
-        named = tree_map(
-            lambda leaf: (
-                leaf.to(dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
-            ),
-            named,
-        )
+    _, _, autocasts = call.autocast
+    if not autocasts and source.dtype != dtype:
+        named = tree_map(functools.partial(_cast, dtype=dtype), named)
     bound.arguments.update(named)
     with only_at(positions, pointwise_parts(layer)):
         output = layer(*bound.args, **bound.kwargs)
     output = output if isinstance(output, Tensor) else output[0]
     return output.flatten(0, 1)[positions].to(source.dtype)
+
+
+def _replace_cache(arguments: dict[str, Any], cache: Cache | None) -> None:
+    for name, value in arguments.items():
+        if is_cache(name, value):
+            arguments[name] = cache
+    if cache is None and "use_cache" in arguments:
+        arguments["use_cache"] = False
+
+
+def _cast(leaf: object, dtype: torch.dtype) -> object:
+    is_float = isinstance(leaf, Tensor) and leaf.is_floating_point()
+    return cast(Tensor, leaf).to(dtype) if is_float else leaf
 
 
 _turns: WeakKeyDictionary[AuxiliaryHeads, threading.Lock] = WeakKeyDictionary()

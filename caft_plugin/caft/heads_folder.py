@@ -11,7 +11,7 @@ import dataclasses
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -71,8 +71,8 @@ class HeadsFolder:
         path = locate_heads(os.fspath(heads))
         return cls(path, read_record(path))
 
-    def check_model(self, config: CAFTConfig, model_config: PretrainedConfig) -> None:
-        """Check the folder against the model's config, before any weight is loaded.
+    def refuse_other_model(self, config: CAFTConfig, model_config: PretrainedConfig) -> None:
+        """Refuse a model whose config the folder does not fit, before any weight is loaded.
 
         The vocabulary size may differ: heads use the model's own unembedding.
 
@@ -95,8 +95,8 @@ class HeadsFolder:
                 f" {text_config.hidden_size}. Use heads only with the model they were trained with."
             )
 
-    def check_layers(self, layer_class: str) -> None:
-        """Check the folder against the model's layer class, before the heads' weights are read.
+    def refuse_other_layers(self, layer_class: str) -> None:
+        """Refuse a model with another layer class, before the heads' weights are read.
 
         Raises:
             ConfigError: heads of another class, or a checkpoint's LoRA factors that are not merged.
@@ -174,34 +174,29 @@ class HeadsFolder:
                 )
 
     def load_into(self, heads: AuxiliaryHeads, layer_class: str) -> None:
-        """Load the folder's weights into `heads`; of a folder with more heads, the first ones are
-        used.
+        """Load the folder's weights into `heads`; of more heads than these, the first are used.
 
         A checkpoint's LoRA factors are rejected: training merges them at its end.
 
         Raises:
             ConfigError: damaged files, another layer class, missing, unknown or misshapen tensors.
         """
-        self.check_layers(layer_class)
-        wanted = {
-            plain_name(name): t
-            for name, t in heads.layers.state_dict().items()
-            if ".lora_" not in name
-        }
+        self.refuse_other_layers(layer_class)
+        state = heads.layers.state_dict()
+        wanted = {plain_name(name): t for name, t in state.items() if ".lora_" not in name}
         _copy_into(wanted, self.path / WEIGHTS, held=self.record.num_heads)
 
 
 def resolve_wiring(config: CAFTConfig, record: HeadsRecord | None) -> CAFTConfig:
     """Return `config` with head_input and head_norm filled in: as written, else as recorded, else
     the defaults."""
-    recorded = (
-        (record.head_input, record.head_norm) if record else (DEFAULT_HEAD_INPUT, DEFAULT_HEAD_NORM)
-    )
-    written = (config.head_input, config.head_norm)
-    head_input, head_norm = (
-        there if said is None else said for said, there in zip(written, recorded, strict=True)
-    )
-    return config.model_copy(update={"head_input": head_input, "head_norm": head_norm})
+    wiring: dict[str, object] = {"head_input": DEFAULT_HEAD_INPUT, "head_norm": DEFAULT_HEAD_NORM}
+    for source in (record, config):
+        for key in wiring:
+            value = getattr(source, key, None)
+            if value is not None:
+                wiring[key] = value
+    return config.model_copy(update=wiring)
 
 
 def plain_name(name: str) -> str:
@@ -217,8 +212,10 @@ def heads_state(heads: AuxiliaryHeads) -> tuple[dict[str, Tensor], dict[str, Ten
     """
     weights: dict[str, Tensor] = {}
     lora: dict[str, Tensor] = {}
+    # every tensor in every process: gathering waits for all
     for name, tensor in heads.layers.state_dict().items():
-        (lora if ".lora_" in name else weights)[plain_name(name)] = gather(tensor)
+        into = lora if ".lora_" in name else weights
+        into[plain_name(name)] = gather(tensor)
     return weights, lora
 
 
@@ -228,13 +225,15 @@ def merged(
     """Return plain weights with the LoRA factors merged: W + scaling * B A, computed in float32."""
     result = dict(weights)
     for name, module in heads.layers.named_modules():
-        if isinstance(module, LoraLayer):
-            a, b = (lora[f"{name}.lora_{factor}.weight"].float() for factor in "AB")
-            weight = result[f"{name}.weight"]
-            delta = module.scaling[MODULE_NAME] * (b @ a)
-            if isinstance(module.base_layer, Conv1D):  # weights (in, out)
-                delta = delta.T
-            result[f"{name}.weight"] = (weight.float() + delta).to(weight.dtype)
+        if not isinstance(module, LoraLayer):
+            continue
+        a = lora[f"{name}.lora_A.weight"].float()
+        b = lora[f"{name}.lora_B.weight"].float()
+        weight = result[f"{name}.weight"]
+        delta = module.scaling[MODULE_NAME] * (b @ a)
+        if isinstance(module.base_layer, Conv1D):  # weights (in, out)
+            delta = delta.T
+        result[f"{name}.weight"] = (weight.float() + delta).to(weight.dtype)
     return result
 
 
@@ -267,9 +266,9 @@ def save_heads(
             weights = merged(heads, weights, lora)
             lora = {}
         record = HeadsRecord.of(trunk, config, train_heads=heads.how if resumable else None)
-        fingerprint = (
-            None if heads.origin is None or after is None else Fingerprint(heads.origin, after)
-        )
+        fingerprint = None
+        if heads.origin is not None and after is not None:
+            fingerprint = Fingerprint(heads.origin, after)
         write_heads(folder, record, weights, lora, fingerprint, losses)
     return folder
 
@@ -335,27 +334,9 @@ def read_fingerprint(folder: Path) -> Fingerprint | None:
     if not (folder / FINGERPRINT).exists():
         return None
     file = own_file(folder, FINGERPRINT)
-    samples: dict[str, dict[str, Tensor]] = {"before": {}, "after": {}}
     try:
-        if file.stat().st_size > LARGEST_FINGERPRINT:
-            raise ValueError(f"longer than {LARGEST_FINGERPRINT} bytes")
-        with safe_open(file, framework="pt") as opened:
-            quantised = json.loads((opened.metadata() or {}).get("quantised", "[]"))
-            for key in opened.keys():
-                end, _, name = key.partition(".")
-                tensor = opened.get_tensor(key)
-                if (
-                    tensor.dtype != torch.float32
-                    or tensor.dim() != 1
-                    or not tensor.isfinite().all()
-                ):
-                    raise ValueError(f"{key} is not a vector of finite float32 numbers")
-                samples[end][name] = tensor
-        if samples["before"].keys() != samples["after"].keys() or not samples["before"]:
-            raise ValueError("it is incomplete")
-        before, after = (
-            Sample(values, frozenset(map(str, quantised))) for values in samples.values()
-        )
+        return _parse_fingerprint(file)
+    # damaged or made by someone else: each wrong part raises its own kind
     except (
         OSError,
         RuntimeError,
@@ -372,7 +353,25 @@ def read_fingerprint(folder: Path) -> Fingerprint | None:
             shown(str(error)),
         )
         return None
-    return Fingerprint(before, after)
+
+
+def _parse_fingerprint(file: Path) -> Fingerprint:
+    if file.stat().st_size > LARGEST_FINGERPRINT:
+        raise ValueError(f"longer than {LARGEST_FINGERPRINT} bytes")
+    samples: dict[str, dict[str, Tensor]] = {"before": {}, "after": {}}
+    with safe_open(file, framework="pt") as opened:
+        quantised = json.loads((opened.metadata() or {}).get("quantised", "[]"))
+        for key in opened.keys():
+            end, _, name = key.partition(".")
+            tensor = opened.get_tensor(key)
+            is_vector = tensor.dtype == torch.float32 and tensor.dim() == 1
+            if not is_vector or not tensor.isfinite().all():
+                raise ValueError(f"{key} is not a vector of finite float32 numbers")
+            samples[end][name] = tensor
+    if samples["before"].keys() != samples["after"].keys() or not samples["before"]:
+        raise ValueError("it is incomplete")
+    names = frozenset(map(str, quantised))
+    return Fingerprint(Sample(samples["before"], names), Sample(samples["after"], names))
 
 
 def load_checkpoint(
@@ -421,13 +420,12 @@ def _copy_into(wanted: dict[str, Tensor], file: Path, *, held: int) -> None:
     """
     file = own_file(file.parent, file.name)
     try:
-        with safe_open(file, framework="pt") as opened:
-            _check_tensors(
-                wanted, {name: opened.get_slice(name) for name in opened.keys()}, file, held
-            )
-            with torch.no_grad():
-                for name, tensor in wanted.items():
-                    tensor.copy_(shard_like(tensor, opened.get_tensor(name)))
+        with safe_open(file, framework="pt") as opened, torch.no_grad():
+            found = {name: opened.get_slice(name) for name in opened.keys()}
+            _refuse_other_heads(wanted.keys(), found.keys(), file, held)
+            _refuse_other_tensors(wanted, found, file)
+            for name, tensor in wanted.items():
+                tensor.copy_(shard_like(tensor, opened.get_tensor(name)))
     except (OSError, RuntimeError, SafetensorError) as error:
         raise ConfigError(
             f"{heads_as()}: {file} cannot be read as safetensors ({shown(str(error))}). The file is"
@@ -435,15 +433,14 @@ def _copy_into(wanted: dict[str, Tensor], file: Path, *, held: int) -> None:
         ) from None
 
 
-def _check_tensors(wanted: dict[str, Tensor], found: dict[str, Any], file: Path, held: int) -> None:
-    # the requested heads; of the others only the number is checked
+def _refuse_other_heads(wanted: Set[str], found: Set[str], file: Path, held: int) -> None:
+    """Raise ConfigError unless a file with `held` heads has exactly the wanted tensors of the
+    wanted heads; of the others only the number is checked."""
     first = {name.split(".")[0] for name in wanted}
-    missing = sorted(wanted.keys() - found.keys())
     others = {name.split(".")[0] for name in found} - first
-    unknown = sorted(name for name in found if name not in wanted and name.split(".")[0] in first)
-    unknown += sorted(
-        name for name in others if not (name.isdecimal() and len(name) < 5 and int(name) < held)
-    )
+    missing = sorted(wanted - found)
+    unknown = sorted(name for name in found - wanted if name.split(".")[0] in first)
+    unknown += sorted(name for name in others if not _is_index(name, held))
     for names, problem in [(missing, "lacks"), (unknown, "has unknown")]:
         if names:
             raise ConfigError(
@@ -456,6 +453,15 @@ def _check_tensors(wanted: dict[str, Tensor], found: dict[str, Any], file: Path,
             f"{heads_as()}: {file} holds {len(others | first)} heads, but {RECORD} next to it says"
             f" {held}. The files do not belong together: make or download the heads folder again."
         )
+
+
+def _is_index(name: str, held: int) -> bool:
+    """Return True if a name is one of the numbers 0 to `held` - 1."""
+    return name.isdecimal() and len(name) < 5 and int(name) < held
+
+
+def _refuse_other_tensors(wanted: dict[str, Tensor], found: dict[str, Any], file: Path) -> None:
+    """Raise ConfigError for a tensor of another shape, or of another kind of type."""
     for name, tensor in sorted(wanted.items()):
         shape = tuple(found[name].get_shape())
         kind = found[name].get_dtype()

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, TypeAdapter, ValidationError
 
@@ -159,14 +159,11 @@ def own_file(folder: Path, name: str) -> Path:
     in_cache = snapshot is not None and snapshot.parent.name.startswith("models--")
     root = snapshot.parent if snapshot is not None and in_cache else folder
     try:
-        inside = file.resolve(strict=True).is_relative_to(root.resolve())
-        problem = (
-            None
-            if inside and file.is_file()
-            else "not a regular file"
-            if inside
-            else "a link out of the folder"
-        )
+        problem = None
+        if not file.resolve(strict=True).is_relative_to(root.resolve()):
+            problem = "a link out of the folder"
+        elif not file.is_file():
+            problem = "not a regular file"
     except OSError as error:
         problem = error.strerror
     except RuntimeError:
@@ -263,7 +260,7 @@ def read_losses(folder: Path) -> dict[str, LoggedLosses]:
     try:
         return LOSSES_BY_SET.validate_json(read_small(folder, LOSSES))
     except (OSError, ValidationError) as error:
-        raise unreadable(folder / LOSSES, error) from error
+        refuse_unreadable(folder / LOSSES, error)
 
 
 def read_metrics(folder: Path, record: HeadsRecord) -> HeadsMetrics | None:
@@ -278,7 +275,7 @@ def read_metrics(folder: Path, record: HeadsRecord) -> HeadsMetrics | None:
     try:
         metrics = HeadsMetrics.model_validate_json(read_small(folder, METRICS))
     except (OSError, ValidationError) as error:
-        raise unreadable(file, error) from error
+        refuse_unreadable(file, error)
     if len(metrics.heads) not in (0, record.num_heads):
         raise ConfigError(
             f"{file} holds figures of {len(metrics.heads)} heads, but the folder holds"
@@ -287,8 +284,9 @@ def read_metrics(folder: Path, record: HeadsRecord) -> HeadsMetrics | None:
     return metrics
 
 
-def unreadable(file: Path, error: OSError | ValidationError) -> ConfigError:
+def refuse_unreadable(file: Path, error: OSError | ValidationError) -> NoReturn:
+    """Raise ConfigError for a file of figures that could not be read."""
     reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error.strerror
-    return ConfigError(
+    raise ConfigError(
         f"{file} cannot be read ({reason}). Remove it, or make or download the heads folder again."
-    )
+    ) from error

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from caft_plugin.errors import ConfigError
+from caft_plugin.errors import ConfigError, RunError
 
 # Maps hidden states (n, hidden size) and their targets (n, ...) to float32 figures (n, figures),
 # the loss first.
@@ -70,10 +70,9 @@ def cross_entropy_and_hit_of(unembed: Callable[[Tensor], Tensor]) -> RowLoss:
 
     def row_loss(hidden: Tensor, targets: Tensor) -> Tensor:
         logits = unembed(hidden).float()
+        losses = F.cross_entropy(logits, targets, reduction="none")
         hits = logits.argmax(-1) == targets
-        return torch.stack(
-            [F.cross_entropy(logits, targets, reduction="none"), hits.float()], dim=1
-        )
+        return torch.stack([losses, hits.float()], dim=1)
 
     return row_loss
 
@@ -90,7 +89,8 @@ def divergence_of(unembed: Callable[[Tensor], Tensor]) -> RowLoss:
         with torch.no_grad():
             wanted = unembed(teacher).float().log_softmax(-1)
         log_q = unembed(hidden).float().log_softmax(-1)
-        return F.kl_div(log_q, wanted, reduction="none", log_target=True).sum(-1, keepdim=True)
+        terms = F.kl_div(log_q, wanted, reduction="none", log_target=True)
+        return terms.sum(-1, keepdim=True)
 
     return row_loss
 
@@ -122,7 +122,10 @@ def distributions_at(
             "pretrain_heads.targets: got distribution, but the model did not call its final norm,"
             " from which its distribution is computed. Use targets: model or dataset."
         )
-    return final.detach().roll(-(index + 1), dims=1).flatten(0, 1)[positions]
+    # At position t head k predicts the token t + k + 1, as the model does at t + k. No target's
+    # position wraps around: the token ahead of it exists.
+    teachers = final.detach().roll(-(index + 1), dims=1)
+    return teachers.flatten(0, 1)[positions]
 
 
 TOKENS = Lesson(cross_entropy_of, tokens_at)
@@ -172,6 +175,11 @@ def _own_saved_tensors() -> torch.autograd.graph.saved_tensors_hooks:
     return torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
 
 
+def _added(total: Tensor | None, gradient: Tensor) -> Tensor:
+    """Return the sum; it is written into `total`."""
+    return gradient if total is None else total.add_(gradient)
+
+
 class _WeightedSum(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -187,7 +195,9 @@ class _WeightedSum(torch.autograd.Function):
         differentiate = hidden.requires_grad or bool(wanted)
         # Gradients are computed with weights near 1, for float16; the factor is applied in the
         # backward pass.
-        factor = weights.max().clamp(min=1e-30) if len(weights) else weights.new_ones(())
+        factor = weights.new_ones(())
+        if len(weights):
+            factor = weights.max().clamp(min=1e-30)
         figures = []
         hidden_gradients = []
         parameter_gradients: list[Tensor | None] = [None] * len(parameters)
@@ -196,25 +206,22 @@ class _WeightedSum(torch.autograd.Function):
             with torch.set_grad_enabled(differentiate), _own_saved_tensors():
                 rows = hidden[chunk].detach().requires_grad_(hidden.requires_grad)
                 chunk_figures = row_loss(rows, learned[chunk])
-                loss = (chunk_figures[:, 0] * (weights[chunk] / factor)).sum()
+                chunk_weights = weights[chunk] / factor
+                loss = (chunk_figures[:, 0] * chunk_weights).sum()
             figures.append(chunk_figures.detach())
             if not loss.requires_grad:
                 continue
-            inputs = [rows] if hidden.requires_grad else []
-            found = list(
-                torch.autograd.grad(
-                    loss, inputs + [parameters[i] for i in wanted], allow_unused=True
-                )
-            )
-            hidden_gradients += [found.pop(0) for _ in inputs]
+            sources = [parameters[index] for index in wanted]
+            if hidden.requires_grad:
+                sources.append(rows)
+            found = list(torch.autograd.grad(loss, sources, allow_unused=True))
+            if hidden.requires_grad:
+                hidden_gradients.append(found.pop())
             for index, gradient in zip(wanted, found, strict=True):
-                before = parameter_gradients[index]
-                parameter_gradients[index] = gradient if before is None else before.add_(gradient)
+                parameter_gradients[index] = _added(parameter_gradients[index], gradient)
         ctx.factor = factor
-        ctx.gradients = [
-            torch.cat(hidden_gradients) if hidden_gradients else None,
-            *parameter_gradients,
-        ]
+        of_hidden = torch.cat(hidden_gradients) if hidden_gradients else None
+        ctx.gradients = [of_hidden, *parameter_gradients]
         values = torch.cat(figures)
         ctx.mark_non_differentiable(values)
         return (values[:, 0] * weights).sum(), values
@@ -222,17 +229,17 @@ class _WeightedSum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.gradients is None:
-            raise RuntimeError(
+            raise RunError(
                 "caft: backward was called twice through one loss of the heads, which keeps no"
                 " graph."
             )
         factor = gradients[0] * ctx.factor
-        found = ctx.gradients
+        found: list[Tensor | None] = []
+        for gradient in ctx.gradients:
+            if gradient is not None:
+                # in place: a second copy of the unembedding's gradient would be large
+                gradient.mul_(factor.to(gradient.dtype))
+            found.append(gradient)
         ctx.gradients = None
-        return (
-            None,
-            None,
-            None,
-            None,
-            *(None if g is None else g.mul_(factor.to(g.dtype)) for g in found),
-        )
+        # nothing for row_loss, size, weights and learned
+        return None, None, None, None, *found

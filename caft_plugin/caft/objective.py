@@ -29,10 +29,15 @@ from caft_plugin.caft.window import (
     over_processes,
 )
 from caft_plugin.config import CAFTConfig
-from caft_plugin.errors import ConfigError
+from caft_plugin.errors import ConfigError, RunError
 from caft_plugin.logs import CAFTLog, HeadsEvaluation, evaluated_sets
 from caft_plugin.model.trunk import find_trunk
-from caft_plugin.refusals import check_trainer, may_fuse, no_heads_ran, no_labels
+from caft_plugin.refusals import (
+    may_fuse,
+    refuse_step_without_heads,
+    refuse_trainer,
+    refuse_without_labels,
+)
 from caft_plugin.targets import Batch, count_targets
 
 HostLoss = Tensor | tuple  # what compute_loss returns: a loss, or a loss and the model's outputs
@@ -42,21 +47,18 @@ class AuxiliaryObjective:
     """The heads' objective in one trainer. `handle` attaches the heads to the model and detaches
     them.
 
-    It has a method for each place where a trainer meets heads (window, step, loss, evaluation,
-    log), so it has many.
-
     Raises:
         ConfigError: the model, the trainer's settings or the heads folder do not fit.
     """
 
     def __init__(self, trainer: Trainer, config: CAFTConfig, lesson: Lesson = TOKENS) -> None:
-        check_trainer(trainer)
+        refuse_trainer(trainer)
         model = cast(nn.Module, trainer.model)
         trunk = find_trunk(model)
         folder = None
         if config.heads is not None:
             folder = heads_folder.HeadsFolder.open(config.heads)
-            folder.check_model(config, trunk.model.config)
+            folder.refuse_other_model(config, trunk.model.config)
             folder.warn_of_wiring(config)
         config = heads_folder.resolve_wiring(config, None if folder is None else folder.record)
         heads = build_heads(model, trunk, config, seed=trainer.args.seed)
@@ -138,7 +140,7 @@ class AuxiliaryObjective:
         if not self.trainer.accelerator.sync_gradients:
             return
         if not self._ran:
-            raise no_heads_ran(self.trainer)
+            refuse_step_without_heads(self.trainer)
         # These heads are in the graph only for DDP. Their gradient is None, not zero, so that
         # neither the gradient norm nor the optimizer includes them.
         for layer, ran in zip(self.heads.layers, window.run, strict=True):
@@ -164,19 +166,15 @@ class AuxiliaryObjective:
         Raises:
             ConfigError: the batch has no `labels`, or the model was called with other tokens or
                 another shape.
-            RuntimeError: `host_loss` did not call the model with gradients.
+            RunError: `host_loss` did not call the model with gradients.
         """
         training = torch.is_grad_enabled()
-        if not has_targets(inputs):
-            if training:
-                raise no_labels(self.trainer, inputs)
-            return host_loss()
+        if not has_targets(inputs) and training:
+            refuse_without_labels(self.trainer, inputs)
         if not training:
-            return (
-                host_loss()
-                if self._totals is None
-                else self._evaluated(model, inputs, host_loss, self._totals)
-            )
+            if self._totals is None or not has_targets(inputs):
+                return host_loss()
+            return self._evaluated(model, inputs, host_loss, self._totals)
         if self._step is None:  # called by user code, outside of training_step
             window = self._open_window([inputs])
             micro_batch = window.micro_batches[0]
@@ -190,18 +188,19 @@ class AuxiliaryObjective:
         ids = inputs.get("input_ids")
         returned, result = self.handle.answer(request, host_loss, called=model, input_ids=ids)
         if result is None:
-            raise RuntimeError(
+            raise RunError(
                 "caft: the trainer computed its loss without calling the model with gradients, so"
                 " the auxiliary heads did not run. Use a trainer whose compute_loss calls the"
                 " model."
             )
         self._ran = True
         loss, *outputs = returned if isinstance(returned, tuple) else (returned,)
+        # the host divides the loss and averages gradients over processes: scale undoes both
         aux = result.loss.to(loss.device) * share.scale
         total = loss + aux
-        window.sums.add(
-            loss.double() / share.divisor, aux.double() / share.divisor, result.sums, tokens
-        )
+        own_loss = loss.double() / share.divisor
+        own_aux = aux.double() / share.divisor
+        window.sums.add(own_loss, own_aux, result.sums, tokens)
         return (total, *outputs) if isinstance(returned, tuple) else total
 
     def _share(self, items: Tensor | int | None) -> LossShare:

@@ -60,8 +60,10 @@ class Sums:
     """
 
     def __init__(self, num_heads: int, device: torch.device) -> None:
-        self.next_token, self.aux, self.tokens = torch.zeros(3, dtype=torch.float64, device=device)
         self.heads = torch.zeros(num_heads, dtype=torch.float64, device=device)
+        self.next_token = self.heads.new_zeros(())
+        self.aux = self.heads.new_zeros(())
+        self.tokens = self.heads.new_zeros(())
 
     def add(self, next_token: Tensor, aux: Tensor, heads: Tensor, tokens: Tensor) -> None:
         self.next_token += next_token.detach().to(self.heads)
@@ -113,37 +115,42 @@ class Window:
             over_processes: sums a tensor over all processes.
         """
         num_heads = config.num_heads
-        found = torch.zeros(len(batches), num_heads + 1, dtype=torch.long, device=device)
+        # one tensor for all counts, so that processes communicate once a step
+        counts = torch.zeros(len(batches), num_heads + 1, dtype=torch.long, device=device)
         targets: list[Tensor | None] = []
-        for row, batch in zip(found, batches, strict=True):
-            targets.append(head_targets(batch, num_heads) if has_targets(batch) else None)
-            if targets[-1] is not None:
-                row[:-1] = count_targets(targets[-1])
+        for row, batch in zip(counts, batches, strict=True):
+            own = head_targets(batch, num_heads) if has_targets(batch) else None
+            targets.append(own)
+            if own is not None:
+                row[:-1] = count_targets(own)
                 row[-1] = next_tokens_in(batch)
-        own_tokens = found[:, -1].sum()
-        found = over_processes(found)
+        own_tokens = counts[:, -1].sum()
+        counts = over_processes(counts)
+        of_heads = counts[:, :-1]
+        next_tokens = counts[:, -1].sum()
         draws = draw_heads(config, len(batches), seed, step)
-        drawn = found[:, :-1] * torch.tensor(draws, device=device).clamp(max=1)
+        was_drawn = torch.tensor(draws, device=device).clamp(max=1)
         window = cls(
             config,
             gamma(config.schedule, step, total_steps),
-            counts=found[:, :-1].sum(0),
-            drawn_counts=drawn.sum(0),
-            next_tokens=found[:, -1].sum(),
+            counts=of_heads.sum(0),
+            drawn_counts=(of_heads * was_drawn).sum(0),
+            next_tokens=next_tokens,
             own_tokens=own_tokens,
             sums=Sums(num_heads, device),
         )
+        # last: the weights in a request need the counts of the complete window
         for batch, own, times in zip(batches, targets, draws, strict=True):
-            window.micro_batches.append(
-                MicroBatch(batch, times, None if own is None else window.ask(own, times))
-            )
+            request = None if own is None else window.ask(own, times)
+            window.micro_batches.append(MicroBatch(batch, times, request))
         return window
 
     @property
     def run(self) -> list[bool]:
         """True for each head that runs in at least one micro-batch."""
         draws = [micro_batch.draws for micro_batch in self.micro_batches]
-        return [self.gamma != 0.0 and any(times) for times in zip(*draws, strict=True)]
+        by_head = zip(*draws, strict=True)
+        return [self.gamma != 0.0 and any(times) for times in by_head]
 
     def begun(self, inputs: Batch) -> MicroBatch | None:
         """Return the micro-batch of a `training_step` with `inputs`, or None if all are used.
@@ -171,7 +178,8 @@ class Window:
         weights = head_weights(config.beta, config.alpha, self.gamma, config.num_heads)
         if config.heads_per_step is not None:
             weights = [count * sum(weights) / config.heads_per_step for count in draws]
-        return torch.tensor(weights, device=self.counts.device) / self.counts.clamp(min=1)
+        targets = self.counts.clamp(min=1)
+        return torch.tensor(weights, device=self.counts.device) / targets
 
     def ask(self, targets: Tensor, draws: Sequence[int]) -> Request:
         """Return the request for these targets, with `draws`, how often each head was drawn."""
@@ -187,11 +195,9 @@ class Window:
 
     def mean_weight(self, share: LossShare) -> Tensor | float:
         """Return the weight of each next token in the model's own loss."""
-        return (
-            share.scale / self.next_tokens.clamp(min=1)
-            if share.items is None
-            else 1.0 / share.items
-        )
+        if share.items is not None:
+            return 1.0 / share.items
+        return share.scale / self.next_tokens.clamp(min=1)
 
 
 class Tally:
@@ -209,22 +215,27 @@ class Tally:
         self.gamma += window.gamma
         for index, count in enumerate(window.drawn_counts.tolist()):
             self.steps_of_head[index] += window.gamma != 0.0 and count > 0
+        sums = window.sums
         # A batch whose loss was computed twice counts once.
-        share = (window.own_tokens / window.sums.tokens.clamp(min=1)).clamp(max=1)
-        share = torch.where(window.sums.tokens > 0, share, 1.0)
-        self.next_token += window.sums.next_token * share
-        self.aux += window.sums.aux * share
-        self.heads += window.sums.heads * share / window.drawn_counts.clamp(min=1)
+        share = (window.own_tokens / sums.tokens.clamp(min=1)).clamp(max=1)
+        share = torch.where(sums.tokens > 0, share, 1.0)
+        self.next_token += sums.next_token * share
+        self.aux += sums.aux * share
+        self.heads += sums.heads * share / window.drawn_counts.clamp(min=1)
 
     def log(self, step: int, processes: int, over_processes: Callable[[Tensor], Tensor]) -> CAFTLog:
         """Return the log entries at `step`. Every process must call it."""
         steps = max(step - self.since_step, 1)
-        shares = over_processes(torch.cat([self.next_token[None], self.aux[None], self.heads]))
-        next_token, aux, *heads = shares.tolist()
-        counted = enumerate(zip(heads, self.steps_of_head, strict=True), 1)
+        own = torch.cat([self.next_token[None], self.aux[None], self.heads])
+        next_token, aux, *heads = over_processes(own).tolist()
+        losses = {}
+        for k, (total, times) in enumerate(zip(heads, self.steps_of_head, strict=True), 1):
+            if times:  # a head that was not drawn has no mean
+                losses[k] = total / times
         return CAFTLog(
+            # each process has the host's mean; heads' sums are already divided by global counts
             next_token_loss=next_token / processes / steps,
-            head_losses={k: share / times for k, (share, times) in counted if times},
+            head_losses=losses,
             gamma=self.gamma / steps,
             aux_loss=aux / processes / steps,
         )
@@ -234,46 +245,52 @@ class Totals:
     """Sums of an evaluation on this process, float64.
 
     They are, for each head: losses, correct predictions, predictions that are correct in all heads
-        up to it, targets.
+    up to it, targets.
     """
 
     def __init__(self, num_heads: int, device: torch.device) -> None:
         self.figures = torch.zeros(4, num_heads, dtype=torch.float64, device=device)
 
     def add(self, result: Result, counts: Tensor) -> None:
-        if result.right is not None:
-            right = result.right.to(result.sums)
-            figures = [result.sums, right.sum(1), right.cumprod(0).sum(1), counts.to(result.sums)]
-            self.figures += torch.stack(figures).to(self.figures)
+        if result.right is None:
+            return
+        right = result.right.to(result.sums)
+        in_a_row = right.cumprod(0)
+        figures = [result.sums, right.sum(1), in_a_row.sum(1), counts.to(result.sums)]
+        self.figures += torch.stack(figures).to(self.figures)
 
     def means(self, over_processes: Callable[[Tensor], Tensor]) -> HeadsEvaluation:
         """Return the means over all processes. Every process must call it."""
-        rows = over_processes(self.figures).T.tolist()
-        found = {k: row for k, row in enumerate(rows, 1) if row[3]}
-        return HeadsEvaluation(
-            losses={k: total / count for k, (total, _, _, count) in found.items()},
-            accuracies={k: right / count for k, (_, right, _, count) in found.items()},
-            tokens_per_pass=(
-                1 + sum(run for _, _, run, _ in rows) / rows[0][3] if 1 in found else None
-            ),
-            positions=int(rows[0][3]),
-        )
+        losses: dict[int, float] = {}
+        accuracies: dict[int, float] = {}
+        totals, rights, runs, counts = over_processes(self.figures).tolist()
+        for k, count in enumerate(counts, 1):
+            if count:
+                losses[k] = totals[k - 1] / count
+                accuracies[k] = rights[k - 1] / count
+        positions = counts[0]
+        tokens_per_pass = 1 + sum(runs) / positions if positions else None
+        return HeadsEvaluation(losses, accuracies, tokens_per_pass, int(positions))
 
 
 def over_processes(accelerator: Accelerator, tensor: Tensor) -> Tensor:
     """Return the sum of a tensor over all processes."""
-    return accelerator.reduce(tensor, reduction="sum") if accelerator.num_processes > 1 else tensor
+    if accelerator.num_processes == 1:
+        return tensor
+    return accelerator.reduce(tensor, reduction="sum")
 
 
 def draw_heads(config: CAFTConfig, micro_batches: int, seed: int, step: int) -> list[list[int]]:
     """Return how often each head is drawn for each micro-batch; the same on all processes and after
     a restart."""
     if config.heads_per_step is None:
-        return [[1] * config.num_heads] * micro_batches
+        all_once = [1] * config.num_heads
+        return [all_once] * micro_batches
     heads = range(config.num_heads)
     weights = [config.alpha**k for k in heads]
     draws = []
     for index in range(micro_batches):
+        # not torch's generators: the host draws from them
         generator = random.Random(f"{seed} {step} {index}")
         drawn = generator.choices(heads, weights, k=config.heads_per_step)
         draws.append([drawn.count(head) for head in heads])

@@ -166,8 +166,8 @@ class Drafter:
                 num_heads=folder.record.num_heads, heads=os.fspath(heads), train_heads="frozen"
             )
             config = resolve_wiring(asked, folder.record)
-            folder.check_model(config, trunk.model.config)
-            folder.check_layers(trunk.layer_class)
+            folder.refuse_other_model(config, trunk.model.config)
+            folder.refuse_other_layers(trunk.layer_class)
             built = build_heads(model, trunk, config, seed=0)
             folder.load_into(built, trunk.layer_class)
             folder.warn_of_model(built.origin, trunk.model.config)

@@ -36,7 +36,7 @@ from caft_plugin.meap.plans import StepPlans
 from caft_plugin.meap.roles import NOTHING_SAID, Roles, Said
 from caft_plugin.meap.training_set import TrainingSet, used_ids
 from caft_plugin.model.trunk import input_embedding
-from caft_plugin.refusals import check_trainer
+from caft_plugin.refusals import refuse_trainer
 from caft_plugin.targets import EXAMPLE, MASKED, MAY_MASK, OVERLONG, PLAN, Batch
 
 logger = logging.getLogger(__name__)
@@ -83,8 +83,7 @@ class MaskedTraining:
     masking.
 
     `data` is the training set that is masked (in mode sft, the doubled one); `plain` returns the
-    same set without copies. It has a method for each place where a trainer meets masks (data,
-    batches, log, files), so it has many.
+    same set without copies.
     """
 
     def __init__(self, trainer: Trainer, config: MEAPConfig) -> None:
@@ -126,7 +125,7 @@ class MaskedTraining:
             # lower levels are not shown by default
             logger.warning("meap.mask_token: %s", token.words)
         if token.added:
-            check_trainer(trainer, "meap.mask_token")
+            refuse_trainer(trainer, "meap.mask_token")
             added = AddedMaskToken(model, token)
             if trainer.optimizer is not None and added.vector.requires_grad:
                 raise ConfigError(

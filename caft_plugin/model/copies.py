@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
 from caft_plugin.errors import ConfigError
-from caft_plugin.model.trunk import in_use, unmergeable
+from caft_plugin.model.trunk import in_use, refuse_unmergeable
 
 # Attributes with which accelerate or a kernel replaces the class's forward on an instance.
 OWN_FORWARD = ("forward", "_old_forward", "_hf_hook")
@@ -34,9 +34,9 @@ def plain_copy(layer: nn.Module, dtype: torch.dtype | None) -> nn.Module:
         ConfigError: an adapter that cannot be merged, or a quantisation that cannot be reversed.
     """
     layer = _plain(_without_hooks(layer).eval(), dtype)
-    _check_plain(layer)
-    largest = max((p for p in layer.parameters() if p.is_floating_point()), key=Tensor.numel)
-    layer = layer.to(largest.dtype)
+    _refuse_not_plain(layer)
+    floats = [p for p in layer.parameters() if p.is_floating_point()]
+    layer = layer.to(max(floats, key=Tensor.numel).dtype)
     layer.requires_grad_(False)
     return layer
 
@@ -100,9 +100,8 @@ def _take_value(module: Any, dtype: torch.dtype | None) -> None:
             *parametrisation.buffers(recurse=False),
         ]
         value = getattr(module, name).detach().clone()
-        values[name] = (
-            value if all(map(torch.is_floating_point, stored)) else value.to(dtype or value.dtype)
-        )
+        was_quantised = not all(map(torch.is_floating_point, stored))
+        values[name] = value.to(dtype or value.dtype) if was_quantised else value
     module.__class__ = type(module).__bases__[0]
     del module.parametrizations
     for name, value in values.items():
@@ -119,26 +118,36 @@ def _merged(tuner: Any, dtype: torch.dtype | None) -> nn.Module:
         if part.disable_adapters and part.merged:
             part.unmerge()
     inner = chain[-1]
-    has_adapter_inside = isinstance(inner.base_layer, nn.MultiheadAttention)
-    if not has_adapter_inside:
-        theirs = inner.base_layer
-        # dequantising damages some
-        base = _plain(copy.deepcopy(theirs) if is_quantised(theirs) else theirs, dtype)
-        if any(parameter.is_meta for parameter in base.parameters()):
-            return base
-        if is_plain_linear(base):
-            return _with_effect(base, tuner)
-        inner.base_layer = base
-    try:
-        for part in reversed(chain):
-            merges = not part.disable_adapters and not part.merged
-            if has_adapter_inside:
-                return _plain(part.unload_and_optionally_merge_module(merges, False, None), dtype)
-            if merges:
-                part.merge()
-    except NotImplementedError as error:
-        raise unmergeable(tuner, str(error)) from None
+    theirs = inner.base_layer
+    if isinstance(theirs, nn.MultiheadAttention):  # PEFT has put adapters inside
+        return _plain(_merge_into_attention(inner), dtype)
+    # a copy, because dequantising damages some
+    base = _plain(copy.deepcopy(theirs) if is_quantised(theirs) else theirs, dtype)
+    if any(parameter.is_meta for parameter in base.parameters()):
+        return base
+    if is_plain_linear(base):
+        return _with_effect(base, tuner)
+    inner.base_layer = base
+    for part in reversed(chain):
+        _merge(part)
     return tuner.get_base_layer()
+
+
+def _merge(tuner: Any) -> None:
+    if tuner.disable_adapters or tuner.merged:
+        return
+    try:
+        tuner.merge()
+    except NotImplementedError as error:
+        refuse_unmergeable(tuner, str(error))
+
+
+def _merge_into_attention(tuner: Any) -> nn.Module:
+    merges = not tuner.disable_adapters and not tuner.merged
+    try:
+        return tuner.unload_and_optionally_merge_module(merges, False, None)
+    except NotImplementedError as error:
+        refuse_unmergeable(tuner, str(error))
 
 
 def is_plain_linear(module: nn.Module) -> bool:
@@ -167,11 +176,14 @@ def _with_effect(base: Any, tuner: Any) -> nn.Module:
     layer = tuner
     takes = kind
     rounding = 0.02
-    probe = torch.randn(4, size, generator=torch.Generator().manual_seed(0)).to(device, exact)
+    generator = torch.Generator().manual_seed(0)
+    probe = torch.randn(4, size, generator=generator).to(device, exact)
 
     def change(rows: Tensor) -> Tensor:
         rows = rows[None].to(takes)
-        return (layer(rows).to(exact) - layer.get_base_layer()(rows).to(exact))[0]
+        with_adapter = layer(rows).to(exact)
+        without = layer.get_base_layer()(rows).to(exact)
+        return (with_adapter - without)[0]
 
     with full_precision(), torch.random.fork_rng(devices=[]):
         if tuner.get_base_layer() is base:
@@ -185,17 +197,20 @@ def _with_effect(base: Any, tuner: Any) -> nn.Module:
         try:
             wanted = change(probe)
         except Exception as error:  # a method that needs more than an input, each in its own way
-            raise unmergeable(tuner, f"{type(error).__name__}: {error}") from error
+            refuse_unmergeable(tuner, f"{type(error).__name__}: {error}")
         if wanted.any():
             bias = change(probe.new_zeros(1, size))[0]
             identity = torch.eye(size, device=device, dtype=exact)
             weight = torch.cat([change(rows) - bias for rows in identity.split(1024)])
             off = (probe @ weight + bias - wanted).norm()
-            if not off <= 0.01 * wanted.norm() + rounding * base(probe.to(kind)).norm():
-                raise unmergeable(tuner, "its effect is not linear in its input")
-            base.weight.data = (base.weight + (weight.T if out_in else weight)).to(kind)
+            tolerance = 0.01 * wanted.norm() + rounding * base(probe.to(kind)).norm()
+            if not off <= tolerance:  # also if it is not a number
+                refuse_unmergeable(tuner, "its effect is not linear in its input")
+            weight = weight.T if out_in else weight
+            base.weight.data = (base.weight + weight).to(kind)
             if bias.any():
-                base.bias = nn.Parameter((bias if base.bias is None else base.bias + bias).to(kind))
+                bias = bias if base.bias is None else base.bias + bias
+                base.bias = nn.Parameter(bias.to(kind))
     return base
 
 
@@ -211,22 +226,19 @@ def full_precision() -> Iterator[None]:
         settings.fp32_precision = before
 
 
-def _check_plain(layer: nn.Module) -> None:
+def _refuse_not_plain(layer: nn.Module) -> None:
     """Raise ConfigError if a copy has a module or tensor that a plain layer does not have."""
     for name, module in layer.named_modules():
         if type(module).__module__.startswith("peft."):
-            raise unmergeable(module, f"{name} is not a layer that can be merged")
+            refuse_unmergeable(module, f"{name} is not a layer that can be merged")
         for key, tensor in [
             *module.named_parameters(recurse=False),
             *module.named_buffers(recurse=False),
         ]:
-            plain = type(tensor) in (nn.Parameter, Tensor)
-            small = tensor.itemsize == 1 and tensor.dtype != torch.bool
-            if (
-                not plain
-                or small
-                or (isinstance(tensor, nn.Parameter) and not tensor.is_floating_point())
-            ):
+            is_plain = type(tensor) in (nn.Parameter, Tensor)
+            is_packed = isinstance(tensor, nn.Parameter) and not tensor.is_floating_point()
+            is_small = tensor.itemsize == 1 and tensor.dtype != torch.bool
+            if not is_plain or is_packed or is_small:
                 raise ConfigError(
                     f"caft: {key} of the last layer's {name or type(layer).__name__}"
                     f" ({type(module).__name__}) is a {type(tensor).__name__} of {tensor.dtype},"
@@ -258,10 +270,11 @@ def dequantised_linear(module: nn.Module, dtype: torch.dtype | None) -> nn.Linea
             " (load_in_4bit or load_in_8bit) or unquantised."
         ) from None
     bias = getattr(module, "bias", None)
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    linear.weight = nn.Parameter(
-        weight.detach().clone().to(dtype or weight.dtype), requires_grad=False
-    )
+    out_features, in_features = weight.shape
+    # on meta: both of its tensors are replaced
+    linear = nn.Linear(in_features, out_features, bias=bias is not None, device="meta")
+    plain = weight.detach().clone().to(dtype or weight.dtype)
+    linear.weight = nn.Parameter(plain, requires_grad=False)
     if bias is not None:
         linear.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
     return linear

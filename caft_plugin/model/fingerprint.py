@@ -2,11 +2,10 @@
 saved with the heads.
 
 A sample holds effective weights: adapters merged, dequantised. One is taken at the start of a run,
-    one when the heads
-are saved, and one of the model that the heads are used with later. That model is the run's own if
-it is as far along the way from start to end as the end is; it is the base if it is at the start.
-This detects even small updates, under rounding (a model merged in bfloat16) and quantisation
-(QLoRA's adapter over a 16-bit base).
+one when the heads are saved, and one of the model that the heads are used with later. That model is
+the run's own if it is as far along the way from start to end as the end is; it is the base if it is
+at the start. This detects even small updates, under rounding (a model merged in bfloat16) and
+quantisation (QLoRA's adapter over a 16-bit base).
 """
 
 from __future__ import annotations
@@ -58,6 +57,13 @@ class Sample:
     quantised: frozenset[str] = frozenset()
     under: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     held: dict[str, torch.dtype] = dataclasses.field(default_factory=dict)
+
+    def of(self, names: frozenset[str]) -> Sample:
+        """Return the sample of these tensors only."""
+        return Sample({name: self.values[name] for name in names}, self.quantised & names)
+
+    def shapes(self) -> dict[str, int]:
+        return {name: len(values) for name, values in self.values.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,23 +171,36 @@ def _sample(weights: list[_Weight], first: Sample | None) -> Sample | None:
     held = {weight.name: weight.tensor.dtype for weight in weights if weight.tensor.dtype in GRIDS}
     # all of them in every process, even if one is missing here: gathering waits for all
     for weight in weights:
-        factors = [] if weight.tuner is None else _factors(weight.tuner)
-        if factors is None:
-            base = (
-                None if weight.sharded else _pick(plain_weight(cast(nn.Module, weight.tuner)), each)
-            )
-        elif not weight.quantised:
-            base = _pick(weight.tensor, each)
-        else:
-            base = None if first is None else first.under.get(weight.name)
-            if base is None and not weight.sharded:
-                base = _pick(plain_weight(weight.module), each)
-            if base is not None:
-                under[weight.name] = base
-        if base is not None:
-            effects = [_effect(weight.module, factor, each) for factor in factors or []]
-            values[weight.name] = torch.stack([base, *effects]).sum(0)
-    return Sample(values, frozenset(under), under, held) if len(values) == len(weights) else None
+        loras = [] if weight.tuner is None else _factors(weight.tuner)
+        base = _base_values(weight, loras, each, first)
+        if base is None:
+            continue
+        if weight.quantised and loras is not None:
+            under[weight.name] = base
+        effects = [_effect(weight.module, lora, each) for lora in loras or []]
+        values[weight.name] = torch.stack([base, *effects]).sum(0)
+    if len(values) < len(weights):
+        return None
+    return Sample(values, frozenset(under), under, held)
+
+
+def _base_values(
+    weight: _Weight, loras: list[_Factors] | None, each: int, first: Sample | None
+) -> Tensor | None:
+    """Return a weight's values without its LoRAs, or None if they cannot be read.
+
+    With another kind of adapter (`loras` is None), they are the values with it.
+    """
+    if loras is None:
+        tuner = cast(nn.Module, weight.tuner)
+        return None if weight.sharded else _pick(plain_weight(tuner), each)
+    if not weight.quantised:
+        return _pick(weight.tensor, each)
+    # Packed weights cannot be dequantised once they are sharded, but training does not change them.
+    known = None if first is None else first.under.get(weight.name)
+    if known is None and not weight.sharded:
+        return _pick(plain_weight(weight.module), each)
+    return known
 
 
 def plain_weight(linear: nn.Module) -> Tensor:
@@ -205,17 +224,20 @@ def _factors(tuner: BaseTunerLayer) -> list[_Factors] | None:
     if tuner.disable_adapters or tuner.merged:
         return []
     active = [name for name in tuner.active_adapters if name in tuner.lora_A]
-    pairs = {
-        name: [factor[name].get_parameter("weight") for factor in (tuner.lora_A, tuner.lora_B)]
-        for name in active
-    }
-    plain = all(
-        type(tuner.lora_A[name]) is nn.Linear and tuner.lora_B[name].bias is None for name in active
-    )
-    # convolutions, DoRA and its kin
-    if not plain or any(name in tuner.lora_variant for name in active):
+    if not all(_is_plain_lora(tuner, name) for name in active):
         return None
-    return [_Factors(tuner.scaling[name], *map(_all_of, pair)) for name, pair in pairs.items()]
+    loras = []
+    for name in active:
+        a = _all_of(tuner.lora_A[name].get_parameter("weight"))
+        b = _all_of(tuner.lora_B[name].get_parameter("weight"))
+        loras.append(_Factors(tuner.scaling[name], a, b))
+    return loras
+
+
+def _is_plain_lora(tuner: LoraLayer, name: str) -> bool:
+    """Return False for convolutions, DoRA and its kin."""
+    is_linear = type(tuner.lora_A[name]) is nn.Linear and tuner.lora_B[name].bias is None
+    return is_linear and name not in tuner.lora_variant
 
 
 def _effect(linear: nn.Module, lora: _Factors, each: int) -> Tensor:
@@ -229,13 +251,17 @@ def _effect(linear: nn.Module, lora: _Factors, each: int) -> Tensor:
     else:
         out = at // inputs
         into = at % inputs
-    return lora.scaling * (lora.b[out] * lora.a.T[into]).sum(-1)
+    # the product of the factors at the sampled positions only
+    product = (lora.b[out] * lora.a.T[into]).sum(-1)
+    return lora.scaling * product
 
 
 def positions(size: int, each: int) -> Tensor:
     """Return the indices of the sampled values, always the same ones: all of `size`, or `each` of
     them, spread."""
-    return torch.arange(size) if size <= each else torch.arange(each) * 2_654_435_761 % size
+    if size <= each:
+        return torch.arange(size)
+    return torch.arange(each) * 2_654_435_761 % size
 
 
 def _all_of(tensor: Tensor) -> Tensor:
@@ -246,7 +272,8 @@ def _all_of(tensor: Tensor) -> Tensor:
 def _pick(tensor: Tensor, each: int) -> Tensor:
     full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
     flat = full.detach().flatten()
-    return flat[positions(flat.numel(), each).to(flat.device)].float().cpu()
+    at = positions(flat.numel(), each).to(flat.device)
+    return flat[at].float().cpu()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -260,11 +287,7 @@ class Fingerprint:
     def of(self, names: Iterable[str]) -> Fingerprint:
         """Return the fingerprint of these tensors only."""
         kept = frozenset(names)
-        before, after = (
-            Sample({name: sample.values[name] for name in kept}, sample.quantised & kept)
-            for sample in (self.before, self.after)
-        )
-        return Fingerprint(before, after)
+        return Fingerprint(self.before.of(kept), self.after.of(kept))
 
     def verdict(self, now: Sample) -> Verdict:
         """Return which model `now` was sampled from: the one the heads were trained with, its base,
@@ -272,39 +295,45 @@ class Fingerprint:
 
         If the first two cannot be distinguished, the verdict is `own`.
         """
-        before = self.before.values
-        after = self.after.values
-        shapes = [
-            {name: len(values) for name, values in sample.items()}
-            for sample in (before, after, now.values)
-        ]
-        if shapes[0] != shapes[1] or shapes[0] != shapes[2]:
+        if not self.before.shapes() == self.after.shapes() == now.shapes():
             return "other"
+        found = self._compared(now)
+        way = found.way
+        if len(way) < FEW:
+            return "own" if found.as_after or found.as_before else "other"
+        # the part of the way from start to end that the model has gone, and its standard error
+        share = float(found.gone @ way / (way @ way))
+        rest = (found.gone - share * way).norm()
+        error = float(rest / (way.norm() * math.sqrt(len(way) - 1)))
+        # share is 0 at the start and 1 at the end; rounding lengthens short steps
+        if found.as_after and 0.7 - 3 * error < share < 1.6 + 3 * error:
+            return "own"
+        return "base" if found.as_before and abs(share) < 0.3 + 3 * error else "other"
+
+    def _compared(self, now: Sample) -> _Compared:
+        """Return the comparison of all tensors together."""
         quantised = self.before.quantised | self.after.quantised | now.quantised
         tensors = [
             _Compared.of(
-                before[name], after[name], now.values[name], name in quantised, now.held.get(name)
+                self.before.values[name],
+                self.after.values[name],
+                now.values[name],
+                name in quantised,
+                now.held.get(name),
             )
-            for name in sorted(before)
+            for name in sorted(self.before.values)
         ]
-        is_own, is_base = (
-            all(getattr(tensor, f"as_{end}") for tensor in tensors) for end in ("after", "before")
+        return _Compared(
+            all(tensor.as_before for tensor in tensors),
+            all(tensor.as_after for tensor in tensors),
+            torch.cat([tensor.way for tensor in tensors]),
+            torch.cat([tensor.gone for tensor in tensors]),
         )
-        way = torch.cat([tensor.way for tensor in tensors])
-        gone = torch.cat([tensor.gone for tensor in tensors])
-        if len(way) < FEW:
-            return "own" if is_own or is_base else "other"
-        share = float(gone @ way / (way @ way))
-        error = float((gone - share * way).norm() / (way.norm() * math.sqrt(len(way) - 1)))
-        # share is 0 at the start and 1 at the end; rounding lengthens short steps
-        if is_own and 0.7 - 3 * error < share < 1.6 + 3 * error:
-            return "own"
-        return "base" if is_base and abs(share) < 0.3 + 3 * error else "other"
 
 
 @dataclasses.dataclass(frozen=True)
 class _Compared:
-    """The comparison of one tensor with the run's start and end, up to rounding and quantisation.
+    """The comparison of tensors with the run's start and end, up to rounding and quantisation.
 
     For the values that training changed by more than rounding can undo, `way` is that change and
     `gone` the model's difference from the start, both in units of the weights' root mean square.
@@ -338,24 +367,19 @@ class _Compared:
         def alike(then: Tensor) -> bool:
             grid = max(grid_of(then), grid_of(now), key=GRIDS.__getitem__)
             off = _rms(then.to(grid).float() - now.to(grid).float()) / size
+            if quantised:
+                return off <= QUANTISATION
             # a merge rounds the base and the result in its own way; values that were on the grid
             # come back bitwise
-            rounding = (
-                0.0
-                if grid_of(then) == grid and not rounded
-                else TWICE_ROUNDED * max(step, GRIDS[grid])
-            )
-            return off <= (
-                QUANTISATION if quantised else rounding + 0.05 * _rms(after - before) / size + 1e-5
-            )
+            is_on_grid = grid_of(then) == grid and not rounded
+            rounding = 0.0 if is_on_grid else TWICE_ROUNDED * max(step, GRIDS[grid])
+            return off <= rounding + 0.05 * _rms(after - before) / size + 1e-5
 
-        moved = (after - before).abs() > step * now.abs()
-        return cls(
-            alike(before),
-            alike(after),
-            ((after - before) / size)[moved],
-            ((now - before) / size)[moved],
-        )
+        change = after - before
+        moved = change.abs() > step * now.abs()
+        way = (change / size)[moved]
+        gone = ((now - before) / size)[moved]
+        return cls(alike(before), alike(after), way, gone)
 
 
 def grid_of(values: Tensor) -> torch.dtype:

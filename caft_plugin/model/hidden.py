@@ -27,12 +27,14 @@ class Handle(Protocol):
     def detach(self) -> None: ...
 
 
-def taken(model: nn.Module) -> ConfigError:
-    return ConfigError(
-        f"caft: this {type(model).__name__} is in use by another trainer with `caft` or `meap`."
-        " Trainers can share a model one after the other, not at the same time: let the other"
-        " train() or evaluate() finish first."
-    )
+def refuse_taken_model(model: nn.Module, taken: bool) -> None:
+    """Raise ConfigError if `taken`: another trainer has attached something to this model."""
+    if taken:
+        raise ConfigError(
+            f"caft: this {type(model).__name__} is in use by another trainer with `caft` or `meap`."
+            " Trainers can share a model one after the other, not at the same time: let the other"
+            " train() or evaluate() finish first."
+        )
 
 
 class HiddenSubmodule:
@@ -58,8 +60,7 @@ class HiddenSubmodule:
         Raises:
             ConfigError: the model already has a submodule with this name.
         """
-        if hasattr(self.model, self.name):
-            raise taken(self.model)
+        refuse_taken_model(self.model, taken=hasattr(self.model, self.name))
         give_memory(self.module)
         self.model.add_module(self.name, None if self._out_of_sight else self.module)
         self._handles = [
@@ -137,12 +138,11 @@ class HiddenSubmodule:
         if self._shown == "all":
             return
         if self._shown == "frozen":
-            shown = {
-                f"{start}{name}"
-                for name, p in self.module.named_parameters()
-                if not p.requires_grad
-            }
-        for key in [key for key in state if key.startswith(start) and key not in shown]:
+            for name, parameter in self.module.named_parameters():
+                if not parameter.requires_grad:
+                    shown.add(f"{start}{name}")
+        hidden = [key for key in state if key.startswith(start) and key not in shown]
+        for key in hidden:
             del state[key]
 
     def _forgive(self, owner: nn.Module, incompatible: Any) -> None:
@@ -196,7 +196,8 @@ def copies_leave_out(handle: Handle, *modules: nn.Module) -> None:
     for module in modules:
         copier = copier_of(module) or CopyWithoutUs(module)
         copier.handles.append(handle)
-        vars(module).update({name: method.__get__(copier) for name, method in ON_MODULE.items()})
+        for name, method in ON_MODULE.items():
+            vars(module)[name] = method.__get__(copier)
 
 
 def copies_hold_again(handle: Handle, *modules: nn.Module) -> None:

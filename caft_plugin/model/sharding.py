@@ -1,4 +1,4 @@
-"""Write files atomically; gather and shard tensors."""
+"""Gather and shard tensors."""
 
 from __future__ import annotations
 
@@ -55,13 +55,17 @@ def unsharded_twin(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
         twin.__dict__[name] = OrderedDict()
     twin.__dict__.pop("_compiled_call_impl", None)  # it calls `module` itself, hooks included
-    parameters = {
-        n: p if p is None else _unsharded(p, dtype) for n, p in module._parameters.items()
-    }
+    # both hold None for what a class registered without a value
+    parameters = dict(module._parameters)
+    for name, parameter in parameters.items():
+        if parameter is not None:
+            parameters[name] = _unsharded(parameter, dtype)  # type: ignore[assignment]
+    modules = dict(module._modules)
+    for name, child in modules.items():
+        if child is not None:
+            modules[name] = unsharded_twin(child, dtype)
     twin.__dict__["_parameters"] = parameters
-    twin._modules = {
-        n: m if m is None else unsharded_twin(m, dtype) for n, m in module._modules.items()
-    }
+    twin.__dict__["_modules"] = modules
     return twin
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from peft import PeftConfig, PeftMixedModel, PeftModel, PeftType
@@ -74,67 +74,72 @@ def find_trunk(model: nn.Module) -> Trunk:
         ConfigError: heads cannot be built for the model.
     """
     refuse_adapters(model)
-    base: nn.Module = model
-    while isinstance(base, (PeftModel, PeftMixedModel)):
-        base = base.get_base_model() if isinstance(base, PeftModel) else base.base_model.model
+    base = _transformers_model(model)
     name = type(base).__name__
-    if not isinstance(base, PreTrainedModel):
-        inside = next(
-            (f"{at} ({type(m).__name__})" for at, m in base.named_modules() if is_model(m)), None
-        )
-        raise ConfigError(
-            f"caft: got a model of class {name}, but CAFT accepts a transformers model"
-            " (PreTrainedModel), with or without a PEFT adapter. "
-            + (
-                f"Pass its {inside} as the model"
-                if inside
-                else "Derive its class from PreTrainedModel"
-            )
-            + ", or train without CAFT."
-        )
     refuse_unfit(base.config, name)
     text_config = base.config.get_text_config()
-    layers = None
-    norms = []
     at = find_layers(base, getattr(text_config, "num_hidden_layers", None))
-    # the final norm is a sibling of the layers: the next one after them, else the last one before
-    if at is not None:
-        decoder = base.get_decoder()
-        layers = decoder.get_submodule(at)
-        children = list(decoder.get_submodule(at.rpartition(".")[0]).children())
-        place = children.index(layers)
-        near = [*children[place:], *reversed(children[:place])]
-        norms = [child for child in near if "norm" in type(inmost(child)).__name__.lower()]
+    layers = None if at is None else base.get_decoder().get_submodule(at)
+    norm = None if at is None else _final_norm(base.get_decoder(), at)
     unembedding = base.get_output_embeddings()
-    if layers is None or not norms or unembedding is None:
-        missing = [
-            what
-            for what, found in [
-                ("list of decoder layers", layers),
-                ("final norm", norms),
-                ("unembedding (lm_head)", unembedding),
-            ]
-            if not found
-        ]
+    if layers is None or norm is None or unembedding is None:
+        parts = {
+            "list of decoder layers": layers,
+            "final norm": norm,
+            "unembedding (lm_head)": unembedding,
+        }
+        missing = [what for what, found in parts.items() if found is None]
         raise ConfigError(
             f"caft: {name} has no {' and no '.join(missing)} where decoder-only models have it, so"
             " CAFT cannot build heads for it. Use a decoder-only causal language model, or train"
             " without CAFT."
         )
     if isinstance(layers[-1], BaseTunerLayer):
-        raise unmergeable(layers[-1], "it wraps complete decoder layers")
+        refuse_unmergeable(layers[-1], "it wraps complete decoder layers")
     return Trunk(
         model=base,
         layers=[
             in_use(layer) if isinstance(layer, AuxiliaryTrainingWrapper) else layer
             for layer in layers
         ],
-        norm=norms[0],
+        norm=norm,
         unembedding=unembedding,
         transform=logit_transform(text_config),
         hidden_size=size_of(base, "hidden_size"),
         vocab_size=size_of(base, "vocab_size"),
     )
+
+
+def _transformers_model(model: nn.Module) -> PreTrainedModel:
+    """Return the model without PEFT's wrappers.
+
+    Raises:
+        ConfigError: it is not a model of transformers.
+    """
+    base: nn.Module = model
+    while isinstance(base, (PeftModel, PeftMixedModel)):
+        base = base.get_base_model() if isinstance(base, PeftModel) else base.base_model.model
+    if isinstance(base, PreTrainedModel):
+        return base
+    inside = [f"{at} ({type(m).__name__})" for at, m in base.named_modules() if is_model(m)]
+    fix = (
+        f"Pass its {inside[0]} as the model" if inside else "Derive its class from PreTrainedModel"
+    )
+    raise ConfigError(
+        f"caft: got a model of class {type(base).__name__}, but CAFT accepts a transformers model"
+        f" (PreTrainedModel), with or without a PEFT adapter. {fix}, or train without CAFT."
+    )
+
+
+def _final_norm(decoder: nn.Module, layers: str) -> nn.Module | None:
+    """Return the decoder's final norm, given the name of its list of layers.
+
+    It is a sibling of the layers: the next norm after them, else the last one before.
+    """
+    siblings = list(decoder.get_submodule(layers.rpartition(".")[0]).children())
+    place = siblings.index(decoder.get_submodule(layers))
+    near = [*siblings[place:], *reversed(siblings[:place])]
+    return next((m for m in near if "norm" in type(inmost(m)).__name__.lower()), None)
 
 
 def find_layers(base: PreTrainedModel, count: int | None) -> str | None:
@@ -147,30 +152,44 @@ def find_layers(base: PreTrainedModel, count: int | None) -> str | None:
     Raises:
         ConfigError: there are several candidates.
     """
+    lists = _lists_of_modules(base.get_decoder())
     unsplit = set(getattr(base, "_no_split_modules", None) or ())
-
-    def is_layer(module: nn.Module) -> bool:
-        return isinstance(module, GradientCheckpointingLayer) or type(module).__name__ in unsplit
-
-    lists = {
-        at: [inmost(layer) for layer in module]
-        for at, module in base.get_decoder().named_modules()
-        if isinstance(module, nn.ModuleList) and any(list(layer.children()) for layer in module)
-    }
-    found = [at for at, layers in lists.items() if any(map(is_layer, layers))]
+    found = [at for at, layers in lists.items() if _has_layer(layers, unsplit)]
     if not found:
         found = [at for at, layers in lists.items() if count in (None, len(layers))]
-    found = [at for at in found if not any(at.startswith(f"{outer}.") for outer in found)]
+    found = [at for at in found if not _is_inside(at, found)]
+    as_long = [at for at in found if len(lists[at]) == count]
+    found = as_long or found
     if len(found) > 1:
-        found = [at for at in found if len(lists[at]) == count] or found
-    if len(found) > 1:
-        named = ", ".join(f"{at} ({len(lists[at])} {type(lists[at][-1]).__name__})" for at in found)
+        each = [f"{at} ({len(lists[at])} {type(lists[at][-1]).__name__})" for at in found]
+        named = ", ".join(each)
         raise ConfigError(
             f"caft: {type(base).__name__} has several lists that may be its decoder layers:"
             f" {named}. Name the layers' class in the model's `_no_split_modules`, or train without"
             " CAFT."
         )
     return found[0] if found else None
+
+
+def _lists_of_modules(decoder: nn.Module) -> dict[str, list[nn.Module]]:
+    """Return the modules in each list of modules with children, by the list's name."""
+    return {
+        at: [inmost(layer) for layer in module]
+        for at, module in decoder.named_modules()
+        if isinstance(module, nn.ModuleList) and any(list(layer.children()) for layer in module)
+    }
+
+
+def _has_layer(modules: Sequence[nn.Module], unsplit: set[str]) -> bool:
+    return any(
+        isinstance(module, GradientCheckpointingLayer) or type(module).__name__ in unsplit
+        for module in modules
+    )
+
+
+def _is_inside(at: str, lists: Sequence[str]) -> bool:
+    """Return True if a module is inside of one of these lists, as a layer's experts are."""
+    return any(at.startswith(f"{outer}.") for outer in lists)
 
 
 def size_of(base: PreTrainedModel, key: str) -> int:
@@ -320,12 +339,11 @@ def refuse_offloaded(trunk: Trunk) -> None:
             )
 
 
-def unmergeable(tuner: object, why: str) -> ConfigError:
-    kind = (
-        f"{type(tuner).__module__.removeprefix('peft.tuners.').split('.')[0]}"
-        f" ({type(tuner).__name__})"
-    )
-    return ConfigError(
+def refuse_unmergeable(tuner: object, why: str) -> NoReturn:
+    """Raise ConfigError for an adapter's module of which no plain copy can be made."""
+    method = type(tuner).__module__.removeprefix("peft.tuners.").split(".")[0]
+    kind = f"{method} ({type(tuner).__name__})"
+    raise ConfigError(
         f"caft: the last layer has a PEFT {kind} adapter, which cannot be merged into its weights"
         f" ({why}), so the layer cannot be copied into heads. Use an adapter that can be merged,"
         " such as LoRA, or train without CAFT."

@@ -302,7 +302,7 @@ def _checked(run: Run, trunk: Trunk) -> CAFTConfig:
     record = None
     if name is not None and (Path(name).exists() or name.startswith((".", "/", "~"))):
         folder = HeadsFolder.open(name)
-        folder.check_model(run.caft, trunk.model.config)
+        folder.refuse_other_model(run.caft, trunk.model.config)
         record = folder.record
     return resolve_wiring(run.caft, record)
 

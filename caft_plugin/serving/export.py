@@ -215,7 +215,7 @@ def _check(
     record = folder.record
     config = target.config
     if (folder.path / LORA).exists() or record.layer_class != family.layer_class:
-        folder.check_layers(family.layer_class)
+        folder.refuse_other_layers(family.layer_class)
     if record.hidden_size != config.hidden_size:
         raise ConfigError(
             f"{heads_as()}: {folder.path} was made for hidden_size {record.hidden_size}, but"

@@ -42,7 +42,6 @@ from caft_plugin.caft.heads_record import (
 )
 from caft_plugin.caft.loss import DISTRIBUTIONS, TOKENS
 from caft_plugin.caft.objective import AuxiliaryObjective, HostLoss
-from caft_plugin.checkpoints import Parts
 from caft_plugin.config import CAFTConfig, PretrainConfig
 from caft_plugin.errors import ConfigError
 from caft_plugin.files import write_json, write_text
@@ -136,6 +135,8 @@ class Stage1Objective(AuxiliaryObjective):
 class HeadsTrainer(with_caft(TrunkTrainer)):  # type: ignore[misc]
     """Trains heads on a frozen base, which does not change. Checkpoints hold only the heads."""
 
+    caft_saves_model = False
+
     def __init__(self, *args, distribution: bool = False, **kwargs) -> None:
         self.caft_objective = functools.partial(
             Stage1Objective, lesson=DISTRIBUTIONS if distribution else TOKENS
@@ -143,16 +144,13 @@ class HeadsTrainer(with_caft(TrunkTrainer)):  # type: ignore[misc]
         super().__init__(*args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        self.save_ours(output_dir or self.args.output_dir)
-
-    def checkpoint_parts(self) -> Parts:
-        return dataclasses.replace(super().checkpoint_parts(), weights=False)
+        self.caft_files.save(output_dir or self.args.output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: object = None) -> None:
-        self._load_ours(resume_from_checkpoint)
+        self.caft_files.load(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
-        self._load_ours(self.state.best_model_checkpoint)
+        self.caft_files.load(self.state.best_model_checkpoint)
 
 
 @dataclasses.dataclass
@@ -236,17 +234,17 @@ def pretrain_heads(stage1: Stage1) -> Path:
         distribution=config.targets == "distribution",
     )
     before = trainer.evaluate() if heldout else {}
-    trainer.train(resume_from_checkpoint=trainer.newest_whole_checkpoint())
+    trainer.train(resume_from_checkpoint=trainer.caft_files.newest_whole_checkpoint())
     after = trainer.evaluate() if heldout else {}
     trainer.save_model(str(out))
     folder = out / FOLDER
-    first = figures_of(before, len(trainer.caft.heads))
+    first = figures_of(before, len(trainer.caft_parts.caft.heads))
     held_out = HeadsEvaluation.read(after, "eval")
     metrics = HeadsMetrics(
         targets=config.targets,
         rows=len(rows),
         steps=trainer.state.global_step,
-        heads=figures_of(after, len(trainer.caft.heads)),
+        heads=figures_of(after, len(trainer.caft_parts.caft.heads)),
         started_from=caft.heads,
         tokens_per_pass=held_out.tokens_per_pass,
         tokens_per_pass_before=HeadsEvaluation.read(before, "eval").tokens_per_pass,

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, cast, get_args
 
 import click
 from pydantic import BaseModel
 
 from caft_plugin.config import CAFTConfig, HeadInput, PretrainConfig, Targets
-from caft_plugin.errors import ConfigError, given_as_options, heads_named, on_command_line
+from caft_plugin.errors import (
+    CAFTError,
+    ConfigError,
+    given_as_options,
+    heads_named,
+    on_command_line,
+)
 
 if TYPE_CHECKING:
     from caft_plugin.stage1.pretraining import Stage1
@@ -17,14 +23,14 @@ if TYPE_CHECKING:
 
 
 class CAFTCommands(click.Group):
-    """A group of commands that may raise ConfigError: it prints the message without a traceback;
+    """A group of commands that may raise CAFTError: it prints the message without a traceback;
     exit code 1."""
 
     def invoke(self, ctx: click.Context) -> object:
         try:
             with on_command_line():
                 return super().invoke(ctx)
-        except ConfigError as error:
+        except CAFTError as error:
             raise click.ClickException(str(error)) from error
 
 
@@ -179,7 +185,7 @@ def pretrain_heads_command(
     if config is None:
         for name in ("model", "data", "output"):
             if name not in given:
-                raise click.UsageError(needed(name))
+                refuse_missing(name)
         stage1 = plain_stage1(given, caft, PretrainConfig(**settings))
     else:
         refuse_no_file(config, "pretrain-heads")
@@ -199,8 +205,8 @@ def pretrain_heads_command(
         push_heads(folder, push_to_hub)
 
 
-def needed(name: str) -> str:
-    return f"--{name} is required if no CONFIG is given"
+def refuse_missing(name: str) -> NoReturn:
+    raise click.UsageError(f"--{name} is required if no CONFIG is given")
 
 
 def refuse_no_file(config: Path, command: str) -> None:
@@ -350,7 +356,7 @@ def speculate_command(
         heads = heads or run.heads
     for name, value in (("model", model), ("heads", heads), ("prompts", prompts or config)):
         if value is None:
-            raise click.UsageError(needed(name))
+            refuse_missing(name)
     model = cast(str, model)
     heads = cast(str, heads)
 
@@ -461,7 +467,7 @@ def export_drafter_command(
         heads = heads or run.heads
     for name, value in (("model", model), ("heads", heads)):
         if value is None:
-            raise click.UsageError(needed(name))
+            refuse_missing(name)
 
     from caft_plugin.serving.export import export_drafter
 

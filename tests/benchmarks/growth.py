@@ -72,7 +72,7 @@ def steps(model: Any, rows: list[dict[str, list[int]]], caft: dict | None) -> It
 
 
 def added_bytes(trainer: Any) -> int:
-    heads = list(trainer.caft.heads.parameters())
+    heads = list(trainer.caft_parts.caft.heads.parameters())
     states = [trainer.optimizer.state[p] for p in heads]
     moments = [t for state in states for t in state.values() if torch.is_tensor(t) and t.dim()]
     # weights, gradients, moments

@@ -47,9 +47,9 @@ def steps(model: Any, tokenizer: Any, rows: list[dict[str, list[int]]], meap: di
         meap=meap,
     )
     batches = iter(trainer.get_train_dataloader())
-    if trainer.meap is not None:
+    if trainer.caft_parts.meap is not None:
         # as `train()` does: the log has the losses of masked and of other tokens
-        trainer.meap.losses.attach()
+        trainer.caft_parts.meap.losses.attach()
     while True:
         start = time.perf_counter()
         (inputs,), items = trainer.get_batch_samples(batches, 1, trainer.args.device)

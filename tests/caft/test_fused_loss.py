@@ -155,6 +155,6 @@ def test_where_it_cannot_be_done(tiny_model, tmp_path, caplog):
 
 def test_what_is_attached_is_taken_off(tiny_model, tmp_path):
     trainer = trainer_of(tiny_model, tmp_path, caft={"fused_loss": "on"})
-    assert isinstance(trainer.caft, AuxiliaryObjective)
-    trainer.detach_ours()
+    assert isinstance(trainer.caft_parts.caft, AuxiliaryObjective)
+    trainer.caft_parts.remove()
     assert not tiny_model._forward_pre_hooks and not tiny_model._forward_hooks

@@ -39,7 +39,7 @@ def golden_trainer(golden, tmp_path, attention="sdpa", schedule="rsine"):
             train_heads="full",
         ),
     )
-    trainer.caft.heads.layers.load_state_dict(
+    trainer.caft_parts.caft.heads.layers.load_state_dict(
         {k.removeprefix("auxiliary_head.").replace(".layers.0.", "."): v for k, v in heads.items()}
     )
     model.eval()
@@ -54,7 +54,7 @@ def inputs(golden):
 def test_head_logits(golden, tmp_path, attention, tolerance):
     # eager: the authors' heads ran under sdpa; the two kernels differ by up to 1.4e-5 here.
     trainer = golden_trainer(golden, tmp_path, attention)
-    attached = trainer.caft.handle
+    attached = trainer.caft_parts.caft.handle
     batch = inputs(golden)
     # targets, so that every position is computed
     everywhere = torch.zeros(4, *batch["labels"].shape, dtype=torch.long)
@@ -70,7 +70,9 @@ def test_loss_per_head(golden, tmp_path):
     batch = inputs(golden)
     targets = head_targets(batch, 4)
     request = Request(targets, torch.ones(4), [True] * 4, training=True)
-    own, result = trainer.caft.handle.answer(request, lambda: trainer.model(**batch).loss)
+    own, result = trainer.caft_parts.caft.handle.answer(
+        request, lambda: trainer.model(**batch).loss
+    )
     means = result.sums / (targets != IGNORE).flatten(1).sum(1)
     torch.testing.assert_close(
         torch.cat([own[None], means]), golden[0]["loss_per_head"], rtol=0, atol=1e-5
@@ -92,7 +94,7 @@ def test_gradients(golden, tmp_path):
     trainer = golden_trainer(golden, tmp_path)
     trainer.state = TrainerState(global_step=25, max_steps=STEPS)
     trainer.compute_loss(trainer.model, inputs(golden)).backward()
-    with trainer.caft.handle:
+    with trainer.caft_parts.caft.handle:
         named = dict(trainer.model.named_parameters())
     checked = 0
     for key, expected in golden[0].items():

@@ -35,7 +35,7 @@ def folder(tiny_model, tmp_path):
 def load(model, folder, **settings):
     heads, trunk, config = make(model, **settings)
     opened = HeadsFolder.open(folder)
-    opened.check_model(config, model.config)
+    opened.refuse_other_model(config, model.config)
     opened.load_into(heads, trunk.layer_class)
     return heads
 
@@ -145,12 +145,12 @@ def test_misfits_are_named(tiny_model, folder):
     with pytest.raises(
         ConfigError, match=r"caft.num_heads: got 5, but the folder .* holds 4 heads"
     ):
-        opened.check_model(CAFTConfig(num_heads=5), tiny_model.config)
+        opened.refuse_other_model(CAFTConfig(num_heads=5), tiny_model.config)
     config = LlamaConfig(**{**tiny_model.config.to_dict(), "hidden_size": 64})
     with pytest.raises(
         ConfigError, match="made for hidden_size 32 .* but this model has hidden_size 64"
     ):
-        opened.check_model(CAFTConfig(), config)
+        opened.refuse_other_model(CAFTConfig(), config)
     with pytest.raises(
         ConfigError, match="are of class LlamaDecoderLayer .* of class MistralDecoderLayer"
     ):
@@ -166,7 +166,7 @@ def test_misfits_are_named(tiny_model, folder):
 def test_heads_hold_no_vocabulary(tiny_model, folder, tokens):
     tiny_model.resize_token_embeddings(tokens)
     assert tiny_model.config.vocab_size == tokens != HeadsFolder.open(folder).record.vocab_size
-    HeadsFolder.open(folder).check_model(CAFTConfig(), tiny_model.config)
+    HeadsFolder.open(folder).refuse_other_model(CAFTConfig(), tiny_model.config)
     load(tiny_model, folder)
 
 

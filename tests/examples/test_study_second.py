@@ -570,7 +570,7 @@ def test_the_heads_gradient_is_the_difference_of_two(folder, places, monkeypatch
         def training_step(self, *args, **kwargs):
             loss = super().training_step(*args, **kwargs)
             if self.state.global_step == 0:
-                kind = "heads" if self.caft is not None else "next token"
+                kind = "heads" if self.caft_parts.caft is not None else "next token"
                 named = sorted(self.model.named_parameters())
                 seen[kind] = torch.cat(
                     [

@@ -229,7 +229,7 @@ def trainable(trainer: Any) -> dict[str, Tensor]:
     """By name, the parameters that are trained, the heads' too."""
     parts = {"model": trainer.model}
     if getattr(trainer, "caft", None) is not None:
-        parts["heads"] = trainer.caft.heads
+        parts["heads"] = trainer.caft_parts.caft.heads
     named = [
         (f"{part}.{name}", p)
         for part, module in parts.items()

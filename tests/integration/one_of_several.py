@@ -188,7 +188,7 @@ def main() -> None:
             resumed, _ = trained(folder / case, settings, resume=True)
             result["resumed"] = logged(resumed)
         layers = find_trunk(trainer.model).layers  # FSDP2 puts a class of its own upon each class
-        trainer.detach_ours()
+        trainer.caft_parts.remove()
         names = [name for name, _ in trainer.model.named_modules() if "caft" in name]
         classes = [
             [c for c in type(layer).__mro__ if not c.__name__.startswith("FSDP")]

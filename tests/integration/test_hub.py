@@ -94,7 +94,7 @@ def shapes(file: Path) -> dict[str, tuple]:
 
 def assert_same_heads(trainer, file: Path) -> None:
     torch.testing.assert_close(
-        dict(trainer.caft.heads.layers.state_dict()), load_file(file), rtol=0, atol=0
+        dict(trainer.caft_parts.caft.heads.layers.state_dict()), load_file(file), rtol=0, atol=0
     )
 
 

@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file
 
 from caft_plugin.caft.heads_record import FOLDER, HeadsRecord
-from caft_plugin.checkpoints import newest_whole, problem_of
+from caft_plugin.checkpoints import IncompleteCheckpoint, newest_whole, refuse_incomplete
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -77,10 +77,18 @@ def check_heads_files(folder):
             HeadsRecord.model_validate_json((heads / "config.json").read_text())
 
 
+def is_incomplete(checkpoint):
+    try:
+        refuse_incomplete(checkpoint, interrupted.PARTS)
+    except IncompleteCheckpoint:
+        return True
+    return False
+
+
 def half_written(folder):
     """The checkpoints that are not whole, each with the time of its last change: one for each kill
     that left one."""
-    broken = [path for path in folder.glob("checkpoint-*") if problem_of(path, interrupted.PARTS)]
+    broken = [path for path in folder.glob("checkpoint-*") if is_incomplete(path)]
     return {
         (path.name, max(p.stat().st_mtime_ns for p in [path, *path.rglob("*")])) for path in broken
     }

@@ -174,12 +174,14 @@ def test_a_model_by_name_and_qlora(tokenizer, tmp_path):
         model=str(tmp_path / "base"),
     )
     assert any(
-        ".lora_" in name for name, p in trainer.caft.heads.named_parameters() if p.requires_grad
+        ".lora_" in name
+        for name, p in trainer.caft_parts.caft.heads.named_parameters()
+        if p.requires_grad
     )
     trainer.train()
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert all(torch.isfinite(torch.tensor(entry["caft/loss_head_4"])) for entry in logs)
-    moved = [p for n, p in trainer.caft.heads.named_parameters() if ".lora_B." in n]
+    moved = [p for n, p in trainer.caft_parts.caft.heads.named_parameters() if ".lora_B." in n]
     assert moved and all(p.abs().sum() > 0 for p in moved)
 
 

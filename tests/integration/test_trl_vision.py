@@ -150,7 +150,7 @@ def test_masks_and_images(processor, tmp_path):
         lambda m, a, kwargs: seen.append(kwargs["input_ids"]), with_kwargs=True
     )
     trainer.train()
-    mask = trainer.meap.collator.mask_id
+    mask = trainer.caft_parts.meap.collator.mask_id
     assert seen and all(((ids == image_token).sum(1) == 16).all() for ids in seen)
     assert all((ids == mask).any(1).all() for ids in seen)
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]

@@ -149,17 +149,19 @@ def test_add_leaves_the_saved_model_as_it_was(model, tmp_path, lora):
     plain = trainer_of(copy.deepcopy(model), tmp_path / "plain", save_strategy="no")
     plain.train(), plain.save_model()
     ours = trainer_of(model, tmp_path / "ours", meap={"mask_token": "add"})
-    before = ours.meap.handle.vector.detach().clone()
+    before = ours.caft_parts.meap.handle.vector.detach().clone()
     ours.train(), ours.save_model()
-    assert torch.equal(before, ours.meap.handle.vector) == lora
+    assert torch.equal(before, ours.caft_parts.meap.handle.vector) == lora
     name = "adapter_model.safetensors" if lora else "model.safetensors"
     shapes = [
         {k: v.shape for k, v in load_file(tmp_path / run / name).items()}
         for run in ("plain", "ours")
     ]
     assert shapes[0] == shapes[1]
-    assert torch.equal(load_file(tmp_path / "ours" / FILE)["vector"], ours.meap.handle.vector)
-    ours.detach_ours()
+    assert torch.equal(
+        load_file(tmp_path / "ours" / FILE)["vector"], ours.caft_parts.meap.handle.vector
+    )
+    ours.caft_parts.remove()
     assert "prepare" not in vars(ours.accelerator)
     assert not any("caft" in key for key in dict(ours.model.named_modules()))
 
@@ -211,7 +213,7 @@ def test_no_mask_token_changes_the_models_shape(model, tmp_path, caplog, kind, l
     trainer.train(), trainer.save_model()
     assert sum(entry["meap/examples_masked"] for entry in losses(trainer)) > 0
     if lora:
-        trainer.detach_ours()
+        trainer.caft_parts.remove()
         merged = trainer.model.merge_and_unload()
         merged.save_pretrained(tmp_path)
     saved = {key: tensor.shape for key, tensor in load_file(tmp_path / "model.safetensors").items()}
@@ -470,7 +472,7 @@ def test_a_training_set_that_is_set_later(model, tmp_path, before, mode):
 def test_masks_are_asked_for_once(model, tmp_path):
     trainer = trainer_of(model, tmp_path, meap={})
     with pytest.raises(ConfigError, match="already draws masks"):
-        trainer.attach_meap(MEAPConfig(mask_token=MASK))
+        trainer.caft_parts.attach_meap(MEAPConfig(mask_token=MASK))
 
 
 def test_a_zero_vector_is_passed_over_or_warned_of(model, tmp_path, caplog):
@@ -488,12 +490,12 @@ def test_a_zero_vector_is_passed_over_or_warned_of(model, tmp_path, caplog):
     with torch.no_grad():
         model.get_input_embeddings().weight[3] = 0.0
     chosen = trainer_of(model, tmp_path, meap={"mask_token": "auto"}, processing_class=tokenizer)
-    assert chosen.meap.collator.mask_id == 4 and "untrained" not in caplog.text
+    assert chosen.caft_parts.meap.collator.mask_id == 4 and "untrained" not in caplog.text
     named = trainer_of(
         model, tmp_path, meap={"mask_token": "<unused0>"}, processing_class=tokenizer
     )
     assert (
-        named.meap.collator.mask_id == 3
+        named.caft_parts.meap.collator.mask_id == 3
         and "its input vector is untrained: its norm is 0" in caplog.text
     )
 

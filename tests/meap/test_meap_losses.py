@@ -105,7 +105,7 @@ def test_with_caft_and_without_logits(model, tmp_path, kind):
     trainer.train()
     tolerance = 2e-2 if kind == "bf16" else 1e-5
     for entry, batch in zip(losses(trainer), seen.train, strict=True):
-        masked = (batch["input_ids"] == trainer.meap.collator.mask_id).sum().item()
+        masked = (batch["input_ids"] == trainer.caft_parts.meap.collator.mask_id).sum().item()
         tokens = entry["meap/loss_masked"] * masked + entry["meap/loss_original"] * (
             count(trainer) - masked
         )
@@ -130,7 +130,7 @@ def test_it_costs_no_forward_pass_and_changes_nothing(model, tmp_path):
         settings = {"eval_strategy": "epoch", "evaluate": ROWS, "per_device_train_batch_size": 2}
         trainer = trainer_of(own, tmp_path, meap={}, **settings)
         if not read:
-            trainer.meap.losses = None
+            trainer.caft_parts.meap.losses = None
         trainer.train()
         hooks = [len(module._forward_hooks) for module in own.modules()]
         return (

@@ -577,7 +577,7 @@ def test_memory_of_real_runs(smollm2, tmp_path, keys):
         of_run = adapted(of_run) if "adapter" in keys else of_run
         trainer, peak = measured(of_run, tmp_path, settings, keys)
         peaks.append(peak)
-    heads = trainer.caft.heads
+    heads = trainer.caft_parts.caft.heads
     states = [t for p in trained(heads) for t in trainer.optimizer.state[p].values() if t.dim()]
     assert plan.added.weights == bytes_of(heads.parameters())
     assert plan.added.gradients == bytes_of(trained(heads))

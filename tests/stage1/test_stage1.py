@@ -440,8 +440,8 @@ def test_pretrained_heads_serve_fine_tuning(base, tokenizer, tmp_path):
         args=TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[]),
         caft={"heads": str(tmp_path / "stage1")},
     )
-    assert trainer.caft_config.head_norm is False
-    ours = dict(trainer.caft.heads.layers.named_parameters())
+    assert trainer.caft_parts.caft_config.head_norm is False
+    ours = dict(trainer.caft_parts.caft.heads.layers.named_parameters())
     assert ours.keys() == trained.keys()
     assert all(torch.equal(ours[name], tensor) for name, tensor in trained.items())
 

@@ -61,9 +61,9 @@ class BestEpoch(TrainerCallback):
     def parts(self) -> Iterator[torch.nn.Module]:
         if self.trainer.model is not None:
             yield self.trainer.model
-        caft = getattr(self.trainer, "caft", None)
-        if caft is not None:
-            yield caft.heads
+        parts = getattr(self.trainer, "caft_parts", None)
+        if parts is not None and parts.caft is not None:
+            yield parts.caft.heads
 
     def on_epoch_end(
         self, args: object, state: object, control: TrainerControl, **kwargs: object

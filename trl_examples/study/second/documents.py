@@ -38,7 +38,7 @@ def do(run: Run, settings: Settings, sizes: protocol.Sizes, places: Places) -> L
         "found": measure.mean(one.right for one in found),
         "answer_loss": measure.mean_loss(found),
     }
-    if trainer.meap is not None and not is_pilot:
+    if trainer.caft_parts.meap is not None and not is_pilot:
         metrics |= copying(trainer, model, tokenizer, settings, sizes)
     return {**figures, "metrics": metrics, "items": {"found": [float(one.right) for one in found]}}
 
@@ -118,8 +118,12 @@ def masked_losses(
 ) -> dict[str, float]:
     """Return the loss on masked tokens with the original in view before the copy, and without
     it."""
-    assert trainer.meap is not None and trainer.meap.collator is not None
-    mask_id, asked, found = trainer.meap.collator.mask_id, measure.asked(tokenizer, rows), {}
+    assert trainer.caft_parts.meap is not None and trainer.caft_parts.meap.collator is not None
+    mask_id, asked, found = (
+        trainer.caft_parts.meap.collator.mask_id,
+        measure.asked(tokenizer, rows),
+        {},
+    )
     for name, layout in (("with_original", "concat"), ("alone", "separate")):
         config = MEAPConfig(**{**block, "layout": layout})
         make = Duplication.of(config, tokenizer, None)

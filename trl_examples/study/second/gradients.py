@@ -7,9 +7,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
 from caft_plugin import with_caft
-from caft_plugin.caft.objective import AuxiliaryObjective
-from caft_plugin.meap.training import MaskedTraining
 from caft_plugin.targets import IGNORE
+from caft_plugin.trainer_parts import TrainerParts
 from caft_plugin.trl import CAFTSFTTrainer
 from study import measure
 
@@ -23,8 +22,7 @@ class Measured(Trainer):
 
     model: PreTrainedModel
     processing_class: PreTrainedTokenizerBase
-    caft: AuxiliaryObjective | None  # these two are the CAFT trainer's
-    meap: MaskedTraining | None
+    caft_parts: TrainerParts  # the CAFT trainer's
 
     def __init__(self, *args: object, dose_every: int, **kwargs: object) -> None:
         self.dose_every = dose_every
@@ -38,7 +36,7 @@ class Measured(Trainer):
         *args: object,
         **kwargs: object,
     ) -> torch.Tensor:
-        if self.caft is None or self.state.global_step % self.dose_every:
+        if self.caft_parts.caft is None or self.state.global_step % self.dose_every:
             return super().training_step(model, inputs, *args, **kwargs)  # type: ignore[arg-type]
         batch = {key: inputs[key] for key in ("input_ids", "attention_mask", "labels")}
         drawn = random_state()

@@ -47,7 +47,7 @@ def do(run: Run, settings: Settings, sizes: protocol.Sizes, places: Places) -> L
     model = trainer.model.eval()
     right = paths_right(model, settings, sizes.graphs)
     metrics = {"paths": float(right.all(1).mean()), "first": float(right[:, 1].mean())}
-    if trainer.caft is not None:
+    if trainer.caft_parts.caft is not None:
         own = [on_paths(ids, settings) for ids in written_paths(model, settings, sizes.graphs)]
         metrics["tokens_per_pass"] = trainer.evaluate(own)["eval_caft/tokens_per_pass"]  # type: ignore[arg-type]
     return {**figures, "metrics": metrics}

@@ -55,7 +55,7 @@ def do(run: Run, settings: Settings, sizes: protocol.Sizes, places: Places) -> L
         figures["items"] = {
             name: [round(value, 4) for value in values] for name, values in items.items()
         }
-        if trainer.caft is not None:
+        if trainer.caft_parts.caft is not None:
             metrics["tokens_per_pass"] = tokens_per_step(trainer, rows, written)
         metrics["forgetting"] = forgetting(model, tokenizer, sizes.base_answers, places)
     return {**figures, "metrics": metrics}
