@@ -248,7 +248,7 @@ def test_answers_made_with_other_settings_are_not_mixed(tmp_path):
     AnswerFile(tmp_path / "a.jsonl", {"base model": "a", "sampling": 1}).close()
     with pytest.raises(ConfigError, match="holds answers made with another sampling"):
         AnswerFile(tmp_path / "a.jsonl", {"base model": "a", "sampling": 2})
-    AnswerFile(tmp_path / "b.jsonl", {"base model": "a", "engine": "vllm"}).close()
+    AnswerFile(tmp_path / "b.jsonl", {"base model": "a", "engine": "another"}).close()
     with pytest.raises(ConfigError, match="holds answers made with another engine"):
         AnswerFile(tmp_path / "b.jsonl", {"base model": "a"})
 
@@ -353,29 +353,6 @@ def test_no_end_token(base, tokenizer, tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="vLLM may run here")
-def test_vllm_where_it_cannot_run(base, tokenizer, tmp_path):
-    """It is asked for, or not used at all. No file of answers is begun that a run without it could
-    not go on with."""
-    base.save_pretrained(tmp_path)
-    nowhere = (
-        r"pretrain_heads.vllm: got true, but vLLM cannot write the answers: .*there is no GPU that"
-        r" CUDA can use"
-    )
-    with pytest.raises(ConfigError, match=nowhere):
-        pretrain_heads(job(base, tokenizer, tmp_path, "model", vllm=True))
-    assert not (tmp_path / ANSWERS).exists()
-    with pytest.raises(ConfigError, match=nowhere):
-        load_base(str(tmp_path), torch.float32, vllm=True)
-    with pytest.raises(
-        ConfigError, match="and the base is quantised, which vLLM would load unquantised"
-    ):
-        load_base(str(tmp_path), torch.float32, load_in_4bit=True, vllm=True)
-    with pytest.raises(
-        ConfigError, match="pretrain_heads.vllm: got 'fast', but it accepts true or false"
-    ):
-        PretrainConfig(vllm="fast")
-
-
 def test_a_base_that_heads_cannot_follow_is_refused_before_its_weights_are_loaded(tmp_path):
     # and no weights
     RwkvConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1).save_pretrained(tmp_path)

@@ -63,7 +63,6 @@ class HeadsArguments:
     temperature: float | None = key_of(PretrainConfig, "temperature")
     top_p: float | None = key_of(PretrainConfig, "top_p")
     generation_batch_size: int | None = key_of(PretrainConfig, "generation_batch_size")
-    vllm: bool | None = key_of(PretrainConfig, "vllm")
     heads: str | None = field(
         default=None, metadata={"help": "Train these heads further: a folder or a Hub id."}
     )
@@ -96,7 +95,6 @@ def main() -> None:
         load_in_8bit=given.load_in_8bit,
         attn_implementation=given.attn_implementation,
         trust_remote_code=given.trust_remote_code,
-        vllm=config.vllm,
     )
     repo = (
         (training.hub_model_id or Path(training.output_dir).name) if training.push_to_hub else None

@@ -1,10 +1,8 @@
-"""The base model's own answers to stage 1's prompts, which it writes itself or vLLM writes, kept in
-a file."""
+"""The base model's own answers to stage 1's prompts, kept in a file."""
 
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import logging
 import os
@@ -138,22 +136,18 @@ def write_answers(
     Answers are appended to `path` batch by batch, so an interrupted run resumes where it stopped.
 
     Raises:
-        ConfigError: no end token is known, a prompt leaves no room, `path` holds other answers, or
-            vLLM cannot run.
+        ConfigError: no end token is known, a prompt leaves no room, or `path` holds other answers.
     """
     ends = end_tokens(model, tokenizer)
     check_prompts(
         prompts, config, getattr(model.config.get_text_config(), "max_position_embeddings", None)
     )
-    if config.vllm:
-        check_vllm(bool(getattr(model, "is_quantized", False)))
     digest = hashlib.sha256(json.dumps([list(p) for p in prompts]).encode()).hexdigest()
     header = {
         "base model": name,
         "weights": fingerprint(model),
         "prompts": digest,
         "sampling": config.model_dump(include={"max_new_tokens", "temperature", "top_p", "seed"}),
-        **({"engine": "vllm"} if config.vllm else {}),
     }
     file = AnswerFile(path, header)
     try:
@@ -164,13 +158,9 @@ def write_answers(
             ) as bar:
                 tokens = 0
                 start = time.monotonic()
-                vllm = start_vllm(model, name) if config.vllm else None
                 for first in range(done, len(prompts), config.generation_batch_size):
                     batch = prompts[first : first + config.generation_batch_size]
-                    if vllm is not None:
-                        answers = generate_with_vllm(vllm, batch, config, ends, first)
-                    else:
-                        answers = generate(model, tokenizer, batch, config, ends, first)
+                    answers = generate(model, tokenizer, batch, config, ends, first)
                     file.add(answers)
                     tokens += sum(map(len, answers))
                     bar.update(len(batch))
@@ -244,50 +234,3 @@ def generate(
         end = next((i for i, token in enumerate(row) if token in ends), None)
         answers.append(row if end is None else row[: end + 1])
     return answers
-
-
-def check_vllm(quantised: bool) -> None:
-    """Raises ConfigError where vLLM cannot write a base model's answers."""
-    reasons = {
-        "it is not installed (`pip install vllm`)": importlib.util.find_spec("vllm") is None,
-        "there is no GPU that CUDA can use": not torch.cuda.is_available(),
-        "the base is quantised, which vLLM would load unquantised": quantised,
-    }
-    why = [reason for reason, holds in reasons.items() if holds]
-    if why:
-        raise ConfigError(
-            f"{setting_as('pretrain_heads', 'vllm')}: got true, but vLLM cannot write the answers: "
-            f"{', and '.join(why)}. Without it the base model writes them itself."
-        )
-
-
-def start_vllm(model: PreTrainedModel, name: str) -> Any:
-    """A vLLM engine next to the model, on half of the GPU's memory. Never tested."""
-    from vllm import LLM
-
-    return LLM(
-        model=name, dtype=str(model.dtype).removeprefix("torch."), gpu_memory_utilization=0.5
-    )
-
-
-def generate_with_vllm(
-    engine: Any,
-    prompts: Sequence[Sequence[int]],
-    config: PretrainConfig,
-    ends: set[int],
-    first: int,
-) -> list[list[int]]:
-    """As `generate`, by vLLM."""
-    from vllm import SamplingParams
-
-    sampling = SamplingParams(
-        temperature=config.temperature,
-        top_p=config.top_p,
-        max_tokens=config.max_new_tokens,
-        stop_token_ids=sorted(ends),
-        seed=config.seed * 1_000_003 + first,
-    )
-    outputs = engine.generate(
-        [{"prompt_token_ids": list(p)} for p in prompts], sampling, use_tqdm=False
-    )
-    return [list(output.outputs[0].token_ids) for output in outputs]

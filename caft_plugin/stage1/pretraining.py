@@ -49,7 +49,7 @@ from caft_plugin.files import write_json, write_text
 from caft_plugin.logs import HeadsEvaluation
 from caft_plugin.model.loading import Loading, Source, load_for_heads
 from caft_plugin.precision import warn_of_slow_bf16
-from caft_plugin.stage1.answers import ANSWERS, check_vllm, write_answers
+from caft_plugin.stage1.answers import ANSWERS, write_answers
 from caft_plugin.stage1.data import Row, pad_rows, prompt_of, supervised, with_answer
 from caft_plugin.stage1.figures import drafting, figures_as_markdown
 from caft_plugin.targets import Batch
@@ -60,23 +60,14 @@ def load_base(
     name: str,
     dtype: torch.dtype,
     trust_remote_code: bool = False,
-    vllm: bool = False,
     **loading: Unpack[Loading],
 ) -> PreTrainedModel:
-    """The frozen model, as `model_loading.Source.load` loads it; with `vllm` one that vLLM can load
-    too.
+    """Load the frozen model, as `loading.Source.load` does.
 
     Raises:
-        ConfigError: before weights are loaded, where heads cannot be built for the model or vLLM
-            cannot run it.
+        ConfigError: heads cannot be built for the model; raised before weights are loaded.
     """
-    source = Source.of(name, trust_remote_code)
-    if vllm:
-        check_vllm(
-            bool(loading.get("load_in_4bit") or loading.get("load_in_8bit"))
-            or getattr(source.config, "quantization_config", None) is not None
-        )
-    return load_for_heads(source, dtype, **loading)
+    return load_for_heads(Source.of(name, trust_remote_code), dtype, **loading)
 
 
 def heads_block(keys: dict[str, Any]) -> CAFTConfig:

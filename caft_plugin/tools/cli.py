@@ -124,7 +124,6 @@ def setting(model: type[BaseModel], key: str, **more: Any) -> Any:
 @setting(PretrainConfig, "top_p", type=float)
 @setting(PretrainConfig, "generation_batch_size", type=int)
 @setting(PretrainConfig, "seed", type=int)
-@setting(PretrainConfig, "vllm", type=bool)
 @setting(CAFTConfig, "num_heads", type=int)
 @setting(CAFTConfig, "head_input", type=click.Choice(get_args(HeadInput)))
 @setting(CAFTConfig, "head_norm", type=bool)
@@ -259,7 +258,7 @@ def plain_stage1(given: dict[str, Any], caft: dict[str, Any], config: PretrainCo
         report_to=[],
         seed=config.seed,
     )
-    model = load_base(given["model"], dtype, load_in_4bit=given["load_in_4bit"], vllm=config.vllm)
+    model = load_base(given["model"], dtype, load_in_4bit=given["load_in_4bit"])
     return Stage1(model, tokenizer, rows, None, arguments, caft_config, config, given["model"])
 
 
