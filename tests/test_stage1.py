@@ -17,6 +17,7 @@ from transformers import LlamaForCausalLM, RwkvConfig, TrainingArguments
 from caft_plugin import CAFTConfig, ConfigError, with_caft
 from caft_plugin.caft.loss import cross_entropy_and_hit_of, divergence_of, weighted_sum
 from caft_plugin.config import PretrainConfig
+from caft_plugin.model.loading import load_model
 from caft_plugin.stage1 import answers as answers_room
 from caft_plugin.stage1.answers import ANSWERS, AnswerFile, write_answers
 from caft_plugin.stage1.data import pad_rows, prompt_of, read_prompts, read_rows, with_answer
@@ -25,7 +26,6 @@ from caft_plugin.stage1.pretraining import (
     HeadsTrainer,
     Stage1,
     heads_block,
-    load_base,
     pretrain_heads,
 )
 from caft_plugin.targets import IGNORE
@@ -357,7 +357,7 @@ def test_a_base_that_heads_cannot_follow_is_refused_before_its_weights_are_loade
     # and no weights
     RwkvConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="passes a running state from layer to layer"):
-        load_base(str(tmp_path), torch.float32)
+        load_model(str(tmp_path), torch.float32, for_heads=True)
 
 
 def test_rows_from_a_file(tokenizer, tmp_path):
@@ -486,7 +486,7 @@ def test_an_adapter_is_loaded_over_its_base(base, tokenizer, tmp_path):
     ).eval()
     model.save_pretrained(tmp_path / "adapter")
     base.config.save_pretrained(tmp_path / "adapter")  # as Axolotl does
-    loaded = load_base(str(tmp_path / "adapter"), torch.float32).eval()
+    loaded = load_model(str(tmp_path / "adapter"), torch.float32, for_heads=True).eval()
     ids = torch.arange(5, 15)[None]
     with torch.no_grad():
         torch.testing.assert_close(loaded(ids).logits, model(ids).logits)
@@ -497,7 +497,7 @@ def test_an_adapter_is_loaded_over_its_base(base, tokenizer, tmp_path):
     with pytest.raises(
         ConfigError, match=r"adapter is an adapter, but its adapter_config.json names no base_model"
     ):
-        load_base(str(tmp_path / "adapter"), torch.float32)
+        load_model(str(tmp_path / "adapter"), torch.float32, for_heads=True)
 
 
 def test_answers_of_a_model_that_was_trained_again_are_not_taken(taught, tokenizer, tmp_path):

@@ -18,6 +18,7 @@ from caft_plugin.caft.heads import AuxiliaryHeads, build_heads, pointwise_parts
 from caft_plugin.caft.heads_folder import HeadsFolder, resolve_wiring
 from caft_plugin.caft.loss import LOGITS_AT_A_TIME
 from caft_plugin.config import CAFTConfig
+from caft_plugin.model.loading import Source
 from caft_plugin.model.trunk import Trunk
 from caft_plugin.plan.activations import Kept, keeps
 from caft_plugin.plan.run import Run, build_model
@@ -132,9 +133,10 @@ Built = tuple[nn.Module, Trunk, dict[Tensor, float], CAFTConfig, AuxiliaryHeads 
 
 @dataclasses.dataclass
 class Seen:
-    """What plans of the same run with other settings share: models, and what forward passes keep.
-    Both take seconds."""
+    """What plans of the same run with other settings share: the source of the model, models, and
+    what forward passes keep. The last two take seconds."""
 
+    source: Source | None = None
     built: dict[str, Built] = dataclasses.field(default_factory=dict)
     kept: dict[str, tuple[Kept, list[str]]] = dataclasses.field(default_factory=dict)
 
@@ -159,8 +161,10 @@ def make_plan(
         ConfigError: the model cannot be built from its config, or the heads do not fit.
     """
     seen = Seen() if seen is None else seen
+    if seen.source is None:
+        seen.source = run.source()
     as_built, as_kept = _keys(run)
-    model, trunk, quantised, caft, heads = seen.built.get(as_built) or _build(run)
+    model, trunk, quantised, caft, heads = seen.built.get(as_built) or _build(run, seen.source)
     run = dataclasses.replace(
         run, caft=run.caft.model_copy(update=caft.model_dump(include={"head_input", "head_norm"}))
     )
@@ -219,12 +223,16 @@ def make_plan(
         ratio_drawn=(
             None if run.caft.heads_per_step is None else (plain - saved + drawn * head) / plain
         ),
-        notes=[*_notes(run, gpus, trunk), *optimizer_states(run.optimizer)[1], *guesses],
+        notes=[
+            *_notes(run, gpus, trunk, seen.source),
+            *optimizer_states(run.optimizer)[1],
+            *guesses,
+        ],
     )
 
 
-def _build(run: Run) -> Built:
-    model, trunk, quantised = build_model(run)
+def _build(run: Run, source: Source) -> Built:
+    model, trunk, quantised = build_model(run, source)
     caft = _checked(run, trunk)
     return (
         model,
@@ -422,7 +430,7 @@ def expected_heads(caft: CAFTConfig) -> float:
     return sum(1 - (1 - weight / sum(weights)) ** caft.heads_per_step for weight in weights)
 
 
-def _notes(run: Run, gpus: int, trunk: Trunk) -> list[str]:
+def _notes(run: Run, gpus: int, trunk: Trunk, source: Source) -> list[str]:
     notes = list(run.notes)
     if run.caft.beta == 0:
         notes.append("caft.beta is 0: no heads are built, so nothing is added to the run.")
@@ -430,6 +438,8 @@ def _notes(run: Run, gpus: int, trunk: Trunk) -> list[str]:
         notes.append("The YAML shards with FSDP: give the number of GPUs with --gpus.")
     if getattr(trunk.model.config, "quantization_config", None):
         notes.append("The base model's files are quantised, but it is counted as unquantised.")
+    if source.base != source.name:
+        notes.append(f"{source.key} is an adapter: counted as its base model, {source.base}.")
     if hasattr(trunk.model.config, "vision_config"):
         notes.append(
             "Rows are counted as text: the weights of the vision part are included, its activations"

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from caft_plugin.config import CAFTConfig
 from caft_plugin.errors import ConfigError, first_line
-from caft_plugin.model.trunk import Trunk, empty_trunk, find_trunk
+from caft_plugin.model.loading import Source
+from caft_plugin.model.trunk import Trunk, find_trunk
 
 # bitsandbytes in 4 bits: an 8-bit scale for each 64 weights, and a float32 scale for each 256 of
 # these.
@@ -47,10 +48,24 @@ class Run:
     lora: Mapping[str, Any] | None = None
     config: str | None = None
     revision: str | None = None
+    trust_remote_code: bool = False
     overrides: Mapping[str, object] = dataclasses.field(default_factory=dict)
     eager: bool = False
     unfrozen: Sequence[str] = ()
     notes: Sequence[str] = ()
+
+    def source(self) -> Source:
+        """Return the model whose config is read.
+
+        Raises:
+            ConfigError: its config cannot be read.
+        """
+        return Source.of(
+            self.config or self.model,
+            key="base_model_config" if self.config else "base_model",
+            revision=self.revision,
+            trust_remote_code=self.trust_remote_code,
+        )
 
     @property
     def tokens(self) -> int:
@@ -68,21 +83,16 @@ class Run:
         return self.caft.num_heads if drawn is None else min(drawn, self.caft.num_heads)
 
 
-def build_model(run: Run) -> tuple[nn.Module, Trunk, dict[Tensor, float]]:
+def build_model(run: Run, source: Source) -> tuple[nn.Module, Trunk, dict[Tensor, float]]:
     """Return the run's model without memory for its weights, its trunk, and the bytes of each
     quantised parameter.
 
     Raises:
         ConfigError: the model cannot be built from its config, or the adapter does not fit it.
     """
-    loading: dict[str, object] = {
-        "dtype": run.dtype,
-        **({"attn_implementation": "eager"} if run.eager else {}),
-    }
+    attention = {"attn_implementation": "eager"} if run.eager else {}
     # vision-language models complete, as Axolotl loads them
-    trunk = empty_trunk(
-        run.config or run.model, "base_model", run.revision, run.overrides, whole=True, **loading
-    )
+    trunk = source.empty_trunk(run.overrides, whole=True, dtype=run.dtype, **attention)
     model: nn.Module = trunk.model
     quantised = {}
     if run.bits < 16:

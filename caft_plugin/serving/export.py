@@ -65,12 +65,10 @@ class Target:
         Raises:
             ConfigError: the model does not exist or has no safetensors files.
         """
+        source = Source.of(name)
         try:
-            source = Source.of(name)
             return cls(source, *_where_tensors_are(source))
         except (OSError, ValueError, SafetensorError) as error:
-            if isinstance(error, ConfigError):
-                raise
             raise ConfigError(
                 f"{asked_as('model')}: got {name!r}, whose files cannot be read"
                 f" ({first_line(error)}). It accepts the folder or Hub id of a model with"

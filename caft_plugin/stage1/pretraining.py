@@ -17,7 +17,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,27 +47,12 @@ from caft_plugin.config import CAFTConfig, PretrainConfig
 from caft_plugin.errors import ConfigError
 from caft_plugin.files import write_json, write_text
 from caft_plugin.logs import HeadsEvaluation
-from caft_plugin.model.loading import Loading, Source, load_for_heads
 from caft_plugin.precision import warn_of_slow_bf16
 from caft_plugin.stage1.answers import ANSWERS, write_answers
 from caft_plugin.stage1.data import Row, pad_rows, prompt_of, supervised, with_answer
 from caft_plugin.stage1.figures import drafting, figures_as_markdown
 from caft_plugin.targets import Batch
 from caft_plugin.training import with_caft
-
-
-def load_base(
-    name: str,
-    dtype: torch.dtype,
-    trust_remote_code: bool = False,
-    **loading: Unpack[Loading],
-) -> PreTrainedModel:
-    """Load the frozen model, as `loading.Source.load` does.
-
-    Raises:
-        ConfigError: heads cannot be built for the model; raised before weights are loaded.
-    """
-    return load_for_heads(Source.of(name, trust_remote_code), dtype, **loading)
 
 
 def heads_block(keys: dict[str, Any]) -> CAFTConfig:

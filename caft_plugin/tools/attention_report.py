@@ -27,7 +27,7 @@ from caft_plugin.meap.mask_token import (
     row_norms,
 )
 from caft_plugin.meap.roles import Roles
-from caft_plugin.model.loading import load_model, load_tokenizer, merged, refuse_heads_folder
+from caft_plugin.model.loading import Source, load_tokenizer, merged
 from caft_plugin.model.trunk import input_embedding
 from caft_plugin.tools.pictures import write_png
 
@@ -148,15 +148,18 @@ def attention_report(
         dtype: to compute in.
 
     Raises:
-        ConfigError: a heads folder was given as a model, no mask token is available, or all texts
-            are too short to mask.
+        ConfigError: a model cannot be loaded, no mask token is available, or all texts are too
+            short to mask.
     """
-    refuse_heads_folder(base, "base")
-    refuse_heads_folder(tuned, "tuned")
-    tokenizer = load_tokenizer(tuned)
-    models = {
-        name: merged(load_model(of, dtype=dtype, attn_implementation="eager")).eval()
+    # both names are checked before any weights are loaded
+    sources = {
+        name: Source.of(of, key=asked_as(name))
         for name, of in zip(MODELS, (base, tuned), strict=True)
+    }
+    tokenizer = load_tokenizer(tuned, key=asked_as("tuned"))
+    models = {
+        name: merged(source.load(dtype, attn_implementation="eager")).eval()
+        for name, source in sources.items()
     }
     encoded = [
         tokenizer(text.text, return_offsets_mapping=True, truncation=True, max_length=max_length)

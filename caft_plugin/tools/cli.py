@@ -235,10 +235,10 @@ def plain_stage1(given: dict[str, Any], caft: dict[str, Any], config: PretrainCo
     import torch
     from transformers import TrainingArguments
 
-    from caft_plugin.model.loading import load_tokenizer
+    from caft_plugin.model.loading import load_model, load_tokenizer
     from caft_plugin.precision import asked_dtype
     from caft_plugin.stage1.data import read_rows
-    from caft_plugin.stage1.pretraining import Stage1, heads_block, load_base
+    from caft_plugin.stage1.pretraining import Stage1, heads_block
 
     caft_config = heads_block(caft)
     dtype = asked_dtype(given["float32"])
@@ -258,7 +258,7 @@ def plain_stage1(given: dict[str, Any], caft: dict[str, Any], config: PretrainCo
         report_to=[],
         seed=config.seed,
     )
-    model = load_base(given["model"], dtype, load_in_4bit=given["load_in_4bit"])
+    model = load_model(given["model"], dtype, for_heads=True, load_in_4bit=given["load_in_4bit"])
     return Stage1(model, tokenizer, rows, None, arguments, caft_config, config, given["model"])
 
 
@@ -354,21 +354,23 @@ def speculate_command(
     heads = cast(str, heads)
 
     from caft_plugin.drafting.decoding import Drafter
-    from caft_plugin.model.loading import load_tokenizer
+    from caft_plugin.model.loading import load_model, load_tokenizer
     from caft_plugin.precision import asked_dtype
     from caft_plugin.stage1.data import read_prompts
-    from caft_plugin.stage1.pretraining import load_base
     from caft_plugin.tools.speculate import HEADS, as_table, draw, speculate
 
     dtype = asked_dtype(float32)
-    tokenizer = load_tokenizer(model)
+    trusts = run is not None and bool(run.cfg.trust_remote_code)
+    tokenizer = load_tokenizer(model, trusts)
     asked = (
         run.prompts()
         if run is not None and prompts is None
         else read_prompts(cast(Path, prompts), tokenizer)
     )
     if run is None or load_in_4bit:
-        loaded = load_base(model, dtype, load_in_4bit=load_in_4bit)
+        loaded = load_model(
+            model, dtype, for_heads=True, trust_remote_code=trusts, load_in_4bit=load_in_4bit
+        )
     else:
         loaded = run.load(tokenizer, model, dtype)
     with heads_named("--heads"):

@@ -21,7 +21,8 @@ from caft_plugin.caft.heads_folder import write_heads
 from caft_plugin.caft.heads_record import HeadsRecord
 from caft_plugin.config import CAFTConfig, HeadInput
 from caft_plugin.errors import ConfigError, asked_as, first_line
-from caft_plugin.model.trunk import Trunk, empty_trunk
+from caft_plugin.model.loading import Source
+from caft_plugin.model.trunk import Trunk
 
 PREFIX = "auxiliary_head."  # of the keys, if a file was cut out of a complete model's state dict
 KEY = re.compile(r"(0|[1-9]\d*)\.(?:layers\.(0|[1-9]\d*)|lm_head)\.(.+)")
@@ -64,7 +65,7 @@ def import_heads(
             f"import-heads: {out} exists. Give the name of a new folder, or remove it first."
         )
     heads = split_heads(read_state(file), file)
-    trunk = empty_trunk(base_model, asked_as("base_model"))
+    trunk = Source.of(base_model, key=asked_as("base_model")).empty_trunk()
     check_heads(heads, trunk, file, base_model)
     record = HeadsRecord.of(trunk, wiring, num_heads=len(heads), base_model=base_model)
     tensors = {
