@@ -94,27 +94,43 @@ def build_model(run: Run, source: Source) -> tuple[nn.Module, Trunk, dict[Tensor
     # vision-language models complete, as Axolotl loads them
     trunk = source.empty_trunk(run.overrides, whole=True, dtype=run.dtype, **attention)
     model: nn.Module = trunk.model
-    quantised = {}
-    if run.bits < 16:
-        for module in model.modules():
-            if isinstance(module, nn.Linear) and module is not trunk.unembedding:
-                quantised[module.weight] = module.weight.numel() * QUANTISED[run.bits]
+    quantised = quantised_weights(trunk, run.bits)
     if run.lora is not None:
         model.requires_grad_(False)
         model = with_adapter(run, run.lora, model)
         return model, find_trunk(model), quantised
     if run.float32_parts:
-        for name, module in model.named_modules():
-            if "norm" in name or module in (trunk.unembedding, trunk.model.get_input_embeddings()):
-                module.float()
+        to_float32(trunk)
     if run.unfrozen:
-        patterns = [
-            re.compile(re.sub(r"\.(?!\+)", r"\.", re.sub(r"\[[0-9:]*\]$", "", p)))
-            for p in run.unfrozen
-        ]
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(any(pattern.match(name) for pattern in patterns))
+        train_only(model, run.unfrozen)
     return model, trunk, quantised
+
+
+def quantised_weights(trunk: Trunk, bits: int) -> dict[Tensor, float]:
+    """Return the bytes of each weight that bitsandbytes quantises: all linear layers but the
+    unembedding."""
+    if bits == 16:
+        return {}
+    linear = [module for module in trunk.model.modules() if isinstance(module, nn.Linear)]
+    weights = [module.weight for module in linear if module is not trunk.unembedding]
+    return {weight: weight.numel() * QUANTISED[bits] for weight in weights}
+
+
+def to_float32(trunk: Trunk) -> None:
+    """Convert norms, embedding and unembedding to float32, as Axolotl does."""
+    embeddings = (trunk.unembedding, trunk.model.get_input_embeddings())
+    for name, module in trunk.model.named_modules():
+        if "norm" in name or module in embeddings:
+            module.float()
+
+
+def train_only(model: nn.Module, unfrozen: Sequence[str]) -> None:
+    """Freeze all parameters but those whose names match a pattern of `unfrozen_parameters`."""
+    # As Axolotl reads them: a range of rows at the end is no part of the name, and a dot is a dot.
+    without_ranges = [re.sub(r"\[[0-9:]*\]$", "", pattern) for pattern in unfrozen]
+    patterns = [re.compile(re.sub(r"\.(?!\+)", r"\.", pattern)) for pattern in without_ranges]
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(any(pattern.match(name) for pattern in patterns))
 
 
 def with_adapter(run: Run, lora: Mapping[str, Any], model: nn.Module) -> nn.Module:
