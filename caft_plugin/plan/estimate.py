@@ -174,7 +174,7 @@ def make_plan(
     added = stands(run, heads, quantised, shards)
     base_parameters = _count(model)
     parameters = _count(heads)
-    trained = sum(p.numel() for p in _trained(heads))
+    trained = sum(map(Tensor.numel, _trained(heads)))
     unembedding = sum(map(_bytes, _trained(trunk.unembedding)))
     gathered = gathered_by_fsdp(trunk, model, quantised) if shards > 1 else 0.0
     plain, one_head, saved = multiply_adds(run, trunk, heads, supervised)
@@ -183,7 +183,11 @@ def make_plan(
     base = _with_activations(base, run, kept)
     loss = _next_token_loss(run, trunk)
     loss_with_heads = loss
+    number = 0
+    how = "none"
     if heads is not None:
+        number = len(heads)
+        how = heads.how
         logits = min(LOGITS_AT_A_TIME[device], supervised * run.tokens * trunk.vocab_size)
         chunk = logits * BYTES_A_LOGIT + unembedding
         activations, work = _heads_pass(run, kept, supervised, unembedding, chunk)
@@ -191,16 +195,18 @@ def make_plan(
         if run.fuses:
             fused = supervised * kept.hidden + unembedding
             loss_with_heads = NextTokenLoss(fused, fused + chunk)
-    ratio = (plain - saved + run.caft.num_heads * one_head) / plain
-    ratio_drawn = (plain - saved + expected_heads(run.caft) * one_head) / plain
+    ratio = (plain - saved + number * one_head) / plain
+    ratio_drawn = None
+    if run.caft.heads_per_step is not None:
+        ratio_drawn = (plain - saved + expected_heads(run.caft) * one_head) / plain
     return Plan(
         run=run,
         model=f"{run.model} ({trunk.model.config.model_type})",
         base_parameters=base_parameters,
-        heads=0 if heads is None else len(heads),
+        heads=number,
         parameters=parameters,
         trained=trained,
-        how="none" if heads is None else heads.how,
+        how=how,
         base=base,
         added=added,
         losses=(loss, loss_with_heads),
@@ -209,7 +215,7 @@ def make_plan(
         # unless it is fused.
         copies=int(run.optimizer == "adamw_torch" and device != "cpu"),
         ratio=ratio,
-        ratio_drawn=None if run.caft.heads_per_step is None else ratio_drawn,
+        ratio_drawn=ratio_drawn,
         notes=[
             *_notes(run, gpus, trunk, seen.source),
             *optimizer_states(run.optimizer)[1],

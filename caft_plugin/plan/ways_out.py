@@ -40,6 +40,44 @@ class Change:
         return bool(dict(self.caft).keys() & dict(other.caft).keys())
 
 
+CUT_CROSS_ENTROPY = Change(
+    "cut_cross_entropy: true",
+    run=(("builds_logits", False), ("float32_parts", False)),
+)
+FUSED_LOSS = Change(
+    "caft.fused_loss: on",
+    caft=(("fused_loss", "on"),),
+)
+CHECKPOINTING = Change(
+    "gradient_checkpointing: true",
+    run=(("checkpointing", True),),
+)
+ONE_ROW = Change(
+    "micro_batch_size: 1",
+    run=(("rows", 1),),
+)
+OPTIMIZER = Change(
+    "optimizer: adamw_bnb_8bit",
+    run=(("optimizer", "adamw_bnb_8bit"),),
+)
+QLORA = Change(
+    "adapter: qlora, load_in_4bit: true",
+    run=(("bits", 4),),
+)
+LORA_HEADS = Change(
+    "caft.train_heads: lora",
+    caft=(("train_heads", "lora"),),
+)
+FROZEN_HEADS = Change(
+    "caft.train_heads: frozen",
+    caft=(("train_heads", "frozen"),),
+)
+NO_HEADS = Change(
+    "no `caft:` block",
+    without_heads=True,
+)
+
+
 class WaysOut:
     """Peaks of a run with changes, each computed once. A context manager: a progress bar is shown
     while it is open."""
@@ -93,33 +131,36 @@ class WaysOut:
         """Return the available changes, the cheapest first: those that cost neither time nor
         quality, then time, precision, training of the heads, hardware, data, and the heads
         themselves."""
-        return [*self._of_training(), *self._of_heads(), *self._of_hardware_and_data()]
+        return [
+            *self._of_training(),
+            *self._of_heads(),
+            *self._of_hardware_and_data(),
+        ]
 
     def _of_training(self) -> list[Change]:
         run = self.plan.run
         found = []
         if run.builds_logits and not run.fuses:
-            without = (("builds_logits", False), ("float32_parts", False))
-            found.append(Change("cut_cross_entropy: true", without))
+            found.append(CUT_CROSS_ENTROPY)
             if self.plan.heads:
-                found.append(Change("caft.fused_loss: on", caft=(("fused_loss", "on"),)))
+                found.append(FUSED_LOSS)
         if not run.checkpointing:
-            found.append(Change("gradient_checkpointing: true", (("checkpointing", True),)))
+            found.append(CHECKPOINTING)
         if run.rows > 1:
-            found.append(Change("micro_batch_size: 1", (("rows", 1),)))
+            found.append(ONE_ROW)
         if not re.search("8bit|4bit", run.optimizer):
-            found.append(Change("optimizer: adamw_bnb_8bit", (("optimizer", "adamw_bnb_8bit"),)))
+            found.append(OPTIMIZER)
         if run.lora is not None and run.bits == 16:
-            found.append(Change("adapter: qlora, load_in_4bit: true", (("bits", 4),)))
+            found.append(QLORA)
         return found
 
     def _of_heads(self) -> list[Change]:
         plan = self.plan
         found = []
         if plan.how == "full":
-            found.append(Change("caft.train_heads: lora", caft=(("train_heads", "lora"),)))
+            found.append(LORA_HEADS)
         if plan.heads and plan.how != "frozen":
-            found.append(Change("caft.train_heads: frozen", caft=(("train_heads", "frozen"),)))
+            found.append(FROZEN_HEADS)
         if plan.heads > 1:
             found.append(self._fewer_heads([]))
         return found
@@ -131,15 +172,20 @@ class WaysOut:
             found.append(Change(f"--gpus {2 * self.gpus}", gpus=2))
         if run.length > 1:
             half = run.length // 2
-            found.append(Change(f"sequence_len: {half}", (("length", half),)))
+            found.append(Change(f"sequence_len: {half}", run=(("length", half),)))
         if self.plan.heads:
-            found.append(Change("no `caft:` block", without_heads=True))
+            found.append(NO_HEADS)
         return found
 
     def _fewer_heads(self, others: Sequence[Change]) -> Change:
         """Return the largest number of heads with which the run fits; 1 if it fits with none."""
         changes = [_heads(count) for count in range(1, self.plan.heads)]
-        fit = bisect.bisect(changes, self.memory, key=lambda change: self.peak([*others, change]))
+
+        def peak(change: Change) -> float:
+            return self.peak([*others, change])
+
+        # Each head adds to the peak, so a bisection finds the number.
+        fit = bisect.bisect(changes, self.memory, key=peak)
         return changes[max(fit - 1, 0)]
 
     def combination(self) -> list[Change] | None:
