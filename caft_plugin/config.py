@@ -244,10 +244,6 @@ class PretrainConfig(Block):
     )
     generation_batch_size: int = Field(16, ge=1, description="answers generated per batch")
     seed: int = Field(0, ge=0, description="sampling seed")
-    vllm: bool = Field(
-        False,
-        description="generate answers with vLLM, on a GPU, with an unquantised base (never tested)",
-    )
 
 
 def refuse_values(model: type[Block], errors: Iterable[ErrorDetails]) -> NoReturn:

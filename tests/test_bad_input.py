@@ -608,8 +608,7 @@ def test_figures_that_are_no_file_are_refused(sound, tmp_path):
 
 
 def test_code_in_a_model_folder_is_never_executed(tiny_model, tmp_path):
-    from caft_plugin.model.trunk import empty_trunk
-    from caft_plugin.stage1.pretraining import load_base
+    from caft_plugin.model.loading import Source
 
     tiny_model.save_pretrained(tmp_path / "model")
     config = json.loads((tmp_path / "model" / "config.json").read_text())
@@ -619,10 +618,10 @@ def test_code_in_a_model_folder_is_never_executed(tiny_model, tmp_path):
     }
     (tmp_path / "model" / "config.json").write_text(json.dumps(config))
     (tmp_path / "model" / "code.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')\n")
-    with pytest.raises(ConfigError, match="whose config could not be read"):
-        empty_trunk(str(tmp_path / "model"), "base_model")
-    with pytest.raises(ValueError, match="trust_remote_code"):
-        load_base(str(tmp_path / "model"), torch.float32)
+    with pytest.raises(
+        ConfigError, match="whose config could not be read: .* only if trust_remote_code is set"
+    ):
+        Source.of(str(tmp_path / "model"))
     assert not (tmp_path / "executed").exists()
 
 
@@ -651,7 +650,6 @@ def test_every_place_that_loads_says_whether_it_trusts():
                 seen.add("torch.load")
     assert seen == {
         "model/loading.py",
-        "model/trunk.py",
         "axolotl/loading.py",
         "meap/base_model.py",
         "torch.load",

@@ -25,9 +25,9 @@ from trl import TrlParser
 
 from caft_plugin import CAFTConfig
 from caft_plugin.config import PretrainConfig
-from caft_plugin.model.loading import load_tokenizer
+from caft_plugin.model.loading import load_model, load_tokenizer
 from caft_plugin.stage1.data import read_rows
-from caft_plugin.stage1.pretraining import Stage1, heads_block, load_base, pretrain_heads
+from caft_plugin.stage1.pretraining import Stage1, heads_block, pretrain_heads
 from caft_plugin.tools.cli import push_heads
 from caft_plugin.tools.inspect_heads import describe
 
@@ -63,7 +63,6 @@ class HeadsArguments:
     temperature: float | None = key_of(PretrainConfig, "temperature")
     top_p: float | None = key_of(PretrainConfig, "top_p")
     generation_batch_size: int | None = key_of(PretrainConfig, "generation_batch_size")
-    vllm: bool | None = key_of(PretrainConfig, "vllm")
     heads: str | None = field(
         default=None, metadata={"help": "Train these heads further: a folder or a Hub id."}
     )
@@ -89,14 +88,14 @@ def main() -> None:
     caft = heads_block({key: keys[key] for key in CAFTConfig.model_fields if key in keys})
     tokenizer = load_tokenizer(given.model_name_or_path, given.trust_remote_code)
     rows = read_rows(Path(given.dataset_name), tokenizer, given.max_length, option="--dataset_name")
-    model = load_base(
+    model = load_model(
         given.model_name_or_path,
         torch.bfloat16 if training.bf16 else torch.float32,
+        for_heads=True,
         load_in_4bit=given.load_in_4bit,
         load_in_8bit=given.load_in_8bit,
         attn_implementation=given.attn_implementation,
         trust_remote_code=given.trust_remote_code,
-        vllm=config.vllm,
     )
     repo = (
         (training.hub_model_id or Path(training.output_dir).name) if training.push_to_hub else None

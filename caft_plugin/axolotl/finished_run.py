@@ -48,6 +48,11 @@ class FinishedRun:
             )
         return cls(file, cfg, str(left_in(Path(cfg.output_dir))), cfg.output_dir)
 
+    @property
+    def trusts_code(self) -> bool:
+        """Return True if the YAML allows the model's own code to be executed."""
+        return bool(self.cfg.trust_remote_code)
+
     def load(
         self, tokenizer: PreTrainedTokenizerBase, model: str, dtype: torch.dtype
     ) -> PreTrainedModel:

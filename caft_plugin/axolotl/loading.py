@@ -11,8 +11,9 @@ from axolotl.utils.dict import DictDefault
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import find_adapter_config_file
 
+from caft_plugin.errors import asked_as
+from caft_plugin.model.loading import base_of, reading
 from caft_plugin.model.trunk import trunk_without_weights
 
 # Keys for sharding a model, saving memory in training, or the adapter's kernels. A frozen model in
@@ -78,16 +79,20 @@ def load_frozen(
         cfg.torch_dtype = dtype
     if not quantised:
         cfg.load_in_4bit = cfg.load_in_8bit = False
-    adapter = model if model is not None and find_adapter_config_file(model) is not None else None
+    key = "base_model" if model is None else asked_as("model")
+    adapter = model if model is not None and base_of(model) != model else None
     if model is not None and adapter is None:
         cfg.base_model = cfg.base_model_config = model
         cfg.revision_of_model = None
-    loader = FrozenLoader(cfg, tokenizer)
+    with reading("config", cfg.base_model, key):
+        loader = FrozenLoader(cfg, tokenizer)
     trunk_without_weights(loader.model_config, cfg.base_model, lambda: build_empty(loader))
-    loaded, _ = loader.load()
-    return cast(
-        PreTrainedModel, loaded if adapter is None else PeftModel.from_pretrained(loaded, adapter)
-    )
+    with reading("weights", cfg.base_model, key):
+        loaded, _ = loader.load()
+    if adapter is None:
+        return loaded
+    with reading("weights", adapter, key):
+        return cast(PreTrainedModel, PeftModel.from_pretrained(loaded, adapter))
 
 
 def build_empty(loader: ModelLoader) -> nn.Module:

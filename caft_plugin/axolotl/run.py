@@ -90,6 +90,7 @@ def read_run(keys: Keys) -> Run:
         model=keys["base_model"],
         config=keys.get("base_model_config"),
         revision=keys.get("revision_of_model"),
+        trust_remote_code=bool(keys.get("trust_remote_code")),
         overrides=keys.get("overrides_of_model_config") or {},
         caft=CAFTConfig.read(keys["caft"]),
         dtype=dtype,

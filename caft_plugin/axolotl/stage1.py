@@ -14,7 +14,6 @@ from caft_plugin.axolotl.config_reading import read_config
 from caft_plugin.axolotl.loading import load_frozen
 from caft_plugin.axolotl.trainer_settings import refuse_keys, trainer_settings
 from caft_plugin.config import PretrainConfig
-from caft_plugin.stage1.answers import check_vllm
 from caft_plugin.stage1.pretraining import Stage1, heads_block
 
 LOG = get_logger(__name__)
@@ -45,8 +44,6 @@ def read_stage1(
     refuse_keys(cfg)
     config = PretrainConfig(**{**dict(cfg.pretrain_heads or {}), **options})
     heads = heads_block({**dict(cfg.caft or {}), **caft})
-    if config.vllm:
-        check_vllm(bool(cfg.load_in_4bit or cfg.load_in_8bit))
     if cfg.sample_packing:
         LOG.warning(
             "pretrain_heads: sample_packing is ignored: stage 1 pads rows, with micro_batch_size"

@@ -1,15 +1,21 @@
 """Load a model with transformers, given a folder or Hub id of a model, or of an adapter, which
-names its base."""
+names its base.
+
+All commands that read a model's files do so here, so they accept the same names and report the same
+problems.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import dataclasses
 import functools
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TypedDict, Unpack, cast
+from typing import Any, TypedDict, Unpack, cast
 
 import torch
 from peft import PeftModel
@@ -33,7 +39,14 @@ from transformers.utils import (
 from caft_plugin.errors import ConfigError, asked_as, first_line, shown
 from caft_plugin.files import read_text
 from caft_plugin.model.heads_as_model import refuse_heads_as_model
-from caft_plugin.model.trunk import auto_class, input_embedding, trunk_without_weights
+from caft_plugin.model.trunk import (
+    Trunk,
+    auto_class,
+    find_trunk,
+    input_embedding,
+    refuse_unfit,
+    trunk_without_weights,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -42,43 +55,84 @@ IN_ADAPTER = "base_model.model."  # PEFT's prefix of a module's name in an adapt
 VOCABULARY = {"weight": 0, "base_layer.weight": 0, "lora_embedding_A": 1, "lora_B.weight": 0}
 
 
-def base_of(name: str) -> str:
+# What to do about a part of a model that cannot be read.
+CHECK = {
+    "config": (
+        "It accepts a model folder or a Hub id: check the name, your connection and your Hub token."
+    ),
+    "tokenizer": "Give a model with a tokenizer: save one in its folder.",
+    "weights": "Check that its files are complete, and that the packages they need are installed.",
+}
+
+
+@contextlib.contextmanager
+def reading(part: str, name: str, key: str) -> Iterator[None]:
+    """Report an error of another library as ConfigError while a part of a model is read.
+
+    Args:
+        part: `config`, `tokenizer` or `weights`.
+        name: the model's folder or Hub id.
+        key: the option, key or argument that named the model.
+    """
+    with _reported(f"{key}: got {name!r}, whose {part} could not be read", CHECK[part]):
+        yield
+
+
+@contextlib.contextmanager
+def _reported(problem: str, advice: str) -> Iterator[None]:
+    try:
+        yield
+    except (ConfigError, MemoryError, torch.OutOfMemoryError):
+        raise
+    # no such name, offline, no permission, damaged: each library has its own kinds
+    except Exception as error:
+        if "trust_remote_code" in str(error):
+            raise ConfigError(
+                f"{problem}: it needs code of its own, which is executed only if trust_remote_code"
+                " is set. Set it in an Axolotl YAML if the command accepts one, or use a model that"
+                " transformers supports without such code."
+            ) from error
+        raise ConfigError(f"{problem} ({first_line(error)}). {advice}") from error
+
+
+def base_of(name: str, key: str | None = None) -> str:
     """Return the base model named by an adapter's folder or Hub id; for any other model, the name
     itself.
 
     Raises:
-        ConfigError: a heads folder, or an adapter that names no base.
+        ConfigError: a heads folder, an adapter that names no base, or a name of nothing.
     """
-    return _base_and_revision(name)[0]
+    return _base_and_revision(name, key or asked_as("model"))[0]
 
 
-def _base_and_revision(name: str) -> tuple[str, str | None]:
-    refuse_heads_folder(name)
-    file = find_adapter_config_file(name)
+def _base_and_revision(name: str, key: str) -> tuple[str, str | None]:
+    refuse_heads_folder(name, key)
+    with reading("config", name, key):
+        file = find_adapter_config_file(name)
     if file is None:
         return name, None
     try:
-        keys = json.loads(read_text(Path(file), asked_as("model"), "the folder of an adapter"))
+        keys = json.loads(read_text(Path(file), key, "the folder of an adapter"))
         base = keys["base_model_name_or_path"]
         revision = keys.get("revision")
     except (ValueError, KeyError, TypeError, AttributeError):
         base = revision = None
     if not isinstance(base, str):
         raise ConfigError(
-            f"{asked_as('model')}: {name} is an adapter, but its {Path(file).name} names no"
+            f"{key}: {name} is an adapter, but its {Path(file).name} names no"
             " base_model_name_or_path."
         )
     return base, revision if isinstance(revision, str) else None
 
 
-def refuse_heads_folder(name: str, argument: str = "model") -> None:
-    """Raise ConfigError if the model folder `name`, given as this argument, is a heads folder."""
+def refuse_heads_folder(name: str, key: str) -> None:
+    """Raise ConfigError if the model folder `name`, given with this key, is a heads folder."""
     file = Path(name) / CONFIG_NAME
     try:
         config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
     except (OSError, ValueError):
         return  # loading reports the problem
-    refuse_heads_as_model(config, name, asked_as(argument))
+    refuse_heads_as_model(config, name, key)
 
 
 MERGED = "merged"  # Axolotl's subfolder of a run for the merged model
@@ -112,7 +166,8 @@ class Source:
     """The source of a model: its base and revision, the config to load it with, and its vocabulary
     size.
 
-    `tokens` is the vocabulary size in the adapter's config.json (None: the base's).
+    `tokens` is the vocabulary size in the adapter's config.json (None: the base's), `key` the
+    option, key or argument that named the model.
     """
 
     name: str
@@ -121,24 +176,42 @@ class Source:
     config: PretrainedConfig
     tokens: int | None
     trust_remote_code: bool
+    key: str
 
     @classmethod
-    def of(cls, name: str, trust_remote_code: bool = False) -> Source:
+    def of(
+        cls,
+        name: str,
+        *,
+        key: str | None = None,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> Source:
         """Resolve `name`, without reading weights.
 
+        Args:
+            name: folder or Hub id of a model or of an adapter.
+            key: the option, key or argument that named it, for messages. None: `model`.
+            revision: of the Hub id. An adapter names that of its base itself.
+            trust_remote_code: execute the model's own code.
+
         Raises:
-            ConfigError: a heads folder, or an adapter that names no base.
+            ConfigError: a heads folder, an adapter that names no base, or no readable config.
         """
-        base, revision = _base_and_revision(name)
+        key = asked_as("model") if key is None else key
+        base, revision_of_base = _base_and_revision(name, key)
+        revision = revision if base == name else revision_of_base
         read = functools.partial(AutoConfig.from_pretrained, trust_remote_code=trust_remote_code)
-        config = read(base, **({} if revision is None else {"revision": revision}))
-        refuse_heads_as_model(config.to_dict(), name, asked_as("model"))  # from the Hub
+        with reading("config", base, key):
+            config = read(base, **({} if revision is None else {"revision": revision}))
+        refuse_heads_as_model(config.to_dict(), name, key)  # from the Hub
+        found = cls(name, base, revision, config, None, trust_remote_code, key)
         if base == name:
             with_overrides_of_run(config, name, read)
-            return cls(name, base, revision, config, None, trust_remote_code)
+            return found
         own = _own_config(name, config, read)
         if own is None:
-            return cls(name, base, revision, config, None, trust_remote_code)
+            return found
         # The run's changes (overrides_of_model_config) are used. Vocabulary size and quantisation
         # stay the base's, because the base's files are read first.
         text = own.get_text_config()
@@ -147,31 +220,71 @@ class Source:
         vars(own).pop("quantization_config", None)
         if getattr(config, "quantization_config", None) is not None:
             own.quantization_config = config.quantization_config
-        return cls(name, base, revision, own, tokens, trust_remote_code)
+        return dataclasses.replace(found, config=own, tokens=tokens)
 
     def build(self) -> nn.Module:
         """Build the model from its config."""
         trust_remote_code = self.trust_remote_code
         return auto_class(self.config).from_config(self.config, trust_remote_code=trust_remote_code)
 
+    def empty_trunk(
+        self,
+        overrides: Mapping[str, object] | None = None,
+        whole: bool = False,
+        **building: Any,
+    ) -> Trunk:
+        """Return the trunk of the model built from its config only, on the meta device, without an
+        adapter.
+
+        Args:
+            overrides: values that replace those of its config.
+            whole: see `auto_class`.
+            building: arguments of `from_config` (dtype, attn_implementation).
+
+        Raises:
+            ConfigError: heads cannot be built for the model, or transformers cannot build it.
+        """
+        config = copy.deepcopy(self.config)
+        for name, value in (overrides or {}).items():
+            setattr(config, name, value)
+        refuse_unfit(config, self.base)
+        trust_remote_code = self.trust_remote_code
+        # a config with impossible values fails wherever it is first used
+        with (
+            _reported(
+                f"{self.key}: got {self.name!r}, from which transformers cannot build a language"
+                " model",
+                "It accepts a decoder-only model that transformers supports without remote code.",
+            ),
+            torch.device("meta"),
+        ):
+            model = auto_class(config, whole).from_config(
+                config, trust_remote_code=trust_remote_code, **building
+            )
+        return find_trunk(model)
+
     def load(self, dtype: torch.dtype | str, **loading: Unpack[Loading]) -> PreTrainedModel:
         """Load the base's weights, resize its vocabulary if the adapter needs it, and load the
         adapter.
 
         With `load_in_4bit`, bitsandbytes quantises the base as in QLoRA (NF4, double quantisation).
+
+        Raises:
+            ConfigError: the weights cannot be read.
         """
         trust_remote_code = self.trust_remote_code
         options: dict[str, object] = {} if self.revision is None else {"revision": self.revision}
-        model = auto_class(self.config).from_pretrained(
-            self.base,
-            config=self.config,
-            dtype=dtype,
-            quantization_config=quantisation(dtype, loading),
-            attn_implementation=loading.get("attn_implementation"),
-            trust_remote_code=trust_remote_code,
-            device_map={"": 0} if torch.cuda.is_available() else None,
-            **options,
-        )
+        with reading("weights", self.base, self.key):
+            model = auto_class(self.config).from_pretrained(
+                self.base,
+                config=self.config,
+                dtype=dtype,
+                quantization_config=quantisation(dtype, loading),
+                attn_implementation=loading.get("attn_implementation"),
+                trust_remote_code=trust_remote_code,
+                device_map={"": 0} if torch.cuda.is_available() else None,
+                **options,
+            )
         model.config.use_cache = False
         if self.base == self.name:
             return model
@@ -180,7 +293,8 @@ class Source:
             model.resize_token_embeddings(tokens, mean_resizing=False)
         # Not left to transformers: in a folder with an adapter and a config.json it expects the
         # complete weights.
-        return cast(PreTrainedModel, PeftModel.from_pretrained(model, self.name))
+        with reading("weights", self.name, self.key):
+            return cast(PreTrainedModel, PeftModel.from_pretrained(model, self.name))
 
 
 def _own_config(
@@ -290,13 +404,32 @@ def _tokens(shapes: Mapping[str, tuple[int, ...]], names: list[str]) -> int | No
     return max(found, default=None)
 
 
-def load_model(name: str, dtype: torch.dtype | str, **loading: Unpack[Loading]) -> PreTrainedModel:
+def load_model(
+    name: str,
+    dtype: torch.dtype | str,
+    *,
+    key: str | None = None,
+    for_heads: bool = False,
+    trust_remote_code: bool = False,
+    **loading: Unpack[Loading],
+) -> PreTrainedModel:
     """Load a model, or an adapter and its base; see `Source.load`.
 
+    Args:
+        name: folder or Hub id.
+        dtype: to compute in.
+        key: the option, key or argument that named the model, for messages. None: `model`.
+        for_heads: check before weights are loaded that heads can be built for the model.
+        trust_remote_code: execute the model's own code.
+        loading: quantisation and attention implementation.
+
     Raises:
-        ConfigError: a heads folder, or an adapter that names no base.
+        ConfigError: see `Source.of` and `Source.load`; heads cannot be built for the model.
     """
-    return Source.of(name).load(dtype, **loading)
+    source = Source.of(name, key=key, trust_remote_code=trust_remote_code)
+    if for_heads:
+        trunk_without_weights(source.config, source.base, source.build)
+    return source.load(dtype, **loading)
 
 
 def merged(model: PreTrainedModel) -> PreTrainedModel:
@@ -307,29 +440,20 @@ def merged(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def load_for_heads(
-    source: Source, dtype: torch.dtype | str, **loading: Unpack[Loading]
-) -> PreTrainedModel:
-    """Load a model that heads can be built for; see `Source.load`.
-
-    Raises:
-        ConfigError: heads cannot be built for the model; raised before weights are loaded.
-    """
-    trunk_without_weights(source.config, source.base, source.build)
-    return source.load(dtype, **loading)
-
-
-def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    name: str, trust_remote_code: bool = False, key: str | None = None
+) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model; for an adapter without one, its base's.
 
     Raises:
-        ConfigError: `name` is a heads folder.
+        ConfigError: a heads folder, or no readable tokenizer.
     """
-    refuse_heads_folder(name)
-    try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError):
-        base = base_of(name)
-        if base == name:
-            raise
+    key = asked_as("model") if key is None else key
+    refuse_heads_folder(name, key)
+    with reading("tokenizer", name, key):
+        try:
+            return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        except (OSError, ValueError):
+            # a name that is no model's at all is reported as such
+            base = Source.of(name, key=key, trust_remote_code=trust_remote_code).base
         return AutoTokenizer.from_pretrained(base, trust_remote_code=trust_remote_code)

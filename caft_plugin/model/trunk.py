@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     PretrainedConfig,
@@ -27,7 +26,6 @@ from transformers import (
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from caft_plugin.errors import ConfigError, first_line, shown
-from caft_plugin.model.heads_as_model import refuse_heads_as_model
 
 logger = logging.getLogger(__name__)
 
@@ -361,56 +359,6 @@ def auto_class(config: PretrainedConfig, whole: bool = False) -> Any:
         whole or kind not in MODEL_FOR_CAUSAL_LM_MAPPING
     )
     return AutoModelForImageTextToText if seeing else AutoModelForCausalLM
-
-
-def empty_trunk(
-    base_model: str,
-    key: str,
-    revision: str | None = None,
-    overrides: Mapping[str, object] | None = None,
-    whole: bool = False,
-    **loading: Any,
-) -> Trunk:
-    """Return the trunk of a model built from its config only, on the meta device.
-
-    Args:
-        base_model: a model folder or Hub id.
-        key: the option or key that named the model, for messages.
-        revision: of the Hub id.
-        overrides: values that replace those of its config.
-        whole: see `auto_class`.
-        loading: arguments of `from_config` (dtype, attn_implementation).
-
-    Raises:
-        ConfigError: the config cannot be read, or is not of a decoder-only model that transformers
-            supports.
-    """
-    options = {} if revision is None else {"revision": revision}
-    try:
-        config = AutoConfig.from_pretrained(base_model, trust_remote_code=False, **options)
-    # no such name, offline, no permission, damaged: each library has its own kinds
-    except Exception as error:
-        raise ConfigError(
-            f"{key}: got {base_model!r}, whose config could not be read ({first_line(error)}). It"
-            " accepts a model folder or a Hub id: check the name, your connection and your Hub"
-            " token."
-        ) from error
-    refuse_heads_as_model(config.to_dict(), base_model, key)
-    for name, value in (overrides or {}).items():
-        setattr(config, name, value)
-    refuse_unfit(config, config.model_type)
-    try:
-        with torch.device("meta"):
-            model = auto_class(config, whole).from_config(
-                config, trust_remote_code=False, **loading
-            )
-    except Exception as error:  # a config with impossible values fails wherever it is first used
-        raise ConfigError(
-            f"{key}: got {base_model!r}, from which transformers cannot build a language model"
-            f" ({first_line(error)}). It accepts a decoder-only model that transformers supports"
-            " without remote code."
-        ) from error
-    return find_trunk(model)
 
 
 def trunk_without_weights(

@@ -26,9 +26,8 @@ class Kept:
     checkpointing.
 
     `base`: the model up to its final norm; `layers`: each of its layers; `hidden`: the last layer's
-        input; `head`: a
-    head at all positions, including `pointwise`, the part that runs at supervised positions only;
-    `norm`: the final norm of a head's output.
+    input; `head`: a head at all positions, including `pointwise`, the part that runs at supervised
+    positions only; `norm`: the final norm of a head's output.
     """
 
     base: float

@@ -13,11 +13,13 @@ import re
 from pathlib import Path
 
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
 from caft_plugin.caft.heads import AuxiliaryHeads, build_heads, pointwise_parts
 from caft_plugin.caft.heads_folder import HeadsFolder, resolve_wiring
 from caft_plugin.caft.loss import LOGITS_AT_A_TIME
 from caft_plugin.config import CAFTConfig
+from caft_plugin.model.loading import Source
 from caft_plugin.model.trunk import Trunk
 from caft_plugin.plan.activations import Kept, keeps
 from caft_plugin.plan.run import Run, build_model
@@ -132,9 +134,10 @@ Built = tuple[nn.Module, Trunk, dict[Tensor, float], CAFTConfig, AuxiliaryHeads 
 
 @dataclasses.dataclass
 class Seen:
-    """What plans of the same run with other settings share: models, and what forward passes keep.
-    Both take seconds."""
+    """What plans of the same run with other settings share: the source of the model, built models,
+    and what forward passes keep. The last two take seconds."""
 
+    source: Source
     built: dict[str, Built] = dataclasses.field(default_factory=dict)
     kept: dict[str, tuple[Kept, list[str]]] = dataclasses.field(default_factory=dict)
 
@@ -158,81 +161,100 @@ def make_plan(
     Raises:
         ConfigError: the model cannot be built from its config, or the heads do not fit.
     """
-    seen = Seen() if seen is None else seen
+    seen = Seen(run.source()) if seen is None else seen
     as_built, as_kept = _keys(run)
-    model, trunk, quantised, caft, heads = seen.built.get(as_built) or _build(run)
-    run = dataclasses.replace(
-        run, caft=run.caft.model_copy(update=caft.model_dump(include={"head_input", "head_norm"}))
-    )
+    built = seen.built.get(as_built) or _build(run, seen.source)
+    model, trunk, quantised, caft, heads = built
+    wiring = caft.model_dump(include={"head_input", "head_norm"})
+    run = dataclasses.replace(run, caft=run.caft.model_copy(update=wiring))
     shards = gpus if run.sharded else 1
-    plain, head, saved = multiply_adds(run, trunk, heads, supervised)
-    all_heads, drawn = (0.0, 0.0) if heads is None else (len(heads), expected_heads(run.caft))
-    unembedding = sum(_bytes(p) for p in trunk.unembedding.parameters() if p.requires_grad)
-    standing = [stands(run, module, quantised, shards) for module in (model, heads)]
-    counts = (
-        [0, 0]
-        if heads is None
-        else [_count(heads), sum(p.numel() for p in heads.parameters() if p.requires_grad)]
-    )
-    base_parameters = _count(model)
-    gathered = gathered_by_fsdp(trunk, model, quantised) if shards > 1 else 0.0
 
-    if as_kept in seen.kept:
-        seen.built[as_built] = (model, trunk, quantised, caft, heads)
-    else:  # last: the model holds fake tensors from here on
-        seen.built.pop(as_built, None)
-        seen.kept[as_kept] = keeps(model, trunk, heads, run.rows, run.length, run.dtype)
-    kept, guesses = seen.kept[as_kept]
-    base = dataclasses.replace(standing[0], activations=kept.base)
-    if run.checkpointing:
-        inputs = kept.base - sum(kept.layers) + len(kept.layers) * kept.hidden
-        base = dataclasses.replace(base, activations=inputs, work=max(kept.layers))
-    added = standing[1]
-    losses = (_next_token_loss(run, trunk),) * 2
+    # Parameters are counted first: the forward pass leaves fake tensors in the model.
+    base = stands(run, model, quantised, shards)
+    added = stands(run, heads, quantised, shards)
+    base_parameters = _count(model)
+    parameters = _count(heads)
+    trained = sum(map(Tensor.numel, _trained(heads)))
+    unembedding = sum(map(_bytes, _trained(trunk.unembedding)))
+    gathered = gathered_by_fsdp(trunk, model, quantised) if shards > 1 else 0.0
+    plain, one_head, saved = multiply_adds(run, trunk, heads, supervised)
+
+    kept, guesses = _forward_pass(run, seen, as_built, as_kept, built)
+    base = _with_activations(base, run, kept)
+    loss = _next_token_loss(run, trunk)
+    loss_with_heads = loss
+    number = 0
+    how = "none"
     if heads is not None:
-        chunk = (
-            min(LOGITS_AT_A_TIME[device], supervised * run.tokens * trunk.vocab_size)
-            * BYTES_A_LOGIT
-            + unembedding
-        )
+        number = len(heads)
+        how = heads.how
+        logits = min(LOGITS_AT_A_TIME[device], supervised * run.tokens * trunk.vocab_size)
+        chunk = logits * BYTES_A_LOGIT + unembedding
         activations, work = _heads_pass(run, kept, supervised, unembedding, chunk)
         added = dataclasses.replace(added, activations=activations, work=work)
         if run.fuses:
             fused = supervised * kept.hidden + unembedding
-            losses = (losses[0], NextTokenLoss(fused, fused + chunk))
+            loss_with_heads = NextTokenLoss(fused, fused + chunk)
+    ratio = (plain - saved + number * one_head) / plain
+    ratio_drawn = None
+    if run.caft.heads_per_step is not None:
+        ratio_drawn = (plain - saved + expected_heads(run.caft) * one_head) / plain
     return Plan(
         run=run,
         model=f"{run.model} ({trunk.model.config.model_type})",
         base_parameters=base_parameters,
-        heads=int(all_heads),
-        parameters=counts[0],
-        trained=counts[1],
-        how="none" if heads is None else heads.how,
+        heads=number,
+        parameters=parameters,
+        trained=trained,
+        how=how,
         base=base,
         added=added,
-        losses=losses,
+        losses=(loss, loss_with_heads),
         gathered=gathered,
         # On a GPU torch's own AdamW updates all parameters together and needs a copy of them,
         # unless it is fused.
         copies=int(run.optimizer == "adamw_torch" and device != "cpu"),
-        ratio=(plain - saved + all_heads * head) / plain,
-        ratio_drawn=(
-            None if run.caft.heads_per_step is None else (plain - saved + drawn * head) / plain
-        ),
-        notes=[*_notes(run, gpus, trunk), *optimizer_states(run.optimizer)[1], *guesses],
+        ratio=ratio,
+        ratio_drawn=ratio_drawn,
+        notes=[
+            *_notes(run, gpus, trunk, seen.source),
+            *optimizer_states(run.optimizer)[1],
+            *guesses,
+        ],
     )
 
 
-def _build(run: Run) -> Built:
-    model, trunk, quantised = build_model(run)
+def _build(run: Run, source: Source) -> Built:
+    model, trunk, quantised = build_model(run, source)
     caft = _checked(run, trunk)
-    return (
-        model,
-        trunk,
-        quantised,
-        caft,
-        None if caft.beta == 0 else build_heads(model, trunk, caft, seed=0),
-    )
+    heads = None
+    if caft.beta != 0:
+        heads = build_heads(model, trunk, caft, seed=0)
+    return model, trunk, quantised, caft, heads
+
+
+def _forward_pass(
+    run: Run, seen: Seen, as_built: str, as_kept: str, built: Built
+) -> tuple[Kept, list[str]]:
+    """Return what a forward pass keeps, and notes on estimates; computed once.
+
+    Only a model that it was not computed with can be used again.
+    """
+    if as_kept in seen.kept:
+        seen.built[as_built] = built
+        return seen.kept[as_kept]
+    seen.built.pop(as_built, None)
+    model, trunk, _, _, heads = built
+    seen.kept[as_kept] = keeps(model, trunk, heads, run.rows, run.length, run.dtype)
+    return seen.kept[as_kept]
+
+
+def _with_activations(base: Share, run: Run, kept: Kept) -> Share:
+    if not run.checkpointing:
+        return dataclasses.replace(base, activations=kept.base)
+    # Each layer keeps its input only, and is recomputed when its turn comes.
+    inputs = kept.base - sum(kept.layers) + len(kept.layers) * kept.hidden
+    return dataclasses.replace(base, activations=inputs, work=max(kept.layers))
 
 
 def _keys(run: Run) -> tuple[str, str]:
@@ -274,7 +296,7 @@ def stands(
     """
     values, each = optimizer_states(run.optimizer)[0]
     parameters = [] if module is None else list(module.parameters())
-    trained = [p for p in parameters if p.requires_grad]
+    trained = _trained(module)
     return Share(
         weights=sum(quantised.get(p, _bytes(p)) for p in parameters) / shards,
         gradients=sum(map(_bytes, trained)) / shards,
@@ -311,8 +333,14 @@ def _bytes(parameter: Tensor) -> int:
     return parameter.numel() * parameter.itemsize
 
 
-def _count(module: nn.Module) -> int:
+def _trained(module: nn.Module | None) -> list[Tensor]:
+    return [] if module is None else [p for p in module.parameters() if p.requires_grad]
+
+
+def _count(module: nn.Module | None) -> int:
     """Return the number of parameters, without those of LoRA."""
+    if module is None:
+        return 0
     return sum(p.numel() for name, p in module.named_parameters() if ".lora_" not in name)
 
 
@@ -381,36 +409,51 @@ def multiply_adds(
     pass twice. Attention scores and sums need 2 T h in the forward pass and twice that in the
     backward pass.
     """
-    config = trunk.model.config.get_text_config()
     again = int(run.checkpointing)
-    total = next((n for key in EXPERTS if (n := getattr(config, key, None))), None)
-    active = getattr(config, ACTIVE, None) if total else None
+    experts = used_experts(trunk.model.config.get_text_config())
+    scores = 2 * run.length * trunk.hidden_size * (3 + again)  # attention scores and sums
 
-    def weights(module: nn.Module, again: int) -> float:
-        products = 0.0
-        for name, parameter in module.named_parameters():
-            if parameter.dim() > 1:
-                used = (
-                    active / total
-                    if active and total and re.search(r"(^|\.)experts\.", name)
-                    else 1
-                )
-                products += used * parameter.numel() * (2 + parameter.requires_grad + again)
-        return products
+    def layer_products(layer: nn.Module) -> float:
+        return matrix_products(layer, experts, again) + has_attention(layer) * scores
 
-    def attention(layer: nn.Module) -> float:
-        attends = any("attention" in type(m).__name__.lower() for m in layer.modules())
-        return attends * 2 * run.length * trunk.hidden_size * (3 + again)
-
-    unembedding = weights(trunk.unembedding, 0)
-    plain = sum(weights(layer, again) + attention(layer) for layer in trunk.layers) + unembedding
+    unembedding = matrix_products(trunk.unembedding, experts, 0)
+    plain = sum(map(layer_products, trunk.layers)) + unembedding
     if heads is None:
         return plain, 0.0, 0.0
     head = heads.layers[0]
-    pointwise = sum(weights(part, again) for part in pointwise_parts(head))
-    everywhere = weights(head, again) - pointwise + attention(head)
-    saved = (1 - supervised) * unembedding if run.fuses and run.builds_logits else 0.0
+    pointwise = sum(matrix_products(part, experts, again) for part in pointwise_parts(head))
+    everywhere = layer_products(head) - pointwise
+    saved = 0.0
+    if run.fuses and run.builds_logits:
+        saved = (1 - supervised) * unembedding
     return plain, everywhere + supervised * (pointwise + unembedding), saved
+
+
+def used_experts(config: PretrainedConfig) -> float:
+    """Return the fraction of its experts that a mixture uses for one token; 1 for other models."""
+    total = next((n for key in EXPERTS if (n := getattr(config, key, None))), None)
+    active = getattr(config, ACTIVE, None)
+    return active / total if active and total else 1.0
+
+
+def matrix_products(module: nn.Module, experts: float, again: int) -> float:
+    """Return the multiplications of a module's matrices for one token.
+
+    Args:
+        module: a layer, or a part of the model.
+        experts: the fraction of its experts that a token uses.
+        again: 1 if the forward pass runs twice, else 0.
+    """
+    products = 0.0
+    for name, parameter in module.named_parameters():
+        if parameter.dim() > 1:
+            used = experts if re.search(r"(^|\.)experts\.", name) else 1
+            products += used * parameter.numel() * (2 + parameter.requires_grad + again)
+    return products
+
+
+def has_attention(layer: nn.Module) -> bool:
+    return any("attention" in type(module).__name__.lower() for module in layer.modules())
 
 
 def expected_heads(caft: CAFTConfig) -> float:
@@ -422,7 +465,7 @@ def expected_heads(caft: CAFTConfig) -> float:
     return sum(1 - (1 - weight / sum(weights)) ** caft.heads_per_step for weight in weights)
 
 
-def _notes(run: Run, gpus: int, trunk: Trunk) -> list[str]:
+def _notes(run: Run, gpus: int, trunk: Trunk, source: Source) -> list[str]:
     notes = list(run.notes)
     if run.caft.beta == 0:
         notes.append("caft.beta is 0: no heads are built, so nothing is added to the run.")
@@ -430,6 +473,8 @@ def _notes(run: Run, gpus: int, trunk: Trunk) -> list[str]:
         notes.append("The YAML shards with FSDP: give the number of GPUs with --gpus.")
     if getattr(trunk.model.config, "quantization_config", None):
         notes.append("The base model's files are quantised, but it is counted as unquantised.")
+    if source.base != source.name:
+        notes.append(f"{source.key} is an adapter: counted as its base model, {source.base}.")
     if hasattr(trunk.model.config, "vision_config"):
         notes.append(
             "Rows are counted as text: the weights of the vision part are included, its activations"

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from caft_plugin.config import CAFTConfig
 from caft_plugin.errors import ConfigError, first_line
-from caft_plugin.model.trunk import Trunk, empty_trunk, find_trunk
+from caft_plugin.model.loading import Source
+from caft_plugin.model.trunk import Trunk, find_trunk
 
 # bitsandbytes in 4 bits: an 8-bit scale for each 64 weights, and a float32 scale for each 256 of
 # these.
@@ -47,10 +48,24 @@ class Run:
     lora: Mapping[str, Any] | None = None
     config: str | None = None
     revision: str | None = None
+    trust_remote_code: bool = False
     overrides: Mapping[str, object] = dataclasses.field(default_factory=dict)
     eager: bool = False
     unfrozen: Sequence[str] = ()
     notes: Sequence[str] = ()
+
+    def source(self) -> Source:
+        """Return the model whose config is read.
+
+        Raises:
+            ConfigError: its config cannot be read.
+        """
+        return Source.of(
+            self.config or self.model,
+            key="base_model_config" if self.config else "base_model",
+            revision=self.revision,
+            trust_remote_code=self.trust_remote_code,
+        )
 
     @property
     def tokens(self) -> int:
@@ -68,43 +83,54 @@ class Run:
         return self.caft.num_heads if drawn is None else min(drawn, self.caft.num_heads)
 
 
-def build_model(run: Run) -> tuple[nn.Module, Trunk, dict[Tensor, float]]:
+def build_model(run: Run, source: Source) -> tuple[nn.Module, Trunk, dict[Tensor, float]]:
     """Return the run's model without memory for its weights, its trunk, and the bytes of each
     quantised parameter.
 
     Raises:
         ConfigError: the model cannot be built from its config, or the adapter does not fit it.
     """
-    loading: dict[str, object] = {
-        "dtype": run.dtype,
-        **({"attn_implementation": "eager"} if run.eager else {}),
-    }
+    attention = {"attn_implementation": "eager"} if run.eager else {}
     # vision-language models complete, as Axolotl loads them
-    trunk = empty_trunk(
-        run.config or run.model, "base_model", run.revision, run.overrides, whole=True, **loading
-    )
+    trunk = source.empty_trunk(run.overrides, whole=True, dtype=run.dtype, **attention)
     model: nn.Module = trunk.model
-    quantised = {}
-    if run.bits < 16:
-        for module in model.modules():
-            if isinstance(module, nn.Linear) and module is not trunk.unembedding:
-                quantised[module.weight] = module.weight.numel() * QUANTISED[run.bits]
+    quantised = quantised_weights(trunk, run.bits)
     if run.lora is not None:
         model.requires_grad_(False)
         model = with_adapter(run, run.lora, model)
         return model, find_trunk(model), quantised
     if run.float32_parts:
-        for name, module in model.named_modules():
-            if "norm" in name or module in (trunk.unembedding, trunk.model.get_input_embeddings()):
-                module.float()
+        to_float32(trunk)
     if run.unfrozen:
-        patterns = [
-            re.compile(re.sub(r"\.(?!\+)", r"\.", re.sub(r"\[[0-9:]*\]$", "", p)))
-            for p in run.unfrozen
-        ]
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(any(pattern.match(name) for pattern in patterns))
+        train_only(model, run.unfrozen)
     return model, trunk, quantised
+
+
+def quantised_weights(trunk: Trunk, bits: int) -> dict[Tensor, float]:
+    """Return the bytes of each weight that bitsandbytes quantises: all linear layers but the
+    unembedding."""
+    if bits == 16:
+        return {}
+    linear = [module for module in trunk.model.modules() if isinstance(module, nn.Linear)]
+    weights = [module.weight for module in linear if module is not trunk.unembedding]
+    return {weight: weight.numel() * QUANTISED[bits] for weight in weights}
+
+
+def to_float32(trunk: Trunk) -> None:
+    """Convert norms, embedding and unembedding to float32, as Axolotl does."""
+    embeddings = (trunk.unembedding, trunk.model.get_input_embeddings())
+    for name, module in trunk.model.named_modules():
+        if "norm" in name or module in embeddings:
+            module.float()
+
+
+def train_only(model: nn.Module, unfrozen: Sequence[str]) -> None:
+    """Freeze all parameters but those whose names match a pattern of `unfrozen_parameters`."""
+    # As Axolotl reads them: a range of rows at the end is no part of the name, and a dot is a dot.
+    without_ranges = [re.sub(r"\[[0-9:]*\]$", "", pattern) for pattern in unfrozen]
+    patterns = [re.compile(re.sub(r"\.(?!\+)", r"\.", pattern)) for pattern in without_ranges]
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(any(pattern.match(name) for pattern in patterns))
 
 
 def with_adapter(run: Run, lora: Mapping[str, Any], model: nn.Module) -> nn.Module:

@@ -6,6 +6,7 @@ import bisect
 import dataclasses
 import functools
 import itertools
+import math
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any, Self
@@ -39,6 +40,44 @@ class Change:
         return bool(dict(self.caft).keys() & dict(other.caft).keys())
 
 
+CUT_CROSS_ENTROPY = Change(
+    "cut_cross_entropy: true",
+    run=(("builds_logits", False), ("float32_parts", False)),
+)
+FUSED_LOSS = Change(
+    "caft.fused_loss: on",
+    caft=(("fused_loss", "on"),),
+)
+CHECKPOINTING = Change(
+    "gradient_checkpointing: true",
+    run=(("checkpointing", True),),
+)
+ONE_ROW = Change(
+    "micro_batch_size: 1",
+    run=(("rows", 1),),
+)
+OPTIMIZER = Change(
+    "optimizer: adamw_bnb_8bit",
+    run=(("optimizer", "adamw_bnb_8bit"),),
+)
+QLORA = Change(
+    "adapter: qlora, load_in_4bit: true",
+    run=(("bits", 4),),
+)
+LORA_HEADS = Change(
+    "caft.train_heads: lora",
+    caft=(("train_heads", "lora"),),
+)
+FROZEN_HEADS = Change(
+    "caft.train_heads: frozen",
+    caft=(("train_heads", "frozen"),),
+)
+NO_HEADS = Change(
+    "no `caft:` block",
+    without_heads=True,
+)
+
+
 class WaysOut:
     """Peaks of a run with changes, each computed once. A context manager: a progress bar is shown
     while it is open."""
@@ -49,7 +88,7 @@ class WaysOut:
         self.gpus = gpus
         self.supervised = supervised
         self.lowest = plan.peak
-        self._seen = Seen()
+        self._seen = Seen(plan.run.source())
         self._peaks: dict[frozenset[Change], float] = {frozenset(): plan.peak}
 
     def __enter__(self) -> Self:
@@ -76,15 +115,9 @@ class WaysOut:
             caft |= dict(change.caft)
         if any(change.without_heads for change in changes):
             caft = {"beta": 0}
-        gpus = self.gpus * functools.reduce(
-            lambda product, change: product * change.gpus, changes, 1
-        )
-        return make_plan(
-            dataclasses.replace(run, caft=CAFTConfig.read(caft)),
-            gpus,
-            self.supervised,
-            seen=self._seen,
-        ).peak
+        run = dataclasses.replace(run, caft=CAFTConfig.read(caft))
+        gpus = self.gpus * math.prod(change.gpus for change in changes)
+        return make_plan(run, gpus, self.supervised, seen=self._seen).peak
 
     def fits(self, changes: Iterable[Change]) -> bool:
         return self.peak(changes) <= self.memory
@@ -98,67 +131,82 @@ class WaysOut:
         """Return the available changes, the cheapest first: those that cost neither time nor
         quality, then time, precision, training of the heads, hardware, data, and the heads
         themselves."""
+        return [
+            *self._of_training(),
+            *self._of_heads(),
+            *self._of_hardware_and_data(),
+        ]
+
+    def _of_training(self) -> list[Change]:
         run = self.plan.run
-        plan = self.plan
         found = []
         if run.builds_logits and not run.fuses:
-            found.append(
-                Change(
-                    "cut_cross_entropy: true", (("builds_logits", False), ("float32_parts", False))
-                )
-            )
-            if plan.heads:
-                found.append(Change("caft.fused_loss: on", caft=(("fused_loss", "on"),)))
+            found.append(CUT_CROSS_ENTROPY)
+            if self.plan.heads:
+                found.append(FUSED_LOSS)
         if not run.checkpointing:
-            found.append(Change("gradient_checkpointing: true", (("checkpointing", True),)))
+            found.append(CHECKPOINTING)
         if run.rows > 1:
-            found.append(Change("micro_batch_size: 1", (("rows", 1),)))
+            found.append(ONE_ROW)
         if not re.search("8bit|4bit", run.optimizer):
-            found.append(Change("optimizer: adamw_bnb_8bit", (("optimizer", "adamw_bnb_8bit"),)))
+            found.append(OPTIMIZER)
         if run.lora is not None and run.bits == 16:
-            found.append(Change("adapter: qlora, load_in_4bit: true", (("bits", 4),)))
+            found.append(QLORA)
+        return found
+
+    def _of_heads(self) -> list[Change]:
+        plan = self.plan
+        found = []
         if plan.how == "full":
-            found.append(Change("caft.train_heads: lora", caft=(("train_heads", "lora"),)))
+            found.append(LORA_HEADS)
         if plan.heads and plan.how != "frozen":
-            found.append(Change("caft.train_heads: frozen", caft=(("train_heads", "frozen"),)))
+            found.append(FROZEN_HEADS)
         if plan.heads > 1:
             found.append(self._fewer_heads([]))
+        return found
+
+    def _of_hardware_and_data(self) -> list[Change]:
+        run = self.plan.run
+        found = []
         if run.sharded:
             found.append(Change(f"--gpus {2 * self.gpus}", gpus=2))
         if run.length > 1:
-            found.append(Change(f"sequence_len: {run.length // 2}", (("length", run.length // 2),)))
-        if plan.heads:
-            found.append(Change("no `caft:` block", without_heads=True))
+            half = run.length // 2
+            found.append(Change(f"sequence_len: {half}", run=(("length", half),)))
+        if self.plan.heads:
+            found.append(NO_HEADS)
         return found
 
     def _fewer_heads(self, others: Sequence[Change]) -> Change:
         """Return the largest number of heads with which the run fits; 1 if it fits with none."""
         changes = [_heads(count) for count in range(1, self.plan.heads)]
-        fit = bisect.bisect(changes, self.memory, key=lambda change: self.peak([*others, change]))
+
+        def peak(change: Change) -> float:
+            return self.peak([*others, change])
+
+        # Each head adds to the peak, so a bisection finds the number.
+        fit = bisect.bisect(changes, self.memory, key=peak)
         return changes[max(fit - 1, 0)]
 
     def combination(self) -> list[Change] | None:
         """Return the smallest combination of changes that fits, None if there is none. Of several
         of that size, the cheapest; one that keeps the heads is preferred."""
-        for with_heads in (True, False):
-            pool = [
-                change
-                for change in self.changes
-                if not (change.without_heads if with_heads else change.caft)
-            ]
+        with_heads = [change for change in self.changes if not change.without_heads]
+        without_heads = [change for change in self.changes if not change.caft]
+        for pool in (with_heads, without_heads):
             found = self._smallest(pool)
             if found is not None:
-                return [
-                    (
-                        self._fewer_heads([c for c in found if c is not change])
-                        if _is_heads(change)
-                        else change
-                    )
-                    for change in found
-                ]
+                return [self._with_most_heads(change, found) for change in found]
         return None
 
+    def _with_most_heads(self, change: Change, found: Sequence[Change]) -> Change:
+        """Return the change; if it lowers the number of heads, the largest number that fits."""
+        if "num_heads" not in dict(change.caft):
+            return change
+        return self._fewer_heads([other for other in found if other is not change])
+
     def _smallest(self, pool: Sequence[Change]) -> list[Change] | None:
+        # of changes that exclude each other, the last one, which lowers the peak most
         all_of_them = [
             change
             for at, change in enumerate(pool)
@@ -166,35 +214,29 @@ class WaysOut:
         ]
         if not self.fits(all_of_them):
             return None
-        # Each combination that fits has the changes without which all others together do not fit.
-        choices = {
-            change
-            for change in pool
-            for other in pool
-            if other is not change and change.excludes(other)
-        }
-        without = {
-            change: [other for other in all_of_them if other is not change]
-            for change in all_of_them
-        }
-        necessary = {
-            change
-            for change in all_of_them
-            if change not in choices and not self.fits(without[change])
-        }
+        necessary = self._necessary(all_of_them, pool)
         for size in range(max(len(necessary), 2), len(all_of_them) + 1):
             for some in itertools.combinations(pool, size):
-                excluded = any(
-                    one.excludes(other) for one, other in itertools.combinations(some, 2)
-                )
-                if necessary <= set(some) and not excluded and self.fits(some):
+                if necessary <= set(some) and compatible(some) and self.fits(some):
                     return list(some)
         return all_of_them
+
+    def _necessary(self, all_of_them: Sequence[Change], pool: Sequence[Change]) -> set[Change]:
+        """Return the changes without which all others together do not fit: each combination that
+        fits has them. This spares most combinations."""
+        necessary = set()
+        for change in all_of_them:
+            others = [other for other in all_of_them if other is not change]
+            has_alternative = any(change.excludes(other) for other in pool if other is not change)
+            if not has_alternative and not self.fits(others):
+                necessary.add(change)
+        return necessary
+
+
+def compatible(changes: Iterable[Change]) -> bool:
+    pairs = itertools.combinations(changes, 2)
+    return not any(one.excludes(other) for one, other in pairs)
 
 
 def _heads(count: int) -> Change:
     return Change(f"caft.num_heads: {count}", caft=(("num_heads", count),))
-
-
-def _is_heads(change: Change) -> bool:
-    return "num_heads" in dict(change.caft)

@@ -2,10 +2,9 @@
 is loaded.
 
 `vllm`: all heads, which caft_plugin's draft class runs in one forward pass of vLLM's parallel
-    drafter. `eagle3`: head 1
-as the only layer of an EAGLE-3 drafter. Such a layer's input is `[norm(embedding) | norm(hidden
-state)]`, so the embedding's half of q, k and v is 0, and the projection of the hidden state is the
-identity.
+drafter. `eagle3`: head 1 as the only layer of an EAGLE-3 drafter. Such a layer's input is
+`[norm(embedding) | norm(hidden state)]`, so the embedding's half of q, k and v is 0, and the
+projection of the hidden state is the identity.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -65,12 +64,10 @@ class Target:
         Raises:
             ConfigError: the model does not exist or has no safetensors files.
         """
+        source = Source.of(name)
         try:
-            source = Source.of(name)
             return cls(source, *_where_tensors_are(source))
         except (OSError, ValueError, SafetensorError) as error:
-            if isinstance(error, ConfigError):
-                raise
             raise ConfigError(
                 f"{asked_as('model')}: got {name!r}, whose files cannot be read"
                 f" ({first_line(error)}). It accepts the folder or Hub id of a model with"
@@ -96,17 +93,14 @@ class Target:
 
     def norm(self) -> Tensor:
         """Return the final norm's weight (hidden size,); the adapter's if it trained the norm."""
-        if self.is_adapter:
-            file = cached_file(self.source.name, ADAPTER_SAFE_WEIGHTS_NAME)
-            with safe_open(file, framework="pt") as opened:
-                trained = [
-                    key
-                    for key in opened.keys()
-                    if key.startswith(f"{IN_ADAPTER}{NORM.rpartition('.')[0]}.")
-                ]
-                if trained:
-                    return opened.get_tensor(trained[0]).to(self.tensor(NORM).dtype)
-        return self.tensor(NORM)
+        norm = self.tensor(NORM)
+        if not self.is_adapter:
+            return norm
+        prefix = IN_ADAPTER + NORM.removesuffix("weight")
+        file = cached_file(self.source.name, ADAPTER_SAFE_WEIGHTS_NAME)
+        with safe_open(file, framework="pt") as opened:
+            trained = [key for key in opened.keys() if key.startswith(prefix)]
+            return opened.get_tensor(trained[0]).to(norm.dtype) if trained else norm
 
     def check(self, heads: HeadsFolder) -> None:
         """Raise ConfigError if the heads were trained with another last layer or final norm than
@@ -114,16 +108,14 @@ class Target:
         fingerprint = read_fingerprint(heads.path)
         if fingerprint is None or self.is_adapter:
             return
-        parts = {"layer": last_layer_in(self.source), "norm": NORM.removesuffix("weight")}
-        split = {name: name.partition(".") for name in fingerprint.before.values}
-        names = {name: parts[part] + rest for name, (part, _, rest) in split.items()}
-        there = {
-            ours: theirs for ours, theirs in names.items() if theirs in self.files or theirs == NORM
+        names = self.names_of(fingerprint.before.values)
+        tensors = {
+            ours: self.tensor(theirs)
+            for ours, theirs in names.items()
+            if theirs in self.files or theirs == NORM
         }
-        tensors = {ours: self.tensor(theirs) for ours, theirs in there.items()}
-        if len(tensors) < len(names) or any(
-            tensor.dtype not in GRIDS for tensor in tensors.values()
-        ):
+        complete = len(tensors) == len(names)
+        if not complete or any(tensor.dtype not in GRIDS for tensor in tensors.values()):
             # Quantised weights need scales, and smoothing changes the layer's norms. Compare only
             # the final norm.
             tensors = {ours: tensor for ours, tensor in tensors.items() if names[ours] == NORM}
@@ -136,6 +128,15 @@ class Target:
                 " with."
             )
 
+    def names_of(self, parts: Iterable[str]) -> dict[str, str]:
+        """Return the names in the model's files of a fingerprint's `layer. ...` and `norm. ...`."""
+        prefixes = {"layer": last_layer_in(self.source), "norm": NORM.removesuffix("weight")}
+        names = {}
+        for name in parts:
+            part, _, rest = name.partition(".")
+            names[name] = prefixes[part] + rest
+        return names
+
 
 def _where_tensors_are(source: Source) -> tuple[dict[str, str], int | None]:
     """Return the files of the last layer's and the final norm's tensors, by name, and the size of
@@ -146,16 +147,18 @@ def _where_tensors_are(source: Source) -> tuple[dict[str, str], int | None]:
     )
     if index is not None:
         content = json.loads(Path(index).read_text(encoding="utf-8"))
-        shard_of = content["weight_map"]
-        near = {
-            name: file
-            for name, file in shard_of.items()
-            if name == NORM or name.startswith(last_layer_in(source))
+        last_layer = last_layer_in(source)
+        shard_of = {
+            name: shard
+            for name, shard in content["weight_map"].items()
+            if name == NORM or name.startswith(last_layer)
         }
-        at = {file: str(cached_file(source.base, file, **options)) for file in set(near.values())}
-        return {name: at[file] for name, file in near.items()}, content.get("metadata", {}).get(
-            "total_size"
-        )
+        # Only the shards that hold them are downloaded.
+        file_of = {
+            shard: str(cached_file(source.base, shard, **options)) for shard in shard_of.values()
+        }
+        size = content.get("metadata", {}).get("total_size")
+        return {name: file_of[shard] for name, shard in shard_of.items()}, size
     file = str(cached_file(source.base, SAFE_WEIGHTS_NAME, **options))
     with safe_open(file, framework="pt") as opened, open(file, "rb") as raw:
         header = int.from_bytes(raw.read(8), "little")  # the file begins with the header's length
@@ -222,12 +225,13 @@ def _check(
             f" {target.source.name} has {config.hidden_size}. Give the model that the heads were"
             " trained with."
         )
-    if num_heads is not None and not 1 <= num_heads <= (
-        1 if form == "eagle3" else record.num_heads
-    ):
-        most = f"1 to {record.num_heads}, the number of heads in the folder"
-        most = "1, since an EAGLE-3 drafter has one layer" if form == "eagle3" else most
-        raise ConfigError(f"{asked_as('num_heads')}: got {num_heads}, but it accepts {most}.")
+    most = record.num_heads
+    accepted = f"1 to {most}, the number of heads in the folder"
+    if form == "eagle3":
+        most = 1
+        accepted = "1, since an EAGLE-3 drafter has one layer"
+    if num_heads is not None and not 1 <= num_heads <= most:
+        raise ConfigError(f"{asked_as('num_heads')}: got {num_heads}, but it accepts {accepted}.")
     if form == "eagle3" and not record.head_norm:
         raise ConfigError(
             f"{asked_as('form', '--format')}: got eagle3, but the heads in {folder.path} have"
@@ -269,11 +273,13 @@ def as_eagle3(
         normed_input: the head's input is the normalised final hidden state.
     """
     size = norm.numel()
+    reading_both = {f"self_attn.{part}_proj.weight" for part in "qkv"}
     weights = {}
     for name, tensor in heads[0].items():
-        if name in [f"self_attn.{part}_proj.weight" for part in "qkv"]:
+        if name in reading_both:
             tensor = torch.cat([torch.zeros_like(tensor), tensor], dim=1)
-        weights["midlayer." + name.replace("input_layernorm", "hidden_norm")] = tensor.contiguous()
+        in_midlayer = name.replace("input_layernorm", "hidden_norm")
+        weights[f"midlayer.{in_midlayer}"] = tensor.contiguous()
     if family.qkv_bias:  # the engine's layer has a bias on all four projections or on none
         out = weights["midlayer.self_attn.o_proj.weight"]
         weights["midlayer.self_attn.o_proj.bias"] = out.new_zeros(out.shape[0])
@@ -281,7 +287,9 @@ def as_eagle3(
     weights["midlayer.input_layernorm.weight"] = torch.ones(size, dtype=norm.dtype)
     weights["fc.weight"] = torch.eye(size, dtype=norm.dtype)
     weights["norm.weight"] = norm
-    return weights | ({"input_norm.weight": norm.clone()} if normed_input else {})
+    if normed_input:  # safetensors saves no tensor twice
+        weights["input_norm.weight"] = norm.clone()
+    return weights
 
 
 def as_heads(heads: list[dict[str, Tensor]], norm: Tensor, count: int) -> dict[str, Tensor]:

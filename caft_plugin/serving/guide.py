@@ -92,17 +92,16 @@ def how_to_serve(source: Source, output: Path, form: Format, advice: Advice) -> 
         speculative["parallel_drafting"] = True
     adapter = source.base != source.name
     lora = f" --enable-lora --lora-modules tuned={source.name}" if adapter else ""
+    # vLLM finds the draft class by caft_plugin's entry point; EAGLE-3 drafters need none.
+    needs = ""
+    if form == "vllm":
+        needs = ", in an environment with caft_plugin (`pip install caft_plugin`)"
     lines = [
         "# A drafter made of CAFT heads",
         "",
         f"It proposes {count} draft token{'s' * (count > 1)} in each step for {source.name}.",
         "",
-        "vLLM"
-        + (
-            ", in an environment with caft_plugin (`pip install caft_plugin`):"
-            if form == "vllm"
-            else ":"
-        ),
+        f"vLLM{needs}:",
         "",
         f"    vllm serve {source.base}{lora} --speculative-config '{json.dumps(speculative)}'",
         "",
@@ -122,22 +121,19 @@ def how_to_serve(source: Source, output: Path, form: Format, advice: Advice) -> 
             "its folder in place of the base model and leave out the LoRA options.",
         ]
     if form == "eagle3":
-        lines += [
-            "",
-            (
-                "SGLang, with the merged model (written from SGLang's source, not tested):"
-                if adapter
-                else "SGLang (written from SGLang's source, not tested):"
-            ),
-            "",
-            (
-                "    python -m sglang.launch_server --model-path"
-                f" {'MERGED' if adapter else source.name} \\"
-            ),
-            f"        --speculative-algorithm EAGLE3 --speculative-draft-model-path {output} \\",
-            (
-                "        --speculative-num-steps 1 --speculative-eagle-topk 1"
-                " --speculative-num-draft-tokens 2"
-            ),
-        ]
+        lines += sglang("MERGED" if adapter else source.name, output, adapter)
     return "\n".join(lines) + "\n"
+
+
+def sglang(model: str, output: Path, merged: bool) -> list[str]:
+    """Return the lines on serving with SGLang, which reads the same folder."""
+    which = ", with the merged model" if merged else ""
+    return [
+        "",
+        f"SGLang{which} (written from SGLang's source, not tested):",
+        "",
+        f"    python -m sglang.launch_server --model-path {model} \\",
+        f"        --speculative-algorithm EAGLE3 --speculative-draft-model-path {output} \\",
+        "        --speculative-num-steps 1 --speculative-eagle-topk 1"
+        " --speculative-num-draft-tokens 2",
+    ]

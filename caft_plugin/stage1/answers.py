@@ -1,10 +1,8 @@
-"""The base model's own answers to stage 1's prompts, which it writes itself or vLLM writes, kept in
-a file."""
+"""The base model's own answers to stage 1's prompts, kept in a file."""
 
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import logging
 import os
@@ -26,7 +24,7 @@ ANSWERS = "answers.jsonl"
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Ids that end an answer.
+    """Return the ids that end an answer.
 
     Raises:
         ConfigError: neither the model nor the tokenizer names one.
@@ -44,20 +42,19 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> se
 
 
 def fingerprint(model: PreTrainedModel) -> str:
-    """Of a model's weights: a model that was trained again in the folder of the former has
+    """Return a digest of a model's weights: a model trained again in the same folder has
     another."""
     digest = hashlib.sha256()
     for parameter in model.parameters():
-        digest.update(
-            parameter.detach().flatten()[:64].cpu().contiguous().view(torch.uint8).numpy().tobytes()
-        )
+        first = parameter.detach().flatten()[:64].cpu().contiguous()
+        digest.update(first.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
 def check_prompts(
     prompts: Sequence[Sequence[int]], config: PretrainConfig, context: int | None
 ) -> None:
-    """Raises ConfigError where a row asks nothing, or leaves no room to answer."""
+    """Raise ConfigError if a row asks nothing, or leaves no room to answer."""
     empty = sum(not prompt for prompt in prompts)
     if empty:
         raise ConfigError(
@@ -65,8 +62,9 @@ def check_prompts(
             f" {len(prompts)} rows have none (every token is supervised). Use `dataset` or"
             " `distribution` for plain text."
         )
-    longest = max(range(len(prompts)), key=lambda i: len(prompts[i]))
-    length = len(prompts[longest])
+    lengths = [len(prompt) for prompt in prompts]
+    length = max(lengths)
+    longest = lengths.index(length)
     if context is not None and length + config.max_new_tokens > context:
         raise ConfigError(
             f"{setting_as('pretrain_heads', 'max_new_tokens')}: row {longest} has a prompt of"
@@ -75,40 +73,43 @@ def check_prompts(
         )
 
 
+def complete_lines(path: Path) -> list[bytes]:
+    """Return a file's lines without the last one if its newline is missing: the process that wrote
+    it was killed. No lines if there is no file."""
+    if not path.exists():
+        return []
+    with open(path, "rb") as file:
+        return [line for line in file if line.endswith(b"\n")]
+
+
+def refuse_other_settings(
+    path: Path, found: Mapping[str, object], wanted: Mapping[str, object]
+) -> None:
+    """Raise ConfigError if a file's first line is not the wanted one."""
+    changed = [key for key in {**wanted, **found} if found.get(key) != wanted.get(key)]
+    if changed:
+        raise ConfigError(
+            f"pretrain_heads: {path} holds answers made with another {' and '.join(changed)}."
+            " Continue with the settings it was made with, or move the file away to start again."
+        )
+
+
 class AnswerFile:
-    """Answers as JSON lines, one a prompt, in the order of the prompts; a broken last line is
-    dropped on opening.
+    """Answers as JSON lines, one for each prompt, in order; a broken last line is dropped.
 
     The first line holds what the answers depend on: model, prompts and sampling. A file with
     another first line is refused rather than mixed.
     """
 
     def __init__(self, path: Path, header: Mapping[str, object]) -> None:
-        self.path = path
-        self.answers: list[list[int]] = []
-        complete = 0  # bytes
-        if path.exists():
-            with open(path, "rb") as file:
-                for number, line in enumerate(file):
-                    if not line.endswith(b"\n"):
-                        break
-                    content = json.loads(line)
-                    if number == 0 and content != header:
-                        changed = [
-                            k for k in {**header, **content} if content.get(k) != header.get(k)
-                        ]
-                        raise ConfigError(
-                            f"pretrain_heads: {path} holds answers made with another"
-                            f" {' and '.join(changed)}. Continue with the settings it was made"
-                            " with, or move the file away to start again."
-                        )
-                    if number:
-                        self.answers.append(content["answer"])
-                    complete += len(line)
+        lines = complete_lines(path)
+        if lines:
+            refuse_other_settings(path, json.loads(lines[0]), header)
+        self.answers: list[list[int]] = [json.loads(line)["answer"] for line in lines[1:]]
         path.parent.mkdir(parents=True, exist_ok=True)
         self.file = open(path, "ab")
-        self.file.truncate(complete)
-        if not complete:
+        self.file.truncate(sum(map(len, lines)))
+        if not lines:
             self._write(header)
 
     def _write(self, content: Mapping[str, object]) -> None:
@@ -133,55 +134,69 @@ def write_answers(
     path: Path,
     name: str,
 ) -> list[list[int]]:
-    """The base model's answer to each prompt, token ids with the end token where one came.
+    """Return the base model's answer to each prompt, token ids up to and with the end token.
 
     Answers are appended to `path` batch by batch, so an interrupted run resumes where it stopped.
 
     Raises:
-        ConfigError: no end token is known, a prompt leaves no room, `path` holds other answers, or
-            vLLM cannot run.
+        ConfigError: no end token is known, a prompt leaves no room, or `path` holds other answers.
     """
     ends = end_tokens(model, tokenizer)
-    check_prompts(
-        prompts, config, getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    )
-    if config.vllm:
-        check_vllm(bool(getattr(model, "is_quantized", False)))
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    check_prompts(prompts, config, context)
     digest = hashlib.sha256(json.dumps([list(p) for p in prompts]).encode()).hexdigest()
     header = {
         "base model": name,
         "weights": fingerprint(model),
         "prompts": digest,
         "sampling": config.model_dump(include={"max_new_tokens", "temperature", "top_p", "seed"}),
-        **({"engine": "vllm"} if config.vllm else {}),
     }
     file = AnswerFile(path, header)
     try:
-        done = len(file.answers)
-        if done < len(prompts):
-            with tqdm(
-                total=len(prompts), initial=done, unit="answer", desc="generating answers"
-            ) as bar:
-                tokens = 0
-                start = time.monotonic()
-                vllm = start_vllm(model, name) if config.vllm else None
-                for first in range(done, len(prompts), config.generation_batch_size):
-                    batch = prompts[first : first + config.generation_batch_size]
-                    if vllm is not None:
-                        answers = generate_with_vllm(vllm, batch, config, ends, first)
-                    else:
-                        answers = generate(model, tokenizer, batch, config, ends, first)
-                    file.add(answers)
-                    tokens += sum(map(len, answers))
-                    bar.update(len(batch))
-                    bar.set_postfix_str(f"{tokens / (time.monotonic() - start):.0f} tokens/s")
+        write_missing(file, model, tokenizer, prompts, config, ends)
     finally:
         file.close()
-    unfinished = sum(not answer or answer[-1] not in ends for answer in file.answers)
+    check_ends(file.answers, config, ends, path)
+    return file.answers
+
+
+def write_missing(
+    file: AnswerFile,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    config: PretrainConfig,
+    ends: set[int],
+) -> None:
+    """Generate the answers that the file does not hold yet, and add each batch to it."""
+    done = len(file.answers)
+    if done == len(prompts):
+        return
+    tokens = 0
+    start = time.monotonic()
+    with tqdm(total=len(prompts), initial=done, unit="answer", desc="generating answers") as bar:
+        for first in range(done, len(prompts), config.generation_batch_size):
+            batch = prompts[first : first + config.generation_batch_size]
+            answers = generate(model, tokenizer, batch, config, ends, first)
+            file.add(answers)
+            tokens += sum(map(len, answers))
+            bar.update(len(batch))
+            bar.set_postfix_str(f"{tokens / (time.monotonic() - start):.0f} tokens/s")
+
+
+def check_ends(
+    answers: Sequence[Sequence[int]], config: PretrainConfig, ends: set[int], path: Path
+) -> None:
+    """Warn of answers without an end.
+
+    Raises:
+        ConfigError: none has one, although none was asked to be short.
+    """
+    unfinished = sum(not answer or answer[-1] not in ends for answer in answers)
     asked_short = config.max_new_tokens < PretrainConfig().max_new_tokens
-    if unfinished == len(prompts) and not asked_short:
+    if unfinished == len(answers) and not asked_short:
         raise ConfigError(
-            f"{setting_as('pretrain_heads', 'max_new_tokens')}: none of the {len(prompts)} answers"
+            f"{setting_as('pretrain_heads', 'max_new_tokens')}: none of the {len(answers)} answers"
             f" came to an end within {config.max_new_tokens} tokens. Raise this limit, or check the"
             f" chat template and the end token. The answers are in {path}: move the file away"
             " before you start again."
@@ -190,10 +205,9 @@ def write_answers(
         logger.warning(
             "%d of %d answers did not end within %d tokens; they are used as cut",
             unfinished,
-            len(prompts),
+            len(answers),
             config.max_new_tokens,
         )
-    return file.answers
 
 
 @torch.no_grad()
@@ -205,14 +219,14 @@ def generate(
     ends: set[int],
     first: int,
 ) -> list[list[int]]:
-    """Answers to one batch of prompts. The batch that starts at prompt `first` draws random numbers
-    of its own, so an interrupted run writes what an uninterrupted one would have."""
+    """Return the answers to one batch of prompts, the first of which is prompt `first`."""
     length = max(map(len, prompts))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(ends)
-    ids = torch.tensor([[pad] * (length - len(p)) + list(p) for p in prompts], device=model.device)
-    mask = torch.tensor(
-        [[0] * (length - len(p)) + [1] * len(p) for p in prompts], device=model.device
-    )
+    # Padded on the left: generation continues from the last position.
+    padding = [length - len(prompt) for prompt in prompts]
+    rows = zip(prompts, padding, strict=True)
+    ids = torch.tensor([[pad] * before + list(prompt) for prompt, before in rows])
+    mask = torch.tensor([[0] * before + [1] * (length - before) for before in padding])
     sampling: dict[str, object] = {
         "do_sample": False,
         "temperature": None,
@@ -229,10 +243,12 @@ def generate(
     generating: Any = model
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
+        # Each batch has its own random numbers, so an interrupted run writes what an uninterrupted
+        # one would have.
         torch.manual_seed(config.seed * 1_000_003 + first)
         out = generating.generate(
-            input_ids=ids,
-            attention_mask=mask,
+            input_ids=ids.to(model.device),
+            attention_mask=mask.to(model.device),
             max_new_tokens=config.max_new_tokens,
             pad_token_id=pad,
             eos_token_id=sorted(ends),
@@ -244,50 +260,3 @@ def generate(
         end = next((i for i, token in enumerate(row) if token in ends), None)
         answers.append(row if end is None else row[: end + 1])
     return answers
-
-
-def check_vllm(quantised: bool) -> None:
-    """Raises ConfigError where vLLM cannot write a base model's answers."""
-    reasons = {
-        "it is not installed (`pip install vllm`)": importlib.util.find_spec("vllm") is None,
-        "there is no GPU that CUDA can use": not torch.cuda.is_available(),
-        "the base is quantised, which vLLM would load unquantised": quantised,
-    }
-    why = [reason for reason, holds in reasons.items() if holds]
-    if why:
-        raise ConfigError(
-            f"{setting_as('pretrain_heads', 'vllm')}: got true, but vLLM cannot write the answers: "
-            f"{', and '.join(why)}. Without it the base model writes them itself."
-        )
-
-
-def start_vllm(model: PreTrainedModel, name: str) -> Any:
-    """A vLLM engine next to the model, on half of the GPU's memory. Never tested."""
-    from vllm import LLM
-
-    return LLM(
-        model=name, dtype=str(model.dtype).removeprefix("torch."), gpu_memory_utilization=0.5
-    )
-
-
-def generate_with_vllm(
-    engine: Any,
-    prompts: Sequence[Sequence[int]],
-    config: PretrainConfig,
-    ends: set[int],
-    first: int,
-) -> list[list[int]]:
-    """As `generate`, by vLLM."""
-    from vllm import SamplingParams
-
-    sampling = SamplingParams(
-        temperature=config.temperature,
-        top_p=config.top_p,
-        max_tokens=config.max_new_tokens,
-        stop_token_ids=sorted(ends),
-        seed=config.seed * 1_000_003 + first,
-    )
-    outputs = engine.generate(
-        [{"prompt_token_ids": list(p)} for p in prompts], sampling, use_tqdm=False
-    )
-    return [list(output.outputs[0].token_ids) for output in outputs]

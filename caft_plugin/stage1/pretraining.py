@@ -1,11 +1,10 @@
 """Stage 1: heads are pretrained once per base model, on answers that the base model itself wrote.
 
 METHOD: arXiv 2506.07833, section 3 (pseudo-labels; the base frozen, only the heads train, each with
-    weight alpha^k,
-constant schedule, learning rate 1e-4). Besides the published way (`targets: model`) there are the
-data set's own answers (`dataset`, the authors' warm-up on task data) and `distribution`: head k at
-position t learns the base model's whole next-token distribution at position t+k, which the same
-forward pass of the frozen base gives.
+weight alpha^k, constant schedule, learning rate 1e-4). Besides the published way (`targets: model`)
+there are the data set's own answers (`dataset`, the authors' warm-up on task data) and
+`distribution`: head k at position t learns the base model's whole next-token distribution at
+position t+k, which the same forward pass of the frozen base gives.
 
 It also trains heads as drafters (`caft.heads` names them): with a fine-tuned model as the frozen
 base, they continue to learn its answers.
@@ -17,7 +16,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,36 +45,12 @@ from caft_plugin.config import CAFTConfig, PretrainConfig
 from caft_plugin.errors import ConfigError
 from caft_plugin.files import write_json, write_text
 from caft_plugin.logs import HeadsEvaluation
-from caft_plugin.model.loading import Loading, Source, load_for_heads
 from caft_plugin.precision import warn_of_slow_bf16
-from caft_plugin.stage1.answers import ANSWERS, check_vllm, write_answers
+from caft_plugin.stage1.answers import ANSWERS, write_answers
 from caft_plugin.stage1.data import Row, pad_rows, prompt_of, supervised, with_answer
 from caft_plugin.stage1.figures import drafting, figures_as_markdown
 from caft_plugin.targets import Batch
 from caft_plugin.training import with_caft
-
-
-def load_base(
-    name: str,
-    dtype: torch.dtype,
-    trust_remote_code: bool = False,
-    vllm: bool = False,
-    **loading: Unpack[Loading],
-) -> PreTrainedModel:
-    """The frozen model, as `model_loading.Source.load` loads it; with `vllm` one that vLLM can load
-    too.
-
-    Raises:
-        ConfigError: before weights are loaded, where heads cannot be built for the model or vLLM
-            cannot run it.
-    """
-    source = Source.of(name, trust_remote_code)
-    if vllm:
-        check_vllm(
-            bool(loading.get("load_in_4bit") or loading.get("load_in_8bit"))
-            or getattr(source.config, "quantization_config", None) is not None
-        )
-    return load_for_heads(source, dtype, **loading)
 
 
 def heads_block(keys: dict[str, Any]) -> CAFTConfig:
@@ -91,14 +66,13 @@ def heads_block(keys: dict[str, Any]) -> CAFTConfig:
 
 
 class TrunkTrainer(Trainer):
-    """Calls the frozen base without asking it for logits; its own loss is 0, the heads' is all
-    there is."""
+    """A Trainer that asks the frozen base for no logits: its own loss is 0, the heads' is all there
+    is."""
 
     def __init__(self, *, model: PreTrainedModel, **kwargs) -> None:
         # The Trainer refuses quantised models that have no adapter; here the heads are what trains.
-        quantised = getattr(model, "is_quantized", False) and not getattr(
-            model, "_hf_peft_config_loaded", False
-        )
+        adapted = getattr(model, "_hf_peft_config_loaded", False)
+        quantised = getattr(model, "is_quantized", False) and not adapted
         if quantised:
             model._hf_peft_config_loaded = True
         try:
@@ -123,8 +97,8 @@ class TrunkTrainer(Trainer):
 
 
 class Stage1Objective(AuxiliaryObjective):
-    """The heads' objective where nothing else trains: evaluation has the accuracy of heads too, and
-    their summed loss as its own. Heads are measured against tokens, whatever they learn."""
+    """The heads' objective where nothing else trains. Evaluation logs the heads' accuracies too,
+    and their mean loss as its own. Heads are measured against tokens, whatever they learn."""
 
     def metrics(self, evaluation: HeadsEvaluation, prefix: str) -> dict[str, float]:
         losses = evaluation.losses.values()
@@ -133,7 +107,8 @@ class Stage1Objective(AuxiliaryObjective):
 
 
 class HeadsTrainer(with_caft(TrunkTrainer)):  # type: ignore[misc]
-    """Trains heads on a frozen base, which does not change. Checkpoints hold only the heads."""
+    """A trainer of heads on a frozen base, which does not change. Checkpoints hold only the
+    heads."""
 
     caft_saves_model = False
 
@@ -155,9 +130,9 @@ class HeadsTrainer(with_caft(TrunkTrainer)):  # type: ignore[misc]
 
 @dataclasses.dataclass
 class Stage1:
-    """What stage 1 works on. `rows` and `heldout` are token rows; without `heldout` a part of the
+    """The inputs of stage 1. `rows` and `heldout` are token rows; without `heldout` a part of the
     rows is held out. `name` is the base model's name for the card, `trainer` what makes the
-    trainer: HeadsTrainer, or as it."""
+    trainer: HeadsTrainer or a subclass."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -172,10 +147,10 @@ class Stage1:
 
 
 def pretrain_heads(stage1: Stage1) -> Path:
-    """Trains heads on the frozen model and leaves a heads folder with a card in the output folder.
+    """Train heads on the frozen model and write a heads folder with a card into the output folder.
 
     An interrupted run resumes: with the answers in the file, and training from the latest complete
-        checkpoint.
+    checkpoint.
 
     Returns:
         The heads folder.
@@ -183,81 +158,139 @@ def pretrain_heads(stage1: Stage1) -> Path:
     Raises:
         ConfigError: the data or the settings do not fit.
     """
-    model = stage1.model
-    tokenizer = stage1.tokenizer
     arguments = stage1.arguments
-    config = stage1.config
     if arguments.world_size > 1:
         raise ConfigError(
             f"pretrain_heads: {arguments.world_size} processes were started, but it accepts one."
             " Start it with `accelerate launch --num_processes 1`, or without a launcher."
         )
-    warn_of_slow_bf16(arguments, model)
+    warn_of_slow_bf16(arguments, stage1.model)
     out = Path(str(arguments.output_dir))
-    rows = [row for row in stage1.rows if config.targets == "distribution" or supervised(row)]
-    heldout = stage1.heldout
-    if heldout is None:
-        share = min(max(len(rows) // 20, 1), 200) if len(rows) > 1 else 0
-        rows, heldout = rows[share:], rows[:share]
-    heldout = [row for row in heldout if supervised(row)]
-    if not rows:
-        raise ConfigError(
-            "pretrain_heads: the data set has no row with an answer to learn from. Each row needs a"
-            " prompt and an assistant's answer; check the data sets and the chat template."
-        )
-    model.requires_grad_(False)
-    model.eval()
-    if arguments.max_steps > 0:  # no more answers than training will see
-        shown = arguments.train_batch_size * arguments.gradient_accumulation_steps
-        rows = rows[: arguments.max_steps * shown]
-    if config.targets == "model":
-        prompts = [prompt_of(row) for row in (*heldout, *rows)]
-        answers = write_answers(model, tokenizer, prompts, config, out / ANSWERS, stage1.name)
-        made = [with_answer(p, a) for p, a in zip(prompts, answers, strict=True)]
-        heldout, rows = made[: len(heldout)], made[len(heldout) :]
-    if config.targets == "distribution":
-        rows = [{"input_ids": row["input_ids"], "labels": row["input_ids"]} for row in rows]
-
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    caft = stage1.caft.model_copy(
-        update={"beta": 1.0, "schedule": "constant", "train_heads": "full"}
-    )
-    trainer = stage1.trainer(
-        model=model,
-        args=arguments,
-        train_dataset=list(rows),
-        eval_dataset=list(heldout) or None,
-        data_collator=lambda batch: pad_rows(batch, pad),
-        processing_class=tokenizer,
-        callbacks=list(stage1.callbacks),
-        caft=caft,
-        distribution=config.targets == "distribution",
-    )
+    rows, heldout = rows_and_heldout(stage1)
+    stage1.model.requires_grad_(False)
+    stage1.model.eval()
+    rows, heldout = with_targets(stage1, rows, heldout, out)
+    trainer = make_trainer(stage1, rows, heldout)
     before = trainer.evaluate() if heldout else {}
     trainer.train(resume_from_checkpoint=trainer.caft_files.newest_whole_checkpoint())
     after = trainer.evaluate() if heldout else {}
     trainer.save_model(str(out))
     folder = out / FOLDER
-    first = figures_of(before, len(trainer.caft_parts.caft.heads))
-    held_out = HeadsEvaluation.read(after, "eval")
-    metrics = HeadsMetrics(
-        targets=config.targets,
-        rows=len(rows),
-        steps=trainer.state.global_step,
-        heads=figures_of(after, len(trainer.caft_parts.caft.heads)),
-        started_from=caft.heads,
-        tokens_per_pass=held_out.tokens_per_pass,
-        tokens_per_pass_before=HeadsEvaluation.read(before, "eval").tokens_per_pass,
-        positions=held_out.positions,
-        **{"untrained" if caft.heads is None else "before": first},  # type: ignore[arg-type]
-    )
+    metrics = metrics_of(stage1, trainer, len(rows), before, after)
     write_json(folder / METRICS, metrics.model_dump(exclude_none=True))
     write_text(folder / CARD, model_card(read_record(folder), stage1.name, metrics))
     return folder
 
 
+def rows_and_heldout(stage1: Stage1) -> tuple[list[Row], list[Row]]:
+    """Return the rows to train on and the held-out ones, which have an answer.
+
+    Raises:
+        ConfigError: there is no row to train on.
+    """
+    rows = list(stage1.rows)
+    if stage1.config.targets != "distribution":  # which learns from any text
+        rows = [row for row in rows if supervised(row)]
+    heldout = stage1.heldout
+    if heldout is None:
+        share = min(max(len(rows) // 20, 1), 200) if len(rows) > 1 else 0
+        heldout = rows[:share]
+        rows = rows[share:]
+    if not rows:
+        raise ConfigError(
+            "pretrain_heads: the data set has no row with an answer to learn from. Each row needs a"
+            " prompt and an assistant's answer; check the data sets and the chat template."
+        )
+    arguments = stage1.arguments
+    if arguments.max_steps > 0:  # no more answers than training will see
+        rows_a_step = arguments.train_batch_size * arguments.gradient_accumulation_steps
+        rows = rows[: arguments.max_steps * rows_a_step]
+    return rows, [row for row in heldout if supervised(row)]
+
+
+def with_targets(
+    stage1: Stage1, rows: list[Row], heldout: list[Row], out: Path
+) -> tuple[list[Row], list[Row]]:
+    """Return the rows and the held-out ones with the labels that `targets` asks for.
+
+    The base model's answers are kept in the folder `out`.
+
+    Raises:
+        ConfigError: the base model cannot answer the prompts.
+    """
+    if stage1.config.targets == "distribution":
+        return [
+            {"input_ids": row["input_ids"], "labels": row["input_ids"]} for row in rows
+        ], heldout
+    if stage1.config.targets == "dataset":
+        return rows, heldout
+    prompts = [prompt_of(row) for row in (*heldout, *rows)]
+    answers = write_answers(
+        stage1.model, stage1.tokenizer, prompts, stage1.config, out / ANSWERS, stage1.name
+    )
+    answered = [
+        with_answer(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)
+    ]
+    return answered[len(heldout) :], answered[: len(heldout)]
+
+
+def make_trainer(stage1: Stage1, rows: list[Row], heldout: list[Row]) -> HeadsTrainer:
+    """Return the trainer of the heads, with the settings that stage 1 has by definition."""
+    pad = stage1.tokenizer.pad_token_id
+    if pad is None:
+        pad = 0
+    caft = stage1.caft.model_copy(
+        update={"beta": 1.0, "schedule": "constant", "train_heads": "full"}
+    )
+    return stage1.trainer(
+        model=stage1.model,
+        args=stage1.arguments,
+        train_dataset=rows,
+        eval_dataset=heldout or None,
+        data_collator=lambda batch: pad_rows(batch, pad),
+        processing_class=stage1.tokenizer,
+        callbacks=list(stage1.callbacks),
+        caft=caft,
+        distribution=stage1.config.targets == "distribution",
+    )
+
+
+def metrics_of(
+    stage1: Stage1,
+    trainer: HeadsTrainer,
+    rows: int,
+    before: dict[str, float],
+    after: dict[str, float],
+) -> HeadsMetrics:
+    """Return the figures for the heads folder.
+
+    Args:
+        stage1: what was trained.
+        trainer: of the heads, after training.
+        rows: number of rows trained on.
+        before: metrics of the evaluation before training; empty without held-out rows.
+        after: those after training.
+    """
+    num_heads = len(trainer.caft.heads)
+    figures_before = figures_of(before, num_heads)
+    new = stage1.caft.heads is None
+    first = {"untrained": figures_before} if new else {"before": figures_before}
+    held_out = HeadsEvaluation.read(after, "eval")
+    return HeadsMetrics(
+        targets=stage1.config.targets,
+        rows=rows,
+        steps=trainer.state.global_step,
+        heads=figures_of(after, num_heads),
+        started_from=stage1.caft.heads,
+        tokens_per_pass=held_out.tokens_per_pass,
+        tokens_per_pass_before=HeadsEvaluation.read(before, "eval").tokens_per_pass,
+        positions=held_out.positions,
+        **first,
+    )
+
+
 def figures_of(metrics: dict[str, float], num_heads: int) -> list[HeadFigures]:
-    """Of all heads, or of none: a head without a held-out target leaves no table to speak of."""
+    """Return the figures of all heads, or of none if a head has no held-out target."""
     found = HeadsEvaluation.read(metrics, "eval")
     if len(found.losses) < num_heads or len(found.accuracies) < num_heads:
         return []
@@ -268,10 +301,14 @@ def figures_of(metrics: dict[str, float], num_heads: int) -> list[HeadFigures]:
 
 def model_card(record: HeadsRecord, name: str, metrics: HeadsMetrics) -> str:
     """Return README.md of a heads folder."""
+    on_the_hub = "/" in name and not Path(name).exists()
+    started_from = []
+    if metrics.started_from is not None:
+        started_from = [f"- started from the heads in: {metrics.started_from}"]
     lines = [
         "---",
         "library_name: caft_plugin",
-        f"base_model: {name}" if "/" in name and not Path(name).exists() else "tags: [caft]",
+        f"base_model: {name}" if on_the_hub else "tags: [caft]",
         "---",
         "",
         f"# CAFT heads for {name}",
@@ -291,11 +328,7 @@ def model_card(record: HeadsRecord, name: str, metrics: HeadsMetrics) -> str:
             f"- trained on: {metrics.rows} rows, targets `{metrics.targets}`, {metrics.steps}"
             " steps, base frozen"
         ),
-        *(
-            []
-            if metrics.started_from is None
-            else [f"- started from the heads in: {metrics.started_from}"]
-        ),
+        *started_from,
         "",
     ]
     if metrics.heads:

@@ -4,8 +4,10 @@ section 5)."""
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import random
+from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,7 @@ from caft_plugin.meap.mask_token import (
     row_norms,
 )
 from caft_plugin.meap.roles import Roles
-from caft_plugin.model.loading import load_model, load_tokenizer, merged, refuse_heads_folder
+from caft_plugin.model.loading import Source, load_tokenizer, merged
 from caft_plugin.model.trunk import input_embedding
 from caft_plugin.tools.pictures import write_png
 
@@ -73,9 +75,9 @@ def changed(before: float, after: float) -> str:
     if before == 0:
         return "not comparable with 0"
     change = round(100 * (after / before - 1), 1)
-    return (
-        "unchanged" if change == 0 else f"{abs(change):.1f} % {'lower' if change < 0 else 'higher'}"
-    )
+    if change == 0:
+        return "unchanged"
+    return f"{abs(change):.1f} % {'lower' if change < 0 else 'higher'}"
 
 
 def read_texts(file: Path) -> list[Text]:
@@ -89,11 +91,8 @@ def read_texts(file: Path) -> list[Text]:
     """
     content = read_text(file, asked_as("text"), "JSON lines or plain text")
     if file.suffix not in (".jsonl", ".json"):
-        texts = [
-            Text(part.strip(), [""] * len(part.strip()))
-            for part in content.split("\n\n")
-            if part.strip()
-        ]
+        paragraphs = [part.strip() for part in content.split("\n\n")]
+        texts = [_plain(paragraph) for paragraph in paragraphs if paragraph]
     else:
         texts = [_of_line(file, number, line) for number, line in numbered_lines(content)]
     if not texts:
@@ -103,20 +102,23 @@ def read_texts(file: Path) -> list[Text]:
     return texts
 
 
+def _plain(text: str) -> Text:
+    return Text(text, [""] * len(text))
+
+
 def _of_line(file: Path, number: int, line: str) -> Text:
     try:
         row = json.loads(line)
         if "text" in row:
-            return Text(row["text"], [""] * len(row["text"]))
+            return _plain(row["text"])
         context, answer, query = (row[name] for name in SEGMENTS)
         before, found, after = context.partition(answer)
         parts = [("context", before), ("answer", answer), ("context", after)]
         if not found:
             parts = [("context", context + "\n"), ("answer", answer)]
         parts.append(("query", "\n" + query))
-        return Text(
-            "".join(part for _, part in parts), [name for name, part in parts for _ in part]
-        )
+        segments = [name for name, part in parts for _ in part]
+        return Text("".join(part for _, part in parts), segments)
     except (ValueError, TypeError, KeyError, AttributeError):
         raise ConfigError(
             f"{asked_as('text')}: line {number} of {file} is not a JSON object with `text`, or with"
@@ -148,66 +150,117 @@ def attention_report(
         dtype: to compute in.
 
     Raises:
-        ConfigError: a heads folder was given as a model, no mask token is available, or all texts
-            are too short to mask.
+        ConfigError: a model cannot be loaded, no mask token is available, or all texts are too
+            short to mask.
     """
-    refuse_heads_folder(base, "base")
-    refuse_heads_folder(tuned, "tuned")
-    tokenizer = load_tokenizer(tuned)
-    models = {
-        name: merged(load_model(of, dtype=dtype, attn_implementation="eager")).eval()
+    # names and texts are checked before any weights are loaded
+    sources = {
+        name: Source.of(of, key=asked_as(name))
         for name, of in zip(MODELS, (base, tuned), strict=True)
     }
-    encoded = [
-        tokenizer(text.text, return_offsets_mapping=True, truncation=True, max_length=max_length)
-        for text in texts
-    ]
-    kept = [(text, e) for text, e in zip(texts, encoded, strict=True) if len(e["input_ids"]) > 2]
-    if not kept:
+    tokenizer = load_tokenizer(tuned, key=asked_as("tuned"))
+    rows = encode(texts, tokenizer, max_length)
+    models = {
+        name: merged(source.load(dtype, attn_implementation="eager")).eval()
+        for name, source in sources.items()
+    }
+    used = frozenset(token for row in rows for token in row.ids)
+    token = _mask_token(mask_token, tuned, tokenizer, models, used)
+    ratio = DEFAULT_MASK_RATIO["pretrain"] if mask_ratio is None else mask_ratio
+    generator = random.Random(seed)
+    sums: dict[tuple[str, str, str], float] = defaultdict(float)
+    for row in tqdm(rows, unit="text", desc="computing attention"):
+        drawn = generator.sample(range(1, len(row.ids) - 1), max(1, int(len(row.ids) * ratio)))
+        masked = torch.zeros(len(row.ids), dtype=torch.bool)
+        masked[drawn] = True
+        for name, model in models.items():
+            for (figure, part), value in figures_of(model, row, masked, token.id).items():
+                sums[figure, name, part] += value
+    return means(sums, rows, token.words)
+
+
+def means(sums: Mapping[tuple[str, str, str], float], rows: list[Row], mask_token: str) -> Figures:
+    """Return the means of figures that were summed by figure, model, and input or segment."""
+
+    def mean(figure: str, parts: tuple[str, ...], texts: int) -> dict[tuple[str, str], float]:
+        at = itertools.product(MODELS, parts)
+        return {(model, part): sums[figure, model, part] / texts for model, part in at}
+
+    in_segments = sum(any(row.text.segments) for row in rows)
+    return Figures(
+        texts=len(rows),
+        mask_token=mask_token,
+        masked=mean("masked", INPUTS, len(rows)),
+        variance=mean("variance", INPUTS, len(rows)),
+        segments=mean("segments", SEGMENTS, in_segments) if in_segments else {},
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A text, its token ids, and the segment of each token."""
+
+    text: Text
+    ids: list[int]
+    segments: list[str]
+
+
+def encode(texts: list[Text], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Row]:
+    """Return the texts of at least three tokens, cut to `max_length` tokens.
+
+    Raises:
+        ConfigError: all texts are shorter.
+    """
+    rows = []
+    for text in texts:
+        encoded = tokenizer(
+            text.text, return_offsets_mapping=True, truncation=True, max_length=max_length
+        )
+        spans = encoded["offset_mapping"]  # of special tokens: empty
+        segments = [text.segments[start] if start < end else "" for start, end in spans]
+        rows.append(Row(text, encoded["input_ids"], segments))
+    # the first and the last token are never masked
+    rows = [row for row in rows if len(row.ids) > 2]
+    if not rows:
         raise ConfigError(
             f"{asked_as('text')}: every text is shorter than three tokens, so nothing can be"
             " masked. Give longer texts."
         )
-    token = _mask_token(
-        mask_token, tuned, tokenizer, models, frozenset(i for _, e in kept for i in e["input_ids"])
-    )
-    ratio = DEFAULT_MASK_RATIO["pretrain"] if mask_ratio is None else mask_ratio
-    generator = random.Random(seed)
-    sums: dict[tuple[str, ...], float] = {}
-    for text, row in tqdm(kept, unit="text", desc="computing attention"):
-        ids = torch.tensor(row["input_ids"])
-        drawn = generator.sample(range(1, len(ids) - 1), max(1, int(len(ids) * ratio)))
-        masked = torch.zeros(len(ids), dtype=torch.bool)
-        masked[drawn] = True
-        inputs = {"unmasked": ids, "masked": ids.masked_fill(masked, token.id)}
-        segment_of_token = [
-            text.segments[start] if start < end else "" for start, end in row["offset_mapping"]
-        ]
-        for model_name, model in models.items():
-            for input_name, input_ids in inputs.items():
-                weights = attention(model, input_ids)
-                on_masked, variance = on_masked_and_variance_of_rest(weights, masked)
-                for key, value in (("masked", on_masked), ("variance", variance)):
-                    sums[key, model_name, input_name] = (
-                        sums.get((key, model_name, input_name), 0.0) + value
-                    )
-                if input_name == "unmasked":
-                    for segment in SEGMENTS:
-                        where = torch.tensor([name == segment for name in segment_of_token])
-                        share = weights[:, -1, where].sum(-1).mean().item()
-                        sums[segment, model_name] = sums.get((segment, model_name), 0.0) + share
-    in_segments = sum(any(text.segments) for text, _ in kept)
-    return Figures(
-        texts=len(kept),
-        mask_token=token.words,
-        masked={(m, i): sums["masked", m, i] / len(kept) for m in MODELS for i in INPUTS},
-        variance={(m, i): sums["variance", m, i] / len(kept) for m in MODELS for i in INPUTS},
-        segments=(
-            {(m, s): sums[s, m] / in_segments for m in MODELS for s in SEGMENTS}
-            if in_segments
-            else {}
-        ),
-    )
+    return rows
+
+
+def figures_of(
+    model: PreTrainedModel, row: Row, masked: Tensor, mask_token: int
+) -> dict[tuple[str, str], float]:
+    """Return a model's figures on a text: `masked` and `variance` by input, `segments` by segment.
+
+    Args:
+        model: the model.
+        row: the text.
+        masked: (length,), True at the positions to mask.
+        mask_token: id of the mask token.
+    """
+    ids = torch.tensor(row.ids)
+    inputs = {"unmasked": ids, "masked": ids.masked_fill(masked, mask_token)}
+    found = {}
+    for given, input_ids in inputs.items():
+        weights = attention(model, input_ids)
+        on_masked, variance = on_masked_and_variance_of_rest(weights, masked)
+        found["masked", given] = on_masked
+        found["variance", given] = variance
+        if given == "unmasked":
+            by_segment = shares_of_segments(weights[:, -1], row.segments)
+            found |= {("segments", segment): share for segment, share in by_segment.items()}
+    return found
+
+
+def shares_of_segments(weights: Tensor, segments: list[str]) -> dict[str, float]:
+    """Return each segment's share of one query's attention weights (maps, length)."""
+    shares = {}
+    for segment in SEGMENTS:
+        where = torch.tensor([of_token == segment for of_token in segments])
+        shares[segment] = weights[:, where].sum(-1).mean().item()
+    return shares
 
 
 def _mask_token(
@@ -238,9 +291,8 @@ def _mask_token(
 def attention(model: PreTrainedModel, ids: Tensor) -> Tensor:
     """Return the attention weights (layers * heads, length, length), in float32, of token ids
     (length,)."""
-    layers = model(
-        input_ids=ids[None].to(model.device), output_attentions=True, use_cache=False
-    ).attentions
+    ids = ids[None].to(model.device)
+    layers = model(input_ids=ids, output_attentions=True, use_cache=False).attentions
     # hybrids have layers without attention
     layers = [layer for layer in layers if layer is not None]
     if not layers:
@@ -276,31 +328,16 @@ def on_masked_and_variance_of_rest(weights: Tensor, masked: Tensor) -> tuple[flo
 def as_table(figures: Figures) -> str:
     """Return the figures as text: each model on unmasked and on masked text, then the paper's
     comparison."""
-    lines = [f"{figures.texts} texts, masked with {figures.mask_token}"]
-    for title, values in (
-        (
-            (
-                "Mean attention weight on the masked positions (of unmasked text: on the same"
-                " positions)"
-            ),
-            figures.masked,
+    on_masked = (
+        "Mean attention weight on the masked positions (of unmasked text: on the same positions)"
+    )
+    lines = [
+        f"{figures.texts} texts, masked with {figures.mask_token}",
+        *_by_model_and_input(on_masked, figures.masked),
+        *_by_model_and_input(
+            "Variance of the attention weights on all other positions", figures.variance
         ),
-        ("Variance of the attention weights on all other positions", figures.variance),
-    ):
-        lines += [
-            "",
-            title,
-            f"  {'':<18}{'unmasked text':>16}{'masked text':>16}{'effect of masking':>20}",
-        ]
-        for model in MODELS:
-            own = [values[model, given] for given in INPUTS]
-            lines.append(
-                f"  {model:<18}"
-                + "".join(f"{value:>16.3e}" for value in own)
-                + f"{changed(*own):>20}"
-            )
-        tuning = [changed(*(values[model, given] for model in MODELS)) for given in INPUTS]
-        lines.append(f"  {'effect of tuning':<18}" + "".join(f"{words:>16}" for words in tuning))
+    ]
     if figures.segments:
         lines += [
             "",
@@ -308,22 +345,32 @@ def as_table(figures: Figures) -> str:
             f"  {'':<18}{'base':>16}{'tuned':>16}",
         ]
         for segment in SEGMENTS:
-            lines.append(
-                f"  {segment:<18}"
-                + "".join(f"{figures.segments[m, segment]:>16.2%}" for m in MODELS)
-            )
+            shares = [f"{figures.segments[model, segment]:>16.2%}" for model in MODELS]
+            lines.append(f"  {segment:<18}{''.join(shares)}")
     lines += [
         "",
-        (
-            "The tuned model on masked text, compared with the base model on unmasked text, as in"
-            " the paper:"
-        ),
+        "The tuned model on masked text, compared with the base model on unmasked text, as in the"
+        " paper:",
     ]
-    lines += [
-        f"  {name}: {changed(values[FIRST], values[LAST])}"
-        for name, values in compared(figures).items()
-    ]
+    for name, values in compared(figures).items():
+        lines.append(f"  {name}: {changed(values[FIRST], values[LAST])}")
     return "\n".join(lines)
+
+
+def _by_model_and_input(title: str, values: ByModelAndInput) -> list[str]:
+    """Return the lines of a table: the effect of masking by rows, that of tuning by columns."""
+    lines = [
+        "",
+        title,
+        f"  {'':<18}{'unmasked text':>16}{'masked text':>16}{'effect of masking':>20}",
+    ]
+    for model in MODELS:
+        unmasked, masked = (values[model, given] for given in INPUTS)
+        effect = changed(unmasked, masked)
+        lines.append(f"  {model:<18}{unmasked:>16.3e}{masked:>16.3e}{effect:>20}")
+    tuning = [changed(*(values[model, given] for model in MODELS)) for given in INPUTS]
+    cells = "".join(f"{effect:>16}" for effect in tuning)
+    return [*lines, f"  {'effect of tuning':<18}{cells}"]
 
 
 def compared(figures: Figures) -> dict[str, ByModelAndInput]:
@@ -340,29 +387,20 @@ def draw(figures: Figures, file: Path) -> None:
         ConfigError: matplotlib is not installed.
     """
 
+    labels = ["mean attention weight", "variance of the attention weights"]
+
     def fill(axes: Any) -> None:
-        labels = ["mean attention weight", "variance of the attention weights"]
         for axis, (name, values), label in zip(
             axes, compared(figures).items(), labels, strict=False
         ):
-            bars(
-                axis,
-                MODELS,
-                {given: [values[model, given] for model in MODELS] for given in INPUTS},
-                "text",
-            )
-            axis.set(
-                title=f"{name}:\n{changed(values[FIRST], values[LAST])}",
-                xlabel="model",
-                ylabel=label,
-            )
+            heights = {given: [values[model, given] for model in MODELS] for given in INPUTS}
+            bars(axis, MODELS, heights, "text")
+            title = f"{name}:\n{changed(values[FIRST], values[LAST])}"
+            axis.set(title=title, xlabel="model", ylabel=label)
         if figures.segments:
-            bars(
-                axes[2],
-                SEGMENTS,
-                {m: [figures.segments[m, segment] for segment in SEGMENTS] for m in MODELS},
-                "model",
-            )
+            shares = figures.segments
+            heights = {model: [shares[model, part] for part in SEGMENTS] for model in MODELS}
+            bars(axes[2], SEGMENTS, heights, "model")
             axes[2].set(
                 title="attention of the last token",
                 xlabel="segment",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import click
 from pydantic import BaseModel
@@ -18,6 +18,7 @@ from caft_plugin.errors import (
 )
 
 if TYPE_CHECKING:
+    from caft_plugin.axolotl.finished_run import FinishedRun
     from caft_plugin.stage1.pretraining import Stage1
     from caft_plugin.tools.speculate import Comparison
 
@@ -130,7 +131,6 @@ def setting(model: type[BaseModel], key: str, **more: Any) -> Any:
 @setting(PretrainConfig, "top_p", type=float)
 @setting(PretrainConfig, "generation_batch_size", type=int)
 @setting(PretrainConfig, "seed", type=int)
-@setting(PretrainConfig, "vllm", type=bool)
 @setting(CAFTConfig, "num_heads", type=int)
 @setting(CAFTConfig, "head_input", type=click.Choice(get_args(HeadInput)))
 @setting(CAFTConfig, "head_norm", type=bool)
@@ -183,9 +183,7 @@ def pretrain_heads_command(
     options_only = {*PretrainConfig.model_fields, *CAFTConfig.model_fields}
     context.with_resource(given_as_options(options_only if config is None else {*settings, *caft}))
     if config is None:
-        for name in ("model", "data", "output"):
-            if name not in given:
-                refuse_missing(name)
+        refuse_missing(**{name: given.get(name) for name in ("model", "data", "output")})
         stage1 = plain_stage1(given, caft, PretrainConfig(**settings))
     else:
         refuse_no_file(config, "pretrain-heads")
@@ -205,8 +203,33 @@ def pretrain_heads_command(
         push_heads(folder, push_to_hub)
 
 
-def refuse_missing(name: str) -> NoReturn:
-    raise click.UsageError(f"--{name} is required if no CONFIG is given")
+def refuse_missing(**options: object) -> None:
+    """Raise UsageError if an option that a CONFIG would replace was not given."""
+    for name, value in options.items():
+        if value is None:
+            raise click.UsageError(f"--{name} is required if no CONFIG is given")
+
+
+def model_and_heads(
+    config: Path | None, command: str, model: str | None, heads: str | None
+) -> tuple[str, str, FinishedRun | None]:
+    """Return the model, its heads and the run that left them: those of the YAML's run, unless the
+    options name others. Without a YAML there is no run, and both options are required.
+
+    Raises:
+        ConfigError: the YAML cannot be read.
+        UsageError: an option is missing.
+    """
+    run = None
+    if config is not None:
+        refuse_no_file(config, command)
+        from caft_plugin.axolotl.finished_run import FinishedRun
+
+        run = FinishedRun.of(config, command)
+        model = model or run.model
+        heads = heads or run.heads
+    refuse_missing(model=model, heads=heads)
+    return cast(str, model), cast(str, heads), run
 
 
 def refuse_no_file(config: Path, command: str) -> None:
@@ -242,10 +265,10 @@ def plain_stage1(given: dict[str, Any], caft: dict[str, Any], config: PretrainCo
     import torch
     from transformers import TrainingArguments
 
-    from caft_plugin.model.loading import load_tokenizer
+    from caft_plugin.model.loading import load_model, load_tokenizer
     from caft_plugin.precision import asked_dtype
     from caft_plugin.stage1.data import read_rows
-    from caft_plugin.stage1.pretraining import Stage1, heads_block, load_base
+    from caft_plugin.stage1.pretraining import Stage1, heads_block
 
     caft_config = heads_block(caft)
     dtype = asked_dtype(given["float32"])
@@ -265,7 +288,7 @@ def plain_stage1(given: dict[str, Any], caft: dict[str, Any], config: PretrainCo
         report_to=[],
         seed=config.seed,
     )
-    model = load_base(given["model"], dtype, load_in_4bit=given["load_in_4bit"], vllm=config.vllm)
+    model = load_model(given["model"], dtype, for_heads=True, load_in_4bit=given["load_in_4bit"])
     return Stage1(model, tokenizer, rows, None, arguments, caft_config, config, given["model"])
 
 
@@ -346,38 +369,28 @@ def speculate_command(
     if it is newer than the adapter) with the prompts of its test_datasets, loaded as in the YAML;
     --model, --heads and --prompts take precedence. Without a CONFIG, all three are required.
     """
-    run = None
-    if config is not None:
-        refuse_no_file(config, "speculate")
-        from caft_plugin.axolotl.finished_run import FinishedRun
-
-        run = FinishedRun.of(config, "speculate")
-        model = model or run.model
-        heads = heads or run.heads
-    for name, value in (("model", model), ("heads", heads), ("prompts", prompts or config)):
-        if value is None:
-            refuse_missing(name)
-    model = cast(str, model)
-    heads = cast(str, heads)
+    model, heads, run = model_and_heads(config, "speculate", model, heads)
+    refuse_missing(prompts=prompts or config)
 
     from caft_plugin.drafting.decoding import Drafter
-    from caft_plugin.model.loading import load_tokenizer
+    from caft_plugin.model.loading import load_model, load_tokenizer
     from caft_plugin.precision import asked_dtype
     from caft_plugin.stage1.data import read_prompts
-    from caft_plugin.stage1.pretraining import load_base
     from caft_plugin.tools.speculate import HEADS, as_table, draw, speculate
 
     dtype = asked_dtype(float32)
-    tokenizer = load_tokenizer(model)
-    asked = (
-        run.prompts()
-        if run is not None and prompts is None
-        else read_prompts(cast(Path, prompts), tokenizer)
-    )
-    if run is None or load_in_4bit:
-        loaded = load_base(model, dtype, load_in_4bit=load_in_4bit)
+    trusts = run is not None and run.trusts_code
+    tokenizer = load_tokenizer(model, trusts)
+    if run is not None and prompts is None:
+        asked = run.prompts()
     else:
+        asked = read_prompts(cast(Path, prompts), tokenizer)
+    if run is not None and not load_in_4bit:
         loaded = run.load(tokenizer, model, dtype)
+    else:
+        loaded = load_model(
+            model, dtype, for_heads=True, trust_remote_code=trusts, load_in_4bit=load_in_4bit
+        )
     with heads_named("--heads"):
         drafter = Drafter.from_pretrained(loaded, heads, num_draft=num_draft, confidence=confidence)
     comparison = speculate(loaded, tokenizer, {HEADS: drafter}, asked[:limit], **settings)
@@ -458,21 +471,12 @@ def export_drafter_command(
     --heads take precedence. Without a CONFIG, both are required. Only files are read; no model is
     loaded.
     """
-    if config is not None:
-        refuse_no_file(config, "export-drafter")
-        from caft_plugin.axolotl.finished_run import FinishedRun
-
-        run = FinishedRun.of(config, "export-drafter")
-        model = model or run.model
-        heads = heads or run.heads
-    for name, value in (("model", model), ("heads", heads)):
-        if value is None:
-            refuse_missing(name)
+    model, heads, _ = model_and_heads(config, "export-drafter", model, heads)
 
     from caft_plugin.serving.export import export_drafter
 
     with heads_named("--heads"):
-        guide = export_drafter(cast(str, model), cast(str, heads), output, form, num_heads)
+        guide = export_drafter(model, heads, output, form, num_heads)
     click.echo(guide, nl=False)
 
 

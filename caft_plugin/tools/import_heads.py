@@ -21,7 +21,8 @@ from caft_plugin.caft.heads_folder import write_heads
 from caft_plugin.caft.heads_record import HeadsRecord
 from caft_plugin.config import CAFTConfig, HeadInput
 from caft_plugin.errors import ConfigError, asked_as, first_line
-from caft_plugin.model.trunk import Trunk, empty_trunk
+from caft_plugin.model.loading import Source
+from caft_plugin.model.trunk import Trunk
 
 PREFIX = "auxiliary_head."  # of the keys, if a file was cut out of a complete model's state dict
 KEY = re.compile(r"(0|[1-9]\d*)\.(?:layers\.(0|[1-9]\d*)|lm_head)\.(.+)")
@@ -64,7 +65,7 @@ def import_heads(
             f"import-heads: {out} exists. Give the name of a new folder, or remove it first."
         )
     heads = split_heads(read_state(file), file)
-    trunk = empty_trunk(base_model, asked_as("base_model"))
+    trunk = Source.of(base_model, key=asked_as("base_model")).empty_trunk()
     check_heads(heads, trunk, file, base_model)
     record = HeadsRecord.of(trunk, wiring, num_heads=len(heads), base_model=base_model)
     tensors = {
@@ -83,43 +84,47 @@ def read_state(file: Path) -> dict[str, Tensor]:
     """
     if not file.is_file():
         raise ConfigError(f"import-heads: got {str(file)!r}, which is not a file. {ACCEPTED}")
-    state: Any = None
+    state = _load(file)
+    if not isinstance(state, dict) or not state:
+        held = "an empty dict" if isinstance(state, dict) else f"a {type(state).__name__}"
+        raise ConfigError(f"import-heads: {file} holds {held}. {ACCEPTED}")
+    for key, value in state.items():
+        problem = describe_unless_plain(value)
+        if not isinstance(key, str):
+            problem = "a key that is not a string"
+        if problem:
+            raise ConfigError(f"import-heads: {file} holds {problem} under {key!r}. {ACCEPTED}")
+    prefix = PREFIX if all(key.startswith(PREFIX) for key in state) else ""
+    return {key.removeprefix(prefix): value.detach() for key, value in state.items()}
+
+
+def _load(file: Path) -> Any:
+    """Load what a file holds, which can be anything that weights_only allows.
+
+    Raises:
+        ConfigError: it holds an object, or it cannot be read.
+    """
     try:
         if file.suffix == ".safetensors":
-            state = load_file(file)
-        else:
-            # Zip files, torch.save's format since PyTorch 1.6, are mapped and copied later.
-            state = torch.load(
-                file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file)
-            )
+            return load_file(file)
+        # Zip files, torch.save's format since PyTorch 1.6, are mapped and copied later.
+        mmap = zipfile.is_zipfile(file)
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
     # damaged files raise a dozen types: EOFError, KeyError, OSError, RuntimeError ...
     except Exception as error:
-        found = (
-            re.search(r"GLOBAL (\S+)", str(error))
-            if isinstance(error, pickle.UnpicklingError)
-            else None
-        )
-        if found:
+        refused = None
+        if isinstance(error, pickle.UnpicklingError):
+            refused = re.search(r"GLOBAL (\S+)", str(error))
+        if refused:
             raise ConfigError(
-                f"import-heads: {file} holds an object ({found[1]}), which is refused: only tensors"
-                f" are loaded, nothing in the file was executed. {ACCEPTED}"
+                f"import-heads: {file} holds an object ({refused[1]}), which is refused: only"
+                f" tensors are loaded, nothing in the file was executed. {ACCEPTED}"
             ) from None
         kind = "safetensors" if file.suffix == ".safetensors" else "a torch.save file"
         raise ConfigError(
             f"import-heads: {file} cannot be read as {kind} ({type(error).__name__}). It is"
             " incomplete, damaged or of another kind: download or make it again."
         ) from error
-    if not isinstance(state, dict) or not state:
-        held = "an empty dict" if isinstance(state, dict) else f"a {type(state).__name__}"
-        raise ConfigError(f"import-heads: {file} holds {held}. {ACCEPTED}")
-    for key, value in state.items():
-        problem = None if isinstance(key, str) else "a key that is not a string"
-        problem = problem or describe_unless_plain(value)
-        if problem:
-            raise ConfigError(f"import-heads: {file} holds {problem} under {key!r}. {ACCEPTED}")
-    if all(key.startswith(PREFIX) for key in state):
-        state = {key.removeprefix(PREFIX): value for key, value in state.items()}
-    return {key: value.detach() for key, value in state.items()}
 
 
 def describe_unless_plain(value: Any) -> str | None:
@@ -189,33 +194,40 @@ def check_heads(heads: list[dict[str, Tensor]], trunk: Trunk, file: Path, base_m
         ConfigError: another hidden size; missing, unknown or misshapen tensors. The first one is
             named.
     """
-    wanted = {name: tuple(tensor.shape) for name, tensor in trunk.last_layer.state_dict().items()}
-    layer = f"a {trunk.layer_class} of {base_model}"
     for k, head in enumerate(heads):
-        shapes = {name: tuple(tensor.shape) for name, tensor in head.items()}
-        hidden_size = recognised_hidden_size(shapes, wanted, trunk.hidden_size)
-        missing = [name for name in wanted if name not in shapes]
-        unknown = [name for name in shapes if name not in wanted]
-        misshapen = [name for name in wanted if name in shapes and shapes[name] != wanted[name]]
-        if hidden_size != trunk.hidden_size:
-            problem = (
-                f"was made for hidden size {hidden_size}, but {base_model} has {trunk.hidden_size}"
-            )
-        elif missing:
-            problem = f"lacks {k}.layers.0.{missing[0]}, which {layer} has"
-        elif unknown:
-            problem = f"holds {k}.layers.0.{unknown[0]}, which {layer} does not have"
-        elif misshapen:
-            name = misshapen[0]
-            problem = (
-                f"holds {k}.layers.0.{name} with shape {shapes[name]}, but {layer} has shape"
-                f" {wanted[name]}"
-            )
-        else:
-            continue
-        raise ConfigError(
-            f"import-heads: {file} {problem}. Give the model that the heads were trained with."
+        _refuse_other_layer(head, f"{k}.layers.0.", trunk, file, base_model)
+
+
+def _refuse_other_layer(
+    head: Mapping[str, Tensor], prefix: str, trunk: Trunk, file: Path, base_model: str
+) -> None:
+    """Raise ConfigError if a head is no layer of the base model; its keys begin with `prefix`."""
+    layer = f"a {trunk.layer_class} of {base_model}"
+    wanted = {name: tuple(tensor.shape) for name, tensor in trunk.last_layer.state_dict().items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in head.items()}
+    hidden_size = recognised_hidden_size(shapes, wanted, trunk.hidden_size)
+    missing = [name for name in wanted if name not in shapes]
+    unknown = [name for name in shapes if name not in wanted]
+    misshapen = [name for name in wanted if shapes.get(name) != wanted[name]]
+    # Heads of another size have other shapes everywhere, so the size is named first.
+    if hidden_size != trunk.hidden_size:
+        problem = (
+            f"was made for hidden size {hidden_size}, but {base_model} has {trunk.hidden_size}"
         )
+    elif missing:
+        problem = f"lacks {prefix}{missing[0]}, which {layer} has"
+    elif unknown:
+        problem = f"holds {prefix}{unknown[0]}, which {layer} does not have"
+    elif misshapen:
+        name = misshapen[0]
+        problem = (
+            f"holds {prefix}{name} with shape {shapes[name]}, but {layer} has shape {wanted[name]}"
+        )
+    else:
+        return
+    raise ConfigError(
+        f"import-heads: {file} {problem}. Give the model that the heads were trained with."
+    )
 
 
 def recognised_hidden_size(

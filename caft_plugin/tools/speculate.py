@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import platform
 import statistics
 import time
@@ -48,15 +49,24 @@ class Way:
     drafted: Drafted | None = None
     steps: Steps | None = None
 
+    @classmethod
+    def of(cls, drafter: Drafter | None, runs: int) -> Way:
+        """Return empty results of that many runs; without a drafter nothing is drafted."""
+        drafted = None
+        if drafter is not None:
+            drafted = Drafted.nothing(len(drafter.heads))
+        return cls([0] * runs, [0.0] * runs, drafted=drafted)
+
     def speeds(self) -> list[float]:
         """Return the tokens per second of each run."""
-        return [tokens / seconds for tokens, seconds in zip(self.tokens, self.seconds, strict=True)]
+        runs = zip(self.tokens, self.seconds, strict=True)
+        return [tokens / seconds for tokens, seconds in runs]
 
     def against(self, other: Way) -> float:
         """Return the speed as a multiple of the other way's: the median over the runs."""
-        return statistics.median(
-            own / its for own, its in zip(self.speeds(), other.speeds(), strict=True)
-        )
+        # Run by run: a machine that slows down slows both.
+        runs = zip(self.speeds(), other.speeds(), strict=True)
+        return statistics.median(own / its for own, its in runs)
 
     @property
     def tokens_per_pass(self) -> float:
@@ -105,23 +115,17 @@ def speculate(
         seed: sampling seed. Each text has its own, the same for all ways.
         lookup: include prompt lookup.
     """
-    ways: dict[str, dict[str, object]] = {PLAIN: {}}
-    ways |= {name: {"custom_generate": drafter} for name, drafter in drafters.items()}
-    if lookup:
-        ways[LOOKUP] = {"prompt_lookup_num_tokens": LOOKUP_TOKENS}
-    settings: dict[str, object] = {
-        "do_sample": False,
-        "temperature": None,
-        "top_p": None,
-        "top_k": None,
-    }
-    if temperature > 0:
-        settings = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+    ways = arguments_of(drafters, lookup)
+    # The same ends for all ways: prompt lookup and plain generation stop where the heads do.
     ends = sorted(end_tokens(model, tokenizer))
-    settings |= {"eos_token_id": ends, "pad_token_id": ends[0], "use_cache": True}
+    settings = {
+        **sampling(temperature, top_p),
+        "eos_token_id": ends,
+        "pad_token_id": ends[0],
+        "use_cache": True,
+    }
     generate: Any = model.generate
-    drafted = {name: Drafted.nothing(len(drafter.heads)) for name, drafter in drafters.items()}
-    figures = {name: Way([0] * runs, [0.0] * runs, drafted=drafted.get(name)) for name in ways}
+    figures = {name: Way.of(drafters.get(name), runs) for name in ways}
     plain: dict[int, list[int]] = {}  # by prompt
     at_limit = 0
 
@@ -137,44 +141,60 @@ def speculate(
         )
         return out[0, ids.shape[1] :]
 
+    def measure(name: str, run: int, number: int, passes: Callable[[], int]) -> Tensor:
+        before = passes()
+        began = time.perf_counter()
+        text = write(number, max_new_tokens, ways[name])
+        if model.device.type == "cuda":  # which returns before it has computed
+            torch.cuda.synchronize()
+        way = figures[name]
+        way.seconds[run] += time.perf_counter() - began
+        way.tokens[run] += len(text)
+        way.passes += passes() - before
+        if way.drafted is not None:
+            way.drafted += drafters[name].last
+        return text
+
     model.eval()
     write(0, 8, {})  # warm-up: a process is slower at its first text
-    with (
-        count_passes(model) as passes,
-        tqdm(total=runs * len(prompts), unit="prompt", desc="generating") as bar,
-    ):
-        for run in range(runs):
-            for number in range(len(prompts)):
-                texts = {}
-                for name in turned(list(ways), run + number):
-                    before = passes()
-                    began = time.perf_counter()
-                    texts[name] = write(number, max_new_tokens, ways[name])
-                    if model.device.type == "cuda":
-                        torch.cuda.synchronize()
-                    figures[name].seconds[run] += time.perf_counter() - began
-                    figures[name].tokens[run] += len(texts[name])
-                    figures[name].passes += passes() - before
-                    if name in drafters:
-                        drafted[name] += drafters[name].last
-                for name, text in texts.items():
-                    figures[name].same += torch.equal(text, texts[PLAIN])
-                plain[number] = texts[PLAIN].tolist()
-                at_limit += len(plain[number]) == max_new_tokens and plain[number][-1] not in ends
-                bar.update()
+    every = list(itertools.product(range(runs), range(len(prompts))))
+    with count_passes(model) as passes:
+        for run, number in tqdm(every, unit="prompt", desc="generating"):
+            # Each way is the first one equally often, so a machine that slows down slows all.
+            order = turned(list(ways), run + number)
+            texts = {name: measure(name, run, number, passes) for name in order}
+            for name, text in texts.items():
+                figures[name].same += torch.equal(text, texts[PLAIN])
+            plain[number] = texts[PLAIN].tolist()
+            at_limit += len(plain[number]) == max_new_tokens and plain[number][-1] not in ends
+    written = [(prompts[number], text) for number, text in plain.items()]
     for name, drafter in drafters.items():
-        figures[name].steps = steps_with(
-            drafter, [(prompts[at], text) for at, text in plain.items()]
-        )
-    how = (
-        "greedy" if temperature == 0 else f"sampled at temperature {temperature:g}, top_p {top_p:g}"
-    )
-    written = (
+        figures[name].steps = steps_with(drafter, written)
+    how = "greedy"
+    if temperature > 0:
+        how = f"sampled at temperature {temperature:g}, top_p {top_p:g}"
+    described = (
         f"{len(prompts)} prompts, runs over them: {runs}, {how}, at most {max_new_tokens} tokens\n"
-        f"{named_dtype(model)} on {processor(model.device)}, torch {torch.__version__}, "
-        f"transformers {transformers.__version__}"
+        f"{machine_of(model)}"
     )
-    return Comparison(figures, runs * len(prompts), written, at_limit)
+    return Comparison(figures, runs * len(prompts), described, at_limit)
+
+
+def arguments_of(drafters: Mapping[str, Drafter], lookup: bool) -> dict[str, dict[str, object]]:
+    """Return the arguments of `generate` of each way to generate, by the way's name."""
+    ways: dict[str, dict[str, object]] = {PLAIN: {}}
+    for name, drafter in drafters.items():
+        ways[name] = {"custom_generate": drafter}
+    if lookup:
+        ways[LOOKUP] = {"prompt_lookup_num_tokens": LOOKUP_TOKENS}
+    return ways
+
+
+def sampling(temperature: float, top_p: float) -> dict[str, object]:
+    """Return arguments of `generate`; those of the model's generation config are not used."""
+    if temperature > 0:
+        return {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+    return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
 
 
 @contextlib.contextmanager
@@ -197,16 +217,16 @@ def turned(names: list[str], by: int) -> list[str]:
     return names[by:] + names[:by]
 
 
-def named_dtype(model: PreTrainedModel) -> str:
-    return (
-        f"{'4 or 8 bits, ' if getattr(model, 'is_quantized', False) else ''}{model.dtype}".replace(
-            "torch.", ""
-        )
-    )
+def machine_of(model: PreTrainedModel) -> str:
+    """Return the model's dtype, its device and the versions, which every figure of speed needs."""
+    bits = "4 or 8 bits, " if getattr(model, "is_quantized", False) else ""
+    dtype = str(model.dtype).removeprefix("torch.")
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    return f"{bits}{dtype} on {processor(model.device)}, {versions}"
 
 
 def processor(device: torch.device) -> str:
-    """Return the device's name, which every figure of speed needs."""
+    """Return the device's name."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     has = torch.cpu.get_capabilities()
@@ -216,8 +236,8 @@ def processor(device: torch.device) -> str:
 
 
 def as_table(found: Comparison) -> str:
-    plain = found.ways[PLAIN]
     """Return the results as text."""
+    plain = found.ways[PLAIN]
     lines = [
         found.written,
         "",
@@ -229,45 +249,45 @@ def as_table(found: Comparison) -> str:
             f"{name:<20}{statistics.median(way.speeds()):>10.1f}{way.against(plain):>10.2f}"
             f"{way.tokens_per_pass:>13.2f}{same}"
         )
-    for name, way in found.ways.items():
-        if way.drafted is None:
-            continue
+    with_heads = {name: way for name, way in found.ways.items() if way.drafted is not None}
+    for name, way in with_heads.items():
+        lines += _table_of_heads(name, way)
+    if any(way.same < found.texts for way in with_heads.values()):
         lines += [
             "",
-            f"{'head':<6}{'predicts':<10}{'proposed':>10}{'accepted':>10}{'rate':>9}   ({name})",
-        ]
-        for k, (sent, right) in enumerate(
-            zip(way.drafted.drafted, way.drafted.accepted, strict=True), 1
-        ):
-            share = f"{right / sent:.1%}" if sent else "-"
-            lines.append(f"{k:<6}{f'{k + 1} ahead':<10}{sent:>10,}{right:>10,}{share:>9}")
-        lines.append(
-            "tokens in a step: "
-            + ", ".join(f"{n} in {share:.0%}" for n, share in lengths(way.drafted))
-        )
-        if way.steps is not None:
-            tokens = ", ".join(
-                f"{n}: {tokens:.2f}" for n, tokens in enumerate(way.steps.tokens_per_step(), 1)
-            )
-            lines.append(
-                f"tokens per step in an inference engine, by its number of draft tokens: {tokens}"
-            )
-        if not any(way.drafted.accepted):
-            lines.append(
-                "No draft token was accepted: these heads belong to another model or were hardly"
-                " trained. Train them\non answers of this model: caft pretrain-heads --targets"
-                " model --help"
-            )
-    if any(way.drafted is not None and way.same < found.texts for way in found.ways.values()):
-        lines += [
-            "",
-            (
-                "A text can differ where two tokens are almost equally likely, since a forward pass"
-                " of several tokens\nrounds differently from a pass of one token. In float32 this"
-                " is rare."
-            ),
+            "A text can differ where two tokens are almost equally likely, since a forward pass of"
+            " several tokens",
+            "rounds differently from a pass of one token. In float32 this is rare.",
         ]
     return "\n".join(lines)
+
+
+def _table_of_heads(name: str, way: Way) -> list[str]:
+    drafted = way.drafted
+    assert drafted is not None
+    lines = [
+        "",
+        f"{'head':<6}{'predicts':<10}{'proposed':>10}{'accepted':>10}{'rate':>9}   ({name})",
+    ]
+    counts = zip(drafted.drafted, drafted.accepted, strict=True)
+    for k, (sent, right) in enumerate(counts, 1):
+        share = f"{right / sent:.1%}" if sent else "-"
+        lines.append(f"{k:<6}{f'{k + 1} ahead':<10}{sent:>10,}{right:>10,}{share:>9}")
+    shares = [f"{number} in {share:.0%}" for number, share in lengths(drafted)]
+    lines.append(f"tokens in a step: {', '.join(shares)}")
+    if way.steps is not None:
+        tokens = enumerate(way.steps.tokens_per_step(), 1)
+        by_number = ", ".join(f"{number}: {per_step:.2f}" for number, per_step in tokens)
+        lines.append(
+            f"tokens per step in an inference engine, by its number of draft tokens: {by_number}"
+        )
+    if not any(drafted.accepted):
+        lines.append(
+            "No draft token was accepted: these heads belong to another model or were hardly"
+            " trained. Train them\non answers of this model: caft pretrain-heads --targets"
+            " model --help"
+        )
+    return lines
 
 
 def lengths(drafted: Drafted) -> list[tuple[int, float]]:
@@ -286,20 +306,20 @@ def draw(found: Comparison, file: Path) -> None:
         ConfigError: matplotlib is not installed.
     """
     way = found.ways[HEADS]
-    drafted = found.ways[HEADS].drafted
+    drafted = way.drafted
     assert drafted is not None
-    shares = [
-        right / max(sent, 1) for sent, right in zip(drafted.drafted, drafted.accepted, strict=True)
-    ]
+    counts = zip(drafted.drafted, drafted.accepted, strict=True)
+    rates = [right / max(sent, 1) for sent, right in counts]
+    heads = [str(k) for k in range(1, len(rates) + 1)]
+    tokens = [str(number) for number, _ in lengths(drafted)]
+    shares = [share for _, share in lengths(drafted)]
 
     def fill(axes: Any) -> None:
-        axes[0].bar([str(k) for k in range(1, len(shares) + 1)], shares, color=BLUE)
+        axes[0].bar(heads, rates, color=BLUE)
         axes[0].set(
             title="draft tokens accepted", xlabel="head", ylabel="acceptance rate", ylim=(0, 1)
         )
-        axes[1].bar(
-            *zip(*((str(n), share) for n, share in lengths(drafted)), strict=True), color=GREY
-        )
+        axes[1].bar(tokens, shares, color=GREY)
         axes[1].set(
             title=f"{way.tokens_per_pass:.2f} tokens per step on average",
             xlabel="tokens in a step",

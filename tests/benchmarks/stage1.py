@@ -24,10 +24,11 @@ import torch
 from transformers import AutoTokenizer, TrainerCallback, TrainingArguments
 
 from caft_plugin.config import CAFTConfig, PretrainConfig
+from caft_plugin.model.loading import load_model
 from caft_plugin.precision import choice, quick_dtype
 from caft_plugin.stage1.answers import write_answers
 from caft_plugin.stage1.data import pad_rows, prompt_of, read_rows, with_answer
-from caft_plugin.stage1.pretraining import HeadsTrainer, Stage1, load_base, pretrain_heads
+from caft_plugin.stage1.pretraining import HeadsTrainer, Stage1, pretrain_heads
 
 DATA = Path(__file__).parents[2] / "axolotl_configs" / "data"
 KINDS = ("untrained", "model", "dataset", "distribution")
@@ -69,7 +70,7 @@ def run(kind: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     sampling = {} if options.heads else {"temperature": 0.7, "top_p": 0.95}
     settings = PretrainConfig(max_new_tokens=48, generation_batch_size=32, **sampling)
     start_from: dict[str, Any] = {"heads": options.heads} if options.heads else {}
-    base = load_base(options.model, quick_dtype())
+    base = load_model(options.model, quick_dtype(), for_heads=True)
     base.eval()
     prompts = [prompt_of(row) for row in heldout]
     said = write_answers(base, tokenizer, prompts, settings, options.heldout_answers, options.model)
@@ -101,7 +102,7 @@ def run(kind: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
             steps = json.loads((heads / "metrics.json").read_text())["steps"]
             caft["heads"] = str(heads)
         seconds = time.monotonic() - start
-        fresh = load_base(options.model, quick_dtype())
+        fresh = load_model(options.model, quick_dtype(), for_heads=True)
         trainer = HeadsTrainer(
             model=fresh,
             args=arguments(folder, seed),

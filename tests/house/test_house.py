@@ -129,7 +129,7 @@ def test_only_the_draft_class_imports_vllm():
         for module, _ in imports_of(file)
         if module.split(".")[0] == "vllm"
     }
-    assert importing == {ENGINE, "serving", "stage1/answers"}  # the last two inside of a function
+    assert importing == {ENGINE, "serving"}  # the last inside of a function
 
 
 @pytest.mark.parametrize("file", FILES, ids=name_of)

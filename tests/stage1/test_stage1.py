@@ -18,6 +18,7 @@ from builders.tiny import word_tokenizer
 from caft_plugin import CAFTConfig, ConfigError, with_caft
 from caft_plugin.caft.loss import cross_entropy_and_hit_of, divergence_of, weighted_sum
 from caft_plugin.config import PretrainConfig
+from caft_plugin.model.loading import load_model
 from caft_plugin.stage1 import answers as answers_room
 from caft_plugin.stage1.answers import ANSWERS, AnswerFile, write_answers
 from caft_plugin.stage1.data import pad_rows, prompt_of, read_prompts, read_rows, with_answer
@@ -26,7 +27,6 @@ from caft_plugin.stage1.pretraining import (
     HeadsTrainer,
     Stage1,
     heads_block,
-    load_base,
     pretrain_heads,
 )
 from caft_plugin.targets import IGNORE
@@ -239,7 +239,7 @@ def test_answers_made_with_other_settings_are_not_mixed(tmp_path):
     AnswerFile(tmp_path / "a.jsonl", {"base model": "a", "sampling": 1}).close()
     with pytest.raises(ConfigError, match="holds answers made with another sampling"):
         AnswerFile(tmp_path / "a.jsonl", {"base model": "a", "sampling": 2})
-    AnswerFile(tmp_path / "b.jsonl", {"base model": "a", "engine": "vllm"}).close()
+    AnswerFile(tmp_path / "b.jsonl", {"base model": "a", "engine": "another"}).close()
     with pytest.raises(ConfigError, match="holds answers made with another engine"):
         AnswerFile(tmp_path / "b.jsonl", {"base model": "a"})
 
@@ -344,34 +344,11 @@ def test_no_end_token(base, tokenizer, tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="vLLM may run here")
-def test_vllm_where_it_cannot_run(base, tokenizer, tmp_path):
-    """It is asked for, or not used at all. No file of answers is begun that a run without it could
-    not go on with."""
-    base.save_pretrained(tmp_path)
-    nowhere = (
-        r"pretrain_heads.vllm: got true, but vLLM cannot write the answers: .*there is no GPU that"
-        r" CUDA can use"
-    )
-    with pytest.raises(ConfigError, match=nowhere):
-        pretrain_heads(job(base, tokenizer, tmp_path, "model", vllm=True))
-    assert not (tmp_path / ANSWERS).exists()
-    with pytest.raises(ConfigError, match=nowhere):
-        load_base(str(tmp_path), torch.float32, vllm=True)
-    with pytest.raises(
-        ConfigError, match="and the base is quantised, which vLLM would load unquantised"
-    ):
-        load_base(str(tmp_path), torch.float32, load_in_4bit=True, vllm=True)
-    with pytest.raises(
-        ConfigError, match="pretrain_heads.vllm: got 'fast', but it accepts true or false"
-    ):
-        PretrainConfig(vllm="fast")
-
-
 def test_a_base_that_heads_cannot_follow_is_refused_before_its_weights_are_loaded(tmp_path):
     # and no weights
     RwkvConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="passes a running state from layer to layer"):
-        load_base(str(tmp_path), torch.float32)
+        load_model(str(tmp_path), torch.float32, for_heads=True)
 
 
 def test_rows_from_a_file(tokenizer, tmp_path):
@@ -500,7 +477,7 @@ def test_an_adapter_is_loaded_over_its_base(base, tokenizer, tmp_path):
     ).eval()
     model.save_pretrained(tmp_path / "adapter")
     base.config.save_pretrained(tmp_path / "adapter")  # as Axolotl does
-    loaded = load_base(str(tmp_path / "adapter"), torch.float32).eval()
+    loaded = load_model(str(tmp_path / "adapter"), torch.float32, for_heads=True).eval()
     ids = torch.arange(5, 15)[None]
     with torch.no_grad():
         torch.testing.assert_close(loaded(ids).logits, model(ids).logits)
@@ -511,7 +488,7 @@ def test_an_adapter_is_loaded_over_its_base(base, tokenizer, tmp_path):
     with pytest.raises(
         ConfigError, match=r"adapter is an adapter, but its adapter_config.json names no base_model"
     ):
-        load_base(str(tmp_path / "adapter"), torch.float32)
+        load_model(str(tmp_path / "adapter"), torch.float32, for_heads=True)
 
 
 def test_answers_of_a_model_that_was_trained_again_are_not_taken(taught, tokenizer, tmp_path):

@@ -354,7 +354,7 @@ BAD = {
     "no network": (
         {},
         lambda t: {"model": "nobody/nothing"},
-        "model: got 'nobody/nothing', whose files cannot be",
+        "model: got 'nobody/nothing', whose config could not be",
     ),
 }
 

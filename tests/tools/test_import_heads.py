@@ -390,7 +390,7 @@ def test_only_the_config_of_the_base_is_read(state, config_only, tmp_path, monke
     """The model it is held against is built without memory."""
     devices = []
     monkeypatch.setattr(
-        "caft_plugin.model.trunk.find_trunk",
+        "caft_plugin.model.loading.find_trunk",
         lambda model: (
             devices.extend({p.device.type for p in model.parameters()}) or find_trunk(model)
         ),

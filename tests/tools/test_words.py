@@ -87,7 +87,6 @@ WRONG = {
     ),
     f"{STAGE1} --model MODEL --top-p 2": "--top-p: got 2.0, but it accepts",
     f"{STAGE1} --model MODEL --seed -1": "--seed: got -1, but it accepts",
-    f"{STAGE1} --model MODEL --vllm true": "--vllm: got true, but",
     f"{STAGE1} --model MODEL": "--max-new-tokens: row 0 has a prompt of 2 tokens",
     "pretrain-heads --data ROWS --output OUT --model MODEL": "--targets: `model` needs prompts",
     f"{STAGE1} --model MODEL --heads NOWHERE": "--heads: got ",
