@@ -145,10 +145,11 @@ class CAFTPlugin(BasePlugin):
             if not isinstance(plugin, CAFTPlugin) and plugin.get_trainer_cls(cfg) is not None:
                 raise ConfigError(_two_trainers(name))
         if cfg.trainer_cls:
-            return axolotl_trainer(get_cls_from_module_str(cfg.trainer_cls))
+            return with_caft(get_cls_from_module_str(cfg.trainer_cls), framework="axolotl")
+        # here, because Axolotl loads plugins before it patches what its trainers are made of
         from axolotl.core.trainers import AxolotlTrainer
 
-        return axolotl_trainer(AxolotlTrainer)
+        return with_caft(AxolotlTrainer)
 
     def get_training_args(self, cfg: DictDefault) -> dict[str, object]:
         # Without an accelerator Axolotl rejects `bf16: true` unless use_cpu is set, for which it
@@ -296,25 +297,3 @@ def _two_trainers(other: str) -> str:
         f"caft_plugin: {other} sets its own trainer class, so CAFT and MEAP cannot be used with it."
         " Remove it from `plugins:`, or remove the `caft:` and `meap:` blocks."
     )
-
-
-@functools.cache
-def axolotl_trainer(base: type[Trainer]) -> type[Trainer]:
-    """Return `with_caft(base)`, which also saves the heads when training is interrupted."""
-    caft_class: Any = with_caft(base)
-
-    def train(self, *args, **kwargs):
-        card = self.framework_card()
-        try:
-            return caft_class.train(self, *args, **kwargs)
-        except SystemExit:  # Ctrl-C: Axolotl's handler has saved the model into the output folder
-            self.save_ours(self.args.output_dir)
-            if self.is_world_process_zero():
-                card.complete()
-            raise
-
-    from axolotl.core.trainers import AxolotlTrainer
-
-    reads = (*caft_class.caft_reads_loss_alone, AxolotlTrainer)
-    own = {"train": train, "caft_reads_loss_alone": reads, "__doc__": caft_class.__doc__}
-    return type(caft_class.__name__, (caft_class,), own)
