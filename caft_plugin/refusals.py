@@ -130,22 +130,26 @@ def may_fuse(trainer: Trainer, base: PreTrainedModel, fused_loss: FusedLoss) -> 
     """Return True if the plugin computes the next-token loss, according to `caft.fused_loss`.
 
     Raises:
-        ConfigError: it is `on`, and the plugin cannot.
+        ConfigError: it is true, and the plugin cannot.
     """
-    if fused_loss == "off":
+    if not fused_loss:
         return False
     takes_logits = trainer.label_smoother is not None or trainer.compute_loss_func is not None
     why = why_not_fused(type(trainer), base, takes_logits)
-    if why is None:
-        return True
-    if fused_loss == "on":
+    if fused_loss == "auto":
+        write = "true" if why is None else f"false, because {why}"
+        logger.warning(
+            "caft.fused_loss: auto is deprecated, and read as true if possible, else as false."
+            " For this run write %s",
+            write,
+        )
+    elif why is not None:
         raise ConfigError(not_fused(why))
-    logger.warning("caft.fused_loss: auto leaves the next-token loss to the framework: %s", why)
-    return False
+    return why is None
 
 
 def not_fused(why: str) -> str:
-    return f"caft.fused_loss: got on, but {why}. Use off, or auto to use it only if possible."
+    return f"caft.fused_loss: got true, but {why}. Use false."
 
 
 def cut_up(got: str, what: str, asks: str = "caft") -> str:

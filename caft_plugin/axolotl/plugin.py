@@ -267,7 +267,7 @@ def _zero_stage(deepspeed: str | dict) -> str:
 def _check_model(
     loader: ModelLoader, caft: CAFTConfig, trainer_class: type[CAFTTrainerMixin]
 ) -> None:
-    """Raise ConfigError if heads, the heads folder or `fused_loss: on` do not fit the model that
+    """Raise ConfigError if heads, the heads folder or `fused_loss: true` do not fit the model that
     Axolotl will load.
 
     Only the model's config is read.
@@ -282,7 +282,7 @@ def _check_model(
         folder.check_model(caft, model_config)
         if trunk is not None:
             folder.check_layers(trunk.layer_class)
-    if trunk is not None and caft.fused_loss == "on" and caft.beta != 0:
+    if trunk is not None and caft.fused_loss is True and caft.beta != 0:
         why = why_not_fused(trainer_class, trunk.model, takes_logits=bool(cfg.use_eaft))
         if why is not None:
             raise ConfigError(not_fused(why))

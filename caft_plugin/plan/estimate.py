@@ -238,7 +238,7 @@ def _build(run: Run) -> Built:
 def _keys(run: Run) -> tuple[str, str]:
     """Return the settings on which the built model depends, and those on which the bytes of a
     forward pass do."""
-    caft = run.caft.model_copy(update={"fused_loss": "off", "heads_per_step": None})
+    caft = run.caft.model_copy(update={"fused_loss": False, "heads_per_step": None})
     built = dataclasses.replace(
         run,
         caft=caft,

@@ -108,7 +108,7 @@ class WaysOut:
                 )
             )
             if plan.heads:
-                found.append(Change("caft.fused_loss: on", caft=(("fused_loss", "on"),)))
+                found.append(Change("caft.fused_loss: true", caft=(("fused_loss", True),)))
         if not run.checkpointing:
             found.append(Change("gradient_checkpointing: true", (("checkpointing", True),)))
         if run.rows > 1:
