@@ -134,6 +134,7 @@ class CAFTPlugin(BasePlugin):
         self._duplicated = True
         if isinstance(data.train_dataset, Dataset):
             cfg.update(said)
+            # Axolotl counted them before the copies were added, and fixes the schedule with them
             steps = calculate_total_num_steps(cfg, data.train_dataset)
             data.total_num_steps = min(steps, cfg.max_steps) if cfg.max_steps else steps
         return data
@@ -209,10 +210,13 @@ def meap_config(cfg: DictDefault) -> MEAPConfig | None:
 def said_of_tokens(cfg: DictDefault) -> Said:
     """Return an Axolotl config's settings of tokens. Named ones in `special_tokens:` are in the
     tokenizer."""
-    listed = (cfg.special_tokens or {}).get("additional_special_tokens") or []
-    added = [*(cfg.tokens or []), *listed, *(cfg.added_tokens_overrides or {}).values()]
+    special = cfg.special_tokens or {}
+    overrides = cfg.added_tokens_overrides or {}
+    listed = special.get("additional_special_tokens") or []
+    added = [*(cfg.tokens or []), *listed, *overrides.values()]
     templates = [dataset.get("chat_template_jinja") for dataset in cfg.datasets or []]
-    return Said(cfg.eot_tokens or (), added, [template for template in templates if template])
+    templates = [template for template in templates if template]
+    return Said(cfg.eot_tokens or (), added, templates)
 
 
 def _refuse_packed_stream(cfg: DictDefault) -> None:
