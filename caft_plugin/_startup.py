@@ -71,20 +71,25 @@ def with_options_refused(main):  # type: ignore[no-untyped-def]
 
     def resolve(ctx, args):  # type: ignore[no-untyped-def]
         name, command, rest = resolve_command(ctx, args)
-        for option in () if name in ("caft", None) else rest:
-            key = option.lstrip("-").replace("__", ".").split("=")[0]
-            block, _, inner = key.partition(".")
-            if option.startswith("--") and block in BLOCKS:
-                from click import UsageError
-
-                where = f"`{inner}:` below `{block}:`" if inner else f"a block `{block}:`"
-                raise UsageError(
-                    f"{option}: Axolotl has no options for plugins and would pass this one to its"
-                    f" launcher. Write {where} in the YAML."
-                )
+        if name not in ("caft", None):  # `axolotl caft` has options of its own
+            for option in rest:
+                _refuse_option_of_a_block(option)
         return name, command, rest
 
     main.cli.resolve_command = resolve
+
+
+def _refuse_option_of_a_block(option: str) -> None:
+    key = option.lstrip("-").replace("__", ".").split("=")[0]
+    block, _, inner = key.partition(".")
+    if option.startswith("--") and block in BLOCKS:
+        from click import UsageError
+
+        where = f"`{inner}:` below `{block}:`" if inner else f"a block `{block}:`"
+        raise UsageError(
+            f"{option}: Axolotl has no options for plugins and would pass this one to its launcher."
+            f" Write {where} in the YAML."
+        )
 
 
 # In the environment: the process that `axolotl` is, which becomes its launcher, and a name that
@@ -109,7 +114,9 @@ def with_last_word_passed_on(config):  # type: ignore[no-untyped-def]
 
     def hook(kind, error, trace):  # type: ignore[no-untyped-def]
         excepthook(kind, error, trace)
-        ours = kind.__name__ == "ConfigError" and kind.__module__.partition(".")[0] == "caft_plugin"
+        # by name: the class itself would have to be imported
+        package = kind.__module__.partition(".")[0]
+        ours = kind.__name__ == "ConfigError" and package == "caft_plugin"
         if ours and LAUNCHER in os.environ and not _is_launcher():
             try:
                 file = os.open(_last_word_file(), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)

@@ -14,7 +14,8 @@ from caft_plugin.errors import ConfigError, named, setting_as, shown
 HeadInput = Literal["penultimate", "final"]
 Schedule = Literal["rsine", "sine", "linear", "constant"]
 TrainHeads = Literal["auto", "full", "lora", "frozen"]
-FusedLoss = Literal["off", "auto", "on"]
+Auto = Literal["auto"]  # of `fused_loss`: still read, no longer offered
+FusedLoss = bool | Auto
 Targets = Literal["model", "dataset", "distribution"]
 MEAPMode = Literal["sft", "pretrain"]
 Layout = Literal["concat", "separate"]
@@ -45,8 +46,6 @@ class Block(BaseModel):
     @classmethod
     def _no_booleans(cls, value: object, info: ValidationInfo) -> object:
         kinds = kinds_of(cls.model_fields[str(info.field_name)])
-        if isinstance(value, bool) and {"on", "off"} <= set(kinds):
-            return "on" if value else "off"  # YAML reads a bare on or off as true or false
         if isinstance(value, bool) and bool not in kinds:
             raise ValueError("true and false are not accepted here")
         return value
@@ -157,10 +156,10 @@ class CAFTConfig(Block):
         ),
     )
     fused_loss: FusedLoss = Field(
-        "off",
+        False,
         description=(
             "compute the next-token loss in the plugin, at supervised positions only, so that the"
-            " model builds no logits; `auto`: if possible; `on`: stop if it is not"
+            " model builds no logits; a run in which this is not possible stops"
         ),
     )
 
@@ -286,7 +285,6 @@ def accepted(field: FieldInfo) -> str:
 
 
 def kinds_of(field: FieldInfo) -> list[Any]:
-    """Return the types of a field's annotation, without None."""
-    return [
-        kind for kind in get_args(field.annotation) or (field.annotation,) if kind is not type(None)
-    ]
+    """Return the types of a field's annotation that messages offer: without None and Auto."""
+    kinds = get_args(field.annotation) or (field.annotation,)
+    return [kind for kind in kinds if kind not in (type(None), Auto)]

@@ -358,24 +358,26 @@ def refuse_unfused(trainer_class: type[Trainer], base: PreTrainedModel, takes_lo
     """
     why = _why_not_fused(trainer_class, base, takes_logits)
     if why is not None:
-        raise ConfigError(
-            f"caft.fused_loss: got on, but {why}. Use off, or auto to use it only if possible."
-        )
+        raise ConfigError(f"caft.fused_loss: got true, but {why}. Use false.")
 
 
 def may_fuse(trainer: Trainer, base: PreTrainedModel, fused_loss: FusedLoss) -> bool:
     """Return True if the plugin computes the next-token loss, according to `caft.fused_loss`.
 
     Raises:
-        ConfigError: it is `on`, and the plugin cannot.
+        ConfigError: it is true, and the plugin cannot.
     """
-    if fused_loss == "off":
+    if not fused_loss:
         return False
     takes_logits = trainer.label_smoother is not None or trainer.compute_loss_func is not None
-    if fused_loss == "on":
+    if fused_loss is True:
         refuse_unfused(type(trainer), base, takes_logits)
         return True
     why = _why_not_fused(type(trainer), base, takes_logits)
-    if why is not None:
-        logger.warning("caft.fused_loss: auto leaves the next-token loss to the framework: %s", why)
+    write = "true" if why is None else f"false, because {why}"
+    logger.warning(
+        "caft.fused_loss: auto is deprecated, and read as true if possible, else as false."
+        " For this run write %s",
+        write,
+    )
     return why is None

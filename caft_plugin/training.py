@@ -25,12 +25,12 @@ from caft_plugin.targets import Batch
 from caft_plugin.trainer_parts import TrainerParts
 
 # Modules for frameworks whose trainers need more than this file, by the package that defines a
-# trainer. `with_caft` imports the module only for such a class, and gets the mixin from its
-# `mixin_of`.
-DOORS = {"trl": "caft_plugin.trl"}
+# trainer or one of its bases. `with_caft` imports the module only for such a class, and gets the
+# mixin from its `mixin_of`. A class of several frameworks gets the mixins in this order.
+DOORS = {"axolotl": "caft_plugin.axolotl.trainer", "trl": "caft_plugin.trl"}
 
 
-def with_caft(trainer_class: type[Trainer]) -> type[Trainer]:
+def with_caft(trainer_class: type[Trainer], *, framework: str | None = None) -> type[Trainer]:
     """Return a subclass of `trainer_class` with auxiliary heads (CAFT), masked training examples
     (MEAP), or both.
 
@@ -38,6 +38,11 @@ def with_caft(trainer_class: type[Trainer]) -> type[Trainer]:
     dict of its keys, or None, which leaves the class unchanged. The training loop is not changed:
     `compute_loss` calls the class's own and adds to it. Heads are saved next to the model, in
     `caft_heads/`; the model's own files do not change.
+
+    Args:
+        trainer_class: any subclass of Trainer.
+        framework: the package that will run the trainer, if the class is not built on one of its
+            trainers.
 
     Raises:
         ConfigError: on construction, when the settings or the model do not fit.
@@ -47,19 +52,21 @@ def with_caft(trainer_class: type[Trainer]) -> type[Trainer]:
         raise TypeError(
             f"with_caft accepts a subclass of transformers.Trainer, got {trainer_class!r}"
         )
-    if issubclass(trainer_class, CAFTTrainerMixin):
-        return trainer_class
-    packages = [base.__module__.partition(".")[0] for base in trainer_class.__mro__]
-    door = next((DOORS[package] for package in packages if package in DOORS), None)
+    packages = {framework, *(base.__module__.partition(".")[0] for base in trainer_class.__mro__)}
+    doors = [import_module(door) for package, door in DOORS.items() if package in packages]
+    mixins: list[type] = [door.mixin_of(trainer_class) for door in doors]
+    special = [mixin for mixin in mixins if mixin is not CAFTTrainerMixin]
     host: Any = trainer_class
-    return _over(CAFTTrainerMixin if door is None else import_module(door).mixin_of(host), host)
+    return _over((*special, CAFTTrainerMixin), host)
 
 
 @functools.cache
-def _over(mixin: type, trainer_class: type) -> type[Trainer]:
-    return type(
-        f"CAFT{trainer_class.__name__}", (mixin, trainer_class), {"__doc__": trainer_class.__doc__}
-    )
+def _over(mixins: tuple[type, ...], trainer_class: type) -> type[Trainer]:
+    lacking = [mixin for mixin in mixins if not issubclass(trainer_class, mixin)]
+    if not lacking:
+        return trainer_class
+    name = f"CAFT{trainer_class.__name__}"
+    return type(name, (*lacking, trainer_class), {"__doc__": trainer_class.__doc__})
 
 
 if TYPE_CHECKING:

@@ -103,7 +103,7 @@ values = st.recursive(
     ),
     max_leaves=5,
 )
-words = re.compile(r"\s*(t|f|true|false|y|n|yes|no|on|off)\s*", re.IGNORECASE)
+words = re.compile(r"\s*(t|f|true|false|y|n|yes|no|on|off|auto)\s*", re.IGNORECASE)
 
 
 def bounds(field):

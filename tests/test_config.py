@@ -23,6 +23,8 @@ from caft_plugin import CAFTConfig, ConfigError
         ("train_heads", "all", "one of auto, full, lora, frozen"),
         ("head_input", "last", "one of penultimate, final"),
         ("head_norm", "perhaps", "true or false"),
+        ("fused_loss", "perhaps", "it accepts true or false."),
+        ("fused_loss", 2, "it accepts true or false."),
         ("heads", "", "a string"),
         ("heads", 7, "a string"),
     ],
@@ -33,6 +35,16 @@ def test_bad_value(key, value, takes):
     message = str(caught.value)
     assert message.startswith(f"caft.{key}: got {value!r}")
     assert takes in message
+
+
+@pytest.mark.parametrize(
+    ("value", "read"),
+    [(True, True), ("on", True), ("true", True), (False, False), ("off", False), ("auto", "auto")],
+)
+def test_fused_loss_reads_its_former_values(value, read):
+    config = CAFTConfig(fused_loss=value)
+    assert config.fused_loss == read
+    assert CAFTConfig.read(config.model_dump()) == config  # as Axolotl passes it on
 
 
 def test_unknown_key_names_the_known_ones():

@@ -92,11 +92,11 @@ def test_a_slow_run_is_warned_of_once(tmp_path):
 def test_the_trl_examples_choose_what_is_quick_here(quick, tmp_path, monkeypatch):
     pytest.importorskip("trl")
     monkeypatch.syspath_prepend(ROOT / "trl_examples")
-    sft_caft = importlib.import_module("sft_caft")
-    monkeypatch.setattr(sft_caft, "cpu_has_bf16", lambda: quick)
+    sft = importlib.import_module("sft")
+    monkeypatch.setattr(sft, "cpu_has_bf16", lambda: quick)
 
     def bf16(**arguments):
-        return sft_caft.Training(output_dir=str(tmp_path), use_cpu=True, **arguments).bf16
+        return sft.Training(output_dir=str(tmp_path), use_cpu=True, **arguments).bf16
 
     assert bf16() is quick
     assert bf16(bf16=True) is True and bf16(bf16=False) is False

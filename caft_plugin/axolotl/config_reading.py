@@ -98,10 +98,10 @@ def _by_schema(keys: Keys, command: str) -> Keys:
 
     filled = {**NOT_NEEDED, **copy.deepcopy(keys)}
     if keys.get("batch_size") is not None:  # two of the three determine the third
-        for key in ("gradient_accumulation_steps", "micro_batch_size"):
-            if keys.get(key) is None:
-                del filled[key]
-                break
+        others = ("gradient_accumulation_steps", "micro_batch_size")
+        unset = [key for key in others if keys.get(key) is None]
+        if unset:
+            del filled[unset[0]]
     if not (keys.get("datasets") or keys.get("pretraining_dataset")):
         filled["datasets"] = [{"path": "none", "type": "completion"}]
     cfg = DictDefault(filled)
@@ -130,8 +130,9 @@ def _value(value: object) -> object:
     """Convert a number or boolean written as text, as Axolotl does."""
     if not isinstance(value, str):
         return value
-    if value.strip().lower() in WORDS:
-        return WORDS[value.strip().lower()]
+    word = value.strip().lower()
+    if word in WORDS:
+        return WORDS[word]
     try:
         return int(value)
     except ValueError:

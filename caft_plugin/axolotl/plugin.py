@@ -106,6 +106,7 @@ class CAFTPlugin(BasePlugin):
         self._duplicated = True
         if isinstance(data.train_dataset, Dataset):
             cfg.update(said)
+            # Axolotl counted them before the copies were added, and fixes the schedule with them
             steps = calculate_total_num_steps(cfg, data.train_dataset)
             data.total_num_steps = min(steps, cfg.max_steps) if cfg.max_steps else steps
         return data
@@ -117,10 +118,11 @@ class CAFTPlugin(BasePlugin):
             if not isinstance(plugin, CAFTPlugin) and plugin.get_trainer_cls(cfg) is not None:
                 _refuse_other_trainer(name)
         if cfg.trainer_cls:
-            return axolotl_trainer(get_cls_from_module_str(cfg.trainer_cls))
+            return with_caft(get_cls_from_module_str(cfg.trainer_cls), framework="axolotl")
+        # here, because Axolotl loads plugins before it patches what its trainers are made of
         from axolotl.core.trainers import AxolotlTrainer
 
-        return axolotl_trainer(AxolotlTrainer)
+        return with_caft(AxolotlTrainer)
 
     def get_training_args(self, cfg: DictDefault) -> dict[str, object]:
         # Without an accelerator Axolotl rejects `bf16: true` unless use_cpu is set, for which it
@@ -179,16 +181,19 @@ def meap_config(cfg: DictDefault) -> MEAPConfig | None:
 def said_of_tokens(cfg: DictDefault) -> Said:
     """Return an Axolotl config's settings of tokens. Named ones in `special_tokens:` are in the
     tokenizer."""
-    listed = (cfg.special_tokens or {}).get("additional_special_tokens") or []
-    added = [*(cfg.tokens or []), *listed, *(cfg.added_tokens_overrides or {}).values()]
+    special = cfg.special_tokens or {}
+    overrides = cfg.added_tokens_overrides or {}
+    listed = special.get("additional_special_tokens") or []
+    added = [*(cfg.tokens or []), *listed, *overrides.values()]
     templates = [dataset.get("chat_template_jinja") for dataset in cfg.datasets or []]
-    return Said(cfg.eot_tokens or (), added, [template for template in templates if template])
+    templates = [template for template in templates if template]
+    return Said(cfg.eot_tokens or (), added, templates)
 
 
 def _refuse_unfit(
     loader: ModelLoader, caft: CAFTConfig, trainer_class: type[CAFTTrainerMixin]
 ) -> None:
-    """Raise ConfigError for a model that heads, the heads folder or `fused_loss: on` do not fit.
+    """Raise ConfigError for a model that heads, the heads folder or `fused_loss: true` do not fit.
 
     Only the config of the model that Axolotl will load is read.
     """
@@ -202,7 +207,7 @@ def _refuse_unfit(
         folder.refuse_other_model(caft, model_config)
         if trunk is not None:
             folder.refuse_other_layers(trunk.layer_class)
-    if trunk is not None and caft.fused_loss == "on" and caft.beta != 0:
+    if trunk is not None and caft.fused_loss is True and caft.beta != 0:
         refuse_unfused(trainer_class, trunk.model, takes_logits=bool(cfg.use_eaft))
 
 
@@ -215,25 +220,3 @@ def _refuse_other_trainer(other: str) -> NoReturn:
         f"caft_plugin: {other} sets its own trainer class, so CAFT and MEAP cannot be used with it."
         " Remove it from `plugins:`, or remove the `caft:` and `meap:` blocks."
     )
-
-
-@functools.cache
-def axolotl_trainer(base: type[Trainer]) -> type[Trainer]:
-    """Return `with_caft(base)`, which also saves the heads when training is interrupted."""
-    caft_class: Any = with_caft(base)
-
-    def train(self, *args, **kwargs):
-        card = self.caft_files.framework_card()
-        try:
-            return caft_class.train(self, *args, **kwargs)
-        except SystemExit:  # Ctrl-C: Axolotl's handler has saved the model into the output folder
-            self.caft_files.save(self.args.output_dir)
-            if self.is_world_process_zero():
-                card.complete()
-            raise
-
-    from axolotl.core.trainers import AxolotlTrainer
-
-    reads = (*caft_class.caft_reads_loss_alone, AxolotlTrainer)
-    own = {"train": train, "caft_reads_loss_alone": reads, "__doc__": caft_class.__doc__}
-    return type(caft_class.__name__, (caft_class,), own)

@@ -60,34 +60,25 @@ def read_run(keys: Keys) -> Run:
     Raises:
         ConfigError: there is no model, no `caft:` block, or an unsupported value.
     """
-    if not isinstance(keys.get("base_model"), str):
+    model = keys.get("base_model")
+    if not isinstance(model, str):
         raise ConfigError(
-            f"base_model: got {shown(keys.get('base_model'))}, but it accepts a model folder or a"
-            " Hub id. Add the key."
+            f"base_model: got {shown(model)}, but it accepts a model folder or a Hub id. Add the"
+            " key."
         )
     if "caft" not in keys:
         raise ConfigError(
             "plan: the YAML has no `caft:` block, so it is a plain run without added cost. Add a"
             " line `caft:` and `plugins: [caft_plugin]`."
         )
-    adapter = keys.get("adapter") or None
-    if adapter not in (None, "lora", "qlora"):
-        raise ConfigError(
-            f"adapter: got {shown(adapter)}, but plan accepts lora, qlora or no adapter."
-        )
-    if keys.get("bf16", "auto") or keys.get("bfloat16"):
-        dtype = torch.bfloat16
-    else:
-        dtype = (
-            torch.float16
-            if any(map(keys.get, ("fp16", "float16", "load_in_8bit")))
-            else torch.float32
-        )
+    lora = _lora(keys)
+    dtype = _dtype(keys)
     sharded = bool(keys.get("fsdp_config") or keys.get("fsdp"))
-    attention = keys.get("attn_implementation")
     unfrozen = keys.get("unfrozen_parameters") or []
+    if isinstance(unfrozen, str):
+        unfrozen = [unfrozen]
     return Run(
-        model=keys["base_model"],
+        model=model,
         config=keys.get("base_model_config"),
         revision=keys.get("revision_of_model"),
         trust_remote_code=bool(keys.get("trust_remote_code")),
@@ -97,32 +88,59 @@ def read_run(keys: Keys) -> Run:
         rows=_count(keys, "micro_batch_size", 1),
         length=_count(keys, "sequence_len", 512),
         accumulation=_accumulation(keys),
-        lora=None if adapter is None else _lora(keys),
-        bits=4 if keys.get("load_in_4bit") else 8 if keys.get("load_in_8bit") else 16,
+        lora=lora,
+        bits=_bits(keys),
         checkpointing=bool(keys.get("gradient_checkpointing")),
         sharded=sharded,
         optimizer=str(keys.get("optimizer") or "adamw_torch_fused"),
         builds_logits=not any(keys.get(key) for key in WITHOUT_LOGITS),
-        float32_parts=dtype != torch.float32
-        and not sharded
-        and not keys.get("cut_cross_entropy")
-        and attention in (None, "eager", "sdpa"),
-        eager=attention == "eager",
-        unfrozen=[unfrozen] if isinstance(unfrozen, str) else unfrozen,
+        float32_parts=_has_float32_parts(keys, dtype, sharded),
+        eager=keys.get("attn_implementation") == "eager",
+        unfrozen=unfrozen,
         notes=_notes(keys, sharded),
     )
 
 
-def _lora(keys: Keys) -> dict[str, object]:
-    """Return the arguments of PEFT's LoraConfig."""
-    targets = keys.get("lora_target_modules") or []
+def _dtype(keys: Keys) -> torch.dtype:
+    if keys.get("bf16", "auto") or keys.get("bfloat16"):
+        return torch.bfloat16
+    if keys.get("fp16") or keys.get("float16") or keys.get("load_in_8bit"):
+        return torch.float16
+    return torch.float32
+
+
+def _bits(keys: Keys) -> int:
+    if keys.get("load_in_4bit"):
+        return 4
+    return 8 if keys.get("load_in_8bit") else 16
+
+
+def _has_float32_parts(keys: Keys, dtype: torch.dtype, sharded: bool) -> bool:
+    """Return True if Axolotl's loader leaves norms, embedding and unembedding in float32."""
+    if dtype == torch.float32:
+        return False
+    # FSDP shards one dtype; Cut Cross Entropy and flash attention have no float32
+    one_dtype = sharded or bool(keys.get("cut_cross_entropy"))
+    return not one_dtype and keys.get("attn_implementation") in (None, "eager", "sdpa")
+
+
+def _lora(keys: Keys) -> dict[str, object] | None:
+    """Return the arguments of PEFT's LoraConfig, or None without an adapter."""
+    adapter = keys.get("adapter") or None
+    if adapter is None:
+        return None
+    if adapter not in ("lora", "qlora"):
+        raise ConfigError(
+            f"adapter: got {shown(adapter)}, but plan accepts lora, qlora or no adapter."
+        )
+    targets = keys.get("lora_target_modules")
+    if keys.get("lora_target_linear") or not targets:
+        targets = "all-linear"
     return {
         "r": _count(keys, "lora_r", 8),
         "lora_alpha": keys.get("lora_alpha") or 16,
         "lora_dropout": keys.get("lora_dropout") or 0.0,
-        "target_modules": (
-            "all-linear" if keys.get("lora_target_linear") or not targets else targets
-        ),
+        "target_modules": targets,
         "modules_to_save": keys.get("lora_modules_to_save") or None,
         "layers_to_transform": keys.get("peft_layers_to_transform"),
         "use_dora": bool(keys.get("peft_use_dora")),
@@ -135,22 +153,23 @@ def _notes(keys: Keys, sharded: bool) -> list[str]:
     if keys.get("bf16", "auto") == "auto":
         notes.append("bf16 is auto: counted as true.")
     notes += [f"{key}: {counted}." for key, counted in UNCOUNTED.items() if keys.get(key)]
-    return (
-        notes
-        if sharded or not keys.get("deepspeed")
-        else [*notes, "deepspeed: counted without sharding."]
-    )
+    if keys.get("deepspeed") and not sharded:
+        notes.append("deepspeed: counted without sharding.")
+    return notes
 
 
 def _accumulation(keys: Keys) -> int:
-    if keys.get("gradient_accumulation_steps") is None and keys.get("batch_size") is not None:
-        return max(_count(keys, "batch_size", 1) // _count(keys, "micro_batch_size", 1), 1)
-    return _count(keys, "gradient_accumulation_steps", 1)
+    if keys.get("gradient_accumulation_steps") is not None or keys.get("batch_size") is None:
+        return _count(keys, "gradient_accumulation_steps", 1)
+    # Axolotl's batch_size is that of an optimisation step
+    rows = _count(keys, "micro_batch_size", 1)
+    return max(_count(keys, "batch_size", 1) // rows, 1)
 
 
 def _count(keys: Keys, key: str, default: int) -> int:
     value = keys.get(key)
-    value = default if value is None else value
+    if value is None:
+        return default
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:

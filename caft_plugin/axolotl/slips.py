@@ -27,9 +27,12 @@ def meant(key: object) -> str | None:
     if not isinstance(key, str) or key in BLOCKS:
         return None
     plain = re.sub(r"[^a-z]+", "_", key.lower()).strip("_")
-    if plain in BLOCKS or plain.split("_")[0] in BLOCKS:
-        return plain if plain in BLOCKS else plain.split("_")[0]
+    first_word = plain.split("_")[0]
+    for name in (plain, first_word):
+        if name in BLOCKS:
+            return name
     near = difflib.get_close_matches(plain, ("caft", "meap"), n=1, cutoff=0.75)
+    # a long name resembles others more easily
     near += difflib.get_close_matches(plain, ("pretrain_heads",), n=1, cutoff=0.9)
     return near[0] if near else None
 
@@ -59,8 +62,9 @@ def refuse_slips(cfg: Mapping) -> None:
 
 def known_keys() -> set[str]:
     """Return the top-level keys of the schema of Axolotl and its plugins."""
-    fields = merge_input_args()[1].model_fields
-    return {*fields, *(field.alias for field in fields.values() if field.alias)}
+    _, schema = merge_input_args()
+    aliases = {field.alias for field in schema.model_fields.values() if field.alias}
+    return aliases | schema.model_fields.keys()
 
 
 def ours(name: object) -> bool:
@@ -77,16 +81,17 @@ def settle_names(cfg: MutableMapping) -> None:
         ConfigError: `plugins:` mentions caft_plugin, but is not a list of names.
     """
     names = cfg.get("plugins")
-    wrong = (
-        names
-        if not isinstance(names, list)
-        else next((n for n in names if not isinstance(n, str)), None)
-    )
+    if isinstance(names, list):
+        wrong = next((name for name in names if not isinstance(name, str)), None)
+    else:
+        wrong = names
     if wrong is not None and "caft" in str(wrong).lower():
         raise ConfigError(f"plugins: got {shown(wrong)}, but it accepts a list of names. {FIX}")
-    if wrong is None and names and sum(map(ours, names)) > 1:
-        first = next(name for name in names if ours(name))
-        cfg["plugins"] = [name for name in names if name is first or not ours(name)]
+    if wrong is not None or not names:
+        return
+    of_ours = [name for name in names if ours(name)]
+    if len(of_ours) > 1:
+        cfg["plugins"] = [name for name in names if name is of_ours[0] or not ours(name)]
 
 
 def check_loaded(cfg: Mapping) -> None:
@@ -95,10 +100,8 @@ def check_loaded(cfg: Mapping) -> None:
     Raises:
         ConfigError: the plugin is listed but failed to load (Axolotl only logs the reason).
     """
-    if any(
-        type(plugin).__module__.split(".")[0] == NAME
-        for plugin in PluginManager.get_instance().plugins.values()
-    ):
+    plugins = PluginManager.get_instance().plugins.values()
+    if any(type(plugin).__module__.split(".")[0] == NAME for plugin in plugins):
         return
     listed = [name for name in cfg.get("plugins") or [] if ours(name)]
     if listed:
@@ -106,7 +109,8 @@ def check_loaded(cfg: Mapping) -> None:
             f"plugins: {listed[0]} could not be loaded; see the log lines above for the reason."
             f" {FIX}"
         )
-    blocks = [key for key in cfg if key in BLOCKS or (meant(key) and key not in known_keys())]
+    known = known_keys()
+    blocks = [key for key in cfg if key in BLOCKS or (meant(key) and key not in known)]
     if blocks:
         LOG.warning(
             "%s: the config has this block, but `plugins:` does not list %s, so this is a plain run"

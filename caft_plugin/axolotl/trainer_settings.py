@@ -1,5 +1,4 @@
-"""Make stage 1's training settings from a YAML with Axolotl's builder, and test them before weights
-are loaded."""
+"""Stage 1's training settings: made from a YAML by Axolotl's builder, tested without weights."""
 
 from __future__ import annotations
 
@@ -158,7 +157,7 @@ def trainer_settings(
     cfg.save_total_limit = cfg.save_total_limit or 2
 
     def tried(cfg: DictDefault) -> tuple[Settings, Tensor]:
-        builder = SettingsBuilder(cfg, None, tokenizer)
+        builder = SettingsBuilder(cfg, None, tokenizer)  # builds no trainer, so needs no model
         builder.eval_dataset = heldout
         settings = with_optim_args(builder.build(None), cfg.optim_args)
         return settings, rehearse(settings)
@@ -172,10 +171,14 @@ def trainer_settings(
             " another optimizer or scheduler, such as optimizer: adamw_torch with lr_scheduler:"
             " constant."
         ) from error
-    for key in (key for key in TUNING if cfg[key] is not None):
+    for key in TUNING:
+        if cfg[key] is None:
+            continue
+        # a number that the optimizer or the scheduler uses would change the rehearsed weights
         other = DictDefault(dict(cfg))
         other[key] = 0.5 if cfg[key] != 0.5 else 0.25
-        if torch.equal(tried(other)[1], outcome):
+        _, other_outcome = tried(other)
+        if torch.equal(other_outcome, outcome):
             raise ConfigError(
                 f"pretrain_heads: {key}: {shown(cfg[key])} has no effect with optimizer:"
                 f" {cfg.optimizer} and lr_scheduler: {cfg.lr_scheduler}. Remove the key, or use an"
@@ -185,8 +188,7 @@ def trainer_settings(
 
 
 def with_optim_args(settings: Settings, optim_args: str | dict | None) -> Settings:
-    """Return `settings` whose optimizer gets all of `optim_args`: transformers passes on only those
-    that it knows."""
+    """Return `settings` whose optimizer gets all of `optim_args`."""
     if not optim_args or settings.optimizer_cls_and_kwargs is not None:
         return settings
     if isinstance(optim_args, str):
@@ -199,12 +201,15 @@ def with_optim_args(settings: Settings, optim_args: str | dict | None) -> Settin
         return Trainer.get_optimizer_cls_and_kwargs(arguments, layer)  # type: ignore[arg-type]
 
     optimizer, kwargs = made(settings.args.optim_args)
-    passed_over = {
-        key: yaml.safe_load(value) if isinstance(value, str) else value
-        for key, value in optim_args.items()
-        if (key not in kwargs and str(made(f"{key}={value}")) == str(made(None)))
-        or (key in kwargs and str(kwargs[key]) != str(value))
-    }
+    # transformers passes on only what it knows of an optimizer
+    passed_over = {}
+    for key, value in optim_args.items():
+        if key in kwargs:
+            lost = str(kwargs[key]) != str(value)
+        else:  # transformers may use it under another name
+            lost = str(made(f"{key}={value}")) == str(made(None))
+        if lost:
+            passed_over[key] = yaml.safe_load(value) if isinstance(value, str) else value
     if passed_over:
         settings.optimizer_cls_and_kwargs = (optimizer, {**kwargs, **passed_over})
     return settings
@@ -225,38 +230,55 @@ class _Rehearsal(OptimizerMixin, SchedulerMixin, Trainer):
 
 
 def rehearse(settings: Settings) -> Tensor:
-    """Run some steps of the optimizer and the scheduler on a small layer, so that errors occur
-    before loading weights.
+    """Run some steps of optimizer and scheduler on a small layer, before weights are loaded.
 
     Returns:
         The layer's weights after these steps.
+
+    Raises:
+        ValueError: the optimizer does not include some of the layer's parameters.
+        Exception: of any kind, from an optimizer or scheduler that does not work.
     """
+    max_steps = settings.args.max_steps
+    steps = max_steps if max_steps > 0 else STEPS
+    with torch.random.fork_rng():
+        torch.manual_seed(0)  # the outcomes of two settings are compared
+        layer = _Layer().to(settings.args.device)
+        optimizer, scheduler = _optimizer_and_scheduler(settings, layer, steps)
+        _refuse_left_out(optimizer, layer)
+        if hasattr(optimizer, "train"):  # schedule-free optimizers need this call
+            optimizer.train()
+        for _ in range(min(steps, STEPS)):
+            squares = [parameter.square().sum() for parameter in layer.parameters()]
+            torch.stack(squares).sum().backward()
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+    weights = [parameter.detach().flatten().float().cpu() for parameter in layer.parameters()]
+    return torch.cat(weights)
+
+
+def _optimizer_and_scheduler(
+    settings: Settings, layer: nn.Module, steps: int
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    """Create both as stage 1's trainer will, with a learning rate at which weights move."""
     arguments = copy.copy(settings.args)
     arguments.report_to = []
     arguments.learning_rate = RATE
-    optimizer = settings.optimizer_cls_and_kwargs
-    if optimizer is not None:
-        optimizer = (optimizer[0], {**optimizer[1], "lr": RATE})
-    steps = arguments.max_steps if arguments.max_steps > 0 else STEPS
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        layer = _Layer().to(arguments.device)
-        trainer = _Rehearsal(model=layer, args=arguments, optimizer_cls_and_kwargs=optimizer)
-        trainer.create_optimizer_and_scheduler(num_training_steps=steps)
-        assert trainer.optimizer is not None and trainer.lr_scheduler is not None
-        held = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
-        left_out = [
-            name for name, parameter in layer.named_parameters() if id(parameter) not in held
-        ]
-        if left_out and not isinstance(trainer.optimizer, LayerWiseDummyOptimizer):
-            raise ValueError(f"it does not include {', '.join(left_out)}")
-        if hasattr(trainer.optimizer, "train"):  # schedule-free optimizers need this call
-            trainer.optimizer.train()
-        for _ in range(min(steps, STEPS)):
-            sum(parameter.square().sum() for parameter in layer.parameters()).backward()  # type: ignore[union-attr]
-            trainer.optimizer.step()
-            trainer.lr_scheduler.step()
-            trainer.optimizer.zero_grad()
-        return torch.cat(
-            [parameter.detach().flatten().float().cpu() for parameter in layer.parameters()]
-        )
+    choice = settings.optimizer_cls_and_kwargs
+    if choice is not None:
+        optimizer_class, kwargs = choice
+        choice = (optimizer_class, {**kwargs, "lr": RATE})
+    trainer = _Rehearsal(model=layer, args=arguments, optimizer_cls_and_kwargs=choice)
+    trainer.create_optimizer_and_scheduler(num_training_steps=steps)
+    assert trainer.optimizer is not None and trainer.lr_scheduler is not None
+    return trainer.optimizer, trainer.lr_scheduler
+
+
+def _refuse_left_out(optimizer: torch.optim.Optimizer, layer: nn.Module) -> None:
+    if isinstance(optimizer, LayerWiseDummyOptimizer):  # each parameter has its own optimizer
+        return
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    left_out = [name for name, parameter in layer.named_parameters() if id(parameter) not in held]
+    if left_out:
+        raise ValueError(f"it does not include {', '.join(left_out)}")

@@ -328,7 +328,7 @@ class AttachedHeads:
         if final is None or request.next_tokens is None:
             raise ConfigError(
                 f"caft.fused_loss: {type(self.trunk.model).__name__} did not call its final norm,"
-                " so the plugin cannot compute the next-token loss. Use fused_loss: off."
+                " so the plugin cannot compute the next-token loss. Use fused_loss: false."
             )
         _refuse_other_shape(self.trunk.model, final, request.next_tokens)
         targets = request.next_tokens.to(final.device)

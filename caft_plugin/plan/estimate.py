@@ -260,7 +260,7 @@ def _with_activations(base: Share, run: Run, kept: Kept) -> Share:
 def _keys(run: Run) -> tuple[str, str]:
     """Return the settings on which the built model depends, and those on which the bytes of a
     forward pass do."""
-    caft = run.caft.model_copy(update={"fused_loss": "off", "heads_per_step": None})
+    caft = run.caft.model_copy(update={"fused_loss": False, "heads_per_step": None})
     built = dataclasses.replace(
         run,
         caft=caft,

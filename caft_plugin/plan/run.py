@@ -74,7 +74,7 @@ class Run:
     @property
     def fuses(self) -> bool:
         """Return True if the plugin computes the next-token loss too."""
-        return self.caft.beta != 0 and self.caft.fused_loss != "off"
+        return self.caft.beta != 0 and bool(self.caft.fused_loss)
 
     @property
     def heads_at_once(self) -> int:

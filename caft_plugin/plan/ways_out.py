@@ -45,8 +45,8 @@ CUT_CROSS_ENTROPY = Change(
     run=(("builds_logits", False), ("float32_parts", False)),
 )
 FUSED_LOSS = Change(
-    "caft.fused_loss: on",
-    caft=(("fused_loss", "on"),),
+    "caft.fused_loss: true",
+    caft=(("fused_loss", True),),
 )
 CHECKPOINTING = Change(
     "gradient_checkpointing: true",

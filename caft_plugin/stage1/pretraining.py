@@ -271,7 +271,7 @@ def metrics_of(
         before: metrics of the evaluation before training; empty without held-out rows.
         after: those after training.
     """
-    num_heads = len(trainer.caft.heads)
+    num_heads = len(trainer.caft_parts.caft.heads)
     figures_before = figures_of(before, num_heads)
     new = stage1.caft.heads is None
     first = {"untrained": figures_before} if new else {"before": figures_before}

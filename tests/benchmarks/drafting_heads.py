@@ -98,7 +98,7 @@ def make(options: argparse.Namespace, task: Task, *wanted: str) -> dict[str, Pat
     if not task.file("train").is_file():
         run(str(HERE / "descriptions.py"), str(task.folder))
     if not has_heads(paths[TUNED]) and {TUNED, FURTHER} & {*wanted}:
-        fine_tune(options, task, paths[TUNED], ROOT / "trl_examples" / "sft_caft.py", num_heads=4)
+        fine_tune(options, task, paths[TUNED], ROOT / "trl_examples" / "sft.py", num_heads=4)
     if not (paths[PLAIN_MODEL] / "config.json").is_file() and {FRESH, FRESH_LONGER} & {*wanted}:
         fine_tune(options, task, paths[PLAIN_MODEL], HERE / "plain_sft.py")
     starts = {

@@ -4,6 +4,7 @@ tiny models."""
 from __future__ import annotations
 
 import copy
+import re
 
 import pytest
 import torch
@@ -60,7 +61,7 @@ def test_it_is_the_frameworks_own_loss(tiny_model, tmp_path, how, host_divides, 
             per_device_train_batch_size=8,
             max_steps=2,
         )
-        for fused in ("off", "on", "auto")
+        for fused in (False, True, "auto")
     ]
     assert_same(runs[0], runs[1])
     assert runs[1][0][0]["caft/next_token_loss"] == runs[2][0][0]["caft/next_token_loss"]
@@ -79,11 +80,11 @@ def test_accumulation_layouts_agree(tiny_model, tmp_path, host_divides):
         }
         return trained(tiny_model, tmp_path, fused, host_divides, max_steps=2, **settings)
 
-    whole = as_layout("on", 8, 1)
+    whole = as_layout(True, 8, 1)
     for batch, steps in [(4, 2), (2, 4), (1, 8)]:
-        assert_same(whole, as_layout("on", batch, steps))
+        assert_same(whole, as_layout(True, batch, steps))
     if host_divides:
-        apart = as_layout("off", 2, 4)[0][0]["caft/next_token_loss"]
+        apart = as_layout(False, 2, 4)[0][0]["caft/next_token_loss"]
         assert apart != pytest.approx(whole[0][0]["caft/next_token_loss"], rel=1e-3)
 
 
@@ -93,7 +94,7 @@ def test_families(family, tmp_path):
     builds few logits."""
     model = model_of(family)
     settings = {"max_steps": 1, "per_device_train_batch_size": 4}
-    assert_same(*(trained(model, tmp_path, fused, **settings) for fused in ("off", "on")))
+    assert_same(*(trained(model, tmp_path, fused, **settings) for fused in (False, True)))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -103,7 +104,7 @@ def test_the_model_builds_logits_of_one_position(family, tmp_path):
     model.get_output_embeddings().register_forward_hook(
         lambda module, args, output: shapes.append(output.shape)
     )
-    trainer_of(model, tmp_path, caft={"fused_loss": "on"}, max_steps=1).train()
+    trainer_of(model, tmp_path, caft={"fused_loss": True}, max_steps=1).train()
     assert shapes[0][:2] == (4, 1) and all(len(shape) == 2 for shape in shapes[1:])
 
 
@@ -112,16 +113,20 @@ def test_evaluation_stays_the_frameworks(tiny_model, tmp_path):
         copy.deepcopy(tiny_model), tmp_path, trainer_class=Trainer, evaluate=DATA[:4]
     )
     fused = trainer_of(
-        copy.deepcopy(tiny_model), tmp_path, caft={"fused_loss": "on"}, evaluate=DATA[:4]
+        copy.deepcopy(tiny_model), tmp_path, caft={"fused_loss": True}, evaluate=DATA[:4]
     )
     assert plain.evaluate()["eval_loss"] == fused.evaluate()["eval_loss"]
 
 
 def test_beta_zero_ignores_it(tiny_model, tmp_path):
     plain = trainer_of(copy.deepcopy(tiny_model), tmp_path, trainer_class=Trainer)
-    ours = trainer_of(copy.deepcopy(tiny_model), tmp_path, caft={"beta": 0, "fused_loss": "on"})
+    ours = trainer_of(copy.deepcopy(tiny_model), tmp_path, caft={"beta": 0, "fused_loss": True})
     plain.train(), ours.train()
     assert [e["grad_norm"] for e in losses(plain)] == [e["grad_norm"] for e in losses(ours)]
+
+
+def of_auto(caplog) -> list[str]:
+    return [line for line in caplog.messages if line.startswith("caft.fused_loss")]
 
 
 class AllLogits(LlamaForCausalLM):
@@ -136,14 +141,15 @@ class OwnLoss(Trainer):
 
 def test_where_it_cannot_be_done(tiny_model, tmp_path, caplog):
     def refused(message, model=tiny_model, **more):
-        with pytest.raises(ConfigError, match=message):
-            trainer_of(copy.deepcopy(model), tmp_path, caft={"fused_loss": "on"}, **more)
+        with pytest.raises(ConfigError, match=f"caft.fused_loss: got true, but {message}"):
+            trainer_of(copy.deepcopy(model), tmp_path, caft={"fused_loss": True}, **more)
         caplog.clear()
         trainer = trainer_of(
             copy.deepcopy(model), tmp_path, caft={"fused_loss": "auto"}, max_steps=1, **more
         )
-        assert "auto leaves the next-token loss to the framework" in caplog.text
         trainer.train()
+        (warning,) = of_auto(caplog)
+        assert re.search(f"caft.fused_loss: auto .*write false, because {message}", warning)
 
     refused("OwnLoss computes its own loss", trainer_class=with_caft(OwnLoss))
     refused("label smoothing and compute_loss_func need all logits", label_smoothing_factor=0.1)
@@ -153,8 +159,17 @@ def test_where_it_cannot_be_done(tiny_model, tmp_path, caplog):
     refused("MixtralForCausalLM computes more than the next-token loss", routed)
 
 
+def test_auto_warns_once_and_says_what_to_write(tiny_model, tmp_path, caplog):
+    trainer_of(tiny_model, tmp_path, caft={"fused_loss": "auto"}, max_steps=1).train()
+    (warning,) = of_auto(caplog)
+    assert warning.startswith("caft.fused_loss: auto") and warning.endswith("write true")
+    trainer_of(tiny_model, tmp_path, caft={"fused_loss": "on"})
+    trainer_of(tiny_model, tmp_path, caft={"fused_loss": "off"})
+    assert len(of_auto(caplog)) == 1
+
+
 def test_what_is_attached_is_taken_off(tiny_model, tmp_path):
-    trainer = trainer_of(tiny_model, tmp_path, caft={"fused_loss": "on"})
+    trainer = trainer_of(tiny_model, tmp_path, caft={"fused_loss": True})
     assert isinstance(trainer.caft_parts.caft, AuxiliaryObjective)
     trainer.caft_parts.remove()
     assert not tiny_model._forward_pre_hooks and not tiny_model._forward_hooks

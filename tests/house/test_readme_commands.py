@@ -43,8 +43,8 @@ ELSEWHERE = {
     ".venv/bin/caft speculate": (
         "of the demo's model, a quarter of an hour; the same command is run here with others"
     ),
-    "accelerate launch trl_examples/sft_caft.py": f"{EXAMPLES}::test_sft_caft",
-    "accelerate launch trl_examples/sft_meap.py": f"{EXAMPLES}::test_sft_meap",
+    "accelerate launch trl_examples/sft.py": f"{EXAMPLES}::test_sft_with_caft",
+    "accelerate launch trl_examples/sft.py --meap": f"{EXAMPLES}::test_sft_with_meap",
     "accelerate launch trl_examples/pretrain_heads.py": f"{EXAMPLES}::{HEADS_EXAMPLE}",
     "accelerate launch --num_processes 1 trl_examples/pretrain_heads.py": (
         f"{EXAMPLES}::{HEADS_EXAMPLE}"

@@ -343,9 +343,9 @@ ONE_ROW = {  # the interpreter takes 10 s for it
 @pytest.mark.parametrize(
     "name, plugins, changes, fused_loss",
     [
-        ("before", [LIGER, "caft_plugin"], FULL, "off"),
-        ("after", ["caft_plugin", LIGER], FULL, "off"),
-        ("fused", [LIGER, "caft_plugin"], {}, "on"),
+        ("before", [LIGER, "caft_plugin"], FULL, False),
+        ("after", ["caft_plugin", LIGER], FULL, False),
+        ("fused", [LIGER, "caft_plugin"], {}, True),
     ],
     ids=["before", "after", "fused"],
 )
@@ -354,7 +354,7 @@ def test_liger_before_and_after_ours(project, name, plugins, changes, fused_loss
     losses and the gradient norm are those of the run without Liger, to float32's 1e-5.
 
     Its norm, rotary embedding and MLP are the heads' too, and write gradients over what they were
-    given; its forward has a loss and no logits. With `fused_loss: on` the next-token loss is ours.
+    given; its forward has a loss and no logits. With `fused_loss` the next-token loss is ours.
     """
     caft = {"beta": 0.3, "num_heads": 2, "fused_loss": fused_loss}
     settings = {**ONE_ROW, **changes, "caft": caft}

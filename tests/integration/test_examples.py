@@ -50,14 +50,14 @@ def launch(launcher, script, *arguments, check=True):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_sft_caft(smollm2, tmp_path, kind):
+def test_sft_with_caft(smollm2, tmp_path, kind):
     arguments = [
         *("--model_name_or_path", smollm2, "--dataset_name", HELDOUT),
         *("--output_dir", tmp_path, "--use_cpu", "--report_to", "none", "--num_heads", "2"),
         *("--max_steps", "2", "--logging_steps", "1", "--per_device_train_batch_size", "1"),
         *("--save_steps", "2", "--max_length", "64", *KINDS[kind]),
     ]
-    launch(["accelerate", "launch"], "sft_caft.py", *arguments)
+    launch(["accelerate", "launch"], "sft.py", *arguments)
     state = json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())
     assert all("caft/loss_head_2" in entry for entry in state["log_history"] if "loss" in entry)
     saved = load_file(
@@ -68,7 +68,7 @@ def test_sft_caft(smollm2, tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_sft_meap(smollm2, tmp_path, kind):
+def test_sft_with_meap(smollm2, tmp_path, kind):
     arguments = [
         *("--model_name_or_path", smollm2, "--dataset_name", few_molecules(tmp_path)),
         *(
@@ -90,7 +90,7 @@ def test_sft_meap(smollm2, tmp_path, kind):
             *(["--num_heads", "1"] if kind == "lora" else []),
         ),
     ]
-    launch(["accelerate", "launch"], "sft_meap.py", *arguments)
+    launch(["accelerate", "launch"], "sft.py", *arguments)
     state = json.loads((tmp_path / "out" / "checkpoint-2" / "trainer_state.json").read_text())
     logs = [entry for entry in state["log_history"] if "loss" in entry]
     assert sum(entry["meap/examples_masked"] for entry in logs) > 0
@@ -162,7 +162,7 @@ def test_pretrain_heads_and_a_run_that_starts_from_them(smollm2, tmp_path):
             "frozen",
         ),
     ]
-    launch(["accelerate", "launch"], "sft_caft.py", *arguments)
+    launch(["accelerate", "launch"], "sft.py", *arguments)
     made = load_file(folder / "heads.safetensors")
     kept = load_file(tmp_path / "run" / "caft_heads" / "heads.safetensors")
     assert made.keys() == kept.keys()
