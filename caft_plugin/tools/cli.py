@@ -313,9 +313,6 @@ def plain_stage1(given: dict[str, Any], caft: dict[str, Any], config: PretrainCo
 @click.option(
     "--num-draft", type=int, help="Draft tokens per step. Default: chosen during generation."
 )
-@click.option(
-    "--confidence", type=float, help="Propose only draft tokens with at least this probability."
-)
 @load_in_4bit_option
 @float32_option
 @png_option
@@ -326,7 +323,6 @@ def speculate_command(
     prompts: Path | None,
     limit: int,
     num_draft: int | None,
-    confidence: float | None,
     load_in_4bit: bool,
     float32: bool,
     png: Path | None,
@@ -373,7 +369,7 @@ def speculate_command(
     else:
         loaded = run.load(tokenizer, model, dtype)
     with heads_named("--heads"):
-        drafter = Drafter.from_pretrained(loaded, heads, num_draft=num_draft, confidence=confidence)
+        drafter = Drafter.from_pretrained(loaded, heads, num_draft=num_draft)
     comparison = speculate(loaded, tokenizer, {HEADS: drafter}, asked[:limit], **settings)
     click.echo(as_table(comparison))
     click.echo(
