@@ -25,9 +25,9 @@ from caft_plugin.caft.objective import AuxiliaryObjective, HostLoss
 from caft_plugin.config import CAFTConfig, MEAPConfig
 from caft_plugin.errors import ConfigError
 from caft_plugin.logs import greater_is_better
+from caft_plugin.meap.doubling import DoubledSet
 from caft_plugin.meap.mask_token import FILE as MASK_FILE
 from caft_plugin.meap.mask_token import AddedMaskToken
-from caft_plugin.meap.roles import NOTHING_SAID, Said
 from caft_plugin.meap.training import MaskedTraining
 from caft_plugin.meap.training_set import TrainingSet
 from caft_plugin.model.hidden import all_out_of_sight, hidden_from, shown_to
@@ -113,12 +113,6 @@ class CAFTTrainerMixin(_Base):
         if caft is not None:
             self.attach_caft(CAFTConfig.read(caft))
         if self.meap is not None:
-            if (
-                self.meap.config.mode == "sft"
-                and self.meap.data is None
-                and self.train_dataset is not None
-            ):
-                self.meap.double()
             self._begin(self.meap)
 
     def attach_caft(self, config: CAFTConfig) -> None:
@@ -138,11 +132,11 @@ class CAFTTrainerMixin(_Base):
         set_direction_of_best(self.args)
         self._start_afresh_with_each_loop()
 
-    def attach_meap(self, config: MEAPConfig, said: Said = NOTHING_SAID) -> None:
+    def attach_meap(self, config: MEAPConfig, data: DoubledSet | None = None) -> None:
         """Choose the mask token and mask training batches from now on.
 
-        In mode `sft`, the training set must already be duplicated. `said` are the user's settings
-        of tokens.
+        `data` has the trainer's training set if that is doubled already (mode `sft`), and the
+        user's settings of tokens.
 
         Raises:
             ConfigError: there is no tokenizer or no mask token, or the trainer already draws masks.
@@ -152,11 +146,11 @@ class CAFTTrainerMixin(_Base):
                 "meap: this trainer already draws masks. Pass `meap` once, to a separate trainer."
             )
         self.meap_config = config
-        self.meap = MaskedTraining(self, config)
-        self._begin(self.meap, said)
+        self.meap = MaskedTraining(self, config, data)
+        self._begin(self.meap)
 
-    def _begin(self, meap: MaskedTraining, said: Said = NOTHING_SAID) -> None:
-        meap.attach(said)
+    def _begin(self, meap: MaskedTraining) -> None:
+        meap.attach()
         self._start_afresh_with_each_loop()
 
     def _start_afresh_with_each_loop(self) -> None:
@@ -234,7 +228,7 @@ class CAFTTrainerMixin(_Base):
 
     def as_evaluated(self, dataset: TrainingSet) -> TrainingSet:
         """Return the data set to evaluate: for the doubled training set, the one without copies."""
-        return dataset if self.meap is None else self.meap.as_evaluated(dataset)
+        return dataset if self.meap is None else self.meap.data.as_evaluated(dataset)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device

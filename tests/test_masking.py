@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import re
 import sys
 from collections import Counter
 
@@ -14,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset, IterableDataset
-from paths import GOLDENS
+from paths import GOLDENS, ROOT
 from tiny import word_tokenizer
 from transformers import (
     DataCollatorForLanguageModeling,
@@ -23,23 +24,20 @@ from transformers import (
 )
 
 from caft_plugin import ConfigError, MEAPConfig
-from caft_plugin.meap.masking import (
-    COPY,
-    COPY_START,
-    ELIGIBLE,
+from caft_plugin.meap.doubling import Duplication, nothing_to_mask
+from caft_plugin.meap.label_codes import COPY, COPY_START, ELIGIBLE, KEPT, TOO_LONG, plain_labels
+from caft_plugin.meap.masking import MEAPCollator
+from caft_plugin.meap.training_set import used_ids
+from caft_plugin.targets import (
+    BOUNDARY,
     EXAMPLE,
-    KEPT,
+    IGNORE,
     MASKED,
     MAY_MASK,
     OVERLONG,
-    TOO_LONG,
-    Duplication,
-    MEAPCollator,
-    nothing_to_mask,
-    plain_labels,
+    PLAN,
+    head_targets,
 )
-from caft_plugin.meap.training_set import used_ids
-from caft_plugin.targets import BOUNDARY, IGNORE, PLAN, head_targets
 
 CASES = json.loads((GOLDENS / "meap_official_sft.json").read_text())
 MASK = 96  # w91 of the word tokenizer; no row below has it
@@ -357,6 +355,16 @@ def test_doubled_rows_are_evaluated_as_they_were(layout):
         ).tolist()
         == (row["labels"])
     )
+
+
+def test_codes_are_read_and_written_in_one_file():
+    names = re.compile(r"\b(COPY_START|ELIGIBLE|TOO_LONG)\b")
+    files = {
+        file.name
+        for file in (ROOT / "caft_plugin").rglob("*.py")
+        if names.search(file.read_text(encoding="utf-8"))
+    }
+    assert files == {"label_codes.py"}
 
 
 # -- masks -----------------------------------------------------------------------------------------
