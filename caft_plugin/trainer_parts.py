@@ -15,8 +15,8 @@ from caft_plugin.caft.objective import AuxiliaryObjective, HostLoss
 from caft_plugin.config import CAFTConfig, MEAPConfig
 from caft_plugin.errors import ConfigError
 from caft_plugin.logs import greater_is_better
+from caft_plugin.meap.doubling import DoubledSet
 from caft_plugin.meap.mask_token import AddedMaskToken
-from caft_plugin.meap.roles import NOTHING_SAID, Said
 from caft_plugin.meap.training import MaskedTraining
 from caft_plugin.meap.training_set import TrainingSet
 from caft_plugin.model.hidden import all_out_of_sight, hidden_from, shown_to
@@ -65,11 +65,11 @@ class TrainerParts:
         set_direction_of_best(self.trainer.args)
         reset_with_each_loop(self)
 
-    def attach_meap(self, config: MEAPConfig, said: Said = NOTHING_SAID) -> None:
+    def attach_meap(self, config: MEAPConfig, data: DoubledSet | None = None) -> None:
         """Choose the mask token and mask training batches from now on.
 
-        In mode `sft`, the training set must already be duplicated. `said` are the user's settings
-        of tokens.
+        `data` has the trainer's training set if that is doubled already (mode `sft`), and the
+        user's settings of tokens.
 
         Raises:
             ConfigError: there is no tokenizer or no mask token, or the trainer already draws masks.
@@ -79,13 +79,13 @@ class TrainerParts:
                 "meap: this trainer already draws masks. Pass `meap` once, to a separate trainer."
             )
         self.meap_config = config
-        self.meap = MaskedTraining(self.trainer, config)
-        self.begin_masking(said)
+        self.meap = MaskedTraining(self.trainer, config, data)
+        self.begin_masking()
 
-    def begin_masking(self, said: Said = NOTHING_SAID) -> None:
+    def begin_masking(self) -> None:
         """Mask training batches from now on, if the trainer has MEAP."""
         if self.meap is not None:
-            self.meap.attach(said)
+            self.meap.attach()
             reset_with_each_loop(self)
 
     def start_afresh(self) -> None:
@@ -135,7 +135,7 @@ class TrainerParts:
 
     def as_evaluated(self, dataset: TrainingSet) -> TrainingSet:
         """Return the data set to evaluate: for the doubled training set, the one without copies."""
-        return dataset if self.meap is None else self.meap.as_evaluated(dataset)
+        return dataset if self.meap is None else self.meap.data.as_evaluated(dataset)
 
     def begin_window(self, batches: Sequence[MutableMapping[str, Tensor]]) -> None:
         """Open the window of the next optimisation step. Every process must call it."""

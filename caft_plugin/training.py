@@ -102,9 +102,6 @@ class CAFTTrainerMixin(_Base):
         super().__init__(*args, **kwargs)
         if caft is not None:
             parts.attach_caft(CAFTConfig.read(caft), self.caft_objective)
-        if parts.meap is not None and parts.meap.config.mode == "sft":
-            if parts.meap.data is None and self.train_dataset is not None:
-                parts.meap.double()
         parts.begin_masking()
 
     def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import inspect
 
 try:
@@ -19,7 +18,7 @@ from torch import nn
 from transformers import Trainer
 
 from caft_plugin.meap.base_model import BaseModel
-from caft_plugin.meap.masking import has_target
+from caft_plugin.meap.label_codes import has_target
 from caft_plugin.meap.training_set import TrainingSet
 from caft_plugin.training import CAFTTrainerMixin, with_caft
 
@@ -47,33 +46,33 @@ class SFTMixin(CAFTTrainerMixin):
         prepare = super()._prepare_dataset  # type: ignore[misc]
         dataset = self.caft_parts.as_evaluated(dataset)
         meap = self.caft_parts.meap
-        if meap is None or meap.config.mode != "sft" or meap.data is not None:
+        if meap is None or meap.config.mode != "sft" or meap.data.current is not None:
             return prepare(dataset, *args, **kwargs)
         given = ARGUMENTS.bind(self, dataset, *args, **kwargs).arguments
-        settings = given["args"]
-        tokenizer = given["processing_class"]
         name = given["dataset_name"]
         if name != "train":
             return prepare(dataset, *args, **kwargs)
+        settings = given["args"]
+        tokenizer = given["processing_class"]
+        packing = given["packing"]
+        cut = settings.max_length is not None and not packing
+
+        def finish(rows: TrainingSet) -> TrainingSet:
+            rows = prepare(rows, tokenizer, settings, packing, None, name)
+            # SFTTrainer drops rows that were cut before their first target, but in the labels of a
+            # copy it sees codes.
+            if cut and meap.config.layout == "separate":
+                rows = rows.filter(has_target)
+            return rows
+
         uncut = copy.copy(settings)
         uncut.max_length = None
         uncut.shuffle_dataset = False
-        dataset = prepare(dataset, tokenizer, uncut, False, given["formatting_func"], name)
-        rest = tokenizer, settings, given["packing"], None, name
-        meap.plain = functools.partial(prepare, dataset, *rest)
+        tokenised = prepare(dataset, tokenizer, uncut, False, given["formatting_func"], name)
         base = base_model(self.caft_model_given, settings)
-        doubled = prepare(
-            meap.doubled(dataset, tokenizer, settings, base, settings.max_length), *rest
+        return meap.data.double(
+            tokenised, tokenizer, base, settings.max_length, args=settings, finish=finish
         )
-        if (
-            meap.config.layout == "separate"
-            and settings.max_length is not None
-            and not given["packing"]
-        ):
-            # as SFTTrainer drops rows truncated before their first target
-            doubled = doubled.filter(has_target)
-        meap.data = doubled
-        return doubled
 
 
 def base_model(model: object, settings: SFTConfig) -> BaseModel:

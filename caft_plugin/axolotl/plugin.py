@@ -23,8 +23,8 @@ from caft_plugin.caft.heads_folder import HeadsFolder
 from caft_plugin.config import CAFTConfig, MEAPConfig, PretrainConfig
 from caft_plugin.errors import ConfigError
 from caft_plugin.meap.base_model import BaseModel, generation_config_of
-from caft_plugin.meap.masking import Duplication
-from caft_plugin.meap.roles import Roles, Said
+from caft_plugin.meap.doubling import DoubledSet
+from caft_plugin.meap.roles import Said
 from caft_plugin.model.trunk import refuse_encoder_decoder, trunk_without_weights
 from caft_plugin.model_card import FrameworkCard
 from caft_plugin.refusals import AXOLOTL, affected_by, refuse_settings, refuse_unfused
@@ -44,7 +44,7 @@ class CAFTPlugin(BasePlugin):
         super().__init__()
         self._trainer: CAFTTrainerMixin | None = None
         self._card: FrameworkCard | None = None
-        self._duplicated = False
+        self._doubled: DoubledSet | None = None
 
     def register(self, cfg: DictDefault) -> None:
         """Check the user's blocks before Axolotl loads anything."""
@@ -98,12 +98,10 @@ class CAFTPlugin(BasePlugin):
     ) -> TrainDatasetMeta:
         said = {key: cfg[key] for key in COUNTED}
         data = load_datasets(cfg=cfg)
-        tokenizer = load_tokenizer(cfg)
-        roles = Roles.of(tokenizer, base.roles, said_of_tokens(cfg))
-        limit = base.limit(cfg.sequence_len)
-        duplication = Duplication.of(meap, tokenizer, limit, base.placeholders, roles)
-        data.train_dataset = duplication.doubled(data.train_dataset)
-        self._duplicated = True
+        self._doubled = DoubledSet(meap, said_of_tokens(cfg))
+        data.train_dataset = self._doubled.double(
+            data.train_dataset, load_tokenizer(cfg), base, cfg.sequence_len
+        )
         if isinstance(data.train_dataset, Dataset):
             cfg.update(said)
             # Axolotl counted them before the copies were added, and fixes the schedule with them
@@ -139,12 +137,13 @@ class CAFTPlugin(BasePlugin):
         if caft is not None:
             trainer.caft_parts.attach_caft(caft)
         if meap is not None:
-            if meap.mode == "sft" and not self._duplicated:
+            doubled = self._doubled if meap.mode == "sft" else DoubledSet(meap, said_of_tokens(cfg))
+            if doubled is None:
                 raise ConfigError(
                     "meap: another plugin provides the training data, so examples were not"
                     " duplicated. Remove it from `plugins:`, or remove the `meap:` block."
                 )
-            trainer.caft_parts.attach_meap(meap, said_of_tokens(cfg))
+            trainer.caft_parts.attach_meap(meap, doubled)
         self._trainer = trainer
         if cfg.auto_resume_from_checkpoints and cfg.resume_from_checkpoint is None:
             # Axolotl would use the highest number, complete or not. Without a complete one, the run

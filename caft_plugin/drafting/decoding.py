@@ -107,8 +107,6 @@ class Drafter:
         num_draft: draft tokens per step, at most the number of heads. None: chosen each step from
             measured forward-pass times and recent acceptance rates; if drafting does not pay off,
             it is switched off.
-        confidence: verify only draft tokens with at least this probability, and those before them;
-            between 0 and 1. None: no limit.
 
     A drafter can generate in several threads at the same time, and several drafters can share a
     model or heads. Each call has one prompt: batches, beams and caches that cannot be cropped are
@@ -125,22 +123,16 @@ class Drafter:
         config: CAFTConfig,
         *,
         num_draft: int | None = None,
-        confidence: float | None = None,
     ) -> None:
         if num_draft is not None and not 0 <= num_draft <= len(heads):
             raise ConfigError(
                 f"num_draft: got {num_draft}, but it accepts 0 to {len(heads)}, the number of"
                 " heads, or None."
             )
-        if confidence is not None and not 0 <= confidence <= 1:
-            raise ConfigError(
-                f"confidence: got {confidence}, but it accepts a probability, 0 to 1, or None."
-            )
         self.model = find_trunk(model).model
         self.heads = heads
         self.config = config
         self.num_draft = num_draft
-        self.confidence = confidence
         self.pace = Pace(len(heads))
         self._newest = Drafted.nothing(len(heads))
         self._own = threading.local()
@@ -152,7 +144,6 @@ class Drafter:
         heads: str | os.PathLike[str],
         *,
         num_draft: int | None = None,
-        confidence: float | None = None,
     ) -> Drafter:
         """Load heads from a folder, a run's folder with `caft_heads/` in it, or a Hub id.
 
@@ -171,7 +162,7 @@ class Drafter:
             built = build_heads(model, trunk, config, seed=0)
             folder.load_into(built, trunk.layer_class)
             folder.warn_of_model(built.origin, trunk.model.config)
-        return cls(model, built, config, num_draft=num_draft, confidence=confidence)
+        return cls(model, built, config, num_draft=num_draft)
 
     def __repr__(self) -> str:
         length = (
@@ -483,9 +474,6 @@ class _Side:
     def _how_many(self, probabilities: list[float], most: int) -> int:
         drafter = self.drafter
         most = min(most, len(probabilities))
-        if drafter.confidence is not None:
-            sure = (at for at, p in enumerate(probabilities) if p < drafter.confidence)
-            most = min(most, next(sure, most))
         if drafter.num_draft is not None:
             return min(most, drafter.num_draft)
         return drafter.pace.how_many(probabilities, most)

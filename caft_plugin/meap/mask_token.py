@@ -32,6 +32,7 @@ SPARE_NAME = re.compile(
 # first norm divides by the row's size, so the first gradients would be too large by the inverse
 # factor.
 UNTRAINED = 0.1
+Candidate = tuple[int, str]  # a token that `auto` may use, and why
 MODULE_NAME = "caft_mask_token"
 FILE = Path("caft_meap") / "mask_token.safetensors"
 
@@ -55,7 +56,9 @@ def row_norms(embedding: nn.Module) -> Tensor | None:
     if weight.dim() != 2 or not weight.is_floating_point():
         return None
     with torch.no_grad():
-        return torch.cat([rows.float().norm(dim=1) for rows in weight.split(4096)]).cpu()
+        # in parts: a float32 copy of a whole embedding takes gigabytes
+        norms = [rows.float().norm(dim=1) for rows in weight.split(4096)]
+        return torch.cat(norms).cpu()
 
 
 def untrained(norms: Tensor, id_: int) -> bool:
@@ -74,9 +77,9 @@ def choose_mask_token(
     """Choose the mask token for a model whose input embedding has `rows` rows.
 
     `auto` uses the first available of: the tokenizer's mask token; a reserved token, by name; a row
-        beyond the
-    tokenizer's last id; a special token that is neither in the chat template nor in the data. It
-    skips tokens with a role, and tokens with an untrained embedding row if there is another.
+    beyond the tokenizer's last id; a special token that is neither in the chat template nor in the
+    data. It skips tokens with a role, and tokens with an untrained embedding row if there is
+    another.
 
     Args:
         wanted: the value of `meap.mask_token`.
@@ -92,58 +95,71 @@ def choose_mask_token(
         ConfigError: there is no such token, or the requested one is missing, in use or has a role.
     """
     if wanted == "add":
-        return MaskToken(
-            rows,
-            f"added: id {rows}, one input vector in addition to the model's {rows}",
-            added=True,
-        )
+        words = f"added: id {rows}, one input vector in addition to the model's {rows}"
+        return MaskToken(rows, words, added=True)
     roles = Roles.of(tokenizer) if roles is None else roles
     vocabulary = tokenizer.get_vocab()
     text_of = {id_: text for text, id_ in vocabulary.items()}
-    template = str(tokenizer.chat_template or "")
-
-    def found(id_: int, why: str) -> MaskToken:
-        words = f"{text_of.get(id_, 'a row without a token')!r} (id {id_}), {why}"
-        if norms is not None and untrained(norms, id_):
-            words += (
-                f", but its input vector is untrained: its norm is {norms[id_]:.2g}, the"
-                f" embedding's median is {norms.median():.2g}, so the first gradients will be"
-                " large. Use mask_token: add, or another token"
-            )
-        return MaskToken(id_, words)
-
-    if wanted != "auto":
-        return found(
-            _as_asked(wanted, vocabulary, rows, used, placeholders, roles), "as configured"
+    if wanted == "auto":
+        template = str(tokenizer.chat_template or "")
+        barred = {*(used or ()), *placeholders, *roles.never_chosen}
+        allowed = set(range(rows)) - barred
+        free = [
+            (id_, why)
+            for id_, why in _candidates(tokenizer, vocabulary, rows, used, roles)
+            if id_ in allowed and text_of.get(id_, "\0") not in template
+        ]
+        id_, why = _first_trained(free, norms, searched=used is not None)
+    else:
+        id_ = _as_asked(wanted, vocabulary, rows, used, placeholders, roles)
+        why = "as configured"
+    words = f"{text_of.get(id_, 'a row without a token')!r} (id {id_}), {why}"
+    if norms is not None and untrained(norms, id_):
+        words += (
+            f", but its input vector is untrained: its norm is {norms[id_]:.2g}, the"
+            f" embedding's median is {norms.median():.2g}, so the first gradients will be"
+            " large. Use mask_token: add, or another token"
         )
+    return MaskToken(id_, words)
 
-    def candidates() -> Iterator[tuple[int, str]]:
-        if tokenizer.mask_token_id is not None:
-            yield tokenizer.mask_token_id, "the tokenizer's mask token"
-        for id_ in sorted(id_ for text, id_ in vocabulary.items() if SPARE_NAME.fullmatch(text)):
-            yield id_, "a reserved token"
-        spare = max(vocabulary.values()) + 1
-        for id_ in range(spare, rows):
-            yield id_, f"one of {rows - spare} embedding rows without a token"
-        if used is not None:
-            for id_ in sorted(roles.special):
-                yield id_, "a special token that is neither in the chat template nor in the data"
 
-    barred = {*(used or ()), *placeholders, *roles.never_chosen}
-    free = [
-        (id_, why)
-        for id_, why in candidates()
-        if 0 <= id_ < rows and id_ not in barred and text_of.get(id_, "\0") not in template
-    ]
+def _candidates(
+    tokenizer: PreTrainedTokenizerBase,
+    vocabulary: Mapping[str, int],
+    rows: int,
+    used: frozenset[int] | None,
+    roles: Roles,
+) -> Iterator[Candidate]:
+    """Yield what `auto` may use, in its order."""
+    if tokenizer.mask_token_id is not None:
+        yield tokenizer.mask_token_id, "the tokenizer's mask token"
+    reserved = [id_ for text, id_ in vocabulary.items() if SPARE_NAME.fullmatch(text)]
+    for id_ in sorted(reserved):
+        yield id_, "a reserved token"
+    spare = max(vocabulary.values()) + 1
+    for id_ in range(spare, rows):
+        yield id_, f"one of {rows - spare} embedding rows without a token"
+    if used is None:  # streamed data, which may have any special token
+        return
+    for id_ in sorted(roles.special):
+        yield id_, "a special token that is neither in the chat template nor in the data"
+
+
+def _first_trained(free: list[Candidate], norms: Tensor | None, searched: bool) -> Candidate:
+    """Return the first candidate with a trained embedding row, or else the first one.
+
+    Raises:
+        ConfigError: there is none. `searched` is False if the training data could not be.
+    """
     for id_, why in free:
         if norms is None or not untrained(norms, id_):
-            return found(id_, why)
+            return id_, why
     if free:
-        return found(*free[0])
+        return free[0]
+    why_fewer = "" if searched else " (streamed data cannot be searched for them)"
     raise ConfigError(
         "meap.mask_token: auto found no mask token, no reserved token, no spare embedding row and"
-        " no unused special"
-        f" token{'' if used is not None else ' (streamed data cannot be searched for them)'}. Use"
+        f" no unused special token{why_fewer}. Use"
         " mask_token: add, which adds one input vector and keeps the model's shape, or name a"
         " token."
     )
@@ -200,9 +216,11 @@ class AddedMaskToken(nn.Module):
     def __init__(self, model: nn.Module, token: MaskToken) -> None:
         super().__init__()
         embedding = input_embedding(model)
+        every_id = torch.arange(token.id, device=embedding.weight.device)
         with torch.no_grad():
-            chunks = torch.arange(token.id, device=embedding.weight.device).split(4096)
-            mean = sum(embedding(ids).float().sum(0) for ids in chunks) / token.id
+            # of its outputs, not of its weight: a quantised or adapted embedding has no plain one
+            total = sum(embedding(ids).float().sum(0) for ids in every_id.split(4096))
+            mean = total / token.id
         trainable = any(parameter.requires_grad for parameter in embedding.parameters())
         self.vector = nn.Parameter(mean.to(embedding.weight.dtype), requires_grad=trainable)
         self.token = token
@@ -235,6 +253,7 @@ class AddedMaskToken(nn.Module):
 
     def _before(self, embedding: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         self._where = args[0] == self.token.id
+        # the embedding has no row for the added id: any other one, whose output is replaced
         return (args[0].masked_fill(self._where, self.token.id - 1), *args[1:])
 
     def _after(self, embedding: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:

@@ -1,293 +1,29 @@
-"""MEAP: add a masked copy to training examples, and draw the masks for each batch.
+"""Draw the masks of each batch, after the host's collator has made it.
 
-There are two steps. Before the host packs its training set or counts its steps, `Duplication` adds
-a copy to each example whose answers are long enough. After the host's collator has made a batch,
-`MEAPCollator` draws the masks. In between, the labels encode what may be masked, because every host
-pads, truncates and packs labels together with the tokens and drops other columns: see COPY, KEPT,
-COPY_START, ELIGIBLE and TOO_LONG.
+In mode sft, the rows are those of the doubled training set, whose labels say what may be masked
+(`label_codes`); in mode pretrain, any token of a document may be.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import logging
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import IterableDataset as TorchIterableDataset
-from transformers import (
-    PreTrainedTokenizerBase,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from caft_plugin.config import MEAPConfig
 from caft_plugin.errors import ConfigError
-from caft_plugin.meap.roles import Roles
-from caft_plugin.meap.training_set import Row, TrainingSet, column_chunks, is_of_datasets, rows_of
-from caft_plugin.targets import (
-    BOUNDARY,
-    EXAMPLE,
-    IGNORE,
-    MASKED,
-    MAY_MASK,
-    OVERLONG,
-    PLAN,
-    Batch,
-    document_ids,
-)
+from caft_plugin.meap.doubling import DoubledSet
+from caft_plugin.meap.label_codes import codes, copies_in
+from caft_plugin.meap.training_set import Row
+from caft_plugin.targets import EXAMPLE, IGNORE, MASKED, MAY_MASK, PLAN, Batch, document_ids
 
 logger = logging.getLogger(__name__)
-
-ArrayOrTensor = TypeVar("ArrayOrTensor", np.ndarray, Tensor)
-
-# Codes of labels between duplication and collation; a batch has none of them:
-COPY = -101  # a token of a copy outside its answers
-KEPT = -102  # a supervised token of a copy that is never masked: special, or an end token
-COPY_START = -103  # the first token of a copy after its original
-ELIGIBLE = 2**24  # + token id: a token of a copy that may be masked
-TOO_LONG = 2**25  # + token id: the last supervised token of an example whose pair would be too long
-
-
-def runs(inside: np.ndarray) -> Iterator[tuple[int, int]]:
-    """Return start and end of each maximal run of True in a boolean row."""
-    edges = np.flatnonzero(np.diff(np.concatenate(([0], inside.astype(np.int8), [0]))))
-    return zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True)
-
-
-@dataclasses.dataclass(frozen=True)
-class Duplication:
-    """Adds a copy, to be masked, to each example with a long enough answer.
-
-    This is section 3 of the paper; the rule is that of the released code: more than 50 tokens, not
-    counting end tokens. An answer is a run of supervised tokens. A conversation may have several:
-    the rule applies to each, and one copy is used for all of them. `special` are ids that are never
-    masked (`Roles`), `blank` those of white space, which after an answer's end token belongs to the
-    template. `placeholders` are ids of tokens for images or sound. `length_column` is the column
-    with each row's number of tokens, if there is one.
-    """
-
-    layout: str
-    min_answer_tokens: int
-    max_length: int | None
-    special: tuple[int, ...]
-    blank: tuple[int, ...]
-    placeholders: tuple[int, ...] = ()
-    length_column: str = "length"
-
-    @classmethod
-    def of(
-        cls,
-        config: MEAPConfig,
-        tokenizer: PreTrainedTokenizerBase,
-        max_length: int | None,
-        placeholders: Iterable[int] = (),
-        roles: Roles | None = None,
-        length_column: str = "length",
-    ) -> Duplication:
-        """Create the duplication for a config and a tokenizer.
-
-        Args:
-            config: MEAP's settings.
-            tokenizer: the model's tokenizer.
-            max_length: of a pair, in tokens; None: no limit.
-            placeholders: ids of tokens for images or sound.
-            roles: from the tokenizer, the base model and the user's settings; None: from the
-                tokenizer only.
-            length_column: the column with each row's number of tokens.
-        """
-        roles = Roles.of(tokenizer) if roles is None else roles
-        white = [
-            tokenizer.encode(text, add_special_tokens=False) for text in ("\n", "\n\n", " ", "\r\n")
-        ]
-        return cls(
-            config.layout,
-            config.min_answer_tokens,
-            max_length,
-            special=tuple(sorted(roles.never_masked.union(placeholders))),
-            blank=tuple(sorted({id_ for ids in white for id_ in ids})),
-            placeholders=tuple(sorted(placeholders)),
-            length_column=length_column,
-        )
-
-    def copy_labels(self, ids: np.ndarray, labels: np.ndarray) -> np.ndarray | None:
-        """Return the labels of an example's copy, or None if no answer is long enough. Arrays are
-        (length,), int64."""
-        coded = np.where(labels == IGNORE, COPY, KEPT)
-        special = np.isin(ids, self.special)
-        blank = np.isin(ids, self.blank)
-        found = False
-        for start, end in runs(labels != IGNORE):
-            maskable = ~special[start:end]
-            if special[start:end].any():
-                last = int(np.flatnonzero(special[start:end])[-1])
-                if blank[start + last + 1 : end].all():
-                    maskable[last:] = False
-            if start == 0:
-                maskable[0] = False  # nothing predicts the first token
-            if maskable.sum() >= self.min_answer_tokens:
-                found = True
-                coded[start:end][maskable] = labels[start:end][maskable] + ELIGIBLE
-        return coded if found else None
-
-    def __call__(self, example: Row) -> list[Row]:
-        """Return the row or rows made from an example.
-
-        Raises:
-            ConfigError: the row is not tokenised, has no labels, is already doubled, or would be a
-                pair with images.
-        """
-        for key in ("input_ids", "labels"):
-            if key not in example:
-                raise ConfigError(
-                    "meap: training rows need `input_ids` and `labels`, but these have"
-                    f" {', '.join(example)}. Tokenise them with labels of -100 on the prompt, or"
-                    " use `mode: pretrain`, which needs no labels in rows."
-                )
-        ids, labels = (np.asarray(example[key], dtype=np.int64) for key in ("input_ids", "labels"))
-        if codes(labels).any():
-            raise ConfigError(
-                "meap: the training rows are from a training set that already has masked copies"
-                " (their labels have MEAP's codes). Use the original rows."
-            )
-        copy = self.copy_labels(ids, labels)
-        if copy is None:
-            return [dict(example)]
-        if self.layout == "separate":
-            copy[0] = IGNORE  # so that two copies in one packed row are two runs
-            return [dict(example), {**example, "labels": like(example["labels"], copy)}]
-        if self.max_length is not None and 2 * len(ids) > self.max_length:
-            marked = labels.copy()
-            marked[1 + np.flatnonzero(labels[1:] != IGNORE)[0]] += TOO_LONG
-            return [{**example, "labels": like(example["labels"], marked)}]
-        media = [key for key in example if key.startswith(("pixel_values", "input_features"))]
-        if media or np.isin(ids, self.placeholders).any():
-            seen = (
-                f"the column {media[0]}"
-                if media
-                else f"token id {ids[np.isin(ids, self.placeholders)][0]}"
-            )
-            raise ConfigError(
-                "meap.layout: got concat, but a training row contains images, video or sound"
-                f" ({seen}), which would occur twice in one sequence. Use layout: separate, or"
-                " mode: pretrain."
-            )
-        copy[0] = COPY_START
-        pair = {
-            key: (
-                like(value, np.tile(np.asarray(value), 2))
-                if np.ndim(value) == 1 and len(value) == len(ids)
-                else value
-            )
-            for key, value in example.items()
-        }
-        pair["labels"] = like(example["labels"], np.concatenate([labels, copy]))
-        if "position_ids" in pair:
-            pair["position_ids"] = like(pair["position_ids"], np.arange(2 * len(ids)))
-        if self.length_column in pair:
-            pair[self.length_column] = 2 * len(ids)
-        return [pair]
-
-    def doubled_rows(self, batch: Mapping[str, list]) -> dict[str, list]:
-        examples = [
-            dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)
-        ]
-        made = [row for example in examples for row in self(example)]
-        return {key: [row[key] for row in made] for key in (made[0] if made else batch)}
-
-    def doubled(self, dataset: TrainingSet) -> TrainingSet:
-        """Return the training set with copies.
-
-        A set of `datasets` (also streamed) keeps its type; any other map-style set is read once,
-        into a list.
-
-        Raises:
-            ConfigError: the set makes its rows at each access, or cannot be doubled for another
-                reason.
-        """
-        if is_of_datasets(dataset, "Dataset") and dataset.format["type"] == "custom":
-            raise ConfigError(
-                "meap.mode: got sft, but the training set makes its rows when they are read"
-                " (with_transform or set_transform), so they cannot be copied. Use Dataset.map(...)"
-                " instead of the transform, or use mode: pretrain, which accepts such a set."
-            )
-        if is_of_datasets(dataset, "Dataset"):
-            from datasets import Sequence, Value
-
-            features = None
-            if "labels" in dataset.column_names:
-                features = dataset.features.copy()
-                features["labels"] = Sequence(Value("int64"))
-            return dataset.map(
-                self.doubled_rows,
-                batched=True,
-                features=features,
-                desc="Adding copies to be masked",
-            )
-        if is_of_datasets(dataset, "IterableDataset"):
-            return dataset.map(self.doubled_rows, batched=True)
-        if isinstance(dataset, TorchIterableDataset):
-            raise ConfigError(
-                f"meap: the training set is a {type(dataset).__name__}, a stream that cannot be"
-                " doubled. Use a `datasets.IterableDataset` or a map-style data set."
-            )
-        return [row for example in rows_of(dataset) for row in self(example)]
-
-
-def codes(labels: ArrayOrTensor) -> ArrayOrTensor:
-    """Return a mask of the labels (an array or a tensor) that are codes for the collator."""
-    return (labels < IGNORE) | (labels >= ELIGIBLE)
-
-
-def has_target(row: Row) -> bool:
-    """Return True if a doubled and then truncated row still has a token that is, or may be, a
-    target."""
-    return any(label >= 0 for label in row["labels"])
-
-
-def nothing_to_mask(dataset: TrainingSet) -> str | None:
-    """Return why a doubled training set has no masked copy, with counts; None if it has one or is
-    streamed."""
-    if not hasattr(dataset, "__len__"):
-        return None
-    too_long = 0
-    for labels in column_chunks(dataset, "labels"):
-        if labels is None or ((labels >= ELIGIBLE) & (labels < TOO_LONG)).any():
-            return None
-        too_long += int((labels >= TOO_LONG).sum())
-    return (
-        f"none of the {len(dataset)} training rows has a masked copy, so this is a plain run:"
-        f" {too_long} examples are too long for a pair, the others have no answer that is long"
-        " enough. Lower meap.min_answer_tokens, or use layout: separate or a longer sequence"
-        " length"
-    )
-
-
-def plain_labels(ids: Tensor, labels: Tensor, layout: str) -> Tensor:
-    """Return the original labels of rows from a doubled training set, for evaluation.
-
-    A copy after its original is not evaluated again; a copy in its own row is evaluated like its
-    original.
-    """
-    labels = torch.where(labels >= TOO_LONG, labels - TOO_LONG, labels)
-    if layout == "separate":
-        labels = torch.where(labels == KEPT, ids, labels)
-        labels = torch.where(labels >= ELIGIBLE, labels - ELIGIBLE, labels)
-    return labels.masked_fill(codes(labels), IGNORE)
-
-
-def like(value: Any, array: np.ndarray) -> Any:
-    """Return `array` converted to the type of `value`: a tensor, an array or a list."""
-    if isinstance(value, Tensor):
-        return torch.from_numpy(array)
-    return array if isinstance(value, np.ndarray) else array.tolist()
 
 
 class MEAPCollator:
@@ -301,8 +37,9 @@ class MEAPCollator:
     long for a pair).
 
     Mode pretrain masks neither `placeholders` (ids for images or sound) nor tokens with `roles`; in
-    mode sft, the labels encode what may be masked. `masked`, only set in the main process, is True
-    if a batch had masks.
+    mode sft, the labels encode what may be masked. `masked` is True once a batch of an optimisation
+    step had masks. The trainer sets it: the collator may run in worker processes, and ahead of the
+    steps.
     """
 
     def __init__(
@@ -347,7 +84,9 @@ class MEAPCollator:
         plan = torch.zeros_like(labels)
         draw = self._mask_copies if sft else self._mask_documents
         draw(batch, ids.numpy(), labels.numpy(), plan.numpy())
-        batch["input_ids"], batch["labels"], batch[PLAN] = ids, labels, plan
+        batch["input_ids"] = ids
+        batch["labels"] = labels
+        batch[PLAN] = plan
         return batch
 
     def _host_name(self) -> str:
@@ -356,60 +95,54 @@ class MEAPCollator:
     def _mask_copies(
         self, batch: Batch, ids: np.ndarray, labels: np.ndarray, plan: np.ndarray
     ) -> None:
-        for row_ids, row, marks in zip(ids, labels, plan, strict=True):
-            too_long = row >= TOO_LONG
-            row[too_long] -= TOO_LONG
-            marks[too_long] |= OVERLONG
-            marks[row == COPY_START] |= BOUNDARY
-            for start, end in list(runs((row < IGNORE) | (row >= ELIGIBLE))):
-                first = start + (row[start] == COPY_START)  # the same tokens in both layouts
-                generator = self._generator(row_ids[first:end])
+        for row_ids, row_labels, row_plan in zip(ids, labels, plan, strict=True):
+            for copy in copies_in(row_labels, row_plan):
+                generator = self._generator(row_ids[copy.tokens])
                 drawn: list[int] = []
-                for a, b in runs((row[start:end] >= ELIGIBLE) | (row[start:end] == KEPT)):
-                    eligible = start + a + np.flatnonzero(row[start + a : start + b] >= ELIGIBLE)
-                    if len(eligible):
-                        marks[eligible] |= MAY_MASK
-                        drawn += self._draw(generator, eligible.tolist(), len(eligible))
-                wanted = row[drawn] - ELIGIBLE
-                row[start:end] = IGNORE
-                row[drawn], row_ids[drawn] = wanted, self.mask_id
-                marks[drawn] |= MASKED
-                marks[drawn[:1]] |= EXAMPLE
+                for answer in copy.answers:
+                    drawn += self._draw(generator, answer, len(answer))
+                copy.put_targets(row_labels, drawn)
+                self._put_masks(row_ids, row_plan, drawn)
 
     def _mask_documents(
         self, batch: Batch, ids: np.ndarray, labels: np.ndarray, plan: np.ndarray
     ) -> None:
         documents = document_ids(batch)
         documents_by_row = np.zeros_like(ids) if documents is None else documents.cpu().numpy()
-        for row_ids, row, marks, documents_of_row in zip(
+        for row_ids, row_labels, row_plan, row_documents in zip(
             ids, labels, plan, documents_by_row, strict=True
         ):
-            starts = np.flatnonzero(np.diff(documents_of_row, prepend=documents_of_row[0] - 1))
-            for start, end in zip(starts, [*starts[1:], len(row)], strict=True):
-                supervised = np.flatnonzero(row[start:end] != IGNORE)
-                if documents_of_row[start] < 0 or not len(supervised):
-                    continue
-                length = int(supervised[-1]) + 1  # without padding
-                text = ~np.isin(row_ids[start : start + length], self.placeholders)
-                words = text & ~np.isin(row_ids[start : start + length], self.roles)
-                eligible = (start + np.flatnonzero(words[:-1])).tolist()
-                if not eligible:
-                    continue
-                generator = self._generator(row_ids[start : start + length])
-                drawn = self._draw(generator, eligible, int(text.sum()))
-                row_ids[drawn] = self.mask_id
-                marks[eligible] |= MAY_MASK
-                marks[drawn] |= MASKED
-                marks[drawn[:1]] |= EXAMPLE
+            starts = np.flatnonzero(np.diff(row_documents, prepend=row_documents[0] - 1))
+            for start, end in zip(starts, [*starts[1:], len(row_ids)], strict=True):
+                supervised = np.flatnonzero(row_labels[start:end] != IGNORE)
+                # padding is the document -1, or ignored
+                if row_documents[start] >= 0 and len(supervised):
+                    end = start + int(supervised[-1]) + 1
+                    self._mask_document(row_ids[start:end], row_plan[start:end])
+
+    def _mask_document(self, ids: np.ndarray, plan: np.ndarray) -> None:
+        """Mask one document, (length,), in place."""
+        text = ~np.isin(ids, self.placeholders)
+        words = text & ~np.isin(ids, self.roles)
+        eligible = np.flatnonzero(words[:-1]).tolist()  # the last token predicts nothing
+        if not eligible:
+            return
+        drawn = self._draw(self._generator(ids), eligible, int(text.sum()))
+        plan[eligible] |= MAY_MASK
+        self._put_masks(ids, plan, drawn)
+
+    def _put_masks(self, ids: np.ndarray, plan: np.ndarray, drawn: list[int]) -> None:
+        ids[drawn] = self.mask_id
+        plan[drawn] |= MASKED
+        plan[drawn[:1]] |= EXAMPLE
 
     def _generator(self, ids: np.ndarray) -> random.Random:
         key = f"{self.seed} {int(self.epoch)} ".encode() + ids.astype(np.int64).tobytes()
         return random.Random(hashlib.blake2b(key, digest_size=16).digest())
 
     def _draw(self, generator: random.Random, eligible: list[int], tokens: int) -> list[int]:
-        return generator.sample(
-            eligible, min(max(1, int(tokens * self.config.ratio)), len(eligible))
-        )
+        share = max(1, int(tokens * self.config.ratio))
+        return generator.sample(eligible, min(share, len(eligible)))
 
 
 def carries_codes(row: Row | list[Row]) -> bool:
@@ -423,8 +156,9 @@ class EpochOfMasks(TrainerCallback):
     """Sets the collator's epoch, also in a resumed run, and warns at the end if nothing was
     masked."""
 
-    def __init__(self, collator: MEAPCollator) -> None:
+    def __init__(self, collator: MEAPCollator, data: DoubledSet) -> None:
         self.collator = collator
+        self.data = data
         self.next = 0
 
     def on_train_begin(
@@ -453,14 +187,19 @@ class EpochOfMasks(TrainerCallback):
         control: TrainerControl,
         **kwargs: object,
     ) -> None:
-        if not self.collator.masked and state.is_world_process_zero:
-            logger.warning(
-                "meap: no token was masked in %d steps, so this was a plain run. %s",
-                state.global_step,
-                (
-                    "No answer was long enough (meap.min_answer_tokens), every pair was too long,"
-                    " or the data loader read a training set other than the trainer's"
-                    if self.collator.config.mode == "sft"
-                    else "No document had two tokens of text"
-                ),
+        if self.collator.masked or not state.is_world_process_zero:
+            return
+        if self.data.why_plain is not None:
+            return  # a warning said so when the run got this training set
+        if self.collator.config.mode == "sft":
+            why = (
+                "No answer was long enough (meap.min_answer_tokens), every pair was too long,"
+                " or the data loader read a training set other than the trainer's"
             )
+        else:
+            why = "No document had two tokens of text"
+        logger.warning(
+            "meap: no token was masked in %d steps, so this was a plain run. %s",
+            state.global_step,
+            why,
+        )

@@ -8,6 +8,7 @@ another order, or several rows in one. The plan of a part is found by its tokens
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import MutableMapping
 
 import numpy as np
@@ -33,7 +34,9 @@ class StepPlans:
         `of_step` is True if the batch belongs to the current step.
         """
         plan = batch.pop(PLAN, None)
-        if plan is None or any(known.plan is plan for known in self._known + self._other):
+        if plan is None:
+            return None
+        if any(known.plan is plan for known in self._known + self._other):
             return None
         planned = _Planned(batch["input_ids"], batch["labels"], plan)
         if of_step:
@@ -51,19 +54,37 @@ class StepPlans:
             return None
         known_here = self._known + self._other
         for known in known_here:
-            if known.plan.shape == labels.shape and (ids is known.ids or labels is known.labels):
+            if known.is_of(ids, labels):
                 return known.plan
-        pairs = [pair for known in known_here for pair in known.pairs()]
-        if not pairs:
-            return None
-        tokens = [None] * len(labels) if ids is None or ids.shape != labels.shape else _array(ids)
-        plan = np.zeros(labels.shape, dtype=np.int64)
-        for row, row_labels, row_ids in zip(plan, _array(labels), tokens, strict=True):
-            found = [] if row_ids is None else [pair.mark(row, row_ids, pair.ids) for pair in pairs]
-            if not any(found) and (row_labels != IGNORE).any():  # the host may have changed tokens
-                for pair in pairs:
-                    pair.mark(row, row_labels, pair.labels)
-        return torch.from_numpy(plan).to(labels.device)
+        pairs = list(itertools.chain.from_iterable(known.pairs() for known in known_here))
+        return _plan_of_parts(ids, labels, pairs) if pairs else None
+
+
+def _plan_of_parts(ids: Tensor | None, labels: Tensor, pairs: list[_Pair]) -> Tensor:
+    """Return the plan (batch, length) of rows that may have pairs, or parts of them, anywhere."""
+    plan = np.zeros(labels.shape, dtype=np.int64)
+    rows_of_ids = None
+    if ids is not None and ids.shape == labels.shape:
+        rows_of_ids = _array(ids)
+    for index, row_labels in enumerate(_array(labels)):
+        row_ids = None if rows_of_ids is None else rows_of_ids[index]
+        _mark_row(plan[index], row_ids, row_labels, pairs)
+    return torch.from_numpy(plan).to(labels.device)
+
+
+def _mark_row(
+    plan: np.ndarray, ids: np.ndarray | None, labels: np.ndarray, pairs: list[_Pair]
+) -> None:
+    """Add the plans of pairs in a row to the row's plan, in place; arrays are (length,)."""
+    if ids is not None:
+        found = [pair.mark(plan, ids, pair.ids) for pair in pairs]
+        if any(found):
+            return
+    # The host may have changed the tokens (noise, dropped ones): labels tell the pair too, unless
+    # nothing in the row is learnt.
+    if (labels != IGNORE).any():
+        for pair in pairs:
+            pair.mark(plan, labels, pair.labels)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,9 +95,15 @@ class _Planned:
     labels: Tensor
     plan: Tensor
 
+    def is_of(self, ids: Tensor | None, labels: Tensor) -> bool:
+        """Return True if this is the plan of a batch with these tensors themselves."""
+        same = ids is self.ids or labels is self.labels
+        return same and self.plan.shape == labels.shape
+
     def pairs(self) -> list[_Pair]:
         rows = zip(_array(self.ids), _array(self.labels), _array(self.plan), strict=True)
-        return [_Pair(*row) for row in rows if (row[2] & BOUNDARY).any()]
+        rows_as_pairs = (_Pair(*row) for row in rows)
+        return [pair for pair in rows_as_pairs if (pair.plan & BOUNDARY).any()]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,15 +126,19 @@ class _Pair:
         Returns:
             True if one contains the other.
         """
-        # padding may differ
+        # without padding, which may differ
         end = 1 + int(np.flatnonzero((self.labels != IGNORE) | (self.plan != 0))[-1])
-        cut = _offset(own, row)
         at = _offset(row, own[:end])
-        if cut is None and at is None:
-            return False
-        start, marks = (0, self.plan[cut:]) if at is None else (at, self.plan[:end])
-        marks = marks[: len(plan) - start]
-        plan[start : start + len(marks)] |= marks
+        if at is not None:  # the pair is in the row
+            marks = self.plan[:end]
+        else:
+            cut = _offset(own, row)
+            if cut is None:
+                return False
+            at = 0  # the row is a part of the pair
+            marks = self.plan[cut:]
+        marks = marks[: len(plan) - at]
+        plan[at : at + len(marks)] |= marks
         return True
 
 
@@ -121,6 +152,6 @@ def _offset(whole: np.ndarray, part: np.ndarray) -> int | None:
     wanted = part.tobytes()
     size = whole.itemsize
     at = inside.find(wanted)
-    while at >= 0 and at % size:
+    while at >= 0 and at % size:  # bytes can match between two numbers
         at = inside.find(wanted, at + 1)
     return None if at < 0 else at // size

@@ -71,23 +71,24 @@ class Roles:
         mask = tokenizer.mask_token_id
         unknown = tokenizer.unk_token_id
         vocabulary = tokenizer.get_vocab()
-        named = {
-            vocabulary.get(str(token))
-            for key, token in tokenizer.special_tokens_map.items()
-            if key not in ("mask_token", "unk_token") and not isinstance(token, (list, tuple))
+        added = tokenizer.added_tokens_decoder
+        given = {
+            *_named_ids(tokenizer, vocabulary),
+            *_ids_in_templates(tokenizer, vocabulary, said.templates),
+            *in_configs,
+            *_ids_of(said.ends, tokenizer),
         }
-        template = "".join([str(tokenizer.chat_template or ""), *said.templates])
-        added = {
-            id_: token.content.strip() for id_, token in tokenizer.added_tokens_decoder.items()
-        }
-        marks = {id_: text for text, id_ in vocabulary.items() if MARK.fullmatch(text)}
-        in_template = {id_ for id_, text in (marks | added).items() if text and text in template}
-        given = {*named, *in_template, *in_configs, *_ids_of(said.ends, tokenizer)} - {unknown}
-        listed = {*_ids_of(said.added, tokenizer), unknown} - {mask}
-        special = {id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special}
-        markup = {id_ for id_, text in added.items() if MARKUP.fullmatch(text)}
-        sets = given, listed, special.union(tokenizer.all_special_ids), markup
-        return cls(*(frozenset(id_ for id_ in ids if id_ is not None) for ids in sets))
+        listed = {*_ids_of(said.added, tokenizer), unknown}
+        special = {id_ for id_, token in added.items() if token.special}
+        markup = {id_ for id_, token in added.items() if MARKUP.fullmatch(token.content.strip())}
+        # The unknown token may be chosen by name; a mask token that the user lists stays the first
+        # choice of `auto`.
+        return cls(
+            given=_known(given - {unknown}),
+            listed=_known(listed - {mask}),
+            special=_known(special.union(tokenizer.all_special_ids)),
+            markup=_known(markup),
+        )
 
     @property
     def never_masked(self) -> frozenset[int]:
@@ -97,6 +98,33 @@ class Roles:
     def never_chosen(self) -> frozenset[int]:
         """Ids that `mask_token: auto` skips."""
         return self.given | self.listed
+
+
+def _known(ids: Iterable[int | None]) -> frozenset[int]:
+    return frozenset(id_ for id_ in ids if id_ is not None)
+
+
+def _named_ids(
+    tokenizer: PreTrainedTokenizerBase, vocabulary: Mapping[str, int]
+) -> Iterator[int | None]:
+    """Yield the ids of the tokenizer's own special tokens: bos, eos, pad and so on."""
+    for key, token in tokenizer.special_tokens_map.items():
+        # a list holds additional ones, which have no role of their own
+        if key not in ("mask_token", "unk_token") and not isinstance(token, (list, tuple)):
+            yield vocabulary.get(str(token))
+
+
+def _ids_in_templates(
+    tokenizer: PreTrainedTokenizerBase, vocabulary: Mapping[str, int], templates: Sequence[str]
+) -> Iterator[int]:
+    """Yield the ids of added tokens, and of tokens like <this> or [this], in the chat templates."""
+    template = "".join([str(tokenizer.chat_template or ""), *templates])
+    texts = {id_: text for text, id_ in vocabulary.items() if MARK.fullmatch(text)}
+    for id_, token in tokenizer.added_tokens_decoder.items():
+        texts[id_] = token.content.strip()
+    for id_, text in texts.items():
+        if text and text in template:
+            yield id_
 
 
 def _ids_of(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[int]:
@@ -124,9 +152,6 @@ def _ids_under(key: re.Pattern[str], parts: list[Mapping]) -> frozenset[int]:
             if isinstance(value, Mapping):
                 parts.append(value)
             elif isinstance(name, str) and key.fullmatch(name):
-                found.update(
-                    id_
-                    for id_ in (value if isinstance(value, list) else [value])
-                    if isinstance(id_, int)
-                )
+                ids = value if isinstance(value, list) else [value]
+                found.update(id_ for id_ in ids if isinstance(id_, int))
     return frozenset(found)

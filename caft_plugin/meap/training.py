@@ -11,30 +11,27 @@ from typing import cast
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers import PreTrainedModel, Trainer
 
 from caft_plugin.caft.window import over_processes
 from caft_plugin.config import MEAPConfig
 from caft_plugin.errors import ConfigError, shown
 from caft_plugin.logs import MEAPLog
 from caft_plugin.meap.base_model import BaseModel
+from caft_plugin.meap.doubling import DoubledSet, tokenizer_of
+from caft_plugin.meap.label_codes import plain_labels
 from caft_plugin.meap.losses import LossesByKind
 from caft_plugin.meap.mask_token import (
     FILE,
     AddedMaskToken,
+    MaskToken,
     choose_mask_token,
     row_norms,
 )
-from caft_plugin.meap.masking import (
-    Duplication,
-    EpochOfMasks,
-    MEAPCollator,
-    nothing_to_mask,
-    plain_labels,
-)
+from caft_plugin.meap.masking import EpochOfMasks, MEAPCollator
 from caft_plugin.meap.plans import StepPlans
-from caft_plugin.meap.roles import NOTHING_SAID, Roles, Said
-from caft_plugin.meap.training_set import TrainingSet, used_ids
+from caft_plugin.meap.roles import Roles
+from caft_plugin.meap.training_set import used_ids
 from caft_plugin.model.trunk import input_embedding
 from caft_plugin.refusals import refuse_trainer
 from caft_plugin.targets import EXAMPLE, MASKED, MAY_MASK, OVERLONG, PLAN, Batch
@@ -62,136 +59,101 @@ class MaskTally:
         self.targets += targets.to(self.targets)
 
     def add(self, plan: Tensor) -> None:
-        self.counts += torch.stack([(plan & bit).bool().sum() for bit in self.BITS]).to(
-            self.counts.device
-        )
+        counts = torch.stack([(plan & bit).bool().sum() for bit in self.BITS])
+        self.counts += counts.to(self.counts.device)
 
     def log(self, step: int, over_processes: Callable[[Tensor], Tensor]) -> MEAPLog:
         """Return the log entries at `step`. Every process must call it."""
         steps = max(step - self.since_step, 1)
+        # one exchange for all whole numbers
         counts = over_processes(torch.cat([self.counts, self.targets])).tolist()
-        masked, eligible, examples, too_long, *targets = counts
-        losses = zip(over_processes(self.losses).tolist(), targets, strict=True)
-        means = [total / count if count else None for total, count in losses]
+        masked, eligible, examples, too_long, masked_targets, other_targets = counts
+        masked_loss, other_loss = over_processes(self.losses).tolist()
         return MEAPLog(
-            masked / eligible if eligible else None, examples / steps, too_long / steps, *means
+            _ratio(masked, eligible),
+            examples / steps,
+            too_long / steps,
+            _ratio(masked_loss, masked_targets),
+            _ratio(other_loss, other_targets),
         )
+
+
+def _ratio(part: float, whole: int) -> float | None:
+    return part / whole if whole else None
 
 
 class MaskedTraining:
     """MEAP in one trainer. It is created before the trainer's constructor runs; `attach` starts the
     masking.
 
-    `data` is the training set that is masked (in mode sft, the doubled one); `plain` returns the
-    same set without copies.
+    `data` owns the training set with copies and without them.
     """
 
-    def __init__(self, trainer: Trainer, config: MEAPConfig) -> None:
+    def __init__(
+        self, trainer: Trainer, config: MEAPConfig, data: DoubledSet | None = None
+    ) -> None:
+        """`data` has the trainer's set if that is doubled already, and the user's settings of
+        tokens."""
         self.trainer = trainer
         self.config = config
+        self.data = DoubledSet(config) if data is None else data
         self.collator: MEAPCollator | None = None
         self.handle: AddedMaskToken | None = None  # for an added mask token
-        self.data: TrainingSet = None
-        self.plain: Callable[[], TrainingSet] | None = None
         self.losses: LossesByKind | None = None
         self._tally: MaskTally | None = None
         self._plans = StepPlans()
 
-    def attach(self, said: Said = NOTHING_SAID) -> None:
+    def attach(self) -> None:
         """Choose the mask token and mask training batches from now on.
 
-        In mode `sft`, the training set is already doubled. `said` are the user's settings of
-        tokens.
+        In mode `sft`, double the training set first, if it is not doubled already.
 
         Raises:
-            ConfigError: there is no tokenizer or no mask token.
+            ConfigError: there is no tokenizer or no mask token, or the set cannot be doubled.
         """
         trainer = self.trainer
-        config = self.config
+        if self.data.current is None and trainer.train_dataset is not None:
+            self._double()
         model = cast(PreTrainedModel, trainer.model)
-        embedding = input_embedding(model)
-        rows = getattr(embedding, "num_embeddings", None) or len(embedding.weight)
-        tokenizer = tokenizer_of(trainer.processing_class)
-        used: frozenset[int] | None = frozenset()
-        if trainer.train_dataset is not None and config.mask_token != "add":
-            used = used_ids(trainer.train_dataset)
         base = BaseModel.of_model(model)
-        roles = Roles.of(tokenizer, base.roles, said)
-        norms = row_norms(embedding)
-        token = choose_mask_token(
-            config.mask_token, tokenizer, rows, used, norms, base.placeholders, roles
-        )
+        roles = Roles.of(tokenizer_of(trainer.processing_class), base.roles, self.data.said)
+        token = mask_token_for(trainer, self.config.mask_token, base, roles)
         if trainer.args.process_index == 0:
             # lower levels are not shown by default
             logger.warning("meap.mask_token: %s", token.words)
         if token.added:
-            refuse_trainer(trainer, "meap.mask_token")
-            added = AddedMaskToken(model, token)
-            if trainer.optimizer is not None and added.vector.requires_grad:
-                raise ConfigError(
-                    "meap.mask_token: got add, but the trainer was given a finished optimizer"
-                    " (optimizers=...), which cannot contain the new vector. Pass"
-                    " optimizer_cls_and_kwargs instead, or name a token."
-                )
-            self.handle = added
-        seed = trainer.args.seed
-        kept = roles.never_masked
+            self.handle = added_to(trainer, token)
         self.collator = MEAPCollator(
-            trainer.data_collator, config, token.id, seed, base.placeholders, kept
+            trainer.data_collator,
+            self.config,
+            token.id,
+            trainer.args.seed,
+            base.placeholders,
+            roles.never_masked,
         )
-        trainer.add_callback(EpochOfMasks(self.collator))
+        trainer.add_callback(EpochOfMasks(self.collator, self.data))
+        self.losses = LossesByKind(model, token.id, self._add_losses)
+        self._use_training_set()
 
-        def found(sums: Tensor, targets: Tensor) -> None:
-            if self._tally is not None:
-                self._tally.add_losses(sums, targets)
+    def _add_losses(self, sums: Tensor, targets: Tensor) -> None:
+        if self._tally is not None:
+            self._tally.add_losses(sums, targets)
 
-        self.losses = LossesByKind(model, token.id, found)
-        self._mask_from_now_on(trainer.train_dataset)
+    # -- data --------------------------------------------------------------------------------------
 
-    def double(self) -> None:
-        """Replace the trainer's training set with the doubled one."""
+    def _double(self) -> None:
+        """Replace the trainer's training set with the doubled one; in mode pretrain, do nothing."""
         trainer = self.trainer
-        dataset = trainer.train_dataset
-        base = BaseModel.of_model(cast(PreTrainedModel, trainer.model))
-        trainer.train_dataset = self.doubled(dataset, trainer.processing_class, trainer.args, base)
-        self.plain = lambda: dataset
+        if self.config.mode == "sft":
+            base = BaseModel.of_model(cast(PreTrainedModel, trainer.model))
+            trainer.train_dataset = self.data.double(
+                trainer.train_dataset, trainer.processing_class, base, args=trainer.args
+            )
 
-    def doubled(
-        self,
-        dataset: TrainingSet,
-        processing_class: object,
-        args: TrainingArguments,
-        base: BaseModel,
-        max_length: int | None = None,
-    ) -> TrainingSet:
-        """Return a training set with copies to be masked.
-
-        Args:
-            dataset: the training set.
-            processing_class: the trainer's tokenizer or processor.
-            args: the trainer's arguments.
-            base: facts about the base model, which also limits the length of a pair.
-            max_length: of a pair, in tokens; None: no limit of the host's.
-        """
-        tokenizer = tokenizer_of(processing_class)
-        roles = Roles.of(tokenizer, base.roles)
-        limit = base.limit(max_length)
-        column = args.length_column_name
-        duplication = Duplication.of(
-            self.config, tokenizer, limit, base.placeholders, roles, column
-        )
-        with args.main_process_first():
-            return duplication.doubled(dataset)
-
-    def _mask_from_now_on(self, dataset: TrainingSet) -> None:
-        self.data = dataset
-        nothing = (
-            nothing_to_mask(dataset) if self.config.mode == "sft" and dataset is not None else None
-        )
-        if nothing is not None and self.collator is not None:
-            self.collator.masked = True  # so that the warning appears only once
-            if self.trainer.args.process_index == 0:
-                logger.warning("meap: %s", nothing)
+    def _use_training_set(self) -> None:
+        self.data.use(self.trainer.train_dataset)
+        if self.data.why_plain is not None and self.trainer.args.process_index == 0:
+            logger.warning("meap: %s", self.data.why_plain)
 
     def _take_other_data(self, mask_id: int) -> None:
         """Use a training set that was set after the trainer was created.
@@ -205,9 +167,8 @@ class MaskedTraining:
                 " this training set was set, and the set contains that token. Pass the set to the"
                 " trainer's constructor, or name another token."
             )
-        if self.config.mode == "sft":
-            self.double()
-        self._mask_from_now_on(self.trainer.train_dataset)
+        self._double()
+        self._use_training_set()
 
     @contextlib.contextmanager
     def collating(self) -> Iterator[None]:
@@ -218,8 +179,9 @@ class MaskedTraining:
         if ours is None or trainer.data_collator is ours:
             yield
             return
-        if trainer.train_dataset is not None and trainer.train_dataset is not self.data:
+        if trainer.train_dataset is not None and trainer.train_dataset is not self.data.current:
             self._take_other_data(ours.mask_id)
+        # The host may have replaced its collator since. Evaluation uses the host's, unmasked.
         ours.host = trainer.data_collator
         trainer.data_collator = ours
         try:
@@ -227,22 +189,17 @@ class MaskedTraining:
         finally:
             trainer.data_collator = ours.host
 
-    def as_evaluated(self, dataset: TrainingSet) -> TrainingSet:
-        """Return the data set to evaluate: for the doubled training set, the one without copies."""
-        return dataset if self.plain is None or dataset is not self.data else self.plain()
-
     def put_plain_labels(self, inputs: MutableMapping[str, Tensor]) -> None:
         """Restore the original labels of rows from the doubled training set, or from a part of
         it."""
         ids = inputs.get("input_ids")
         labels = inputs.get("labels")
-        if (
-            self.config.mode == "sft"
-            and ids is not None
-            and labels is not None
-            and ids.shape == labels.shape
-        ):
+        if self.config.mode != "sft" or ids is None or labels is None:
+            return
+        if ids.shape == labels.shape:
             inputs["labels"] = plain_labels(ids, labels, self.config.layout)
+
+    # -- steps -------------------------------------------------------------------------------------
 
     def begin_window(self, batches: Sequence[MutableMapping[str, Tensor]]) -> None:
         """Remove the plans from the micro-batches of the next optimisation step, and keep them.
@@ -263,17 +220,20 @@ class MaskedTraining:
                     " get_train_dataloader use self.data_collator as collate_fn and keep every"
                     " key, or remove `meap`."
                 )
-            if not self.collator.masked:
+            if not self.collator.masked:  # reading it waits for the device, so only until then
                 self.collator.masked = bool((batch[PLAN] & MASKED).any())
             self.take_plan(batch, of_step=True)
 
     def take_plan(self, inputs: object, of_step: bool = False) -> None:
         """Remove the plan from a batch, keep it, and count it once."""
-        plan = self._plans.take(inputs, of_step) if isinstance(inputs, MutableMapping) else None
-        if plan is not None:
-            if self._tally is None:
-                self._tally = MaskTally(self.trainer.state.global_step, self.trainer.args.device)
-            self._tally.add(plan)
+        if not isinstance(inputs, MutableMapping):
+            return
+        plan = self._plans.take(inputs, of_step)
+        if plan is None:
+            return
+        if self._tally is None:
+            self._tally = MaskTally(self.trainer.state.global_step, self.trainer.args.device)
+        self._tally.add(plan)
 
     def with_plan(self, inputs: Batch) -> Batch:
         """Return a batch, or the host's version of one, with the boundaries of its pairs, for the
@@ -294,10 +254,12 @@ class MaskedTraining:
         """Return the log entries since the last call. Every process must call it."""
         tally = self._tally
         self._tally = None
+        if tally is None:
+            return {}
         gathered = functools.partial(over_processes, self.trainer.accelerator)
-        return (
-            {} if tally is None else tally.log(self.trainer.state.global_step, gathered).entries()
-        )
+        return tally.log(self.trainer.state.global_step, gathered).entries()
+
+    # -- files -------------------------------------------------------------------------------------
 
     def save(self, folder: Path, *, resumable: bool) -> None:
         """Save an added mask token's vector, in checkpoints and in the final folder alike."""
@@ -320,18 +282,34 @@ class MaskedTraining:
             )
 
 
-def tokenizer_of(processing_class: object) -> PreTrainedTokenizerBase:
-    """Return a trainer's tokenizer, which may be inside a processor.
+def mask_token_for(trainer: Trainer, wanted: int | str, base: BaseModel, roles: Roles) -> MaskToken:
+    """Choose the mask token for a trainer's model, tokenizer and training set.
 
     Raises:
-        ConfigError: the trainer has no tokenizer.
+        ConfigError: there is no such token.
     """
-    tokenizer = cast(
-        PreTrainedTokenizerBase | None, getattr(processing_class, "tokenizer", processing_class)
-    )
-    if tokenizer is None:
+    embedding = input_embedding(cast(PreTrainedModel, trainer.model))
+    rows = getattr(embedding, "num_embeddings", None) or len(embedding.weight)
+    used: frozenset[int] | None = frozenset()
+    if trainer.train_dataset is not None and wanted != "add":
+        used = used_ids(trainer.train_dataset)
+    tokenizer = tokenizer_of(trainer.processing_class)
+    norms = row_norms(embedding)
+    return choose_mask_token(wanted, tokenizer, rows, used, norms, base.placeholders, roles)
+
+
+def added_to(trainer: Trainer, token: MaskToken) -> AddedMaskToken:
+    """Return the handle of an added mask token's vector for a trainer's model.
+
+    Raises:
+        ConfigError: the trainer cannot train it.
+    """
+    refuse_trainer(trainer, "meap.mask_token")
+    added = AddedMaskToken(cast(PreTrainedModel, trainer.model), token)
+    if trainer.optimizer is not None and added.vector.requires_grad:
         raise ConfigError(
-            "meap: the trainer has no tokenizer, which is needed to find special tokens. Pass "
-            "processing_class=tokenizer."
+            "meap.mask_token: got add, but the trainer was given a finished optimizer"
+            " (optimizers=...), which cannot contain the new vector. Pass"
+            " optimizer_cls_and_kwargs instead, or name a token."
         )
-    return tokenizer
+    return added

@@ -342,9 +342,6 @@ def plain_stage1(given: dict[str, Any], caft: dict[str, Any], config: PretrainCo
 @click.option(
     "--num-draft", type=int, help="Draft tokens per step. Default: chosen during generation."
 )
-@click.option(
-    "--confidence", type=float, help="Propose only draft tokens with at least this probability."
-)
 @load_in_4bit_option
 @float32_option
 @png_option
@@ -355,7 +352,6 @@ def speculate_command(
     prompts: Path | None,
     limit: int,
     num_draft: int | None,
-    confidence: float | None,
     load_in_4bit: bool,
     float32: bool,
     png: Path | None,
@@ -392,7 +388,7 @@ def speculate_command(
             model, dtype, for_heads=True, trust_remote_code=trusts, load_in_4bit=load_in_4bit
         )
     with heads_named("--heads"):
-        drafter = Drafter.from_pretrained(loaded, heads, num_draft=num_draft, confidence=confidence)
+        drafter = Drafter.from_pretrained(loaded, heads, num_draft=num_draft)
     comparison = speculate(loaded, tokenizer, {HEADS: drafter}, asked[:limit], **settings)
     click.echo(as_table(comparison))
     click.echo(

@@ -312,7 +312,7 @@ def test_pairs_fit_the_models_positions(tokenizer, tmp_path, how, settings):
     entry = trainer.state.log_history[0]
     assert entry["meap/examples_too_long"] > 0
     if "packing" not in settings:
-        lengths = [len(row["input_ids"]) for row in trainer.caft_parts.meap.plain()]
+        lengths = [len(row["input_ids"]) for row in trainer.caft_parts.meap.data.plain()]
         assert (
             entry["meap/examples_too_long"]
             == sum(2 * length > 30 for length in lengths)

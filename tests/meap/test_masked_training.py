@@ -20,6 +20,8 @@ from builders.runs import CAFTTrainer, arguments, losses
 from builders.tiny import word_tokenizer
 from caft_plugin import ConfigError, MEAPConfig, with_caft
 from caft_plugin.caft.window import Window
+from caft_plugin.meap.base_model import BaseModel
+from caft_plugin.meap.doubling import DoubledSet
 from caft_plugin.meap.mask_token import FILE
 from caft_plugin.targets import IGNORE, PLAN
 
@@ -338,7 +340,7 @@ def test_a_run_in_which_nothing_can_be_masked_says_so_once(model, tmp_path, capl
         and "none of the 8 training rows has a masked copy" in said(caplog)[0]
     )
     short.train()
-    assert len(said(caplog)) == 1
+    assert len(said(caplog)) == 1 and not short.meap.collator.masked
     caplog.clear()
     model.config.max_position_embeddings = 100
     trainer_of(model, tmp_path, meap={}, data=kind(ROWS)).train()
@@ -361,8 +363,34 @@ def test_what_only_training_can_show_is_said_at_its_end(model, tmp_path, caplog)
     trainer_of(model, tmp_path, meap={"mode": "pretrain"}, data=ones, max_steps=1).train()
     assert len(said(caplog)) == 1 and "No document had two tokens of text" in said(caplog)[0]
     caplog.clear()
-    trainer_of(model, tmp_path, meap={}, data=stream, max_steps=2).train()
-    assert said(caplog) == []
+    masked = trainer_of(model, tmp_path, meap={}, data=stream, max_steps=2)
+    assert not masked.meap.collator.masked
+    masked.train()
+    assert said(caplog) == [] and masked.meap.collator.masked
+
+
+def test_a_set_in_which_nothing_is_masked_does_not_answer_for_the_next_one(model, tmp_path, caplog):
+    from datasets import IterableDataset as Stream
+
+    trainer = trainer_of(model, tmp_path, meap={"min_answer_tokens": 1000}, max_steps=2)
+    assert len(said(caplog)) == 1 and "none of the 8 training rows" in said(caplog)[0]
+    trainer.train_dataset = Stream.from_generator(lambda: iter(ROWS))
+    trainer.train()
+    assert len(said(caplog)) == 2 and "no token was masked in 2 steps" in said(caplog)[1]
+
+
+def test_the_set_without_copies_belongs_to_one_doubled_set():
+    data = DoubledSet(MEAPConfig())
+    doubled = data.double(
+        ROWS, word_tokenizer(""), BaseModel(), finish=lambda rows: [*rows, "the host's"]
+    )
+    assert len(doubled) == len(ROWS) + 1 and data.current is doubled
+    data.use(doubled)
+    assert data.as_evaluated(doubled) == [*ROWS, "the host's"]
+    assert data.as_evaluated(ROWS) is ROWS
+    other = list(doubled)
+    data.use(other)
+    assert data.as_evaluated(other) is other
 
 
 class OwnLoader(Trainer):

@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import re
 import sys
 from collections import Counter
 
@@ -21,26 +22,23 @@ from transformers import (
 )
 
 from builders.masked import EOS, MASK, PAD, duplication, example, pad
-from builders.paths import GOLDENS
+from builders.paths import GOLDENS, ROOT
 from builders.tiny import word_tokenizer
 from caft_plugin import ConfigError, MEAPConfig
-from caft_plugin.meap.masking import (
-    COPY,
-    COPY_START,
-    ELIGIBLE,
+from caft_plugin.meap.doubling import Duplication, nothing_to_mask
+from caft_plugin.meap.label_codes import COPY, COPY_START, ELIGIBLE, KEPT, TOO_LONG, plain_labels
+from caft_plugin.meap.masking import MEAPCollator
+from caft_plugin.meap.training_set import used_ids
+from caft_plugin.targets import (
+    BOUNDARY,
     EXAMPLE,
-    KEPT,
+    IGNORE,
     MASKED,
     MAY_MASK,
     OVERLONG,
-    TOO_LONG,
-    Duplication,
-    MEAPCollator,
-    nothing_to_mask,
-    plain_labels,
+    PLAN,
+    head_targets,
 )
-from caft_plugin.meap.training_set import used_ids
-from caft_plugin.targets import BOUNDARY, IGNORE, PLAN, head_targets
 
 pytestmark = pytest.mark.newest
 
@@ -332,6 +330,16 @@ def test_doubled_rows_are_evaluated_as_they_were(layout):
         ).tolist()
         == (row["labels"])
     )
+
+
+def test_codes_are_read_and_written_in_one_file():
+    names = re.compile(r"\b(COPY_START|ELIGIBLE|TOO_LONG)\b")
+    files = {
+        file.name
+        for file in (ROOT / "caft_plugin").rglob("*.py")
+        if names.search(file.read_text(encoding="utf-8"))
+    }
+    assert files == {"label_codes.py"}
 
 
 # -- masks -----------------------------------------------------------------------------------------

@@ -23,8 +23,10 @@ from builders.tiny import LLAMA, word_tokenizer
 from builders.tokenizers_of_families import FAMILIES, WORDS, tokenizer
 from caft_plugin import ConfigError, MEAPConfig
 from caft_plugin.meap.base_model import BaseModel, positions_of
+from caft_plugin.meap.doubling import Duplication
+from caft_plugin.meap.label_codes import ELIGIBLE
 from caft_plugin.meap.mask_token import choose_mask_token
-from caft_plugin.meap.masking import ELIGIBLE, Duplication, MEAPCollator
+from caft_plugin.meap.masking import MEAPCollator
 from caft_plugin.meap.roles import Roles, Said, role_ids
 from caft_plugin.targets import MASKED, PLAN
 
@@ -50,11 +52,11 @@ def test_added_tokens_with_a_role_are_never_masked():
     made = with_added_tokens()
     assert maskable(made) == {"w1", "w2", "w3", "w4", "aspirin", "@end@", "@turn@"}
     said = Said(ends=["@end@"], added=["aspirin"], templates=["{{ x }}@turn@"])
-    assert maskable(made, roles=Roles.of(made, said=said)) == {"w1", "w2", "w3", "w4"}
+    assert maskable(made, said=said) == {"w1", "w2", "w3", "w4"}
     ids = made.convert_tokens_to_ids(["w2", "w3"])
     config = LlamaConfig(**{**LLAMA, "eos_token_id": ids[:1]})
     in_configs = role_ids(config, GenerationConfig(eos_token_id=[1, ids[1]]))
-    assert maskable(made, roles=Roles.of(made, in_configs)) == {
+    assert maskable(made, base=BaseModel(roles=in_configs)) == {
         "w1",
         "w4",
         "aspirin",

@@ -150,7 +150,6 @@ def drafter_errors(folder):
     yield lambda: Drafter.from_pretrained(model, folder / "other")
     yield lambda: Drafter.from_pretrained(model, folder / "t5")
     yield lambda: Drafter.from_pretrained(model, heads, num_draft=9)
-    yield lambda: Drafter.from_pretrained(model, heads, confidence=2)
     drafter = Drafter.from_pretrained(model, heads)
     ids = torch.ones(1, 4, dtype=torch.long)
     yield lambda: drafter.generate(model, ids.repeat(2, 1))

@@ -9,7 +9,8 @@ import torch
 from transformers import DataCollatorForSeq2Seq
 
 from caft_plugin import MEAPConfig
-from caft_plugin.meap.masking import Duplication, MEAPCollator
+from caft_plugin.meap.doubling import Duplication
+from caft_plugin.meap.masking import MEAPCollator
 from caft_plugin.targets import IGNORE, MASKED, PLAN
 from study import measure
 from study.measure import Model, Tokenizer
