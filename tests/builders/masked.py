@@ -8,7 +8,7 @@ from transformers import TrainerCallback
 
 from builders.runs import CAFTTrainer, arguments
 from builders.tiny import word_tokenizer
-from caft_plugin.meap.masking import Duplication
+from caft_plugin.meap.doubling import Duplication
 from caft_plugin.targets import IGNORE
 
 MASK = 96  # w91 of the word tokenizer; no row below has it

@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForSequenceClassification, Trainer
 from builders.sft import CHATS, COMPLETIONS, TEMPLATE, model_of
 from builders.tiny import LLAMA, word_tokenizer
 from caft_plugin import with_caft
-from caft_plugin.meap.masking import ELIGIBLE
+from caft_plugin.meap.label_codes import ELIGIBLE
 from caft_plugin.trl import SFTMixin
 
 pytestmark = pytest.mark.newest
