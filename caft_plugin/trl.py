@@ -29,11 +29,12 @@ class SFTMixin(CAFTTrainerMixin):
     """The part for SFTTrainer, which tokenises, truncates and packs its data in its constructor."""
 
     def __init__(self, *args, **kwargs) -> None:
+        # `_prepare_dataset` needs the model before SFTTrainer sets it
         host = inspect.signature(super(CAFTTrainerMixin, self).__init__)
-        given = host.bind_partial(
-            *args, **{key: kwargs[key] for key in kwargs.keys() - {"caft", "meap"}}
-        ).arguments
-        self.caft_model_given = given.get("model", given.get("kwargs", {}).get("model"))
+        of_host = {key: kwargs[key] for key in kwargs.keys() - {"caft", "meap"}}
+        given = host.bind_partial(*args, **of_host).arguments
+        named = given.get("kwargs", {})
+        self.caft_model_given = given.get("model", named.get("model"))
         super().__init__(*args, **kwargs)
         self.caft_model_given = None
 
@@ -65,6 +66,7 @@ class SFTMixin(CAFTTrainerMixin):
                 rows = rows.filter(has_target)
             return rows
 
+        # A copy must follow its whole original: both are cut together afterwards.
         uncut = copy.copy(settings)
         uncut.max_length = None
         uncut.shuffle_dataset = False

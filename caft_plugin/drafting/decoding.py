@@ -62,9 +62,8 @@ class Drafted:
         return self
 
     def __repr__(self) -> str:
-        accepted = ", ".join(
-            f"{right} of {sent}" for right, sent in zip(self.accepted, self.drafted, strict=True)
-        )
+        by_head = zip(self.accepted, self.drafted, strict=True)
+        accepted = ", ".join(f"{right} of {sent}" for right, sent in by_head)
         return (
             f"<{self.tokens} tokens in {self.passes} forward passes, draft tokens accepted by head:"
             f" {accepted}>"
@@ -75,6 +74,7 @@ class Drafted:
         self.lengths[len(came) - 1] += 1
         for head, token in enumerate(sent):
             self.drafted[head] += 1
+            # `came` ends where the model's token differed from the draft token
             self.accepted[head] += came[head : head + 1] == [token]
 
     @property
@@ -165,12 +165,10 @@ class Drafter:
         return cls(model, built, config, num_draft=num_draft)
 
     def __repr__(self) -> str:
-        length = (
-            "chosen in every step" if self.num_draft is None else f"{self.num_draft} in every step"
-        )
+        model = type(self.model).__name__
+        length = "chosen" if self.num_draft is None else str(self.num_draft)
         return (
-            f"<Drafter for {type(self.model).__name__}: {len(self.heads)} heads, draft tokens:"
-            f" {length}>"
+            f"<Drafter for {model}: {len(self.heads)} heads, draft tokens: {length} in every step>"
         )
 
     @property
@@ -221,21 +219,27 @@ class Drafter:
         trunk = self._trunk_of(model)
         _refuse_settings(model, input_ids, generation_config)
         passes = _Passes(model, trunk, model_kwargs)
+
         if text_streamer is not None:
             text_streamer.put(input_ids.cpu())
         streamer = text_streamer if begun_streamer is None else begun_streamer
         text = _Text(input_ids, logits_processor, stopping_criteria, generation_config, streamer)
+
         drafted = Drafted.nothing(len(self.heads))
         try:
             self._write(text, passes, drafted, generation_config.max_length)
         finally:
-            self._own.last = self._newest = drafted
+            # also when an error ends the text early
+            self._own.last = drafted
+            self._newest = drafted
         return text.result(passes.end())
 
     def _write(self, text: _Text, passes: _Passes, drafted: Drafted, max_length: int) -> None:
         """Generate step by step: a forward pass verifies the draft tokens, then heads propose the
         next ones."""
-        side = _Side(self, passes.trunk) if self.num_draft != 0 and self.pace.awake() else None
+        side: _Side | None = None
+        if self.num_draft != 0 and self.pace.awake():
+            side = _Side(self, passes.trunk)
         sent: list[int] = []
         while True:
             first = passes.first
@@ -245,21 +249,25 @@ class Drafter:
             wrong = len(sent) + 1 - len(came)
             passes.keep(len(came), wrong)
             drafted.note(sent, came)
-            if not first:
+            if not first:  # the first forward pass reads the prompt
                 self.pace.pass_took(len(sent), time.perf_counter() - began)
             if text.done:
                 return
+
             if side is None:
                 sent = []
                 self.pace.rested(len(came))
                 continue
             room = passes.room(text.length)
-            sent = side.propose(notes, wrong, came, int(min(room, max_length - text.length - 1)))
-            if not first and room:
-                self.pace.round_took(len(came), time.perf_counter() - began)
-                if self.num_draft is None and not self.pace.worth_it():
-                    side = None
-                    sent = []
+            most = int(min(room, max_length - text.length - 1))
+            sent = side.propose(notes, wrong, came, most)
+            # without room the heads only read, which says nothing about drafting
+            if first or not room:
+                continue
+            self.pace.round_took(len(came), time.perf_counter() - began)
+            if self.num_draft is None and not self.pace.worth_it():
+                side = None
+                sent = []
 
     def _trunk_of(self, model: nn.Module) -> Trunk:
         """Return the parts of the model. Raise ConfigError if it is another model, or in training
@@ -304,25 +312,28 @@ class _Passes:
             cache, which can be because of them.
         """
         inputs = self._inputs(ids, sent)
+        # The model may have dropped its cache because the draft tokens reach too far.
         if sent and self._thrown_away(inputs):
             inputs = self._inputs(ids, [])
             sent = []
         restart = self._thrown_away(inputs)
         if restart:
             self._restart(inputs)
+        checked = len(sent) + 1
         if "logits_to_keep" in inputs:
-            inputs["logits_to_keep"] = len(sent) + 1
+            inputs["logits_to_keep"] = checked
         with noted_pass(self.trunk, self.eager) as notes:
             outputs = self.model(**inputs, return_dict=True)
         notes.restart = restart
         self.kwargs = self._lengthened(self.kwargs, 1, outputs)
-        return outputs.logits[:, -len(sent) - 1 :], notes, sent
+        return outputs.logits[:, -checked:], notes, sent
 
     def _inputs(self, ids: Tensor, sent: list[int]) -> Kwargs:
         kwargs = self.kwargs
         if sent:
-            ids = torch.cat([ids, ids.new_tensor([sent])], dim=1)
-            kwargs = self._lengthened(dict(kwargs), len(sent))
+            drafts = ids.new_tensor([sent])
+            ids = torch.cat([ids, drafts], dim=1)
+            kwargs = self._lengthened(dict(kwargs), len(sent))  # not kept: they may be rejected
         width = None if self.first else len(sent) + 1
         return self.model.prepare_inputs_for_generation(
             ids, next_sequence_length=width, is_first_iteration=self.first, **kwargs
@@ -349,9 +360,8 @@ class _Passes:
         self.first = False
 
     def _lengthened(self, kwargs: Kwargs, tokens: int, outputs: object = None) -> Kwargs:
-        for _ in range(
-            tokens
-        ):  # one by one, since several at a time repeat several token types instead of the last one
+        # one by one: several at a time would repeat several token types instead of the last one
+        for _ in range(tokens):
             kwargs = self.model._update_model_kwargs_for_generation(
                 outputs or {}, kwargs, is_encoder_decoder=False
             )
@@ -384,6 +394,20 @@ class _Pass:
     wrong: int
 
 
+@dataclasses.dataclass(frozen=True)
+class _Proposal:
+    """The heads' draft tokens of one step with their probabilities, and the tokens that the text
+    got at these positions so far."""
+
+    probabilities: list[float]
+    tokens: list[int]
+    answered: list[int] = dataclasses.field(default_factory=list)
+
+    @property
+    def complete(self) -> bool:
+        return len(self.answered) >= len(self.tokens)
+
+
 class _Side:
     """The drafting state of one text: a KV cache for each head, and the draft tokens that are not
     verified yet.
@@ -397,11 +421,12 @@ class _Side:
         self.drafter = drafter
         # copies without hooks, since this is not a forward pass of the model
         dtype = trunk.model.dtype
-        norm, unembedding = (
-            unsharded_twin(module, dtype) for module in (trunk.norm, trunk.unembedding)
+        self.trunk = dataclasses.replace(
+            trunk,
+            norm=unsharded_twin(trunk.norm, dtype),
+            unembedding=unsharded_twin(trunk.unembedding, dtype),
         )
-        self.trunk = dataclasses.replace(trunk, norm=norm, unembedding=unembedding)
-        self.open: list[tuple[list[float], list[int], list[int]]] = []
+        self.open: list[_Proposal] = []
         self._start()
 
     def _start(self) -> None:
@@ -423,31 +448,42 @@ class _Side:
         """
         self._learn(came)
         self._note_pass(notes, wrong)
-        probabilities: list[float] = []
-        tokens: list[int] = []
+        proposal = _Proposal([], [])
         most = min(max(most, 0), len(self.unread))
-        while len(tokens) < most and self._how_many([*probabilities, *[1.0] * ASKED], most) > len(
-            tokens
-        ):
-            asked = range(len(tokens), min(len(tokens) + ASKED, most))
-            hidden = torch.cat([self._read(head) for head in asked])
-            if self.drafter.config.head_norm:
-                hidden = self.trunk.norm(hidden)
-            best = self.trunk.logits(hidden).float().softmax(-1).max(-1)
-            probabilities += best.values.tolist()
-            tokens += best.indices.tolist()
-        self.open.append((probabilities, tokens, []))
-        return tokens[: self._how_many(probabilities, most)]
+        while len(proposal.tokens) < most and self._more_may_pay(proposal, most):
+            begin = len(proposal.tokens)
+            self._draft(range(begin, min(begin + ASKED, most)), proposal)
+        self.open.append(proposal)
+        return proposal.tokens[: self._how_many(proposal.probabilities, most)]
+
+    def _draft(self, heads: range, proposal: _Proposal) -> None:
+        """Run heads, in one multiplication by the unembedding, and add their draft tokens."""
+        hidden = torch.cat([self._read(head) for head in heads])
+        if self.drafter.config.head_norm:
+            hidden = self.trunk.norm(hidden)
+        logits = self.trunk.logits(hidden).float()
+        best = logits.softmax(-1).max(-1)
+        proposal.probabilities.extend(best.values.tolist())
+        proposal.tokens.extend(best.indices.tolist())
+
+    def _more_may_pay(self, proposal: _Proposal, most: int) -> bool:
+        """Return True if the next heads' draft tokens would be verified if they were certain."""
+        at_best = [*proposal.probabilities, *[1.0] * ASKED]
+        return self._how_many(at_best, most) > len(proposal.tokens)
 
     def _note_pass(self, notes: PassNotes, wrong: int) -> None:
         call, source = notes.read_by(self.drafter.config.head_input)
-        at = torch.tensor([source.shape[1] - 1 - wrong], device=source.device)
+        last_valid = source.shape[1] - 1 - wrong
+        at = torch.tensor([last_valid], device=source.device)
         if notes.restart:
             self._start()
         for unread in self.unread:
             unread.append(_Pass(call, source, at, wrong))
-        asleep = (head for head, unread in enumerate(self.unread) if len(unread) > LONGEST_LAG)
-        del self.unread[next(asleep, len(self.unread)) :]
+        # a head's draft token is of use only after all earlier heads' ones
+        for head, unread in enumerate(self.unread):
+            if len(unread) > LONGEST_LAG:
+                del self.unread[head:]
+                break
 
     def _read(self, head: int) -> Tensor:
         """Return a head's output (1, hidden size) at the newest valid position."""
@@ -457,19 +493,18 @@ class _Side:
         with turn_with(self.drafter.heads):
             for a_pass in self.unread[head]:
                 output = replay(layer, a_pass.source, a_pass.call, a_pass.at, cache)
-                # none if the last layer uses another layer's cache
-                for own in cache.layers[last : last + 1]:
-                    own.crop(-a_pass.wrong)  # type: ignore[union-attr]
+                if len(cache.layers) > last:  # not if the last layer uses another layer's cache
+                    cache.layers[last].crop(-a_pass.wrong)  # type: ignore[union-attr]
         self.unread[head].clear()
         return output
 
     def _learn(self, came: list[int]) -> None:
-        for _, _, answered in self.open:
-            answered.extend(came)
-        for probabilities, tokens, answered in self.open:
-            if len(answered) >= len(tokens):
-                self.drafter.pace.learn(probabilities, tokens, answered)
-        self.open = [entry for entry in self.open if len(entry[2]) < len(entry[1])]
+        for proposal in self.open:
+            proposal.answered.extend(came)
+            if proposal.complete:
+                pace = self.drafter.pace
+                pace.learn(proposal.probabilities, proposal.tokens, proposal.answered)
+        self.open = [proposal for proposal in self.open if not proposal.complete]
 
     def _how_many(self, probabilities: list[float], most: int) -> int:
         drafter = self.drafter
@@ -496,9 +531,12 @@ class _Text:
         self.config = config
         self.streamer = streamer
         self.done = False
-        wants = config.return_dict_in_generate
-        self.scores: tuple[Tensor, ...] | None = () if wants and config.output_scores else None
-        self.logits: tuple[Tensor, ...] | None = () if wants and config.output_logits else None
+        self.scores: tuple[Tensor, ...] | None = None
+        self.logits: tuple[Tensor, ...] | None = None
+        if config.return_dict_in_generate and config.output_scores:
+            self.scores = ()
+        if config.return_dict_in_generate and config.output_logits:
+            self.logits = ()
 
     @property
     def length(self) -> int:
@@ -510,37 +548,43 @@ class _Text:
 
         `logits` has the shape (1, draft tokens + 1, vocabulary).
         """
+        # as plain `generate` does: a copy, since processors may change it in place, in float32
         logits = logits.to(copy=True, dtype=torch.float32, device=self.ids.device)
         came: list[int] = []
-        for row, draft in enumerate([*sent, None]):
-            scores = self.processors(self.ids, logits[:, row])  # type: ignore[arg-type]
+        for row, draft in enumerate([*sent, None]):  # after the last one, any token is new
+            here = logits[:, row]
+            scores = self.processors(self.ids, here)  # type: ignore[arg-type]
             if self.scores is not None:
                 self.scores += (scores,)
             if self.logits is not None:
-                self.logits += (logits[:, row],)
-            if self.config.do_sample:
-                token = torch.multinomial(scores.softmax(-1), num_samples=1)
-            else:
-                token = scores.argmax(-1, keepdim=True)
-            self.ids = torch.cat([self.ids, token], dim=1)
-            if self.streamer is not None:
-                self.streamer.put(token[0].cpu())
-            came.append(int(token))
+                self.logits += (here,)
+            came.append(self._append_token(scores))
             self.done = bool(self.stopping(self.ids, self.scores).all())
             if self.done or came[-1] != draft:
                 break
         return came
+
+    def _append_token(self, scores: Tensor) -> int:
+        """Choose the next token and append it.
+
+        Random numbers are drawn as plain `generate` draws them: once for each token of the text.
+        """
+        if self.config.do_sample:
+            token = torch.multinomial(scores.softmax(-1), num_samples=1)
+        else:
+            token = scores.argmax(-1, keepdim=True)
+        self.ids = torch.cat([self.ids, token], dim=1)
+        if self.streamer is not None:
+            self.streamer.put(token[0].cpu())
+        return int(token)
 
     def result(self, cache: Cache) -> Tensor | GenerateDecoderOnlyOutput:
         if self.streamer is not None:
             self.streamer.end()
         if not self.config.return_dict_in_generate:
             return self.ids
-        name = (
-            "cache"
-            if "cache" in inspect.signature(GenerateDecoderOnlyOutput).parameters
-            else "past_key_values"
-        )
+        known = inspect.signature(GenerateDecoderOnlyOutput).parameters
+        name = "cache" if "cache" in known else "past_key_values"
         fields = {"sequences": self.ids, "scores": self.scores, "logits": self.logits, name: cache}
         return GenerateDecoderOnlyOutput(**fields)  # type: ignore[arg-type]
 

@@ -4,7 +4,6 @@ tokens."""
 from __future__ import annotations
 
 import functools
-import itertools
 import statistics
 import threading
 from collections import deque
@@ -43,10 +42,11 @@ class Pace:
     """
 
     def __init__(self, num_heads: int) -> None:
-        self.tried = [[0] * BINS for _ in range(num_heads)]
-        self.right = [[0] * BINS for _ in range(num_heads)]
-        # by draft length
-        self.seconds: list[deque[float]] = [deque(maxlen=9) for _ in range(num_heads + 1)]
+        heads = range(num_heads)
+        self.tried = [[0] * BINS for _ in heads]
+        self.right = [[0] * BINS for _ in heads]
+        lengths = range(num_heads + 1)
+        self.seconds: list[deque[float]] = [deque(maxlen=9) for _ in lengths]  # by draft length
         # tokens without drafting: in the next rest, and left in this one
         self.rest = FIRST_REST
         self.resting = 0
@@ -79,13 +79,13 @@ class Pace:
             guesses: each head's draft token.
             came: the generated tokens at these positions.
         """
-        for head, (probability, guess, token) in enumerate(
-            zip(probabilities, guesses, came, strict=False)
-        ):
+        # `came` may go on after the last draft token
+        heads = zip(probabilities, guesses, came, strict=False)
+        for head, (probability, guess, token) in enumerate(heads):
             at = _bin(probability)
             self.tried[head][at] += 1
             if guess != token:
-                return
+                return  # later draft tokens follow another text
             self.right[head][at] += 1
 
     @_in_turn
@@ -93,7 +93,9 @@ class Pace:
         """Return the estimated acceptance rate of a head's draft token, given that all earlier ones
         are accepted."""
         at = _bin(probability)
-        return (self.right[head][at] + 2 * probability) / (self.tried[head][at] + 2)
+        # the head's own probability counts as two draft tokens
+        right = self.right[head][at] + 2 * probability
+        return right / (self.tried[head][at] + 2)
 
     @_in_turn
     def pass_took(self, drafts: int, seconds: float) -> None:
@@ -126,15 +128,16 @@ class Pace:
         if len(self.seconds[0]) < FIRST_PASSES:
             return 0  # a plain forward pass is measured first, for comparison
         tokens_a_second = self.recent_tokens / self.recent_seconds if self.recent_seconds else 0.0
-        chances = itertools.accumulate(
-            (self.chance(head, p) for head, p in enumerate(probabilities)), lambda a, b: a * b
-        )
         best = 0
+        chance = 1.0  # that this draft token and all earlier ones are accepted
         gained = 0.0
         best_gain = 0.0
-        for drafts, chance in enumerate(itertools.islice(chances, most), 1):
+        for head, probability in enumerate(probabilities[:most]):
+            chance *= self.chance(head, probability)
             gained += chance
-            gain = gained - tokens_a_second * (self.cost(drafts) - self.cost(0))
+            drafts = head + 1
+            seconds = self.cost(drafts) - self.cost(0)
+            gain = gained - tokens_a_second * seconds
             if gain > best_gain:
                 best = drafts
                 best_gain = gain

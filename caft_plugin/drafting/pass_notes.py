@@ -42,9 +42,9 @@ class PassNotes:
         Raises:
             ConfigError: the forward pass did not call these modules.
         """
-        source = (
-            self.final if head_input == "final" or self.call is None else self.call.hidden_states
-        )
+        source = self.final
+        if self.call is not None and head_input != "final":
+            source = self.call.hidden_states
         if self.call is None or source is None:
             part = "its last decoder layer" if self.call is None else "its final norm"
             raise ConfigError(
@@ -74,9 +74,8 @@ def noted_pass(trunk: Trunk, eager: bool) -> Iterator[PassNotes]:
         for module in (trunk.last_layer, trunk.norm):
             stack.enter_context(_shared(module, functools.partial(_noting, module)))
         if eager:
-            stack.enter_context(
-                _shared("eager", functools.partial(torch.compiler.set_stance, "force_eager"))
-            )
+            uncompiled = functools.partial(torch.compiler.set_stance, "force_eager")
+            stack.enter_context(_shared("eager", uncompiled))
         token = _notes.set(notes)
         stack.callback(_notes.reset, token)
         yield notes
@@ -134,11 +133,19 @@ def _noting_class(own: type) -> type:
 
     def __reduce_ex__(self: nn.Module, protocol: int) -> tuple:
         """Give copies and pickles made by another thread the module's own class."""
-        make, (first, *rest), *state = super(noting_class, self).__reduce_ex__(protocol)  # type: ignore[arg-type, misc]
-        return make, (own if first is noting_class else first, *rest), *state
+        reduced = super(noting_class, self).__reduce_ex__(protocol)  # type: ignore[arg-type, misc]
+        make, (first, *rest), *state = reduced
+        if first is noting_class:
+            first = own
+        return make, (first, *rest), *state
 
-    names = {"__call__": __call__, "__reduce_ex__": __reduce_ex__, "__module__": own.__module__}
-    noting_class = type(own.__name__, (own,), {**names, "__qualname__": own.__qualname__})
+    names = {
+        "__call__": __call__,
+        "__reduce_ex__": __reduce_ex__,
+        "__module__": own.__module__,
+        "__qualname__": own.__qualname__,
+    }
+    noting_class = type(own.__name__, (own,), names)
     return noting_class
 
 

@@ -43,13 +43,14 @@ def borders(model: PreTrainedModel) -> list[Border]:
     """Return the borders of a model's rotary embeddings, from its modules, or from its config if
     none is recognised."""
     modules = [module for module in model.modules() if _follows_the_pass(type(module))]  # type: ignore[arg-type]
-    found = [border for module in modules for border in _of_module(module)]
+    found: list[Border] = []
+    for module in modules:
+        found += _of_module(module)
     if not modules:
         config = model.config.get_text_config()
-        found = [
-            dataclasses.replace(border, beyond=False)
-            for border in _of_parameters(config, _longest(config))
-        ]
+        # nothing is known of its own code, so each length may have other frequencies
+        for border in _of_parameters(config, _longest(config)):
+            found.append(dataclasses.replace(border, beyond=False))
     return list(dict.fromkeys(found))
 
 
@@ -64,23 +65,21 @@ def _is_decorated(function: object) -> bool:
 
 def _of_module(module: nn.Module) -> Iterator[Border]:
     config = cast(PretrainedConfig, module.config)
-    return _of_parameters(config, getattr(module, "original_max_seq_len", None) or _longest(config))
+    length = getattr(module, "original_max_seq_len", None) or _longest(config)
+    return _of_parameters(config, length)
 
 
 def _of_parameters(config: PretrainedConfig, length: int) -> Iterator[Border]:
-    for parameters in _each(
-        getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
-    ):
+    of_config = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
+    for parameters in _each(of_config):
         kind = str(parameters.get("rope_type", parameters.get("type", "")))
         if "dynamic" in kind:
             yield Border(length, beyond=False)
         # Phi-3.5-MoE scales by it whatever the type
         elif kind == "longrope" or "long_mscale" in parameters:
-            original = parameters.get("original_max_position_embeddings")
-            original = (
-                original or getattr(config, "original_max_position_embeddings", None) or length
-            )
-            yield Border(int(original), beyond=True)
+            name = "original_max_position_embeddings"
+            original = parameters.get(name) or getattr(config, name, None)
+            yield Border(int(original or length), beyond=True)
 
 
 def _each(parameters: object) -> Iterator[Mapping[str, int | str]]:

@@ -67,20 +67,19 @@ def positions_of(config: PretrainedConfig) -> int | None:
     """Return a model's number of positions, including its rotary embeddings' scaling; None without
     a limit."""
     text = config.get_text_config()
-    length = next(
-        (value for name in POSITIONS if isinstance(value := getattr(text, name, None), int)), None
-    )
+    named = [getattr(text, name, None) for name in POSITIONS]
+    length = next((value for value in named if isinstance(value, int)), None)
     if not length or length < 0:
         return None
     parameters = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
-    kinds = [kind for kind in parameters.values() if isinstance(kind, Mapping)] or [parameters]
-    return max(length, *(_stretched(kind, length) for kind in kinds))
+    # by layer type, or one for all layers
+    by_type = [kind for kind in parameters.values() if isinstance(kind, Mapping)]
+    return max(length, *(_stretched(kind, length) for kind in by_type or [parameters]))
 
 
 def _stretched(parameters: Mapping, length: int) -> int:
     if parameters.get("rope_type", parameters.get("type")) not in STRETCHED:
         return 0
-    return int(
-        (parameters.get("original_max_position_embeddings") or length)
-        * (parameters.get("factor") or 1)
-    )
+    original = parameters.get("original_max_position_embeddings") or length
+    factor = parameters.get("factor") or 1
+    return int(original * factor)

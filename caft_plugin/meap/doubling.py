@@ -101,11 +101,12 @@ class Duplication:
         blank = np.isin(ids, self.blank)
         maskable = np.zeros(len(ids), dtype=bool)
         for start, end in runs(labels != IGNORE):
-            words = _words(special[start:end], blank[start:end])
+            answer = slice(start, end)
+            words = _words(special[answer], blank[answer])
             if start == 0:
                 words[0] = False  # nothing predicts the first token
             if words.sum() >= self.min_answer_tokens:
-                maskable[start:end] = words
+                maskable[answer] = words
         return copy_codes(labels, maskable) if maskable.any() else None
 
     def __call__(self, example: Row) -> list[Row]:
@@ -160,7 +161,8 @@ class Duplication:
         pair = dict(example)
         for key, value in example.items():
             if np.ndim(value) == 1 and len(value) == length:  # a value for each token
-                pair[key] = like(value, np.tile(np.asarray(value), 2))
+                twice = np.tile(np.asarray(value), 2)
+                pair[key] = like(value, twice)
         if "position_ids" in pair:
             # in the host's attention, a pair is one document: the copy sees its original
             pair["position_ids"] = like(pair["position_ids"], np.arange(2 * length))

@@ -29,7 +29,8 @@ TOO_LONG = 2**25  # + token id: the first target of an example whose pair would 
 
 def runs(inside: np.ndarray) -> Iterator[tuple[int, int]]:
     """Return start and end of each maximal run of True in a boolean row."""
-    edges = np.flatnonzero(np.diff(np.concatenate(([0], inside.astype(np.int8), [0]))))
+    padded = np.concatenate(([0], inside.astype(np.int8), [0]))
+    edges = np.flatnonzero(np.diff(padded))
     return zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True)
 
 
@@ -120,6 +121,7 @@ def copies_in(labels: np.ndarray, plan: np.ndarray) -> Iterator[Copy]:
 
     Both are changed in place. The codes of a copy remain until its `put_targets`.
     """
+    # first: these codes are above ELIGIBLE, but no copy's
     long = too_long(labels)
     labels[long] -= TOO_LONG
     plan[long] |= OVERLONG
@@ -133,5 +135,6 @@ def copies_in(labels: np.ndarray, plan: np.ndarray) -> Iterator[Copy]:
             answer = start + begin + np.flatnonzero(eligible[begin:stop])
             if len(answer):
                 answers.append(answer.tolist())
-        first = start + int(coded[0] == COPY_START)
+        # the same tokens in both layouts, so that a copy's masks are the same too
+        first = start + 1 if coded[0] == COPY_START else start
         yield Copy(slice(start, end), slice(first, end), answers)

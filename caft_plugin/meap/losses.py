@@ -103,15 +103,15 @@ class LossesByKind:
             return
         ids = kwargs.get("input_ids", args[0] if args else None)
         labels = kwargs.get("labels")
-        labels = self._batch["labels"] if labels is None else labels
-        if (
-            not isinstance(ids, Tensor)
-            or not isinstance(labels, Tensor)
-            or ids.shape != labels.shape
-        ):
+        if labels is None:  # a host that computes its loss itself keeps them from the model
+            labels = self._batch["labels"]
+        if not isinstance(ids, Tensor) or not isinstance(labels, Tensor):
             return
+        if ids.shape != labels.shape:
+            return
+        logits = getattr(output, "logits", None)
         with torch.no_grad(), contextlib.ExitStack() as stack:
-            logits_of = self._logits_of(getattr(output, "logits", None), final, ids.shape, stack)
+            logits_of = self._logits_of(logits, final, ids.shape, stack)
             if logits_of is not None:
                 self._read(ids, labels, logits_of)
 
@@ -124,22 +124,19 @@ class LossesByKind:
     ) -> Callable[[Tensor, Tensor], Tensor] | None:
         """Return a function from positions (rows, places) to their logits, or None if there are
         none."""
-        if (
-            isinstance(logits, Tensor)
-            and not isinstance(logits, DTensor)
-            and logits.shape[:-1] == shape
-        ):
-            return lambda rows, places: logits[rows, places]
+        if isinstance(logits, Tensor) and not isinstance(logits, DTensor):
+            if logits.shape[:-1] == shape:
+                return lambda rows, places: logits[rows, places]
         if self.trunk is None or final is None or final.shape[:-1] != shape:
             return None
         # Every process comes here, whatever its batch: gathering a sharded unembedding waits for
         # all of them.
         unembedding = unsharded_twin(self.trunk.unembedding, final.dtype)
-        held = next(
-            (p.dtype for p in unembedding.parameters() if p.is_floating_point()), final.dtype
-        )
-        half = next((dtype for dtype in (final.dtype, held) if dtype in HALF), None)
-        stack.enter_context(torch.autocast(final.device.type, dtype=half, enabled=half is not None))
+        dtypes = [p.dtype for p in unembedding.parameters() if p.is_floating_point()]
+        # in half precision if either is: the other one's dtype would not match in the product
+        half = next((dtype for dtype in (final.dtype, *dtypes[:1]) if dtype in HALF), None)
+        autocast = torch.autocast(final.device.type, dtype=half, enabled=half is not None)
+        stack.enter_context(autocast)
         stack.enter_context(without_dropout(unembedding))
         transform = self.trunk.transform or (lambda made: made)
         return lambda rows, places: transform(unembedding(final[rows, places]))
@@ -148,18 +145,19 @@ class LossesByKind:
         self, ids: Tensor, labels: Tensor, logits_of: Callable[[Tensor, Tensor], Tensor]
     ) -> None:
         targets = labels[:, 1:]
-        masked = (ids[:, 1:].to(targets.device) == self.mask_id) & (targets != self.mask_id)
+        device = targets.device
+        masked = (ids[:, 1:].to(device) == self.mask_id) & (targets != self.mask_id)
         rows, places = (targets != IGNORE).nonzero(as_tuple=True)
-        sums = torch.zeros(2, device=targets.device)
-        counts = torch.zeros(2, dtype=torch.long, device=targets.device)
+        sums = torch.zeros(2, device=device)
+        counts = torch.zeros(2, dtype=torch.long, device=device)
         vocabulary = self.trunk.vocab_size if self.trunk is not None else 2**16
-        size = rows_at_a_time(targets.device, vocabulary)
+        # a few rows at a time: no float32 logits of the whole batch are made
+        size = rows_at_a_time(device, vocabulary)
         for start in range(0, len(rows), size):
             at = rows[start : start + size], places[start : start + size]
             logits = logits_of(*at).float()
-            losses = F.cross_entropy(logits, targets[at].to(logits.device), reduction="none").to(
-                targets.device
-            )
+            wanted = targets[at].to(logits.device)
+            losses = F.cross_entropy(logits, wanted, reduction="none").to(device)
             kind = 1 - masked[at].long()  # masked tokens come first
             sums.index_add_(0, kind, losses)
             counts.index_add_(0, kind, torch.ones_like(kind))

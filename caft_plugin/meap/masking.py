@@ -112,13 +112,15 @@ class MEAPCollator:
         for row_ids, row_labels, row_plan, row_documents in zip(
             ids, labels, plan, documents_by_row, strict=True
         ):
-            starts = np.flatnonzero(np.diff(row_documents, prepend=row_documents[0] - 1))
-            for start, end in zip(starts, [*starts[1:], len(row_ids)], strict=True):
+            changes = np.diff(row_documents, prepend=row_documents[0] - 1)
+            starts = np.flatnonzero(changes)
+            ends = [*starts[1:], len(row_ids)]
+            for start, end in zip(starts, ends, strict=True):
                 supervised = np.flatnonzero(row_labels[start:end] != IGNORE)
                 # padding is the document -1, or ignored
                 if row_documents[start] >= 0 and len(supervised):
-                    end = start + int(supervised[-1]) + 1
-                    self._mask_document(row_ids[start:end], row_plan[start:end])
+                    document = slice(start, start + int(supervised[-1]) + 1)
+                    self._mask_document(row_ids[document], row_plan[document])
 
     def _mask_document(self, ids: np.ndarray, plan: np.ndarray) -> None:
         """Mask one document, (length,), in place."""

@@ -47,8 +47,11 @@ def column_chunks(dataset: TrainingSet, column: str) -> Iterator[np.ndarray | No
         if column not in dataset.column_names or dataset.format["type"] == "custom":
             yield None
             return
-        for table in dataset.select_columns([column]).with_format("arrow").iter(1000):
-            yield table.column(column).combine_chunks().flatten().to_numpy(zero_copy_only=False)
+        # as Arrow's arrays: rows of Python lists would take minutes for a large set
+        tables = dataset.select_columns([column]).with_format("arrow").iter(1000)
+        for table in tables:
+            values = table.column(column).combine_chunks().flatten()
+            yield values.to_numpy(zero_copy_only=False)
     else:
         for row in rows_of(dataset):
             yield np.asarray(row[column], dtype=np.int64) if column in row else None

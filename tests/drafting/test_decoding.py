@@ -99,7 +99,7 @@ def all_guesses():
 
     def noting(side, notes, wrong, came, most):
         sent = guess(side, notes, wrong, came, most)
-        rounds.append((len(came), list(side.open[-1][1])))
+        rounds.append((len(came), list(side.open[-1].tokens)))
         return sent
 
     decoding._Side.propose = noting
