@@ -86,7 +86,12 @@ class AuxiliaryHeads(nn.Module):
         return "full" if any(p.requires_grad for p in self.parameters()) else "frozen"
 
 
-def build_heads(model: nn.Module, trunk: Trunk, config: CAFTConfig, seed: int) -> AuxiliaryHeads:
+def build_heads(
+    model: nn.Module,
+    trunk: Trunk,
+    config: CAFTConfig,
+    seed: int,
+) -> AuxiliaryHeads:
     """Build `config.num_heads` copies of the last layer, trainable as set in `config.train_heads`.
 
     Copies compute the same as the layer with its active adapters; they are plain, dequantised, in
@@ -219,7 +224,11 @@ class LayerCall:
 
 
 def run_head(
-    layer: nn.Module, source: Tensor, call: LayerCall, positions: Tensor, checkpointing: bool
+    layer: nn.Module,
+    source: Tensor,
+    call: LayerCall,
+    positions: Tensor,
+    checkpointing: bool,
 ) -> Tensor:
     """Run one head and return its hidden states (n, hidden size), before norm and unembedding.
 
@@ -238,7 +247,11 @@ def run_head(
 
 
 def replay(
-    layer: nn.Module, source: Tensor, call: LayerCall, positions: Tensor, cache: Cache | None = None
+    layer: nn.Module,
+    source: Tensor,
+    call: LayerCall,
+    positions: Tensor,
+    cache: Cache | None = None,
 ) -> Tensor:
     """Call a head with the last layer's arguments, but `source` as hidden states, and with its own
     cache or none."""

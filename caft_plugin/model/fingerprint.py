@@ -185,7 +185,10 @@ def _sample(weights: list[_Weight], first: Sample | None) -> Sample | None:
 
 
 def _base_values(
-    weight: _Weight, loras: list[_Factors] | None, each: int, first: Sample | None
+    weight: _Weight,
+    loras: list[_Factors] | None,
+    each: int,
+    first: Sample | None,
 ) -> Tensor | None:
     """Return a weight's values without its LoRAs, or None if they cannot be read.
 
