@@ -280,7 +280,7 @@ def replay(
     return output.flatten(0, 1)[positions].to(source.dtype)
 
 
-def _replace_cache(arguments: dict[str, Any], cache: Cache | None) -> None:
+def _replace_cache(arguments: dict[str, object], cache: Cache | None) -> None:
     for name, value in arguments.items():
         if is_cache(name, value):
             arguments[name] = cache
