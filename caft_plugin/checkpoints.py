@@ -76,10 +76,11 @@ def refuse_incomplete(folder: Path, parts: Parts) -> None:
 
 
 def _refuse_missing_shards(index: Path) -> None:
-    shards = (_json(index) or {}).get("weight_map")
-    if not isinstance(shards, dict):
+    files = (_json(index) or {}).get("weight_map")
+    if not isinstance(files, dict):
         raise IncompleteCheckpoint(f"has a damaged {index.name}")
-    for shard in sorted(set(map(str, shards.values()))):
+    shards = {str(file) for file in files.values()}
+    for shard in sorted(shards):
         if not (index.parent / shard).is_file():
             raise IncompleteCheckpoint(f"lacks {shard}")
 
@@ -94,7 +95,8 @@ def _refuse_missing_states(folder: Path) -> None:
 
 
 def _refuse_damaged_files(folder: Path) -> None:
-    for file in sorted([*folder.glob("*.pt"), *folder.glob("*.pth"), *folder.glob("*.bin")]):
+    pickled = [*folder.glob("*.pt"), *folder.glob("*.pth"), *folder.glob("*.bin")]
+    for file in sorted(pickled):
         if not zipfile.is_zipfile(file):
             raise IncompleteCheckpoint(f"has a damaged {file.name}")
     for file in sorted(folder.rglob("*.safetensors")):
@@ -119,11 +121,11 @@ def newest_whole(output_dir: str | Path, parts: Parts) -> tuple[Path | None, lis
     """Return the complete checkpoint with the highest number, and a sentence on each newer one that
     was skipped."""
     start = f"{PREFIX_CHECKPOINT_DIR}-"
-    numbered = {
-        int(path.name.removeprefix(start)): path
-        for path in Path(output_dir).glob(f"{start}*")
-        if path.name.removeprefix(start).isdecimal() and path.is_dir()
-    }
+    numbered: dict[int, Path] = {}
+    for path in Path(output_dir).glob(f"{start}*"):
+        number = path.name.removeprefix(start)
+        if number.isdecimal() and path.is_dir():
+            numbered[int(number)] = path
     passed_over: list[str] = []
     for _, path in sorted(numbered.items(), reverse=True):
         try:

@@ -43,7 +43,10 @@ class Unsupported(NamedTuple):
 
 
 def refuse_settings(
-    host: object, table: Iterable[Unsupported], asks: str, affected: Affected = "parameters"
+    host: object,
+    table: Iterable[Unsupported],
+    asks: str,
+    affected: Affected = "parameters",
 ) -> None:
     """Raise ConfigError for the first setting of a host that the key `asks` does not support."""
     for row in table:
@@ -87,7 +90,12 @@ def new_models(asks: str, setting: str, value: object) -> str:
     )
 
 
-def cut_up(what: str, asks: str, setting: str, value: object) -> str:
+def cut_up(
+    what: str,
+    asks: str,
+    setting: str,
+    value: object,
+) -> str:
     """Return the message for a setting that splits `what` of one model among processes."""
     why = (
         "targets k ahead would be on another process"
@@ -200,7 +208,10 @@ def refuse_trainer(trainer: Trainer, asks: str = "caft") -> None:
 
 
 def refuse_optimizer(
-    trainer: Trainer, optimizer: torch.optim.Optimizer, block: str, module: nn.Module
+    trainer: Trainer,
+    optimizer: torch.optim.Optimizer,
+    block: str,
+    module: nn.Module,
 ) -> None:
     """Raise ConfigError if the optimizer lacks trainable parameters of `module` (heads, or an added
     vector)."""

@@ -77,7 +77,8 @@ def _starts_in_positions(positions: Tensor, shape: torch.Size) -> Tensor:
         # four axes: the first is the text's, which the model uses to separate documents
         positions = positions[0]
     positions = positions.expand(shape)
-    return _after_first(positions[:, 1:] != positions[:, :-1] + 1)
+    follow = positions[:, :-1] + 1
+    return _after_first(positions[:, 1:] != follow)
 
 
 def _starts_in_mask(mask: object, shape: torch.Size) -> Tensor:
@@ -88,7 +89,8 @@ def _starts_in_mask(mask: object, shape: torch.Size) -> Tensor:
 
 def _starts_in_lengths(lengths: Tensor, labels: Tensor) -> Tensor:
     ends = lengths.flatten()
-    inner = ends[(ends > 0) & (ends < labels.numel())].long()
+    is_inner = (ends > 0) & (ends < labels.numel())
+    inner = ends[is_inner].long()
     starts = torch.zeros(labels.numel(), dtype=torch.bool, device=labels.device)
     starts[inner.to(labels.device)] = True
     return starts.view(labels.shape)
@@ -127,19 +129,13 @@ def sees_back(mask: object, distance: int, shape: torch.Size) -> Tensor:
     """
     length = shape[1]
     if isinstance(mask, Mapping):
-        return torch.stack(
-            [sees_back(m, distance, shape) for m in mask.values() if m is not None]
-        ).any(0)
-    if (
-        not isinstance(mask, Tensor)
-        or mask.dim() not in (3, 4)
-        or mask.shape[-2:] != (length, length)
-    ):
-        kind = (
-            f"a tensor of shape {tuple(mask.shape)}"
-            if isinstance(mask, Tensor)
-            else f"a {type(mask).__name__}"
-        )
+        masks = [of_layers for of_layers in mask.values() if of_layers is not None]
+        return torch.stack([sees_back(m, distance, shape) for m in masks]).any(0)
+    kind = f"a {type(mask).__name__}"
+    if isinstance(mask, Tensor):
+        kind = f"a tensor of shape {tuple(mask.shape)}"
+    is_square = isinstance(mask, Tensor) and mask.shape[-2:] == (length, length)
+    if not isinstance(mask, Tensor) or not is_square or mask.dim() not in (3, 4):
         raise ConfigError(
             f"caft: the batch's attention_mask is {kind}, from which documents cannot be separated"
             f" for labels of shape {tuple(shape)}. It accepts (batch, length), (batch, length,"
@@ -169,9 +165,12 @@ def head_targets(batch: Batch, num_heads: int) -> Tensor:
     """
     labels = batch["labels"]
     mask = mask_of(batch)
-    pairwise = mask is not None and not (isinstance(mask, Tensor) and mask.shape == labels.shape)
-    # A query-key mask is used directly, because its documents may be interleaved.
-    documents = document_ids({**batch, "attention_mask": None} if pairwise else batch)
+    of_positions = isinstance(mask, Tensor) and mask.shape == labels.shape
+    pairwise = mask is not None and not of_positions
+    if pairwise:
+        # A query-key mask is used directly, because its documents may be interleaved.
+        batch = {**batch, "attention_mask": None}
+    documents = document_ids(batch)
     targets = labels.new_full((num_heads, *labels.shape), IGNORE)
     for index in range(num_heads):
         ahead = index + 2
@@ -181,9 +180,11 @@ def head_targets(batch: Batch, num_heads: int) -> Tensor:
         if documents is not None:
             there = documents[:, ahead:]
             here = documents[:, :-ahead]
-            target = target.masked_fill((there != here) | (there < 0), IGNORE)
+            is_other = (there != here) | (there < 0)
+            target = target.masked_fill(is_other, IGNORE)
         if pairwise:
-            target = target.masked_fill(~sees_back(mask, ahead, labels.shape), IGNORE)
+            is_seen = sees_back(mask, ahead, labels.shape)
+            target = target.masked_fill(~is_seen, IGNORE)
         targets[index, :, :-ahead] = target
     return targets
 

@@ -97,9 +97,11 @@ class TrainerParts:
 
     def handles(self) -> dict[str, AttachedHeads | AddedMaskToken]:
         """Return the handles of parameters that caft_plugin adds to the model, by block."""
-        return {
-            part.config.block: part.handle for part in self.objectives if part.handle is not None
-        }
+        handles: dict[str, AttachedHeads | AddedMaskToken] = {}
+        for part in self.objectives:
+            if part.handle is not None:
+                handles[part.config.block] = part.handle
+        return handles
 
     @contextlib.contextmanager
     def on_model(self) -> Iterator[None]:
@@ -119,7 +121,8 @@ class TrainerParts:
 
     def out_of_sight(self) -> contextlib.AbstractContextManager[None]:
         """Hide caft_plugin's modules and parameters from the host's own code."""
-        return all_out_of_sight([handle.hidden for handle in self.handles().values()])
+        hidden = [handle.hidden for handle in self.handles().values()]
+        return all_out_of_sight(hidden)
 
     def remove(self) -> None:
         """Remove the heads and an added mask token from the model permanently."""
@@ -143,7 +146,8 @@ class TrainerParts:
         if self.meap is not None:
             self.meap.begin_window(batches)
         if self.caft is not None:
-            self.caft.begin_window([self._with_plan(batch) for batch in batches])
+            planned = [self._with_plan(batch) for batch in batches]
+            self.caft.begin_window(planned)
 
     def _with_plan(self, inputs: Batch) -> Batch:
         """Return a training batch with its plan for the heads; the host's has only its own keys."""
@@ -179,7 +183,8 @@ class TrainerParts:
             with self.out_of_sight():
                 return measured_loss()
         # a host may compute a loss outside of train()
-        with self.on_model() if training else contextlib.nullcontext(), self.out_of_sight():
+        on_model = self.on_model() if training else contextlib.nullcontext()
+        with on_model, self.out_of_sight():
             return self.caft.loss(model, self._with_plan(inputs), measured_loss, items)
 
 
@@ -191,15 +196,15 @@ def set_direction_of_best(args: TrainingArguments) -> None:
     """
     metric = args.metric_for_best_model
     right = None if metric is None else greater_is_better(metric)
-    if right is not None and args.greater_is_better is not None and args.greater_is_better != right:
-        args.greater_is_better = right
-        logger.warning(
-            "metric_for_best_model: for %s, the %s value is better, so greater_is_better was set"
-            " to %s",
-            metric,
-            "larger" if right else "smaller",
-            right,
-        )
+    if right is None or args.greater_is_better in (None, right):
+        return
+    args.greater_is_better = right
+    logger.warning(
+        "metric_for_best_model: for %s, the %s value is better, so greater_is_better was set to %s",
+        metric,
+        "larger" if right else "smaller",
+        right,
+    )
 
 
 class FreshSums(TrainerCallback):

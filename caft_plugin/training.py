@@ -242,7 +242,13 @@ class CAFTTrainerMixin(_Base):
             self.caft_files.load(self.state.best_model_checkpoint)
 
 
-def argument(name: str, method: Callable, as_in: Callable, args: tuple, kwargs: dict) -> str:
+def argument(
+    name: str,
+    method: Callable,
+    as_in: Callable,
+    args: tuple,
+    kwargs: dict,
+) -> str:
     """Return the argument `name` of a call of a host's `method`, given by position, by name or by
     default.
 

@@ -163,7 +163,11 @@ class AttachedHeads:
     """
 
     def __init__(
-        self, model: nn.Module, heads: AuxiliaryHeads, trunk: Trunk, config: CAFTConfig
+        self,
+        model: nn.Module,
+        heads: AuxiliaryHeads,
+        trunk: Trunk,
+        config: CAFTConfig,
     ) -> None:
         self.model = model
         self.heads = heads
@@ -372,7 +376,13 @@ class AttachedHeads:
                 " model's. Please report the model's name."
             )
 
-    def _run(self, request: Request, call: LayerCall, final: Tensor | None, trunk: Trunk) -> Result:
+    def _run(
+        self,
+        request: Request,
+        call: LayerCall,
+        final: Tensor | None,
+        trunk: Trunk,
+    ) -> Result:
         source = final if self.from_final else call.hidden_states
         if source is None:
             raise ConfigError(
@@ -501,7 +511,11 @@ def _refuse_other_shape(model: nn.Module, hidden: Tensor, targets: Tensor) -> No
 
 
 def _weighted_loss(
-    row_loss: RowLoss, weights: Tensor, hidden: Tensor, learned: Tensor, trunk: Trunk
+    row_loss: RowLoss,
+    weights: Tensor,
+    hidden: Tensor,
+    learned: Tensor,
+    trunk: Trunk,
 ) -> tuple[Tensor, Tensor]:
     return weighted_sum(
         row_loss, weights, hidden, learned, trunk.vocab_size, trunk.unembedding.parameters()

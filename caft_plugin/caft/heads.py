@@ -86,7 +86,12 @@ class AuxiliaryHeads(nn.Module):
         return "full" if any(p.requires_grad for p in self.parameters()) else "frozen"
 
 
-def build_heads(model: nn.Module, trunk: Trunk, config: CAFTConfig, seed: int) -> AuxiliaryHeads:
+def build_heads(
+    model: nn.Module,
+    trunk: Trunk,
+    config: CAFTConfig,
+    seed: int,
+) -> AuxiliaryHeads:
     """Build `config.num_heads` copies of the last layer, trainable as set in `config.train_heads`.
 
     Copies compute the same as the layer with its active adapters; they are plain, dequantised, in
@@ -105,13 +110,13 @@ def build_heads(model: nn.Module, trunk: Trunk, config: CAFTConfig, seed: int) -
     refuse_offloaded(trunk)
     dtype = trunk.model.config.dtype
     first = plain_copy(trunk.last_layer, dtype if isinstance(dtype, torch.dtype) else None)
-    layers = [first] + [copy.deepcopy(first) for _ in range(config.num_heads - 1)]
+    others = [copy.deepcopy(first) for _ in range(config.num_heads - 1)]
     how = config.train_heads
     if how == "auto":
         how = "lora" if is_model_with_adapter(model) else "full"
     lora = head_lora_config(model, first) if how == "lora" else None
     with own_random_numbers(next(first.parameters()).device, seed):
-        heads = AuxiliaryHeads(layers, lora, take_sample(trunk))
+        heads = AuxiliaryHeads([first, *others], lora, take_sample(trunk))
     if how != "lora":
         for parameter in heads.parameters():
             parameter.requires_grad_(how == "full" and parameter.is_floating_point())
@@ -172,14 +177,16 @@ def _is_called_linear(module: nn.Module) -> bool:
 
 def _warn_of_unchanged(layer: nn.Module, linear: list[nn.Module]) -> None:
     """Warn if more than a tenth of a head's weights is not in these linear layers."""
-    covered = {parameter for module in linear for parameter in module.parameters()}
-    sizes = {name: parameter.numel() for name, parameter in layer.named_parameters()}
-    rest = {
-        name: sizes[name]
-        for name, parameter in layer.named_parameters()
-        if parameter not in covered
-    }
-    share = sum(rest.values()) / sum(sizes.values())
+    covered: set[Tensor] = set()
+    for module in linear:
+        covered.update(module.parameters())
+    every = 0
+    rest: dict[str, int] = {}
+    for name, parameter in layer.named_parameters():
+        every += parameter.numel()
+        if parameter not in covered:
+            rest[name] = parameter.numel()
+    share = sum(rest.values()) / every
     if share > 0.1:
         logger.warning(
             "caft.train_heads: LoRA trains only a head's linear layers; %.0f %% of its weights are"
@@ -219,7 +226,11 @@ class LayerCall:
 
 
 def run_head(
-    layer: nn.Module, source: Tensor, call: LayerCall, positions: Tensor, checkpointing: bool
+    layer: nn.Module,
+    source: Tensor,
+    call: LayerCall,
+    positions: Tensor,
+    checkpointing: bool,
 ) -> Tensor:
     """Run one head and return its hidden states (n, hidden size), before norm and unembedding.
 
@@ -238,11 +249,16 @@ def run_head(
 
 
 def replay(
-    layer: nn.Module, source: Tensor, call: LayerCall, positions: Tensor, cache: Cache | None = None
+    layer: nn.Module,
+    source: Tensor,
+    call: LayerCall,
+    positions: Tensor,
+    cache: Cache | None = None,
 ) -> Tensor:
     """Call a head with the last layer's arguments, but `source` as hidden states, and with its own
     cache or none."""
-    bound = _forward_signature(type(layer)).bind(*call.args, **call.kwargs)  # type: ignore[arg-type]
+    signature = _forward_signature(type(layer))  # type: ignore[arg-type]
+    bound = signature.bind(*call.args, **call.kwargs)
     named = dict(bound.arguments)
     extra = dict(named.get("kwargs", {}))
     first = next(iter(named))
@@ -264,7 +280,7 @@ def replay(
     return output.flatten(0, 1)[positions].to(source.dtype)
 
 
-def _replace_cache(arguments: dict[str, Any], cache: Cache | None) -> None:
+def _replace_cache(arguments: dict[str, object], cache: Cache | None) -> None:
     for name, value in arguments.items():
         if is_cache(name, value):
             arguments[name] = cache
@@ -314,7 +330,8 @@ def pointwise_parts(layer: nn.Module) -> list[nn.Module]:
 
 
 def _is_pointwise(module: nn.Module) -> bool:
-    if len(_forward_signature(type(module)).parameters) != 1:  # type: ignore[arg-type]
+    signature = _forward_signature(type(module))  # type: ignore[arg-type]
+    if len(signature.parameters) != 1:
         return False
     linear: list[nn.Module] = []
     inside: set[Tensor] = set()
@@ -338,7 +355,8 @@ def only_at(positions: Tensor, parts: list[nn.Module]) -> Iterator[None]:
     def spread(part: nn.Module, args: tuple, output: Tensor) -> Tensor:
         shape = picked.pop()
         everywhere = output.new_zeros(shape.numel(), output.shape[-1])
-        return everywhere.index_copy(0, positions, output[0]).view(*shape, -1)
+        spread_out = everywhere.index_copy(0, positions, output[0])
+        return spread_out.view(*shape, -1)
 
     picked: list[torch.Size] = []
     handles = [part.register_forward_pre_hook(pick) for part in parts]
@@ -353,4 +371,5 @@ def only_at(positions: Tensor, parts: list[nn.Module]) -> Iterator[None]:
 @functools.cache
 def _forward_signature(layer_class: type[nn.Module]) -> inspect.Signature:
     signature = inspect.signature(layer_class.forward)  # type: ignore[attr-defined]
-    return signature.replace(parameters=list(signature.parameters.values())[1:])
+    _, *parameters = signature.parameters.values()  # without self
+    return signature.replace(parameters=parameters)

@@ -433,7 +433,12 @@ def _copy_into(wanted: dict[str, Tensor], file: Path, *, held: int) -> None:
         ) from None
 
 
-def _refuse_other_heads(wanted: Set[str], found: Set[str], file: Path, held: int) -> None:
+def _refuse_other_heads(
+    wanted: Set[str],
+    found: Set[str],
+    file: Path,
+    held: int,
+) -> None:
     """Raise ConfigError unless a file with `held` heads has exactly the wanted tensors of the
     wanted heads; of the others only the number is checked."""
     first = {name.split(".")[0] for name in wanted}

@@ -48,7 +48,12 @@ def gamma(schedule: str, step: int, total_steps: int) -> float:
     raise ValueError(f"unknown schedule {schedule!r}")
 
 
-def head_weights(beta: float, alpha: float, gamma: float, num_heads: int) -> list[float]:
+def head_weights(
+    beta: float,
+    alpha: float,
+    gamma: float,
+    num_heads: int,
+) -> list[float]:
     """Return the weight of each head's mean loss in the total: beta * gamma * alpha^k for k =
     1..num_heads."""
     return [beta * gamma * alpha**k for k in range(1, num_heads + 1)]
@@ -109,12 +114,20 @@ class Lesson:
     learned: Callable[[Tensor, int, Tensor, Tensor | None], Tensor]
 
 
-def tokens_at(targets: Tensor, index: int, positions: Tensor, final: Tensor | None) -> Tensor:
+def tokens_at(
+    targets: Tensor,
+    index: int,
+    positions: Tensor,
+    final: Tensor | None,
+) -> Tensor:
     return targets.to(positions.device).flatten()[positions]
 
 
 def distributions_at(
-    targets: Tensor, index: int, positions: Tensor, final: Tensor | None
+    targets: Tensor,
+    index: int,
+    positions: Tensor,
+    final: Tensor | None,
 ) -> Tensor:
     """Return the final hidden states (n, hidden size) from which the model predicts the targets."""
     if final is None:

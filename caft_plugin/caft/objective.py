@@ -218,7 +218,11 @@ class AuxiliaryObjective:
     # -- evaluation --------------------------------------------------------------------------------
 
     def _evaluated(
-        self, model: nn.Module, inputs: Batch, host_loss: Callable[[], HostLoss], totals: Totals
+        self,
+        model: nn.Module,
+        inputs: Batch,
+        host_loss: Callable[[], HostLoss],
+        totals: Totals,
     ) -> HostLoss:
         """Return the host's loss unchanged, and add the heads' losses to `totals`."""
         request = Request.for_evaluation(inputs, len(self.heads))

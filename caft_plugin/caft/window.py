@@ -65,7 +65,13 @@ class Sums:
         self.aux = self.heads.new_zeros(())
         self.tokens = self.heads.new_zeros(())
 
-    def add(self, next_token: Tensor, aux: Tensor, heads: Tensor, tokens: Tensor) -> None:
+    def add(
+        self,
+        next_token: Tensor,
+        aux: Tensor,
+        heads: Tensor,
+        tokens: Tensor,
+    ) -> None:
         self.next_token += next_token.detach().to(self.heads)
         self.aux += aux.detach().to(self.heads)
         self.heads += heads.to(self.heads)
@@ -280,7 +286,12 @@ def over_processes(accelerator: Accelerator, tensor: Tensor) -> Tensor:
     return accelerator.reduce(tensor, reduction="sum")
 
 
-def draw_heads(config: CAFTConfig, micro_batches: int, seed: int, step: int) -> list[list[int]]:
+def draw_heads(
+    config: CAFTConfig,
+    micro_batches: int,
+    seed: int,
+    step: int,
+) -> list[list[int]]:
     """Return how often each head is drawn for each micro-batch; the same on all processes and after
     a restart."""
     if config.heads_per_step is None:

@@ -60,7 +60,8 @@ class Sample:
 
     def of(self, names: frozenset[str]) -> Sample:
         """Return the sample of these tensors only."""
-        return Sample({name: self.values[name] for name in names}, self.quantised & names)
+        values = {name: self.values[name] for name in names}
+        return Sample(values, self.quantised & names)
 
     def shapes(self) -> dict[str, int]:
         return {name: len(values) for name, values in self.values.items()}
@@ -111,31 +112,31 @@ def take_sample(trunk: Trunk, first: Sample | None = None) -> Sample | None:
 
 def values_of_each(tensors: int) -> int:
     """Return the maximum number of values sampled per tensor, given the number of tensors."""
-    return max(1, min(EACH, MOST // max(tensors, 1)))
+    share = MOST // max(tensors, 1)
+    return max(1, min(EACH, share))
 
 
 def sample_of(tensors: Mapping[str, Tensor], whole: Sample) -> Sample:
     """Sample plain tensors of a model; `whole` is a sample of all its tensors, with the same
     names."""
     each = values_of_each(len(whole.values))
-    return Sample({name: _pick(tensor, each) for name, tensor in tensors.items()})
+    values = {name: _pick(tensor, each) for name, tensor in tensors.items()}
+    return Sample(values)
 
 
 def is_sharded(trunk: Trunk) -> bool:
-    return any(
-        isinstance(p, DTensor)
-        for module in (trunk.last_layer, trunk.norm)
-        for p in module.parameters()
-    )
+    parameters = [*trunk.last_layer.parameters(), *trunk.norm.parameters()]
+    return any(isinstance(parameter, DTensor) for parameter in parameters)
 
 
 def _weights(module: nn.Module, prefix: str) -> Iterator[_Weight]:
     if isinstance(module, AuxiliaryTrainingWrapper):
         yield from _weights(in_use(module), prefix)
     elif isinstance(module, BaseTunerLayer):
-        if not isinstance(getattr(module.get_base_layer(), "weight", None), Tensor):
-            raise ValueError(f"{prefix} has an adapter on {type(module.get_base_layer()).__name__}")
-        for weight in _weights(module.get_base_layer(), prefix):
+        base = module.get_base_layer()
+        if not isinstance(getattr(base, "weight", None), Tensor):
+            raise ValueError(f"{prefix} has an adapter on {type(base).__name__}")
+        for weight in _weights(base, prefix):
             changed = weight.name == f"{prefix}.weight"
             yield dataclasses.replace(weight, tuner=module) if changed else weight
     elif parametrize.is_parametrized(module):
@@ -160,8 +161,10 @@ def _is_quantised(module: nn.Module) -> bool:
         return is_quantised(module)
     # FSDP2 shards packed weights as plain rows, also in a floating-point type; the same in every
     # process
+    if not weight.is_floating_point():
+        return True
     shape = (getattr(module, "out_features", None), getattr(module, "in_features", None))
-    return not weight.is_floating_point() or (None not in shape and tuple(weight.shape) != shape)
+    return None not in shape and tuple(weight.shape) != shape
 
 
 def _sample(weights: list[_Weight], first: Sample | None) -> Sample | None:
@@ -185,7 +188,10 @@ def _sample(weights: list[_Weight], first: Sample | None) -> Sample | None:
 
 
 def _base_values(
-    weight: _Weight, loras: list[_Factors] | None, each: int, first: Sample | None
+    weight: _Weight,
+    loras: list[_Factors] | None,
+    each: int,
+    first: Sample | None,
 ) -> Tensor | None:
     """Return a weight's values without its LoRAs, or None if they cannot be read.
 
@@ -354,26 +360,28 @@ class _Compared:
         held: torch.dtype | None = None,
     ) -> _Compared:
         size = max(_rms(before), _rms(after)) or 1.0
-        # A base that was loaded in a coarser type than it has, with an adapter over it, is rounded
-        # and does not show it. One that is on that type's grid by itself was not rounded; of heads
-        # over a frozen model nobody knows.
-        rounded = (
-            held is not None
-            and GRIDS[grid_of(now)] < GRIDS[held]
-            and (GRIDS[grid_of(before)] < GRIDS[held] or torch.equal(before, after))
-        )
-        step = GRIDS[held] if held is not None and rounded else GRIDS[grid_of(now)]
+        step = GRIDS[grid_of(now)]
+        rounded = False
+        if held is not None and step < GRIDS[held]:
+            # A base that was loaded in a coarser type than it has, with an adapter over it, is
+            # rounded and does not show it. One that is on that type's grid by itself was not
+            # rounded; of heads over a frozen model nobody knows.
+            is_finer = GRIDS[grid_of(before)] < GRIDS[held]
+            rounded = is_finer or torch.equal(before, after)
+            step = GRIDS[held] if rounded else step
 
         def alike(then: Tensor) -> bool:
             grid = max(grid_of(then), grid_of(now), key=GRIDS.__getitem__)
-            off = _rms(then.to(grid).float() - now.to(grid).float()) / size
+            difference = then.to(grid).float() - now.to(grid).float()
+            off = _rms(difference) / size
             if quantised:
                 return off <= QUANTISATION
             # a merge rounds the base and the result in its own way; values that were on the grid
             # come back bitwise
             is_on_grid = grid_of(then) == grid and not rounded
             rounding = 0.0 if is_on_grid else TWICE_ROUNDED * max(step, GRIDS[grid])
-            return off <= rounding + 0.05 * _rms(after - before) / size + 1e-5
+            trained = 0.05 * _rms(after - before) / size
+            return off <= rounding + trained + 1e-5
 
         change = after - before
         moved = change.abs() > step * now.abs()
@@ -384,8 +392,11 @@ class _Compared:
 
 def grid_of(values: Tensor) -> torch.dtype:
     """Return the coarsest type that represents these float32 values exactly."""
-    return next(dtype for dtype in GRIDS if torch.equal(values.to(dtype).float(), values))
+    exact = (dtype for dtype in GRIDS if torch.equal(values.to(dtype).float(), values))
+    return next(exact)
 
 
 def _rms(values: Tensor) -> float:
-    return float(values.square().mean().sqrt()) if len(values) else 0.0
+    if not len(values):
+        return 0.0
+    return float(values.square().mean().sqrt())

@@ -131,7 +131,11 @@ class HiddenSubmodule:
             self._shown = None
 
     def _hide(
-        self, owner: nn.Module, state: dict[str, Tensor], prefix: str, metadata: object
+        self,
+        owner: nn.Module,
+        state: dict[str, Tensor],
+        prefix: str,
+        metadata: object,
     ) -> None:
         start = f"{prefix}{self.name}."
         shown = set()
