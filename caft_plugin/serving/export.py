@@ -96,6 +96,7 @@ class Target:
         norm = self.tensor(NORM)
         if not self.is_adapter:
             return norm
+        # PEFT saves a module that trained whole (modules_to_save) under the name of the original.
         prefix = IN_ADAPTER + NORM.removesuffix("weight")
         file = cached_file(self.source.name, ADAPTER_SAFE_WEIGHTS_NAME)
         with safe_open(file, framework="pt") as opened:
@@ -375,7 +376,7 @@ def _write(
         save_file(tensors, unfinished / SAFE_WEIGHTS_NAME, {"format": "pt"})
         write_json(unfinished / "config.json", config)
         write_text(unfinished / "README.md", guide)
-        if output.exists():
+        if output.exists():  # an empty folder, as was checked
             output.rmdir()
         os.replace(unfinished, output)
     finally:
