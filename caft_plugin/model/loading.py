@@ -285,7 +285,7 @@ class Source:
                 device_map={"": 0} if torch.cuda.is_available() else None,
                 **options,
             )
-        model.config.use_cache = False
+        model.config.use_cache = False  # generation turns it on where it needs it
         if self.base == self.name:
             return model
         tokens = tokens_in_adapter(self.name, model) or self.tokens

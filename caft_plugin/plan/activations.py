@@ -12,7 +12,7 @@ from collections import Counter
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, UntypedStorage, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
@@ -43,10 +43,14 @@ class SavedBytes:
     modules."""
 
     def __init__(self, *known: nn.Module) -> None:
-        tensors = [t for module in known for t in (*module.parameters(), *module.buffers())]
         self.bytes = 0
         self.figures: Counter[str] = Counter()
-        self._seen = {storage._cdata: storage for storage in (t.untyped_storage() for t in tensors)}
+        # A storage is kept with its number, which torch would use again after it is freed.
+        self._seen: dict[int, UntypedStorage] = {}
+        for module in known:
+            for tensor in (*module.parameters(), *module.buffers()):
+                storage = tensor.untyped_storage()
+                self._seen[storage._cdata] = storage
 
     def pack(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
@@ -57,8 +61,15 @@ class SavedBytes:
 
     def watch(self, module: nn.Module, name: str) -> None:
         """Count the bytes saved during the module's calls in `figures[name]`."""
-        module.register_forward_pre_hook(lambda *_: self.figures.update({name: -self.bytes}))
-        module.register_forward_hook(lambda *_: self.figures.update({name: self.bytes}))
+
+        def before(*_: object) -> None:
+            self.figures[name] -= self.bytes
+
+        def after(*_: object) -> None:
+            self.figures[name] += self.bytes
+
+        module.register_forward_pre_hook(before)
+        module.register_forward_hook(after)
 
 
 def keeps(
@@ -87,8 +98,14 @@ def keeps(
     # any model's code can read values, which fake tensors do not have, or devices
     except Exception as error:
         hidden = rows * length * trunk.hidden_size * dtype.itemsize
-        layers = [17.0 * hidden for _ in trunk.layers]
-        estimate = Kept(sum(layers), layers, hidden, layers[-1], norm=2.0 * hidden)
+        layers = [17.0 * hidden] * len(trunk.layers)
+        estimate = Kept(
+            base=sum(layers),
+            layers=layers,
+            hidden=hidden,
+            head=layers[-1],
+            norm=2.0 * hidden,
+        )
         return estimate, [
             "Activations are a rough estimate, 17 values per token and hidden unit in each layer"
             f" (arXiv 2205.05198): {type(trunk.model).__name__} cannot run with fake tensors"
@@ -105,6 +122,10 @@ def _keeps(
     dtype: torch.dtype,
 ) -> Kept:
     call: dict[str, Any] = {}
+
+    def note_call(_: nn.Module, args: Any, kwargs: Any) -> None:
+        call.update(args=args, kwargs=kwargs)
+
     decoder = trunk.model.get_decoder()
     half = dtype != torch.float32
     with contextlib.ExitStack() as stack:
@@ -119,18 +140,18 @@ def _keeps(
         ALL_MASK_ATTENTION_FUNCTIONS["sdpa"] = lambda *_, **__: None
         # transformers' own is back
         stack.callback(ALL_MASK_ATTENTION_FUNCTIONS.__delitem__, "sdpa")
-        trunk.last_layer.register_forward_pre_hook(
-            lambda _, args, kwargs: call.update(args=args, kwargs=kwargs), with_kwargs=True
-        )
-        layers = trunk.layers
-        for index, layer in enumerate(layers):
+        # A head is called as the last layer is, so it keeps what a layer keeps.
+        trunk.last_layer.register_forward_pre_hook(note_call, with_kwargs=True)
+        for index, layer in enumerate(trunk.layers):
             saved.watch(layer, f"layer {index}")
         model.train()
-        decoder(input_ids=torch.zeros(rows, length, dtype=torch.long), use_cache=False)
+        ids = torch.zeros(rows, length, dtype=torch.long)
+        decoder(input_ids=ids, use_cache=False)
         base = saved.bytes
         source = call["args"][0] if call["args"] else call["kwargs"]["hidden_states"]
         hidden = source.untyped_storage().nbytes()
-        by_layer = [float(saved.figures[f"layer {index}"]) for index in range(len(layers))]
+        names = [f"layer {index}" for index in range(len(trunk.layers))]
+        by_layer = [float(saved.figures[name]) for name in names]
         if heads is None:
             return Kept(base, by_layer, hidden)
         head = heads.layers[0]

@@ -118,15 +118,13 @@ class Plan:
         gradients = base.gradients + added.gradients
         earlier = gradients if self.run.accumulation > 1 else 0
         so_far = earlier or added.gradients
-        moments = (
-            base.activations + loss.kept + added.activations + added.work + earlier,
-            base.activations + loss.peak + so_far,
-            base.activations + base.work + so_far,
-            gradients * (1 + self.copies),
-        )
-        return (
-            base.weights + base.states + added.weights + added.states + self.gathered + max(moments)
-        )
+        heads_run = base.activations + loss.kept + added.activations + added.work + earlier
+        loss_backward = base.activations + loss.peak + so_far
+        layers_backward = base.activations + base.work + so_far
+        optimizer_step = gradients * (1 + self.copies)
+        weights = base.weights + added.weights + self.gathered
+        states = base.states + added.states
+        return weights + states + max(heads_run, loss_backward, layers_backward, optimizer_step)
 
 
 Built = tuple[nn.Module, Trunk, dict[Tensor, float], CAFTConfig, AuxiliaryHeads | None]
@@ -297,24 +295,28 @@ def stands(
     values, each = optimizer_states(run.optimizer)[0]
     parameters = [] if module is None else list(module.parameters())
     trained = _trained(module)
+    weights = sum(quantised.get(p, _bytes(p)) for p in parameters)
+    gradients = sum(map(_bytes, trained))
+    states = sum(values * p.numel() * (each or p.itemsize) for p in trained)
     return Share(
-        weights=sum(quantised.get(p, _bytes(p)) for p in parameters) / shards,
-        gradients=sum(map(_bytes, trained)) / shards,
-        states=sum(values * p.numel() * (each or p.itemsize) for p in trained) / shards,
+        weights=weights / shards,
+        gradients=gradients / shards,
+        states=states / shards,
     )
 
 
 def gathered_by_fsdp(trunk: Trunk, model: nn.Module, quantised: dict[Tensor, float]) -> float:
     """Return the unsharded bytes on a GPU: two layers at a time, and the parameters outside of the
     layers with their gradients, during the complete step."""
-    layers = trunk.layers
-    in_layers = {p for layer in layers for p in layer.parameters()}
-    outside = sum(
-        _bytes(p) * (1 + p.requires_grad) for p in model.parameters() if p not in in_layers
-    )
-    return outside + 2 * max(
-        sum(quantised.get(p, _bytes(p)) for p in layer.parameters()) for layer in layers
-    )
+    in_layers: set[Tensor] = set()
+    largest = 0.0
+    for layer in trunk.layers:
+        parameters = list(layer.parameters())
+        in_layers |= set(parameters)
+        largest = max(largest, sum(quantised.get(p, _bytes(p)) for p in parameters))
+    others = [p for p in model.parameters() if p not in in_layers]
+    outside = sum(_bytes(p) * (1 + p.requires_grad) for p in others)
+    return outside + 2 * largest
 
 
 def _checked(run: Run, trunk: Trunk) -> CAFTConfig:
@@ -322,6 +324,7 @@ def _checked(run: Run, trunk: Trunk) -> CAFTConfig:
     model."""
     name = run.caft.heads
     record = None
+    # Heads on the Hub are not read: no connection is needed for them.
     if name is not None and (Path(name).exists() or name.startswith((".", "/", "~"))):
         folder = HeadsFolder.open(name)
         folder.refuse_other_model(run.caft, trunk.model.config)
@@ -356,11 +359,15 @@ def _heads_pass(
     The loss computes its gradients in the forward pass and keeps them: those of its hidden states
     and, if the unembedding trains, those of the unembedding (once for all heads).
     """
-    read = supervised * (kept.hidden + (kept.norm if run.caft.head_norm else 0))
+    norm = kept.norm if run.caft.head_norm else 0
+    read = supervised * (kept.hidden + norm)
+    # Its pointwise parts (the MLP) run at supervised positions only.
     itself = kept.head - (1 - supervised) * kept.pointwise
     if run.checkpointing:  # heads share the last layer's input, which is counted there
-        return run.heads_at_once * read + unembedding, max(chunk, itself)
-    return run.heads_at_once * (read + itself) + unembedding, chunk
+        kept_by_all = run.heads_at_once * read
+        return kept_by_all + unembedding, max(chunk, itself)
+    kept_by_all = run.heads_at_once * (read + itself)
+    return kept_by_all + unembedding, chunk
 
 
 def _next_token_loss(run: Run, trunk: Trunk) -> NextTokenLoss:
@@ -431,7 +438,8 @@ def multiply_adds(
 
 def used_experts(config: PretrainedConfig) -> float:
     """Return the fraction of its experts that a mixture uses for one token; 1 for other models."""
-    total = next((n for key in EXPERTS if (n := getattr(config, key, None))), None)
+    counts = [getattr(config, key, None) for key in EXPERTS]
+    total = next(filter(None, counts), None)
     active = getattr(config, ACTIVE, None)
     return active / total if active and total else 1.0
 
@@ -448,7 +456,9 @@ def matrix_products(module: nn.Module, experts: float, again: int) -> float:
     for name, parameter in module.named_parameters():
         if parameter.dim() > 1:
             used = experts if re.search(r"(^|\.)experts\.", name) else 1
-            products += used * parameter.numel() * (2 + parameter.requires_grad + again)
+            # The forward pass, the input's gradient, the matrix's own if it trains.
+            passes = 2 + parameter.requires_grad + again
+            products += used * parameter.numel() * passes
     return products
 
 
@@ -462,7 +472,12 @@ def expected_heads(caft: CAFTConfig) -> float:
     if caft.heads_per_step is None:
         return caft.num_heads
     weights = [caft.alpha**k for k in range(caft.num_heads)]
-    return sum(1 - (1 - weight / sum(weights)) ** caft.heads_per_step for weight in weights)
+    total = sum(weights)
+    expected = 0.0
+    for weight in weights:
+        never_drawn = (1 - weight / total) ** caft.heads_per_step
+        expected += 1 - never_drawn
+    return expected
 
 
 def _notes(run: Run, gpus: int, trunk: Trunk, source: Source) -> list[str]:

@@ -109,11 +109,13 @@ def build_model(run: Run, source: Source) -> tuple[nn.Module, Trunk, dict[Tensor
 def quantised_weights(trunk: Trunk, bits: int) -> dict[Tensor, float]:
     """Return the bytes of each weight that bitsandbytes quantises: all linear layers but the
     unembedding."""
+    quantised: dict[Tensor, float] = {}
     if bits == 16:
-        return {}
-    linear = [module for module in trunk.model.modules() if isinstance(module, nn.Linear)]
-    weights = [module.weight for module in linear if module is not trunk.unembedding]
-    return {weight: weight.numel() * QUANTISED[bits] for weight in weights}
+        return quantised
+    for module in trunk.model.modules():
+        if isinstance(module, nn.Linear) and module is not trunk.unembedding:
+            quantised[module.weight] = module.weight.numel() * QUANTISED[bits]
+    return quantised
 
 
 def to_float32(trunk: Trunk) -> None:
@@ -126,9 +128,11 @@ def to_float32(trunk: Trunk) -> None:
 
 def train_only(model: nn.Module, unfrozen: Sequence[str]) -> None:
     """Freeze all parameters but those whose names match a pattern of `unfrozen_parameters`."""
-    # As Axolotl reads them: a range of rows at the end is no part of the name, and a dot is a dot.
-    without_ranges = [re.sub(r"\[[0-9:]*\]$", "", pattern) for pattern in unfrozen]
-    patterns = [re.compile(re.sub(r"\.(?!\+)", r"\.", pattern)) for pattern in without_ranges]
+    patterns = []
+    for written in unfrozen:
+        # As Axolotl reads them: a range of rows at the end is no part of the name, a dot is a dot.
+        without_range = re.sub(r"\[[0-9:]*\]$", "", written)
+        patterns.append(re.compile(re.sub(r"\.(?!\+)", r"\.", without_range)))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(any(pattern.match(name) for pattern in patterns))
 

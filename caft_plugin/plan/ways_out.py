@@ -100,7 +100,7 @@ class WaysOut:
 
     def peak(self, changes: Iterable[Change]) -> float:
         """Return the peak with these changes, in bytes."""
-        made = frozenset(changes)
+        made = frozenset(changes)  # their order does not matter
         if made not in self._peaks:
             self._peaks[made] = self._planned(made)
             self.lowest = min(self.lowest, self._peaks[made])

@@ -29,7 +29,7 @@ from transformers.utils import (
 )
 
 from caft_plugin.caft.heads_folder import HeadsFolder, read_fingerprint
-from caft_plugin.caft.heads_record import LORA, WEIGHTS, own_file
+from caft_plugin.caft.heads_record import WEIGHTS, own_file
 from caft_plugin.errors import ConfigError, asked_as, first_line, heads_as, heads_named, named
 from caft_plugin.files import write_json, write_text
 from caft_plugin.model.fingerprint import GRIDS, sample_of
@@ -96,6 +96,7 @@ class Target:
         norm = self.tensor(NORM)
         if not self.is_adapter:
             return norm
+        # PEFT saves a module that trained whole (modules_to_save) under the name of the original.
         prefix = IN_ADAPTER + NORM.removesuffix("weight")
         file = cached_file(self.source.name, ADAPTER_SAFE_WEIGHTS_NAME)
         with safe_open(file, framework="pt") as opened:
@@ -160,9 +161,11 @@ def _where_tensors_are(source: Source) -> tuple[dict[str, str], int | None]:
         size = content.get("metadata", {}).get("total_size")
         return {name: file_of[shard] for name, shard in shard_of.items()}, size
     file = str(cached_file(source.base, SAFE_WEIGHTS_NAME, **options))
-    with safe_open(file, framework="pt") as opened, open(file, "rb") as raw:
+    with open(file, "rb") as raw:
         header = int.from_bytes(raw.read(8), "little")  # the file begins with the header's length
-        return dict.fromkeys(opened.keys(), file), os.path.getsize(file) - header - 8
+    size = os.path.getsize(file) - header - 8
+    with safe_open(file, framework="pt") as opened:
+        return dict.fromkeys(opened.keys(), file), size
 
 
 def last_layer_in(source: Source) -> str:
@@ -217,8 +220,7 @@ def _check(
 ) -> None:
     record = folder.record
     config = target.config
-    if (folder.path / LORA).exists() or record.layer_class != family.layer_class:
-        folder.refuse_other_layers(family.layer_class)
+    folder.refuse_other_layers(family.layer_class)
     if record.hidden_size != config.hidden_size:
         raise ConfigError(
             f"{heads_as()}: {folder.path} was made for hidden_size {record.hidden_size}, but"
@@ -294,11 +296,10 @@ def as_eagle3(
 
 def as_heads(heads: list[dict[str, Tensor]], norm: Tensor, count: int) -> dict[str, Tensor]:
     """Return the first `count` heads as layers 0, 1, ..."""
-    weights = {
-        f"layers.{k}.{name}": t.contiguous()
-        for k, head in enumerate(heads[:count])
-        for name, t in head.items()
-    }
+    weights = {}
+    for k, head in enumerate(heads[:count]):
+        for name, tensor in head.items():
+            weights[f"layers.{k}.{name}"] = tensor.contiguous()
     # vLLM's parallel drafter needs a hidden state for mask slots, which heads do not use.
     return weights | {
         "norm.weight": norm,
@@ -356,8 +357,9 @@ def _cost(target: Target, head: Mapping[str, Tensor], norm: Tensor) -> Cost:
     config = target.config
     of_head = sum(tensor.nbytes for tensor in head.values())
     matrix = config.vocab_size * config.hidden_size * norm.itemsize
-    if target.size is None:
-        return Cost(config.num_hidden_layers * of_head + matrix, of_head, matrix)
+    if target.size is None:  # a head is as large as a layer
+        layers = config.num_hidden_layers * of_head
+        return Cost(layers + matrix, of_head, matrix)
     # a forward pass reads only a few of its rows
     embedding = 0 if config.tie_word_embeddings else matrix
     return Cost(target.size - embedding, of_head, matrix)
@@ -374,7 +376,7 @@ def _write(
         save_file(tensors, unfinished / SAFE_WEIGHTS_NAME, {"format": "pt"})
         write_json(unfinished / "config.json", config)
         write_text(unfinished / "README.md", guide)
-        if output.exists():
+        if output.exists():  # an empty folder, as was checked
             output.rmdir()
         os.replace(unfinished, output)
     finally:

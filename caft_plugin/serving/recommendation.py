@@ -76,6 +76,7 @@ def kept(folder: Path) -> Drafting | None:
             f"{heads_as()}: {folder / DRAFTING} cannot be read ({error.errors()[0]['msg']})."
             f" {again}"
         ) from error
+    # Heads that were trained further are accepted more often, so their results are others.
     if found.weights != digest(folder):
         raise ConfigError(
             f"{heads_as()}: {folder / DRAFTING} was written for other heads than those in {folder}."

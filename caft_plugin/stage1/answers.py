@@ -108,6 +108,7 @@ class AnswerFile:
         self.answers: list[list[int]] = [json.loads(line)["answer"] for line in lines[1:]]
         path.parent.mkdir(parents=True, exist_ok=True)
         self.file = open(path, "ab")
+        # New answers would otherwise be appended to half a line.
         self.file.truncate(sum(map(len, lines)))
         if not lines:
             self._write(header)
@@ -119,6 +120,7 @@ class AnswerFile:
         for answer in answers:
             self._write({"answer": answer})
             self.answers.append(answer)
+        # On disk before the next batch is generated, so no more than one batch is ever lost.
         self.file.flush()
         os.fsync(self.file.fileno())
 
@@ -144,6 +146,7 @@ def write_answers(
     ends = end_tokens(model, tokenizer)
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     check_prompts(prompts, config, context)
+    # The batch size is not part of it: a killed run may go on with another one.
     digest = hashlib.sha256(json.dumps([list(p) for p in prompts]).encode()).hexdigest()
     header = {
         "base model": name,

@@ -24,10 +24,9 @@ Row = dict[str, list[int]]  # input_ids, and labels with -100 where there is no 
 
 def prompt_of(row: Row) -> list[int]:
     """Return the tokens before the first one with a label: the prompt."""
-    first = next(
-        (i for i, label in enumerate(row["labels"]) if label != IGNORE), len(row["labels"])
-    )
-    return list(row["input_ids"][:first])
+    unlabelled = itertools.takewhile(lambda label: label == IGNORE, row["labels"])
+    length = len(list(unlabelled))
+    return list(row["input_ids"][:length])
 
 
 def supervised(row: Row) -> bool:
@@ -36,7 +35,10 @@ def supervised(row: Row) -> bool:
 
 def with_answer(prompt: Sequence[int], answer: Sequence[int]) -> Row:
     """Return a training row with a loss only on the answer."""
-    return {"input_ids": [*prompt, *answer], "labels": [IGNORE] * len(prompt) + list(answer)}
+    return {
+        "input_ids": [*prompt, *answer],
+        "labels": [IGNORE] * len(prompt) + list(answer),
+    }
 
 
 def read_rows(
@@ -54,11 +56,13 @@ def read_rows(
     Raises:
         ConfigError: the file does not exist, or a line is none of these.
     """
-    rows = [
-        with_answer(*parts)
-        for parts in _read_lines(file, option, lambda c: _prompt_and_answer(c, tokenizer))
-    ]
-    return [{key: values[:max_length] for key, values in row.items()} for row in rows]
+
+    def read(content: dict[str, Any]) -> Row:
+        prompt, answer = _prompt_and_answer(content, tokenizer)
+        row = with_answer(prompt, answer)
+        return {key: values[:max_length] for key, values in row.items()}
+
+    return list(_read_lines(file, option, read))
 
 
 def read_prompts(
@@ -94,13 +98,16 @@ def _read_lines(file: Path, option: str, read: Callable[[dict[str, Any]], T]) ->
 
 def _prompt(content: dict[str, Any], tokenizer: Any) -> list[int]:
     if "messages" in content:
-        asked = list(
-            itertools.takewhile(lambda message: message["role"] != "assistant", content["messages"])
-        )
+        messages = content["messages"]
+        asked = itertools.takewhile(lambda message: message["role"] != "assistant", messages)
         return tokenizer.apply_chat_template(
-            asked, add_generation_prompt=True, tokenize=True, return_dict=False
+            list(asked),
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=False,
         )
-    ids = tokenizer(content["prompt"] if "prompt" in content else content["text"]).input_ids
+    text = content["prompt"] if "prompt" in content else content["text"]
+    ids = tokenizer(text).input_ids
     if not ids:
         raise ValueError("its prompt has no tokens")
     return ids
@@ -109,20 +116,26 @@ def _prompt(content: dict[str, Any], tokenizer: Any) -> list[int]:
 def _prompt_and_answer(content: dict[str, Any], tokenizer: Any) -> tuple[list[int], list[int]]:
     if "messages" in content:
         messages = content["messages"]
-        turn = next(i for i, message in enumerate(messages) if message["role"] == "assistant")
+        roles = (message["role"] for message in messages)
+        turn = next(i for i, role in enumerate(roles) if role == "assistant")
         template = functools.partial(
             tokenizer.apply_chat_template, tokenize=True, return_dict=False
         )
         prompt = template(messages[:turn], add_generation_prompt=True)
         conversation = template(messages[: turn + 1])
+        # The heads would learn from another prompt than the one that generation starts with.
         if conversation[: len(prompt)] != prompt:
             raise ValueError("the chat template changes the prompt's tokens when an answer follows")
         return prompt, conversation[len(prompt) :]
-    end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    end = []
+    if tokenizer.eos_token_id is not None:
+        end = [tokenizer.eos_token_id]
     if "prompt" in content:
+        prompt = tokenizer(content["prompt"]).input_ids
         completion = tokenizer(content["completion"], add_special_tokens=False).input_ids
-        return tokenizer(content["prompt"]).input_ids, completion + end
-    return [], tokenizer(content["text"]).input_ids + end
+        return prompt, completion + end
+    text = tokenizer(content["text"]).input_ids
+    return [], text + end
 
 
 def pad_rows(rows: Sequence[Row], pad: int) -> dict[str, Tensor]:
@@ -130,11 +143,17 @@ def pad_rows(rows: Sequence[Row], pad: int) -> dict[str, Tensor]:
     row)."""
     length = max(len(row["input_ids"]) for row in rows)
 
-    def padded(values: Sequence[Sequence[int]], fill: int) -> Tensor:
-        return torch.tensor([[*v, *[fill] * (length - len(v))] for v in values])
-
+    ids = []
+    labels = []
+    mask = []
+    for row in rows:
+        tokens = len(row["input_ids"])
+        missing = length - tokens
+        ids.append([*row["input_ids"], *[pad] * missing])
+        labels.append([*row["labels"], *[IGNORE] * missing])
+        mask.append([1] * tokens + [0] * missing)
     return {
-        "input_ids": padded([row["input_ids"] for row in rows], pad),
-        "labels": padded([row["labels"] for row in rows], IGNORE),
-        "attention_mask": padded([[1] * len(row["input_ids"]) for row in rows], 0),
+        "input_ids": torch.tensor(ids),
+        "labels": torch.tensor(labels),
+        "attention_mask": torch.tensor(mask),
     }

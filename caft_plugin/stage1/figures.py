@@ -15,21 +15,25 @@ def before_and_after(folder: Path) -> str:
     metrics = HeadsMetrics.model_validate_json(read_small(folder, METRICS))
     if not metrics.heads:
         return "No figures before and after: no held-out row has a target of every head."
-    return "\n".join([*aligned([HEADER, *_cells(metrics)]), "", drafting(metrics)])
+    table = aligned([HEADER, *_cells(metrics)])
+    return "\n".join([*table, "", drafting(metrics)])
 
 
 def aligned(table: list[list[str]]) -> list[str]:
     """Return the rows of a table as lines, each column flush right."""
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    return [
-        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
-        for row in table
-    ]
+    columns = zip(*table, strict=True)
+    widths = [max(map(len, column)) for column in columns]
+    lines = []
+    for row in table:
+        cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
+        lines.append("  ".join(cells))
+    return lines
 
 
 def figures_as_markdown(metrics: HeadsMetrics) -> list[str]:
     """Return the lines of the same table, for the heads' card."""
-    rows = [HEADER, ["---"] * len(HEADER), *_cells(metrics)]
+    rule = ["---"] * len(HEADER)
+    rows = [HEADER, rule, *_cells(metrics)]
     return [f"| {' | '.join(row)} |" for row in rows]
 
 
@@ -39,12 +43,12 @@ def drafting(metrics: HeadsMetrics) -> str:
     if metrics.tokens_per_pass is None:
         return ""
     before = metrics.tokens_per_pass_before
-    compared = "" if before is None else f" ({before:.2f} before this training)"
-    places = (
-        ""
-        if metrics.positions is None
-        else f", estimated at {metrics.positions:,} held-out positions"
-    )
+    compared = ""
+    if before is not None:
+        compared = f" ({before:.2f} before this training)"
+    places = ""
+    if metrics.positions is not None:
+        places = f", estimated at {metrics.positions:,} held-out positions"
     return (
         f"As drafters these heads give {metrics.tokens_per_pass:.2f} tokens per"
         f" step{compared}{places}. Plain generation gives 1. The speed-up is smaller, since"
@@ -53,13 +57,19 @@ def drafting(metrics: HeadsMetrics) -> str:
 
 
 def _cells(metrics: HeadsMetrics) -> list[list[str]]:
-    before = metrics.untrained or metrics.before
+    all_before = metrics.untrained or metrics.before
     cells = []
     for k, after in enumerate(metrics.heads, 1):
-        pair = [_words(before[k - 1]) if before else ("-", "-"), _words(after)]
-        cells.append([str(k), f"{k + 1} ahead", *(pair[i][j] for j in range(2) for i in range(2))])
+        before = all_before[k - 1] if all_before else None
+        losses = [_loss(before), _loss(after)]
+        accuracies = [_accuracy(before), _accuracy(after)]
+        cells.append([str(k), f"{k + 1} ahead", *losses, *accuracies])
     return cells
 
 
-def _words(figures: HeadFigures) -> tuple[str, str]:
-    return f"{figures.loss:.4f}", f"{figures.accuracy:.2%}"
+def _loss(figures: HeadFigures | None) -> str:
+    return "-" if figures is None else f"{figures.loss:.4f}"
+
+
+def _accuracy(figures: HeadFigures | None) -> str:
+    return "-" if figures is None else f"{figures.accuracy:.2%}"

@@ -118,6 +118,7 @@ class HeadsTrainer(with_caft(TrunkTrainer)):  # type: ignore[misc]
         )
         super().__init__(*args, **kwargs)
 
+    # The Trainer would save the base with the heads, into every checkpoint.
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         self.caft_files.save(output_dir or self.args.output_dir)
 
@@ -159,6 +160,7 @@ def pretrain_heads(stage1: Stage1) -> Path:
         ConfigError: the data or the settings do not fit.
     """
     arguments = stage1.arguments
+    # Each process would write answers into the same file.
     if arguments.world_size > 1:
         raise ConfigError(
             f"pretrain_heads: {arguments.world_size} processes were started, but it accepts one."
@@ -171,6 +173,7 @@ def pretrain_heads(stage1: Stage1) -> Path:
     stage1.model.eval()
     rows, heldout = with_targets(stage1, rows, heldout, out)
     trainer = make_trainer(stage1, rows, heldout)
+    # Also when it resumes: the checkpoint is loaded after this, so the figures are the same.
     before = trainer.evaluate() if heldout else {}
     trainer.train(resume_from_checkpoint=trainer.caft_files.newest_whole_checkpoint())
     after = trainer.evaluate() if heldout else {}
@@ -219,9 +222,9 @@ def with_targets(
         ConfigError: the base model cannot answer the prompts.
     """
     if stage1.config.targets == "distribution":
-        return [
-            {"input_ids": row["input_ids"], "labels": row["input_ids"]} for row in rows
-        ], heldout
+        # All positions have a label, which only says where the base's distribution is learnt.
+        texts = [row["input_ids"] for row in rows]
+        return [{"input_ids": ids, "labels": ids} for ids in texts], heldout
     if stage1.config.targets == "dataset":
         return rows, heldout
     prompts = [prompt_of(row) for row in (*heldout, *rows)]
@@ -237,8 +240,9 @@ def with_targets(
 def make_trainer(stage1: Stage1, rows: list[Row], heldout: list[Row]) -> HeadsTrainer:
     """Return the trainer of the heads, with the settings that stage 1 has by definition."""
     pad = stage1.tokenizer.pad_token_id
-    if pad is None:
+    if pad is None:  # any id will do, since padding is masked and has no labels
         pad = 0
+    # The heads' loss is the only one, so it is not scaled down.
     caft = stage1.caft.model_copy(
         update={"beta": 1.0, "schedule": "constant", "train_heads": "full"}
     )

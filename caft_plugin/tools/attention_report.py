@@ -160,18 +160,22 @@ def attention_report(
     }
     tokenizer = load_tokenizer(tuned, key=asked_as("tuned"))
     rows = encode(texts, tokenizer, max_length)
-    models = {
-        name: merged(source.load(dtype, attn_implementation="eager")).eval()
-        for name, source in sources.items()
-    }
+    # Only the eager implementation returns attention weights.
+    models = {}
+    for name, source in sources.items():
+        loaded = source.load(dtype, attn_implementation="eager")
+        models[name] = merged(loaded).eval()
     used = frozenset(token for row in rows for token in row.ids)
     token = _mask_token(mask_token, tuned, tokenizer, models, used)
     ratio = DEFAULT_MASK_RATIO["pretrain"] if mask_ratio is None else mask_ratio
     generator = random.Random(seed)
     sums: dict[tuple[str, str, str], float] = defaultdict(float)
     for row in tqdm(rows, unit="text", desc="computing attention"):
-        drawn = generator.sample(range(1, len(row.ids) - 1), max(1, int(len(row.ids) * ratio)))
-        masked = torch.zeros(len(row.ids), dtype=torch.bool)
+        length = len(row.ids)
+        count = max(1, int(length * ratio))
+        # Both models mask the same positions. The first and the last token are never masked.
+        drawn = generator.sample(range(1, length - 1), count)
+        masked = torch.zeros(length, dtype=torch.bool)
         masked[drawn] = True
         for name, model in models.items():
             for (figure, part), value in figures_of(model, row, masked, token.id).items():
@@ -219,7 +223,6 @@ def encode(texts: list[Text], tokenizer: PreTrainedTokenizerBase, max_length: in
         spans = encoded["offset_mapping"]  # of special tokens: empty
         segments = [text.segments[start] if start < end else "" for start, end in spans]
         rows.append(Row(text, encoded["input_ids"], segments))
-    # the first and the last token are never masked
     rows = [row for row in rows if len(row.ids) > 2]
     if not rows:
         raise ConfigError(
@@ -271,6 +274,7 @@ def _mask_token(
     used: frozenset[int],
 ) -> MaskToken:
     rows = input_embedding(models["tuned"]).num_embeddings
+    # An added mask token lies next to the model that was trained with it.
     if wanted == "auto" and (Path(tuned) / FILE).is_file():
         wanted = "add"
     # Choose as the training run did: by the embedding rows of the base.
@@ -313,15 +317,17 @@ def on_masked_and_variance_of_rest(weights: Tensor, masked: Tensor) -> tuple[flo
         masked: (length,), True at masked positions.
     """
     length = len(masked)
-    earlier = torch.ones(length, length).tril().bool()
-    earlier[:, 0] = False
+    earlier = torch.ones(length, length).tril().bool()  # (queries, positions)
+    earlier[:, 0] = False  # it gets the attention that no other token needs
     on_masked = earlier & masked
     rest = earlier & ~masked
     seeing = (on_masked.sum(-1) > 0) & (rest.sum(-1) > 1)
-    mean = (weights * on_masked).sum(-1) / on_masked.sum(-1).clamp(min=1)
-    count = rest.sum(-1).clamp(min=2)
-    centre = (weights * rest).sum(-1, keepdim=True) / count[:, None]
-    variance = ((weights - centre).square() * rest).sum(-1) / count
+    masked_count = on_masked.sum(-1).clamp(min=1)
+    mean = (weights * on_masked).sum(-1) / masked_count
+    rest_count = rest.sum(-1).clamp(min=2)
+    centre = (weights * rest).sum(-1) / rest_count
+    squares = (weights - centre[..., None]).square() * rest
+    variance = squares.sum(-1) / rest_count
     return mean[:, seeing].mean().item(), variance[:, seeing].mean().item()
 
 
@@ -368,8 +374,10 @@ def _by_model_and_input(title: str, values: ByModelAndInput) -> list[str]:
         unmasked, masked = (values[model, given] for given in INPUTS)
         effect = changed(unmasked, masked)
         lines.append(f"  {model:<18}{unmasked:>16.3e}{masked:>16.3e}{effect:>20}")
-    tuning = [changed(*(values[model, given] for model in MODELS)) for given in INPUTS]
-    cells = "".join(f"{effect:>16}" for effect in tuning)
+    cells = ""
+    for given in INPUTS:
+        base, tuned = (values[model, given] for model in MODELS)
+        cells += f"{changed(base, tuned):>16}"
     return [*lines, f"  {'effect of tuning':<18}{cells}"]
 
 
@@ -390,9 +398,9 @@ def draw(figures: Figures, file: Path) -> None:
     labels = ["mean attention weight", "variance of the attention weights"]
 
     def fill(axes: Any) -> None:
-        for axis, (name, values), label in zip(
-            axes, compared(figures).items(), labels, strict=False
-        ):
+        # a third panel has the segments
+        panels = zip(axes, compared(figures).items(), labels, strict=False)
+        for axis, (name, values), label in panels:
             heights = {given: [values[model, given] for model in MODELS] for given in INPUTS}
             bars(axis, MODELS, heights, "text")
             title = f"{name}:\n{changed(values[FIRST], values[LAST])}"
@@ -418,13 +426,8 @@ def bars(
 ) -> None:
     """Draw two bars in each group, one for each key of `heights`."""
     for offset, (name, values) in zip((-0.2, 0.2), heights.items(), strict=True):
-        axis.bar(
-            [at + offset for at in range(len(groups))],
-            values,
-            width=0.4,
-            label=name,
-            color=COLOURS[name],
-        )
+        places = [at + offset for at in range(len(groups))]
+        axis.bar(places, values, width=0.4, label=name, color=COLOURS[name])
     axis.set_xticks(range(len(groups)), groups)
     axis.margins(y=0.3)  # room for the legend
     axis.legend(title=legend, ncols=2, loc="upper center")

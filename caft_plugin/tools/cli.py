@@ -281,7 +281,7 @@ def plain_stage1(given: dict[str, Any], caft: dict[str, Any], config: PretrainCo
         per_device_train_batch_size=given["batch_size"],
         learning_rate=given["learning_rate"],
         save_steps=given["save_steps"],
-        save_total_limit=2,
+        save_total_limit=2,  # the newest can be incomplete after a crash
         logging_steps=10,
         bf16=dtype == torch.bfloat16,
         use_cpu=not torch.accelerator.is_available(),
@@ -415,6 +415,7 @@ def keep_steps(found: Comparison, model: str, heads: str, prompts: int, temperat
     from caft_plugin.serving.recommendation import keep
     from caft_plugin.tools.speculate import HEADS
 
+    # The Hub's cache is no place for results: the next revision has another folder.
     if not Path(heads).is_dir():
         return (
             "\nNot saved for `caft export-drafter`, since these heads are on the Hub: download them"
@@ -567,7 +568,7 @@ def plan_command(config: Path, gpu_memory: str | None, gpus: int, supervised: fl
     """
     from caft_plugin.quiet import quiet
 
-    with quiet():
+    with quiet():  # packages warn of this machine as they are imported; the run is elsewhere
         from caft_plugin.axolotl.config_reading import read_for_plan
         from caft_plugin.axolotl.run import read_run
         from caft_plugin.plan.estimate import make_plan

@@ -253,6 +253,7 @@ def write_folder(out: Path, tensors: dict[str, Tensor], record: HeadsRecord) -> 
     Raises:
         ConfigError: the disk is full, permission is missing, or `out` was created in the meantime.
     """
+    # In the same folder, since a rename to another file system would be a copy.
     temporary = out.absolute().with_name(f".{out.absolute().name}.{os.getpid()}.tmp")
     try:
         write_heads(temporary, record, unshared(tensors), {})
@@ -271,6 +272,7 @@ def unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     result = {}
     for name, tensor in tensors.items():
         storage = tensor.untyped_storage()
+        # A view of a larger storage would be saved with all of it.
         owns = storage.nbytes() == tensor.nbytes and storage.data_ptr() not in seen
         seen.add(storage.data_ptr())
         result[name] = (

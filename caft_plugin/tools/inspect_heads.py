@@ -61,10 +61,13 @@ def describe(heads: str | os.PathLike[str]) -> str:
         )
     facts |= facts_of_training(metrics, losses)
     table = [["head", "predicts", "parameters", "dtype", "size"]]
-    table += [[str(k), f"{k + 1} ahead", *sizes(own)] for k, own in enumerate(tensors, 1)]
-    table.append(["all", "", *sizes([tensor for own in tensors for tensor in own])])
+    for k, own in enumerate(tensors, 1):
+        table.append([str(k), f"{k + 1} ahead", *sizes(own)])
+    of_all_heads = [tensor for own in tensors for tensor in own]
+    table.append(["all", "", *sizes(of_all_heads)])
     for title, cells in figures_of_heads(metrics, losses, record.num_heads).items():
-        for row, cell in zip(table, [title, *cells, ""], strict=True):
+        column = [title, *cells, ""]
+        for row, cell in zip(table, column, strict=True):
             row.append(cell)
     lines = [f"{name:<12} {value}" for name, value in facts.items()]
     return "\n".join(line.rstrip() for line in [*lines, "", *aligned(table)])
@@ -82,19 +85,17 @@ def facts_of_training(
         if metrics.started_from is not None:
             facts["Started from"] = named(metrics.started_from)
     elif losses:
-        steps = {name: f"{logged.step:,}" for name, logged in losses.items()}
-        facts["Logged at"] = ", ".join(
-            f"step {step} ({label(name)})" for name, step in list(steps.items())[:SETS]
-        )
-    drafting = (
-        {"held out": metrics}
-        if metrics is not None
-        else {label(name): of for name, of in losses.items()}
-    )
+        steps = [f"step {logged.step:,} ({label(name)})" for name, logged in losses.items()]
+        facts["Logged at"] = ", ".join(steps[:SETS])
+    drafting: dict[str, HeadsMetrics | LoggedLosses] = {}
+    if metrics is not None:
+        drafting["held out"] = metrics
+    else:
+        drafting |= {label(name): logged for name, logged in losses.items()}
     found = [
-        f"{of.tokens_per_pass:.2f} tokens per step ({name})"
-        for name, of in drafting.items()
-        if of.tokens_per_pass is not None
+        f"{figures.tokens_per_pass:.2f} tokens per step ({name})"
+        for name, figures in drafting.items()
+        if figures.tokens_per_pass is not None
     ]
     if found:
         facts["As drafters"] = ", ".join(found[:SETS])
@@ -125,7 +126,8 @@ def sizes(tensors: list[dict[str, Any]]) -> list[str]:
     header."""
     parameters = sum(math.prod(tensor["shape"]) for tensor in tensors)
     dtypes = sorted({tensor["dtype"] for tensor in tensors})
-    size = sum(end - start for start, end in (tensor["data_offsets"] for tensor in tensors))
+    offsets = [tensor["data_offsets"] for tensor in tensors]
+    size = sum(end - start for start, end in offsets)
     return [f"{parameters:,}", ", ".join(dtypes), f"{size / 1e6:,.2f} MB"]
 
 
@@ -143,7 +145,8 @@ def tensors_of_heads(folder: Path, record: HeadsRecord) -> list[list[dict[str, A
         with safe_open(file, framework="numpy"):
             pass
         with open(file, "rb") as opened:
-            header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
+            length = int.from_bytes(opened.read(8), "little")
+            header = json.loads(opened.read(length))
     except (OSError, SafetensorError) as error:
         raise ConfigError(
             f"{file} cannot be read as safetensors ({error}). The file is damaged or of another"
@@ -155,8 +158,9 @@ def tensors_of_heads(folder: Path, record: HeadsRecord) -> list[list[dict[str, A
             heads[name.partition(".")[0]].append(entry)
     wanted = [str(k) for k in range(record.num_heads)]
     if set(heads) != set(wanted):
+        there = [named(name) for name in sorted(heads)[:20]]
         raise ConfigError(
-            f"{file} holds heads {', '.join(map(named, sorted(heads)[:20])) or 'none'}, but"
+            f"{file} holds heads {', '.join(there) or 'none'}, but"
             f" {RECORD} next to it says there are {record.num_heads}, counted from 0. Make or"
             " download the heads folder again."
         )

@@ -131,7 +131,7 @@ def speculate(
 
     def write(number: int, length: int, way: dict[str, object]) -> Tensor:
         ids = torch.tensor([list(prompts[number])], device=model.device)
-        torch.manual_seed(seed + number)
+        torch.manual_seed(seed + number)  # the same for all ways and runs
         out = generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
@@ -205,6 +205,7 @@ def count_passes(model: PreTrainedModel) -> Iterator[Callable[[], int]]:
     def note(*_: object) -> None:
         passes[0] += 1
 
+    # Drafting runs the heads' layers, not the model, so it is not counted.
     handle = find_trunk(model).model.register_forward_pre_hook(note)
     try:
         yield lambda: passes[0]

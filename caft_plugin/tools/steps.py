@@ -30,7 +30,8 @@ class Steps:
 
     def __iadd__(self, other: Steps) -> Steps:
         self.tokens += other.tokens
-        self.steps = [own + its for own, its in zip(self.steps, other.steps, strict=True)]
+        both = zip(self.steps, other.steps, strict=True)
+        self.steps = [own + its for own, its in both]
         return self
 
     def tokens_per_step(self) -> list[float]:
@@ -57,7 +58,10 @@ def proposals(drafter: Drafter, prompt: Sequence[int], text: Sequence[int]) -> l
     model: nn.Module = drafter.model
     trunk = drafter.trunk
     config = drafter.config
-    ids = torch.tensor([[*prompt, *text[:-1]]], device=next(trunk.last_layer.parameters()).device)
+    device = next(trunk.last_layer.parameters()).device
+    ids = torch.tensor([[*prompt, *text[:-1]]], device=device)
+    # The forward pass notes what each head reads: the arguments of the last layer, and the hidden
+    # state that the wiring names.
     with noted_pass(trunk, compiled_around(trunk)) as notes:
         model(input_ids=ids, use_cache=False)
     call, source = notes.read_by(config.head_input)
@@ -66,8 +70,10 @@ def proposals(drafter: Drafter, prompt: Sequence[int], text: Sequence[int]) -> l
     with turn_with(drafter.heads):
         for layer in drafter.heads.layers:
             hidden = replay(layer, source, call, positions)
-            hidden = trunk.norm(hidden) if config.head_norm else hidden
-            proposed.append(trunk.logits(hidden).argmax(-1).tolist())
+            if config.head_norm:
+                hidden = trunk.norm(hidden)
+            logits = trunk.logits(hidden)
+            proposed.append(logits.argmax(-1).tolist())
     return proposed
 
 
@@ -80,10 +86,11 @@ def steps_of(text: Sequence[int], proposed: Sequence[Sequence[int]], number: int
         right = 0
         # At the last position that the model has read, head 1 proposes the token after the newest
         # one.
-        while right < number and text[written + right : written + right + 1] == [
-            proposed[right][written - 1]
-        ]:
+        drafts = [of_head[written - 1] for of_head in proposed[:number]]
+        for draft, token in zip(drafts, text[written : written + number], strict=False):
+            if draft != token:
+                break
             right += 1
-        written += right + 1
+        written += right + 1  # the model itself adds one token in each step
         steps += 1
     return steps

@@ -91,6 +91,22 @@ def test_the_frozen_base_is_the_one_that_axolotl_trains(here, changes):
     assert ours.get_input_embeddings().num_embeddings >= len(tokenizer)
 
 
+@pytest.mark.parametrize("model", ["./nowhere", "./no-base", "./heads"])
+def test_a_bad_model_in_place_of_the_yamls(here, model):
+    """As without a YAML (tests/test_model_loading.py), although Axolotl loads the model."""
+    for name, content in {
+        "no-base/adapter_config.json": {"peft_type": "LORA"},
+        "heads/config.json": {"head_input": "final", "head_norm": True, "layer_class": "L"},
+    }.items():
+        file = here.folder / name
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(json.dumps(content))
+    file = write(here, "bad", pretrain_heads={"targets": "dataset"})
+    result = run("pretrain-heads", file, "--model", model)
+    wanted = "whose config could not|names no base_model_name_or_path|which is a heads folder"
+    assert result.exit_code == 1 and re.search(rf"Error: --model: .*({wanted})", result.output)
+
+
 def test_heads_of_stage_1_and_of_a_run_serve_the_same_yaml(here, caplog):
     changes = {**TOKENS, **PAD, **OVERRIDES}
     file = write(

@@ -283,8 +283,9 @@ def test_bad_settings():
         match=r"pretrain_heads.targets: got 'teacher', but it accepts one of model, dataset",
     ):
         PretrainConfig(targets="teacher")
-    with pytest.raises(ConfigError, match="pretrain_heads.tempratur: unknown setting"):
-        PretrainConfig(tempratur=1)
+    for unknown in ({"tempratur": 1}, {"vllm": False}):  # the second was a setting
+        with pytest.raises(ConfigError, match="pretrain_heads.(tempratur|vllm): unknown setting"):
+            PretrainConfig(**unknown)
 
 
 def test_empty_data(base, tokenizer, tmp_path):
