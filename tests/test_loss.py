@@ -8,7 +8,9 @@ import torch.nn.functional as F
 
 from caft_plugin import ConfigError, loss
 from caft_plugin.loss import (
+    BOUNDARY,
     IGNORE,
+    PLAN,
     count_targets,
     cross_entropy_of,
     document_ids,
@@ -82,6 +84,14 @@ def test_targets_follow_the_definition(marks, documents):
     torch.testing.assert_close(
         head_targets({"labels": LABELS, **marks}, 5), slow_targets(LABELS, documents, 5), rtol=0, atol=0
     )
+
+
+@pytest.mark.parametrize("bit", [1, 2, 4, 8, 16])
+def test_of_the_bits_of_a_plan_only_the_boundary_separates_documents(bit):
+    plan = torch.zeros_like(LABELS)
+    plan[:, 3] = bit
+    expected = [0, 0, 0, 1, 1, 1, 1, 1] if bit == BOUNDARY else [0] * 8
+    assert document_ids({"labels": LABELS, PLAN: plan}).tolist() == [expected, expected]
 
 
 def test_rows_shorter_than_the_reach_of_a_head():
