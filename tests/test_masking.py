@@ -15,7 +15,12 @@ import torch.nn.functional as F
 from datasets import Dataset, IterableDataset
 from paths import GOLDENS
 from tiny import word_tokenizer
-from transformers import DataCollatorForLanguageModeling, DataCollatorForSeq2Seq, DataCollatorWithFlattening
+from transformers import (
+    DataCollatorForLanguageModeling,
+    DataCollatorForSeq2Seq,
+    DataCollatorWithFlattening,
+    TrainerState,
+)
 
 from caft_plugin import ConfigError, MEAPConfig
 from caft_plugin.loss import BOUNDARY, IGNORE, PLAN, head_targets
@@ -30,6 +35,7 @@ from caft_plugin.meap.masking import (
     OVERLONG,
     TOO_LONG,
     Duplication,
+    EpochOfMasks,
     MEAPCollator,
     nothing_to_mask,
     plain_labels,
@@ -192,6 +198,8 @@ def test_rows_that_are_not_tokenised():
         duplication()({"text": "w1"})
     with pytest.raises(ConfigError, match="mode: pretrain"):
         duplication()({"input_ids": [1]})
+    with pytest.raises(ConfigError, match="but these have text"):
+        duplication().doubled(Dataset.from_list([{"text": "w1"}]))
 
 
 @pytest.mark.parametrize("layout", ["concat", "separate"])
@@ -381,6 +389,16 @@ def test_draws_depend_on_seed_epoch_and_tokens_alone():
     separate = [row for r in rows for row in duplication("separate")(r)]
     ids = collator(layout="separate")(separate)["input_ids"][1::2]
     assert [[i + 64 for i in (row == MASK).nonzero().flatten().tolist()] for row in ids] == list(first.values())
+
+
+@pytest.mark.parametrize(("stopped_in", "epoch"), [(None, 0), (0, 0), (0.5, 0), (2.5, 2)])
+def test_masks_are_those_of_the_epoch_in_which_a_run_goes_on(stopped_in, epoch):
+    made = collator()
+    callback = EpochOfMasks(made)
+    callback.on_train_begin(None, TrainerState(epoch=stopped_in), None)
+    for later in (0, 1):
+        callback.on_epoch_begin(None, None, None)
+        assert int(made.epoch) == epoch + later
 
 
 @pytest.mark.parametrize("text", [1, 2, 20])
