@@ -370,7 +370,8 @@ def chosen(tree: Path, module: str, count: int, seed: int, earlier: list[dict]) 
                 if (mutation.before, mutation.after) == (entry["before"], entry["after"])
             ]
             if same:
-                tasks.append(Task(module, *everywhere[min(same)[-1]]))
+                task = Task(module, *everywhere[min(same)[-1]])
+                tasks += [task] if task not in tasks else []
     taken = {task.mutation for task in tasks}
     others = [Task(module, own, mutation) for mutation in candidates if mutation not in taken]
     return [*tasks, *others[: max(count - len(tasks), 0)]]
@@ -382,9 +383,8 @@ def chosen(tree: Path, module: str, count: int, seed: int, earlier: list[dict]) 
 def copy_of(tree: Path, folder: Path) -> Path:
     """Copy the files that git tracks or would track."""
     listed = ["git", "-C", str(tree), "ls-files", "-co", "--exclude-standard", "-z"]
-    for name in subprocess.run(listed, capture_output=True, text=True, check=True).stdout.split(
-        "\0"
-    ):
+    names = subprocess.run(listed, capture_output=True, text=True, check=True).stdout
+    for name in names.split("\0"):
         if name and (tree / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(tree / name, folder / name)

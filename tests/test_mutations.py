@@ -6,10 +6,10 @@ import ast
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import mutations
 import pytest
-from paths import ROOT
 
 SOURCE = '''
 """A module, 1 + 1."""
@@ -71,9 +71,8 @@ def test_a_mutation_changes_one_place():
 
 def test_mutations_are_the_same_wherever_the_code_is():
     found = mutations.mutations_of(SOURCE, "toy")
-    moved = "def new(a):\n    return a - 1\n\n\n" + SOURCE.replace(
-        "width * height", "(width\n * height)"
-    )
+    wrapped = SOURCE.replace("width * height", "(width\n * height)")
+    moved = "def new(a):\n    return a - 1\n\n\n" + wrapped
     others = mutations.mutations_of(moved, "toy")
     assert set(found) < set(others)
     kept = [mutation for mutation in mutations.in_order(others, 0) if mutation in set(found)]
@@ -108,7 +107,9 @@ def run(tree, out, *options):
         ]
     )
     command = [sys.executable, "-c", code, str(out), "--tree", str(tree), *options]
-    ran = subprocess.run(command, cwd=ROOT / "tests", capture_output=True, text=True)
+    ran = subprocess.run(
+        command, cwd=Path(mutations.__file__).parent, capture_output=True, text=True
+    )
     lines = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
     return lines, ran
 
