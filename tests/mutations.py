@@ -407,11 +407,13 @@ def started(copy: Path, tests: list[Path], selected: str, log: Path) -> int:
         others = [path for path in sys.path if path and Path(path).resolve() != own]
         sys.path[:] = [str(copy), *others]
         os.environ |= {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
+        os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # importing them all takes a second
         sys.dont_write_bytecode = True
         import pytest
 
-        options = ["-x", "-q", "-p", "no:cacheprovider", "--hypothesis-seed=0", "-m", "not slow"]
-        status = int(pytest.main([*options, "-k", selected, *map(str, tests)]))
+        plugins = ["-p", "no:cacheprovider", "-p", "_hypothesis_pytestplugin"]
+        options = ["-x", "-q", *plugins, "--hypothesis-seed=0", "-m", "not slow", "-k", selected]
+        status = int(pytest.main([*options, *map(str, tests)]))
     finally:
         sys.stdout.flush()
         os._exit(status)
