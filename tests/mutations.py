@@ -39,8 +39,8 @@ PACKAGE = "caft_plugin"
 # The tests of each module, the most telling first, and more for what these do not catch (--wider).
 # Files of both are found by name.
 MODULES: dict[str, tuple[list[str], list[str]]] = {
-    "loss": (["test_loss", "test_golden"], ["test_fused_loss", "test_heads"]),
-    "window": (["test_window"], ["test_objective", "test_training"]),
+    "loss": (["test_loss", "test_golden"], ["test_masking", "test_fused_loss", "test_heads"]),
+    "window": (["test_window"], ["test_objective", "test_training", "test_fused_loss"]),
     "objective": (["test_objective"], ["test_training", "test_fused_loss"]),
     "attach": (["test_heads"], ["test_objective", "test_host_model", "test_training"]),
     "masking": (["test_masking"], ["test_masked_training", "test_meap_losses"]),
@@ -48,7 +48,7 @@ MODULES: dict[str, tuple[list[str], list[str]]] = {
     "decoding": (["test_decoding"], ["test_decoding", "test_speculate"]),
     "pace": (["test_pace"], ["test_decoding"]),
     "checkpoints": (["test_checkpoints"], ["test_training"]),
-    "heads_folder": (["test_heads_folder"], ["test_heads", "test_checkpoints", "test_training"]),
+    "heads_folder": (["test_heads_folder"], ["test_fingerprint", "test_heads", "test_training"]),
 }
 # pytest's -k, but for --wider: the same tests again for many models or settings.
 QUICK = "not (families or every_family or without_a_cache or compiled or any_model_prompt)"
