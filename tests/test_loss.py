@@ -8,7 +8,6 @@ import torch.nn.functional as F
 
 from caft_plugin import ConfigError, loss
 from caft_plugin.loss import (
-    BOUNDARY,
     IGNORE,
     PLAN,
     count_targets,
@@ -86,11 +85,11 @@ def test_targets_follow_the_definition(marks, documents):
     )
 
 
-@pytest.mark.parametrize("bit", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize("bit", ["BOUNDARY", "MAY_MASK", "MASKED", "EXAMPLE", "OVERLONG"])
 def test_of_the_bits_of_a_plan_only_the_boundary_separates_documents(bit):
     plan = torch.zeros_like(LABELS)
-    plan[:, 3] = bit
-    expected = [0, 0, 0, 1, 1, 1, 1, 1] if bit == BOUNDARY else [0] * 8
+    plan[:, 3] = getattr(loss, bit)
+    expected = [0, 0, 0, 1, 1, 1, 1, 1] if bit == "BOUNDARY" else [0] * 8
     assert document_ids({"labels": LABELS, PLAN: plan}).tolist() == [expected, expected]
 
 
