@@ -189,8 +189,8 @@ def edits_in(node: ast.AST, fields: Iterable[str] | None = None) -> Iterator[Edi
         for index, child in children:
             if not isinstance(child, ast.AST) or untouched(child, node):
                 continue
-            if field == "ifs" and not is_negatable(child):  # of a comprehension
-                yield Edit("condition", node, field, index, negated(child))  # type: ignore[arg-type]
+            if field == "ifs" and isinstance(child, ast.expr) and not is_negatable(child):
+                yield Edit("condition", node, field, index, negated(child))
             for kind, new in replacements(child, node):
                 yield Edit(kind, node, field, index, new)
             yield from edits_in(child)
