@@ -192,6 +192,21 @@ def test_only_the_call_with_gradients_is_read():
         assert len(seen) == 8
 
 
+def test_after_a_loss_that_failed_heads_run_in_no_later_call():
+    model = AutoModelForCausalLM.from_config(FAMILIES["plain"])
+    attached = attach(model)
+    request = Request(head_targets(batch(), 4), torch.ones(4), [True] * 4, training=True)
+
+    def host_loss():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        attached.answer(request, host_loss)
+    with head_outputs() as seen:
+        model(**batch())
+    assert not seen
+
+
 @pytest.mark.parametrize(
     ("family", "attention"), [("plain", "sdpa"), ("plain", "eager"), ("soft-capped", "eager")]
 )

@@ -416,6 +416,29 @@ def test_a_host_that_reshapes_the_batch_is_an_error_with_both_shapes(
 # -- sums ------------------------------------------------------------------------------------------
 
 
+class LossWithoutLabels(Trainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(**inputs)
+        loss = outputs.logits.square().mean()
+        return (loss, outputs) if return_outputs else loss
+
+
+def test_batches_without_labels_are_evaluated_as_without_heads(tiny_model, tmp_path):
+    metrics = []
+    for trainer_class in (LossWithoutLabels, with_caft(LossWithoutLabels)):
+        trainer = trainer_of(
+            copy.deepcopy(tiny_model),
+            tmp_path,
+            None if trainer_class is LossWithoutLabels else {},
+            trainer_class,
+            evaluate=DATA[:4],
+            label_names=["input_ids"],  # else the Trainer computes no loss
+        )
+        trainer.data_collator = lambda rows: {k: v for k, v in pad(rows).items() if k != "labels"}
+        metrics.append(trainer.evaluate())
+    assert metrics[0]["eval_loss"] == metrics[1]["eval_loss"]
+
+
 @pytest.mark.parametrize("how", ["interrupted", "smaller batches"])
 def test_whatever_starts_a_loop_starts_with_empty_sums(tiny_model, tmp_path, how):
     """The first log line after a loop that broke off between two lines is the mean of its own

@@ -127,6 +127,8 @@ def test_a_request_undoes_what_the_host_will_do():
     assert fused.next_tokens.tolist() == [[5, 6, 7, 8, IGNORE], [IGNORE, 9, IGNORE, IGNORE, IGNORE]]
     assert float(fused.next_token_weight) == pytest.approx(4 * 2 / 7)  # 7 next tokens in the window
     assert window.mean_weight(LossShare(divisor=1, processes=2, items=5)) == pytest.approx(1 / 5)
+    of_one_token = opened([batch([4, 5])]).mean_weight(LossShare(divisor=3, processes=1))
+    assert float(of_one_token) == pytest.approx(3)
 
 
 def test_no_head_runs_where_gamma_is_0():
@@ -148,6 +150,22 @@ def test_the_log_has_means_over_steps_and_a_batch_asked_for_twice_counts_once():
     assert log.head_losses == pytest.approx({1: 6.0, 2: 4.0}) and log.gamma == pytest.approx(
         window.gamma
     )
+
+
+def test_a_batch_that_the_host_passed_over_makes_the_others_no_larger_in_the_log():
+    window = opened(BATCHES)
+    sums = torch.tensor([6.0, 4.0])
+    window.sums.add(torch.tensor(2.0), torch.tensor(0.5), sums, next_tokens_in(BATCHES[1]))
+    tally = Tally(2, 3, CPU)
+    tally.add(window)
+    log = tally.log(4, 1, lambda tensor: tensor)
+    assert log.next_token_loss == pytest.approx(2.0) and log.aux_loss == pytest.approx(0.5)
+
+
+def test_heads_are_drawn_in_proportion_to_alpha():
+    config = CAFTConfig(num_heads=3, alpha=0.5, heads_per_step=1)
+    drawn = torch.tensor(draw_heads(config, 4000, seed=0, step=0)).float().mean(0)
+    torch.testing.assert_close(drawn, torch.tensor([4.0, 2.0, 1.0]) / 7, rtol=0, atol=0.03)
 
 
 def test_a_head_that_was_not_drawn_is_not_logged():

@@ -797,6 +797,29 @@ def test_heads_that_are_not_asked_for_long_are_out(tiny_model, monkeypatch):
     plain = written(tiny_model, prompt(), **SAMPLED)
     assert torch.equal(written(tiny_model, prompt(), custom_generate=drafter, **SAMPLED), plain)
     assert len(sides[0].unread) == 2 and max(map(len, sides[0].unread)) <= 3  # of its last rounds
+    heads_left = {}  # by number of passes that the last two heads have not read
+    for length in range(2, 16):
+        written(tiny_model, prompt(), custom_generate=drafter, max_new_tokens=length, **SAMPLED)
+        heads_left[drafter.last.passes - 1] = len(sides[-1].unread)
+    assert {5, 6} <= heads_left.keys()
+    assert all(left == (4 if passes <= 5 else 2) for passes, left in heads_left.items())
+
+
+def test_nothing_is_drafted_behind_the_last_token(tiny_model):
+    drafter = drafter_of(tiny_model, num_draft=4)
+    widths = []
+
+    def note(module, args, kwargs):
+        widths.append(kwargs["input_ids"].shape[1])
+
+    handle = tiny_model.register_forward_pre_hook(note, with_kwargs=True)
+    for tokens, expected in ((1, [9]), (2, [9, 1])):
+        written(tiny_model, prompt(9), custom_generate=drafter, max_new_tokens=tokens, **GREEDY)
+        assert widths == expected
+        widths.clear()
+    written(tiny_model, prompt(9), custom_generate=drafter, max_new_tokens=3, **GREEDY)
+    handle.remove()
+    assert widths[1] == 2 and drafter.last.drafted == [1, 0, 0, 0]
 
 
 def test_fewer_guesses_and_none(tiny_model):

@@ -40,6 +40,16 @@ def test_as_many_as_pay():
     assert pace_of([1, 1.5, 1.6, 1.7], tokens_a_second=0.05).how_many([DOUBTFUL, SURE, SURE], 3) > 0
 
 
+def test_before_the_first_round_nothing_is_too_slow():
+    pace = Pace(1)
+    for drafts, seconds in ((0, 1.0), (1, 9.0)):
+        for _ in range(FIRST_PASSES):
+            pace.pass_took(drafts, seconds)
+    assert pace.how_many([SURE], 1) == 1
+    pace.round_took(1, 1.0)
+    assert pace.how_many([SURE], 1) == 0
+
+
 def test_plain_passes_are_measured_first_and_every_width_is_tried():
     pace = Pace(3)
     for _ in range(FIRST_PASSES):

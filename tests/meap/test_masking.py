@@ -19,15 +19,16 @@ from transformers import (
     DataCollatorForLanguageModeling,
     DataCollatorForSeq2Seq,
     DataCollatorWithFlattening,
+    TrainerState,
 )
 
 from builders.masked import EOS, MASK, PAD, duplication, example, pad
 from builders.paths import GOLDENS, ROOT
 from builders.tiny import word_tokenizer
 from caft_plugin import ConfigError, MEAPConfig
-from caft_plugin.meap.doubling import Duplication, nothing_to_mask
+from caft_plugin.meap.doubling import DoubledSet, Duplication, nothing_to_mask
 from caft_plugin.meap.label_codes import COPY, COPY_START, ELIGIBLE, KEPT, TOO_LONG, plain_labels
-from caft_plugin.meap.masking import MEAPCollator
+from caft_plugin.meap.masking import EpochOfMasks, MEAPCollator
 from caft_plugin.meap.training_set import used_ids
 from caft_plugin.targets import (
     BOUNDARY,
@@ -200,6 +201,8 @@ def test_rows_that_are_not_tokenised():
         duplication()({"text": "w1"})
     with pytest.raises(ConfigError, match="mode: pretrain"):
         duplication()({"input_ids": [1]})
+    with pytest.raises(ConfigError, match="but these have text"):
+        duplication().doubled(Dataset.from_list([{"text": "w1"}]))
 
 
 @pytest.mark.parametrize("layout", ["concat", "separate"])
@@ -426,6 +429,16 @@ def test_draws_depend_on_seed_epoch_and_tokens_alone():
     assert [[i + 64 for i in (row == MASK).nonzero().flatten().tolist()] for row in ids] == list(
         first.values()
     )
+
+
+@pytest.mark.parametrize(("stopped_in", "epoch"), [(None, 0), (0, 0), (0.5, 0), (2.5, 2)])
+def test_masks_are_those_of_the_epoch_in_which_a_run_goes_on(stopped_in, epoch):
+    made = collator()
+    callback = EpochOfMasks(made, DoubledSet(MEAPConfig()))
+    callback.on_train_begin(None, TrainerState(epoch=stopped_in), None)
+    for later in (0, 1):
+        callback.on_epoch_begin(None, None, None)
+        assert int(made.epoch) == epoch + later
 
 
 @pytest.mark.parametrize("text", [1, 2, 20])

@@ -303,6 +303,13 @@ def test_a_parametrised_weight_is_its_value():
     assert gap(moved(model)) < EXACT
 
 
+def test_a_copy_has_one_dtype_that_of_its_largest_tensor():
+    layer = tiny().model.layers[-1].bfloat16()
+    layer.input_layernorm.float()  # as prepare_model_for_kbit_training makes it
+    assert {p.dtype for p in plain_copy(layer, None).parameters()} == {torch.bfloat16}
+    assert layer.input_layernorm.weight.dtype == torch.float32
+
+
 @pytest.mark.parametrize("put_on", [get_peft_model, add_adapter])
 def test_which_adapters_are_on(put_on):
     """None, several, merged, merged and switched off: the copy does what the layer does."""
