@@ -3,6 +3,7 @@ index."""
 
 from __future__ import annotations
 
+import gc
 import json
 import random
 import sys
@@ -27,6 +28,17 @@ def pytest_collection_modifyitems(items):
     are done."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+
+
+def pytest_collection_finish():
+    """Trainers collect garbage when they start and end: most of a small run would go into looking
+    at what was imported."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish():
+    gc.unfreeze()  # or bindings to C++ report what is left at the end as leaks
 
 
 @pytest.fixture(autouse=True)
