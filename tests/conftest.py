@@ -84,3 +84,15 @@ def smollm2() -> Path:
     folder = ROOT / ".cache" / "smollm2-135m-instruct"
     make_base_model(folder, cache=ROOT / ".cache")
     return folder
+
+
+@pytest.fixture(scope="session")
+def short_smollm2(smollm2, tmp_path_factory) -> Path:
+    """SmolLM2-135M without all but its first two layers, for runs of which nothing that is shown
+    depends on the others."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("smollm2") / "short"
+    AutoModelForCausalLM.from_pretrained(smollm2, num_hidden_layers=2).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(smollm2).save_pretrained(folder)
+    return folder
