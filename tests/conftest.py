@@ -3,6 +3,7 @@ index."""
 
 from __future__ import annotations
 
+import gc
 import json
 import random
 import sys
@@ -27,6 +28,17 @@ def pytest_collection_modifyitems(items):
     are done."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+
+
+def pytest_collection_finish():
+    """Trainers collect garbage when they start and end: most of a small run would go into looking
+    at what was imported."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish():
+    gc.unfreeze()  # or bindings to C++ report what is left at the end as leaks
 
 
 @pytest.fixture(autouse=True)
@@ -71,4 +83,16 @@ def smollm2() -> Path:
 
     folder = ROOT / ".cache" / "smollm2-135m-instruct"
     make_base_model(folder, cache=ROOT / ".cache")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def short_smollm2(smollm2, tmp_path_factory) -> Path:
+    """SmolLM2-135M without all but its first two layers, for runs of which nothing that is shown
+    depends on the others."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("smollm2") / "short"
+    AutoModelForCausalLM.from_pretrained(smollm2, num_hidden_layers=2).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(smollm2).save_pretrained(folder)
     return folder

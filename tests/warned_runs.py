@@ -3,6 +3,7 @@ it, and runs that are not."""
 
 from __future__ import annotations
 
+import gc
 import sys
 
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, Trainer
@@ -28,6 +29,7 @@ def run(name, folder, model, caft=None, meap=None, tokenizer=None, adapter=False
     trainer.train(), trainer.train()
 
 
+gc.freeze()  # as in conftest.py
 folder = sys.argv[1]
 made = LlamaForCausalLM(LlamaConfig(**{**LLAMA, "hidden_size": 64}))
 made.save_pretrained(folder)

@@ -14,7 +14,7 @@ import torch
 import yaml
 from torch.nn.functional import cross_entropy
 
-from builders.paths import ROOT
+from builders.forks import Forks
 
 BASE = {
     "base_model": "./tiny",
@@ -50,7 +50,7 @@ class Project:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._forking: dict[tuple[str, ...], subprocess.Popen] = {}
+        self._forking: dict[bool, Forks] = {}
 
     def config(self, name: str, **changes) -> dict:
         """Writes NAME.yml; its output folder is NAME. A change to None takes a key out, "bare"
@@ -60,14 +60,14 @@ class Project:
         (self.folder / f"{name}.yml").write_text(yaml.safe_dump(config))
         return config
 
-    def axolotl(self, *arguments: str, check: bool = True, stdin: str = "", **environment: str):
+    def launch(self, *arguments: str, check: bool = True, **environment: str):
+        """The command as users start it, in a process of its own."""
         command = [str(Path(sys.executable).parent / "axolotl"), *arguments]
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         result = subprocess.run(
             command,
             cwd=self.folder,
             env={**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", **environment},
-            input=stdin,
             capture_output=True,
             text=True,
             timeout=600,
@@ -76,45 +76,47 @@ class Project:
             assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
         return result
 
+    def axolotl(
+        self,
+        *arguments: str,
+        check: bool = True,
+        stdin: str = "",
+        log: str | None = None,
+        interpret_triton: bool = False,
+    ):
+        """The command in a fork of a process that has imported Axolotl, which spares the imports.
+
+        Random generators start alike in all such runs. What trains or writes texts does so in the
+        fork (`--launcher python`), where `launch` has accelerate start it.
+        """
+        if arguments[0] in ("train", "inference"):
+            arguments = (*arguments, "--launcher", "python")
+        result = self._forks(interpret_triton).run("axolotl", *arguments, stdin=stdin, log=log)
+        if check:
+            assert result.returncode == 0, result.stdout[-4000:]
+        return result
+
     def train(self, name: str, interpret_triton: bool = False, **changes) -> Path:
         """The output folder of `axolotl train` with these changes to the base config; run once a
-        name.
-
-        The command runs in a fork of a process that has imported Axolotl (several_runs.py), which
-        spares the imports; random generators start alike in all such runs. With `interpret_triton`,
-        Triton's kernels run on a CPU. Tests that call `axolotl("train", ...)` or
-        `axolotl("preprocess", ...)` launch as users do.
-        """
+        name, in a fork. With `interpret_triton`, Triton's kernels run on a CPU."""
         out = self.folder / name
         if not out.exists():
             self.config(name, **changes)
-            process = self._forking_process(("TRITON_INTERPRET",) if interpret_triton else ())
-            process.stdin.write(f"{name}.yml\n")
-            process.stdin.flush()
-            code = process.stdout.readline().strip()
-            log = self.folder / (f"{name}.log" if code else "several_runs.log")
-            assert code == "0", log.read_text()[-4000:]
+            log = f"{name}.log"
+            self.axolotl("train", f"{name}.yml", log=log, interpret_triton=interpret_triton)
         return out
 
-    def _forking_process(self, switches: tuple[str, ...]) -> subprocess.Popen:
-        if switches not in self._forking:
-            switched_on = dict.fromkeys(("OMP_NUM_THREADS", *switches), "1")
-            with open(self.folder / "several_runs.log", "a") as log:
-                self._forking[switches] = subprocess.Popen(
-                    [sys.executable, ROOT / "tests" / "integration" / "several_runs.py"],
-                    cwd=self.folder,
-                    env={**os.environ, "AXOLOTL_DATASET_NUM_PROC": "0", **switched_on},
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    stderr=log,
-                    text=True,
-                )
-        return self._forking[switches]
+    def _forks(self, interpret_triton: bool) -> Forks:
+        if interpret_triton not in self._forking:
+            switches = {"TRITON_INTERPRET": "1"} if interpret_triton else {}
+            self._forking[interpret_triton] = Forks(
+                "axolotl", self.folder, AXOLOTL_DATASET_NUM_PROC="0", **switches
+            )
+        return self._forking[interpret_triton]
 
     def close(self) -> None:
-        for process in self._forking.values():
-            process.stdin.close()
-            process.wait()
+        for forks in self._forking.values():
+            forks.close()
 
     def history(self, name: str) -> list[dict]:
         """All log entries of a run, those of evaluations too."""

@@ -456,27 +456,15 @@ RUNS = (
 )
 
 
-@pytest.fixture(scope="module")
-def short(smollm2, tmp_path_factory):
-    """SmolLM2-135M without all but its first two layers: nothing that a small run shows depends on
-    the others."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    made = tmp_path_factory.mktemp("study") / "short"
-    AutoModelForCausalLM.from_pretrained(smollm2, num_hidden_layers=2).save_pretrained(made)
-    AutoTokenizer.from_pretrained(smollm2).save_pretrained(made)
-    return made
-
-
 @pytest.fixture
-def places(short, tmp_path, monkeypatch):
-    monkeypatch.setattr(study, "MODEL", short)
+def places(short_smollm2, tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "MODEL", short_smollm2)
     monkeypatch.setattr(study, "HEADS", tmp_path / "heads")
     deterministic, precision = (
         torch.are_deterministic_algorithms_enabled(),
         torch.get_float32_matmul_precision(),
     )
-    yield fine_tuning.Places(short, tmp_path / "heads", tmp_path / "trainer")
+    yield fine_tuning.Places(short_smollm2, tmp_path / "heads", tmp_path / "trainer")
     torch.use_deterministic_algorithms(deterministic)
     torch.set_float32_matmul_precision(precision)
 

@@ -3,6 +3,7 @@ on by itself."""
 
 from __future__ import annotations
 
+import gc
 import sys
 from pathlib import Path
 
@@ -51,6 +52,7 @@ def base_model(base: str, folder: Path) -> torch.nn.Module:
 def run(folder: str, base: str, train_heads: str) -> None:
     """Trains to the end, from the newest whole checkpoint if there is one."""
     torch.set_num_threads(1)
+    gc.freeze()  # as in conftest.py
     out = Path(folder)
     with open(out / "output.txt", "a", buffering=1) as output:
         sys.stdout = sys.stderr = output

@@ -16,6 +16,7 @@ saves into `CASE/`.
 from __future__ import annotations
 
 import faulthandler
+import gc
 import json
 import os
 import sys
@@ -171,6 +172,7 @@ def logged(trainer: Trainer) -> list[dict[str, Any]]:
 
 
 def main() -> None:
+    gc.freeze()  # as in conftest.py
     folder = Path(sys.argv[1])
     for case, settings in json.loads(sys.argv[2]).items():
         resume = settings.pop("resume", False)

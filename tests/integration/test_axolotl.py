@@ -180,7 +180,7 @@ def test_torch_compile(project):
     project.config("compiled", plugins=["caft_plugin", "counting.Counting"], **settings)
     path = os.pathsep.join([".", os.environ.get("PYTHONPATH", "")])
     environment = {"AXOLOTL_DATASET_NUM_PROC": "0", "PYTHONPATH": path}
-    project.axolotl("train", "compiled.yml", "--launcher", "python", **environment)
+    project.launch("train", "compiled.yml", "--launcher", "python", **environment)
     compiled = json.loads((project.folder / "compiled.json").read_text())
     # the first shape, and all others
     assert 1 <= compiled["unique_graphs"] <= 2 and compiled["calls_captured"] > 50
@@ -214,7 +214,7 @@ def test_resuming_continues_to_the_digit(project):
     config = yaml.safe_load((project.folder / "ours.yml").read_text())
     config |= {"output_dir": "./resumed", "resume_from_checkpoint": "./ours/checkpoint-3"}
     (project.folder / "resumed.yml").write_text(yaml.safe_dump(config))
-    project.axolotl("train", "resumed.yml")
+    project.launch("train", "resumed.yml")
     keys = ("loss", "grad_norm", *(f"caft/loss_head_{k}" for k in range(1, 5)))
     assert numbers(project.logs("resumed"), *keys) == numbers(project.logs("ours"), *keys)
     for name, tensor in load_file(out / "caft_heads" / "heads.safetensors").items():
@@ -546,7 +546,7 @@ def test_our_error_is_the_last_that_is_said(project, launcher):
     temporary = project.folder / f"temporary_{launcher}"
     temporary.mkdir()
     command = ("train", f"wrong_{launcher}.yml", "--launcher", launcher)
-    result = project.axolotl(*command, check=False, TMPDIR=str(temporary))
+    result = project.launch(*command, check=False, TMPDIR=str(temporary))
     assert result.returncode != 0
     last = result.stderr.rstrip("\n").splitlines()[-2:]
     assert last[0].endswith("caft.beta: got -1, but it accepts a number at least 0.")

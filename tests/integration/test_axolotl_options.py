@@ -1,7 +1,7 @@
 """Options of Axolotl beside ours: with `beta: 0` a run is the one without the plugin digit for
 digit, and beside heads an option does what it does without them.
 
-All runs but one are forks of one process (several_runs.py), so that those of one YAML start from
+All runs but one are forks of one process (builders/forks.py), so that those of one YAML start from
 the same adapter.
 """
 
@@ -289,7 +289,7 @@ def test_heads_losses_of_packed_evaluation_rows_are_those_of_padded_ones(project
 
 def by_command(project: Project, **settings) -> Path:
     project.config("by_command", **settings)
-    project.axolotl("train", "by_command.yml", "--launcher", "python", AXOLOTL_DATASET_NUM_PROC="0")
+    project.launch("train", "by_command.yml", "--launcher", "python", AXOLOTL_DATASET_NUM_PROC="0")
     return project.folder / "by_command"
 
 

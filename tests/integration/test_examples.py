@@ -1,4 +1,6 @@
-"""trl_examples/ as the README there runs them, on the real model and the shipped molecules."""
+"""trl_examples/ on the shipped molecules: each script once as the README there launches it, one of
+them on the real model; otherwise in a fork of a process that has imported TRL, on its first
+layers."""
 
 from __future__ import annotations
 
@@ -12,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from builders.forks import Forks
 from builders.paths import ROOT
 from caft_plugin.precision import cpu_has_bf16
 
@@ -28,14 +31,17 @@ KINDS = {
 }
 
 
+@pytest.fixture(scope="module")
+def forks(tmp_path_factory):
+    made = Forks("scripts", tmp_path_factory.mktemp("scripts"))
+    yield made
+    made.close()
+
+
 def launch(launcher, script, *arguments, check=True):
+    """The script as users start it."""
     result = subprocess.run(
-        [
-            str(SCRIPTS / launcher[0]),
-            *launcher[1:],
-            str(ROOT / "trl_examples" / script),
-            *map(str, arguments),
-        ],
+        [str(SCRIPTS / launcher[0]), *launcher[1:], *command(script, *arguments)],
         env={
             **os.environ,
             "PATH": f"{SCRIPTS}{os.pathsep}{os.environ['PATH']}",
@@ -49,15 +55,28 @@ def launch(launcher, script, *arguments, check=True):
     return result
 
 
+def command(script, *arguments):
+    return [str(ROOT / "trl_examples" / script), *map(str, arguments)]
+
+
+def in_fork(forks, script, *arguments):
+    result = forks.run(*command(script, *arguments))
+    assert result.returncode == 0, result.stdout[-3000:]
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_sft_with_caft(smollm2, tmp_path, kind):
+def test_sft_with_caft(request, forks, tmp_path, kind):
+    model = request.getfixturevalue("smollm2" if kind == "lora" else "short_smollm2")
     arguments = [
-        *("--model_name_or_path", smollm2, "--dataset_name", HELDOUT),
+        *("--model_name_or_path", model, "--dataset_name", HELDOUT),
         *("--output_dir", tmp_path, "--use_cpu", "--report_to", "none", "--num_heads", "2"),
         *("--max_steps", "2", "--logging_steps", "1", "--per_device_train_batch_size", "1"),
         *("--save_steps", "2", "--max_length", "64", *KINDS[kind]),
     ]
-    launch(["accelerate", "launch"], "sft.py", *arguments)
+    if kind == "lora":
+        launch(["accelerate", "launch"], "sft.py", *arguments)
+    else:
+        in_fork(forks, "sft.py", *arguments)
     state = json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())
     assert all("caft/loss_head_2" in entry for entry in state["log_history"] if "loss" in entry)
     saved = load_file(
@@ -68,29 +87,18 @@ def test_sft_with_caft(smollm2, tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_sft_with_meap(smollm2, tmp_path, kind):
+def test_sft_with_meap(short_smollm2, forks, tmp_path, kind):
     arguments = [
-        *("--model_name_or_path", smollm2, "--dataset_name", few_molecules(tmp_path)),
-        *(
-            "--output_dir",
-            tmp_path / "out",
-            "--use_cpu",
-            "--report_to",
-            "none",
-            "--min_answer_tokens",
-            "8",
-        ),
-        *("--max_steps", "2", "--logging_steps", "1", "--per_device_train_batch_size", "1"),
-        *(
-            "--save_steps",
-            "2",
-            "--max_length",
-            "256",
-            *KINDS[kind],
-            *(["--num_heads", "1"] if kind == "lora" else []),
-        ),
+        *("--model_name_or_path", short_smollm2, "--dataset_name", few_molecules(tmp_path)),
+        *("--output_dir", tmp_path / "out", "--use_cpu", "--report_to", "none"),
+        *("--min_answer_tokens", "8", "--max_steps", "2", "--logging_steps", "1"),
+        *("--per_device_train_batch_size", "1", "--save_steps", "2", "--max_length", "256"),
+        *(*KINDS[kind], *(["--num_heads", "1"] if kind == "lora" else [])),
     ]
-    launch(["accelerate", "launch"], "sft.py", *arguments)
+    if kind == "lora":
+        launch(["accelerate", "launch"], "sft.py", *arguments)
+    else:
+        in_fork(forks, "sft.py", *arguments)
     state = json.loads((tmp_path / "out" / "checkpoint-2" / "trainer_state.json").read_text())
     logs = [entry for entry in state["log_history"] if "loss" in entry]
     assert sum(entry["meap/examples_masked"] for entry in logs) > 0
@@ -100,7 +108,7 @@ def test_sft_with_meap(smollm2, tmp_path, kind):
     assert saved and not any("caft" in key for key in saved)
     if kind == "full":
         assert {key: t.shape for key, t in saved.items()} == {
-            key: t.shape for key, t in load_file(smollm2 / file).items() if key in saved
+            key: t.shape for key, t in load_file(short_smollm2 / file).items() if key in saved
         }
 
 
@@ -110,9 +118,9 @@ def few_molecules(folder):
     return file
 
 
-def test_pretrain_heads_and_a_run_that_starts_from_them(smollm2, tmp_path):
+def test_pretrain_heads_and_a_run_that_starts_from_them(short_smollm2, forks, tmp_path):
     arguments = [
-        *("--model_name_or_path", smollm2, "--dataset_name", few_molecules(tmp_path)),
+        *("--model_name_or_path", short_smollm2, "--dataset_name", few_molecules(tmp_path)),
         *("--output_dir", tmp_path / "heads", "--use_cpu", *QUICK, "--report_to", "none"),
         *("--targets", "distribution", "--num_heads", "2", "--max_steps", "6", "--save_steps", "3"),
         *("--per_device_train_batch_size", "3", "--learning_rate", "1e-3"),
@@ -129,12 +137,12 @@ def test_pretrain_heads_and_a_run_that_starts_from_them(smollm2, tmp_path):
     for before, after in zip(metrics["untrained"], metrics["heads"], strict=True):
         assert after["loss"] < before["loss"]
     record = json.loads((folder / "config.json").read_text())
-    assert record["base_model"] == str(smollm2)
+    assert record["base_model"] == str(short_smollm2)
 
     arguments = [
         *(
             "--model_name_or_path",
-            smollm2,
+            short_smollm2,
             "--dataset_name",
             HELDOUT,
             "--heads",
@@ -162,7 +170,7 @@ def test_pretrain_heads_and_a_run_that_starts_from_them(smollm2, tmp_path):
             "frozen",
         ),
     ]
-    launch(["accelerate", "launch"], "sft.py", *arguments)
+    in_fork(forks, "sft.py", *arguments)
     made = load_file(folder / "heads.safetensors")
     kept = load_file(tmp_path / "run" / "caft_heads" / "heads.safetensors")
     assert made.keys() == kept.keys()
@@ -171,34 +179,33 @@ def test_pretrain_heads_and_a_run_that_starts_from_them(smollm2, tmp_path):
 
 
 BAD = {
-    "no file": (
-        ["accelerate", "launch"],
-        {"--dataset_name": "gone.jsonl"},
-        "--dataset_name: gone.jsonl cannot be read",
-    ),
-    "wrong targets": (
-        ["accelerate", "launch"],
-        {"--targets": "both"},
-        "pretrain_heads.targets: got 'both', but it accepts",
-    ),
-    "two processes": (
-        ["torchrun", "--nproc_per_node", "2"],
-        {},
-        "pretrain_heads: 2 processes were started, but",
-    ),
+    "no file": ({"--dataset_name": "gone.jsonl"}, "--dataset_name: gone.jsonl cannot be read"),
+    "wrong targets": ({"--targets": "both"}, "pretrain_heads.targets: got 'both', but it accepts"),
 }
 
 
-@pytest.mark.parametrize("case", BAD)
-def test_pretrain_heads_refuses(smollm2, tmp_path, case):
-    launcher, changes, message = BAD[case]
+def heads_of(model, tmp_path, **changes):
     arguments = {
-        "--model_name_or_path": smollm2,
+        "--model_name_or_path": model,
         "--dataset_name": few_molecules(tmp_path),
         "--output_dir": tmp_path / "heads",
         **changes,
     }
-    flat = [word for pair in arguments.items() for word in pair]
-    result = launch(launcher, "pretrain_heads.py", *flat, "--use_cpu", check=False)
+    return ["pretrain_heads.py", *(word for pair in arguments.items() for word in pair)]
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_pretrain_heads_refuses(short_smollm2, forks, tmp_path, case):
+    changes, message = BAD[case]
+    arguments = heads_of(short_smollm2, tmp_path, **changes)
+    result = forks.run(*command(*arguments, "--use_cpu"))
     assert result.returncode != 0
-    assert f"ConfigError: {message}" in result.stderr
+    assert f"ConfigError: {message}" in result.stdout
+
+
+def test_pretrain_heads_refuses_two_processes(short_smollm2, tmp_path):
+    launcher = ["torchrun", "--nproc_per_node", "2"]
+    result = launch(launcher, *heads_of(short_smollm2, tmp_path), "--use_cpu", check=False)
+    assert result.returncode != 0
+    message = "ConfigError: pretrain_heads: 2 processes were started, but"
+    assert message in result.stderr

@@ -46,12 +46,13 @@ def assert_complete(notebook, questions: int) -> None:
     assert asked <= passes <= tokens and figures[5] == f"{tokens / passes:.2f}"
 
 
-def test_runs_from_start_to_end(smollm2, tmp_path):
+def test_runs_from_start_to_end(short_smollm2, tmp_path):
     few = tmp_path / "few.jsonl"
     few.write_text("".join(HELDOUT.read_text().splitlines(True)[:3]))
     notebook = read()
     out = tmp_path / "out"
-    execute(notebook, tmp_path, model=str(smollm2), heldout=str(few), steps=2, output=str(out))
+    model = str(short_smollm2)
+    execute(notebook, tmp_path, model=model, heldout=str(few), steps=2, output=str(out))
     assert_complete(notebook, questions=2)
     assert (out / "model.safetensors").is_file() and (
         out / "caft_heads" / "heads.safetensors"
