@@ -112,7 +112,11 @@ def with_last_word_passed_on(config):  # type: ignore[no-untyped-def]
     in a file."""
     excepthook = sys.excepthook
 
-    def hook(kind, error, trace):  # type: ignore[no-untyped-def]
+    def hook(
+        kind,
+        error,
+        trace,
+    ):  # type: ignore[no-untyped-def]
         excepthook(kind, error, trace)
         # by name: the class itself would have to be imported
         package = kind.__module__.partition(".")[0]
@@ -159,7 +163,11 @@ CHANGES = {
 
 class _Finder:
     @staticmethod
-    def find_spec(name, path=None, target=None):  # type: ignore[no-untyped-def]
+    def find_spec(
+        name,
+        path=None,
+        target=None,
+    ):  # type: ignore[no-untyped-def]
         if name not in CHANGES:
             return None
         from importlib.util import find_spec

@@ -137,7 +137,11 @@ def newest_whole(output_dir: str | Path, parts: Parts) -> tuple[Path | None, lis
     return None, passed_over
 
 
-def to_resume_from(asked: str | Literal[True], output_dir: str | Path, parts: Parts) -> str:
+def to_resume_from(
+    asked: str | Literal[True],
+    output_dir: str | Path,
+    parts: Parts,
+) -> str:
     """Return the checkpoint to resume from.
 
     Args:

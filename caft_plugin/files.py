@@ -33,7 +33,11 @@ def write_json(path: Path, content: object) -> None:
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
-def read_text(file: Path, asked_by: str, takes: str) -> str:
+def read_text(
+    file: Path,
+    asked_by: str,
+    takes: str,
+) -> str:
     """Read a text file, without a byte order mark.
 
     Args:

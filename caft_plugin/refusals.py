@@ -75,7 +75,11 @@ def affected_by(config: CAFTConfig | MEAPConfig) -> Iterator[tuple[str, Affected
 # -- messages --------------------------------------------------------------------------------------
 
 
-def several_gpus(asks: str, setting: str, value: object) -> str:
+def several_gpus(
+    asks: str,
+    setting: str,
+    value: object,
+) -> str:
     return (
         f"{asks}: one process drives {value} GPUs (nn.DataParallel), which is not"
         " supported. Start one process per GPU with `accelerate launch` or `torchrun`, or"
@@ -83,7 +87,11 @@ def several_gpus(asks: str, setting: str, value: object) -> str:
     )
 
 
-def new_models(asks: str, setting: str, value: object) -> str:
+def new_models(
+    asks: str,
+    setting: str,
+    value: object,
+) -> str:
     return (
         f"{asks}: model_init creates a new model in every train(), which would lose"
         f" {ADDS[asks]}. Pass model=..."
@@ -111,7 +119,11 @@ def cut_up(
     )
 
 
-def zero3(asks: str, setting: str, value: object) -> str:
+def zero3(
+    asks: str,
+    setting: str,
+    value: object,
+) -> str:
     why = "heads are copies of a layer and use the unembedding, which ZeRO-3 partitions"
     if asks != "caft":
         why = f"{ADDS[asks]} was never tested with ZeRO-3"
@@ -120,7 +132,11 @@ def zero3(asks: str, setting: str, value: object) -> str:
     )
 
 
-def fsdp1(asks: str, setting: str, value: object) -> str:
+def fsdp1(
+    asks: str,
+    setting: str,
+    value: object,
+) -> str:
     got = setting if value is True else f"{setting}: {value}"
     return (
         f"{asks}: got {got}, which is FSDP1, but it accepts FSDP2: FSDP1 hides {ADDS[asks]} in its"
@@ -129,7 +145,11 @@ def fsdp1(asks: str, setting: str, value: object) -> str:
     )
 
 
-def other_training(asks: str, setting: str, value: object) -> str:
+def other_training(
+    asks: str,
+    setting: str,
+    value: object,
+) -> str:
     return (
         f"{asks}: cannot be used together with `{setting}: {value}`; {asks.upper()} supports"
         f" supervised fine-tuning and pretraining. Remove the `{asks}:` block or the key"
@@ -137,7 +157,11 @@ def other_training(asks: str, setting: str, value: object) -> str:
     )
 
 
-def batches_of_images(asks: str, setting: str, value: object) -> str:
+def batches_of_images(
+    asks: str,
+    setting: str,
+    value: object,
+) -> str:
     return (
         f"{asks}: cannot be used together with `{setting}: {value}`: Axolotl then makes tokens and"
         " labels from images and text in each batch, where examples cannot be copied. Remove the"
@@ -145,7 +169,11 @@ def batches_of_images(asks: str, setting: str, value: object) -> str:
     )
 
 
-def packed_stream(asks: str, setting: str, value: object) -> str:
+def packed_stream(
+    asks: str,
+    setting: str,
+    value: object,
+) -> str:
     return (
         f"{asks}.mode: got sft, but `{setting}` packs its rows while it reads them, so examples"
         " cannot be duplicated. Use mode: pretrain, or `datasets:` with one of sample_packing"
@@ -161,7 +189,11 @@ def host_name(trainer: Trainer) -> str:
     return type(trainer).__name__.removeprefix("CAFT")
 
 
-def _of_accelerate(plugin: str, setting: str, trainer: Trainer) -> object:
+def _of_accelerate(
+    plugin: str,
+    setting: str,
+    trainer: Trainer,
+) -> object:
     return getattr(getattr(trainer.accelerator.state, plugin, None), setting, None)
 
 
@@ -334,7 +366,9 @@ AXOLOTL = (
 
 
 def _why_not_fused(
-    trainer_class: type[Trainer], base: PreTrainedModel, takes_logits: bool
+    trainer_class: type[Trainer],
+    base: PreTrainedModel,
+    takes_logits: bool,
 ) -> str | None:
     """Return why `fused_loss` cannot compute the next-token loss, or None; see `refuse_unfused`."""
     ours = "caft_reads_loss_alone"
@@ -356,7 +390,11 @@ def _why_not_fused(
     return None
 
 
-def refuse_unfused(trainer_class: type[Trainer], base: PreTrainedModel, takes_logits: bool) -> None:
+def refuse_unfused(
+    trainer_class: type[Trainer],
+    base: PreTrainedModel,
+    takes_logits: bool,
+) -> None:
     """Raise ConfigError if `fused_loss` cannot compute a model's loss in a trainer class.
 
     The class lists, in `caft_reads_loss_alone`, the classes whose compute_loss uses only the loss
@@ -372,7 +410,11 @@ def refuse_unfused(trainer_class: type[Trainer], base: PreTrainedModel, takes_lo
         raise ConfigError(f"caft.fused_loss: got true, but {why}. Use false.")
 
 
-def may_fuse(trainer: Trainer, base: PreTrainedModel, fused_loss: FusedLoss) -> bool:
+def may_fuse(
+    trainer: Trainer,
+    base: PreTrainedModel,
+    fused_loss: FusedLoss,
+) -> bool:
     """Return True if the plugin computes the next-token loss, according to `caft.fused_loss`.
 
     Raises:

@@ -109,7 +109,11 @@ def mask_of(batch: Batch) -> object:
     return mask
 
 
-def sees_back(mask: object, distance: int, shape: torch.Size) -> Tensor:
+def sees_back(
+    mask: object,
+    distance: int,
+    shape: torch.Size,
+) -> Tensor:
     """Return which positions attend to the position `distance` before them, according to a
     query-key mask.
 

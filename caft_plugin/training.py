@@ -130,7 +130,10 @@ class CAFTTrainerMixin(_Base):
         return super().get_test_dataloader(*map(plain, args), **kwargs)
 
     def get_batch_samples(
-        self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
+        self,
+        epoch_iterator: Iterator[Batch],
+        num_batches: int,
+        device: torch.device,
     ) -> tuple[list[Batch], Tensor | int | None]:
         samples, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self.caft_parts.begin_window(samples)
@@ -153,13 +156,21 @@ class CAFTTrainerMixin(_Base):
         return self.caft_parts.loss(model, inputs, host_loss, num_items_in_batch)
 
     def training_step(
-        self, model: torch.nn.Module, inputs: dict[str, Tensor], *args, **kwargs
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Tensor],
+        *args,
+        **kwargs,
     ) -> Tensor:
         with self.caft_parts.out_of_sight(), self.caft_parts.training_step(inputs):
             return super().training_step(model, inputs, *args, **kwargs)
 
     def prediction_step(
-        self, model: torch.nn.Module, inputs: dict[str, Tensor], *args, **kwargs
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Tensor],
+        *args,
+        **kwargs,
     ) -> tuple:
         if self.caft_parts.meap is not None:
             self.caft_parts.meap.put_plain_labels(inputs)
@@ -182,7 +193,12 @@ class CAFTTrainerMixin(_Base):
         cast(dict, output.metrics).update(metrics)
         return output
 
-    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+    def log(
+        self,
+        logs: dict[str, float],
+        *args,
+        **kwargs,
+    ) -> None:
         if "loss" in logs:
             for part in self.caft_parts.objectives:
                 logs.update(part.log_entries())
@@ -194,7 +210,10 @@ class CAFTTrainerMixin(_Base):
     # -- saving and resuming -----------------------------------------------------------------------
 
     def train(
-        self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        *args,
+        **kwargs,
     ) -> TrainOutput:
         checkpoint = self.caft_files.checkpoint_to_resume(resume_from_checkpoint)
         try:

@@ -38,7 +38,12 @@ class SFTMixin(CAFTTrainerMixin):
         super().__init__(*args, **kwargs)
         self.caft_model_given = None
 
-    def _prepare_dataset(self, dataset: TrainingSet, *args, **kwargs) -> TrainingSet:
+    def _prepare_dataset(
+        self,
+        dataset: TrainingSet,
+        *args,
+        **kwargs,
+    ) -> TrainingSet:
         """Tokenise first, without truncation, add the masked copies, then run the rest of
         SFTTrainer's preparation.
 

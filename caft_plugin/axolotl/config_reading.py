@@ -59,7 +59,11 @@ def has_axolotl() -> bool:
     return importlib.util.find_spec("axolotl") is not None
 
 
-def read_config(file: Path, command: str, **keys: object) -> DictDefault:
+def read_config(
+    file: Path,
+    command: str,
+    **keys: object,
+) -> DictDefault:
     """Read a YAML file as `axolotl train` does; `keys` replace the file's.
 
     Raises:

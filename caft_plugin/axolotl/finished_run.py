@@ -54,7 +54,10 @@ class FinishedRun:
         return bool(self.cfg.trust_remote_code)
 
     def load(
-        self, tokenizer: PreTrainedTokenizerBase, model: str, dtype: torch.dtype
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        model: str,
+        dtype: torch.dtype,
     ) -> PreTrainedModel:
         """Load `model` (this run's, or another one) with Axolotl's loader and the YAML's
         settings."""

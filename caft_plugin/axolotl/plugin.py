@@ -94,7 +94,10 @@ class CAFTPlugin(BasePlugin):
         return self._duplicated_datasets(cfg, meap, BaseModel.of(loader.model_config, generation))
 
     def _duplicated_datasets(
-        self, cfg: DictDefault, meap: MEAPConfig, base: BaseModel
+        self,
+        cfg: DictDefault,
+        meap: MEAPConfig,
+        base: BaseModel,
     ) -> TrainDatasetMeta:
         said = {key: cfg[key] for key in COUNTED}
         data = load_datasets(cfg=cfg)
@@ -190,7 +193,9 @@ def said_of_tokens(cfg: DictDefault) -> Said:
 
 
 def _refuse_unfit(
-    loader: ModelLoader, caft: CAFTConfig, trainer_class: type[CAFTTrainerMixin]
+    loader: ModelLoader,
+    caft: CAFTConfig,
+    trainer_class: type[CAFTTrainerMixin],
 ) -> None:
     """Raise ConfigError for a model that heads, the heads folder or `fused_loss: true` do not fit.
 

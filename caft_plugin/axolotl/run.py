@@ -115,7 +115,11 @@ def _bits(keys: Keys) -> int:
     return 8 if keys.get("load_in_8bit") else 16
 
 
-def _has_float32_parts(keys: Keys, dtype: torch.dtype, sharded: bool) -> bool:
+def _has_float32_parts(
+    keys: Keys,
+    dtype: torch.dtype,
+    sharded: bool,
+) -> bool:
     """Return True if Axolotl's loader leaves norms, embedding and unembedding in float32."""
     if dtype == torch.float32:
         return False
@@ -166,7 +170,11 @@ def _accumulation(keys: Keys) -> int:
     return max(_count(keys, "batch_size", 1) // rows, 1)
 
 
-def _count(keys: Keys, key: str, default: int) -> int:
+def _count(
+    keys: Keys,
+    key: str,
+    default: int,
+) -> int:
     value = keys.get(key)
     if value is None:
         return default

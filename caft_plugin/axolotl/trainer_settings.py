@@ -136,7 +136,9 @@ def refuse_keys(cfg: DictDefault) -> None:
 
 
 def trainer_settings(
-    cfg: DictDefault, tokenizer: PreTrainedTokenizerBase, heldout: Dataset | None
+    cfg: DictDefault,
+    tokenizer: PreTrainedTokenizerBase,
+    heldout: Dataset | None,
 ) -> Settings:
     """Return the settings that Axolotl's builder makes from a YAML, after a rehearsal of optimizer
     and scheduler.
@@ -259,7 +261,9 @@ def rehearse(settings: Settings) -> Tensor:
 
 
 def _optimizer_and_scheduler(
-    settings: Settings, layer: nn.Module, steps: int
+    settings: Settings,
+    layer: nn.Module,
+    steps: int,
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
     """Create both as stage 1's trainer will, with a learning rate at which weights move."""
     arguments = copy.copy(settings.args)

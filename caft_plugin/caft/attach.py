@@ -276,20 +276,33 @@ class AttachedHeads:
         reading.refuse_other_calls(type(self.trunk.model).__name__)
         return returned, reading.result
 
-    def _note_call(self, layer: nn.Module, args: tuple, kwargs: dict[str, object]) -> None:
+    def _note_call(
+        self,
+        layer: nn.Module,
+        args: tuple,
+        kwargs: dict[str, object],
+    ) -> None:
         reading = self._reading
         if layer is not self.trunk.last_layer or reading is None or not reading.wants_notes:
             return
         reading.call = LayerCall.of(args, kwargs)
 
-    def _note_norm(self, norm: nn.Module, args: tuple, output: Tensor) -> None:
+    def _note_norm(
+        self,
+        norm: nn.Module,
+        args: tuple,
+        output: Tensor,
+    ) -> None:
         reading = self._reading
         if reading is not None and reading.call is not None and reading.wants_notes:
             reading.final = output
 
     @torch.compiler.disable
     def _before_forward(
-        self, model: nn.Module, args: tuple, kwargs: dict[str, object]
+        self,
+        model: nn.Module,
+        args: tuple,
+        kwargs: dict[str, object],
     ) -> tuple[tuple, dict[str, object]] | None:
         reading = self._reading
         if reading is None or not reading.counts:
@@ -300,7 +313,12 @@ class AttachedHeads:
         return args, {**kwargs, "labels": None, "logits_to_keep": LAST_POSITION.clone()}
 
     @torch.compiler.disable
-    def _after_forward(self, model: nn.Module, args: tuple, output: object) -> ModelOutput | None:
+    def _after_forward(
+        self,
+        model: nn.Module,
+        args: tuple,
+        output: object,
+    ) -> ModelOutput | None:
         self.hidden.ran = True
         reading = self._reading
         if reading is None or reading.call is None or not reading.wants_notes:
@@ -328,7 +346,12 @@ class AttachedHeads:
             return _with_aux_loss(output, reading.result.loss)
         return output
 
-    def _next_token_loss(self, request: Request, final: Tensor | None, trunk: Trunk) -> Tensor:
+    def _next_token_loss(
+        self,
+        request: Request,
+        final: Tensor | None,
+        trunk: Trunk,
+    ) -> Tensor:
         if final is None or request.next_tokens is None:
             raise ConfigError(
                 f"caft.fused_loss: {type(self.trunk.model).__name__} did not call its final norm,"
@@ -355,7 +378,12 @@ class AttachedHeads:
         unembedding = unsharded_twin(self.trunk.unembedding, dtype)
         return dataclasses.replace(self.trunk, norm=norm, unembedding=unembedding)
 
-    def _refuse_other_logits(self, output: ModelOutput, final: Tensor | None, trunk: Trunk) -> None:
+    def _refuse_other_logits(
+        self,
+        output: ModelOutput,
+        final: Tensor | None,
+        trunk: Trunk,
+    ) -> None:
         """Raise ConfigError, at the first logits of the host, if `trunk.logits` computes others."""
         logits = output.get("logits")
         if self._logits_checked or logits is None or final is None:
@@ -487,7 +515,12 @@ class WatchedWrapper:
         self.runs = True
 
     @torch.compiler.disable
-    def _leave(self, wrapper: nn.Module, args: tuple, output: object) -> object:
+    def _leave(
+        self,
+        wrapper: nn.Module,
+        args: tuple,
+        output: object,
+    ) -> object:
         self.runs = False
         return _without_aux_loss(output)
 
@@ -497,7 +530,11 @@ def _with_target(targets: Tensor) -> Tensor:
     return (targets.flatten() != IGNORE).nonzero().squeeze(1)
 
 
-def _refuse_other_shape(model: nn.Module, hidden: Tensor, targets: Tensor) -> None:
+def _refuse_other_shape(
+    model: nn.Module,
+    hidden: Tensor,
+    targets: Tensor,
+) -> None:
     """Raise ConfigError unless `hidden` (batch, length, hidden size) fits `targets` (batch,
     length)."""
     if hidden.shape[:-1] != targets.shape:

@@ -59,7 +59,10 @@ class AuxiliaryHeads(nn.Module):
     """
 
     def __init__(
-        self, layers: list[nn.Module], lora: LoraConfig | None = None, origin: Sample | None = None
+        self,
+        layers: list[nn.Module],
+        lora: LoraConfig | None = None,
+        origin: Sample | None = None,
     ) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
@@ -352,7 +355,11 @@ def only_at(positions: Tensor, parts: list[nn.Module]) -> Iterator[None]:
         picked.append(args[0].shape[:-1])
         return (args[0].flatten(0, 1)[positions][None],)
 
-    def spread(part: nn.Module, args: tuple, output: Tensor) -> Tensor:
+    def spread(
+        part: nn.Module,
+        args: tuple,
+        output: Tensor,
+    ) -> Tensor:
         shape = picked.pop()
         everywhere = output.new_zeros(shape.numel(), output.shape[-1])
         spread_out = everywhere.index_copy(0, positions, output[0])

@@ -220,7 +220,9 @@ def heads_state(heads: AuxiliaryHeads) -> tuple[dict[str, Tensor], dict[str, Ten
 
 
 def merged(
-    heads: AuxiliaryHeads, weights: Mapping[str, Tensor], lora: Mapping[str, Tensor]
+    heads: AuxiliaryHeads,
+    weights: Mapping[str, Tensor],
+    lora: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
     """Return plain weights with the LoRA factors merged: W + scaling * B A, computed in float32."""
     result = dict(weights)
@@ -303,7 +305,11 @@ def write_heads(
     write_json(folder / RECORD, record.model_dump(exclude_none=True))
 
 
-def _write_tensors(file: Path, tensors: Mapping[str, Tensor], **metadata: str) -> None:
+def _write_tensors(
+    file: Path,
+    tensors: Mapping[str, Tensor],
+    **metadata: str,
+) -> None:
     write_atomically(
         file, lambda temporary: save_file(dict(tensors), temporary, {"format": "pt", **metadata})
     )
@@ -375,7 +381,9 @@ def _parse_fingerprint(file: Path) -> Fingerprint:
 
 
 def load_checkpoint(
-    checkpoint: str | os.PathLike[str], heads: AuxiliaryHeads, config: CAFTConfig
+    checkpoint: str | os.PathLike[str],
+    heads: AuxiliaryHeads,
+    config: CAFTConfig,
 ) -> None:
     """Load heads and LoRA factors from a checkpoint, for exact resuming.
 
@@ -412,7 +420,12 @@ def load_checkpoint(
         _copy_into(lora, folder / LORA, held=len(heads))
 
 
-def _copy_into(wanted: dict[str, Tensor], file: Path, *, held: int) -> None:
+def _copy_into(
+    wanted: dict[str, Tensor],
+    file: Path,
+    *,
+    held: int,
+) -> None:
     """Copy the first heads of a safetensors file with `held` heads into `wanted`, after checking
     names, shapes, types.
 
@@ -465,7 +478,11 @@ def _is_index(name: str, held: int) -> bool:
     return name.isdecimal() and len(name) < 5 and int(name) < held
 
 
-def _refuse_other_tensors(wanted: dict[str, Tensor], found: dict[str, Any], file: Path) -> None:
+def _refuse_other_tensors(
+    wanted: dict[str, Tensor],
+    found: dict[str, Any],
+    file: Path,
+) -> None:
     """Raise ConfigError for a tensor of another shape, or of another kind of type."""
     for name, tensor in sorted(wanted.items()):
         shape = tuple(found[name].get_shape())

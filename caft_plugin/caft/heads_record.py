@@ -56,7 +56,12 @@ class HeadsRecord(BaseModel):
     train_heads: Literal["full", "lora", "frozen"] | None = None  # only in a checkpoint
 
     @classmethod
-    def of(cls, trunk: Trunk, config: CAFTConfig, **more: object) -> HeadsRecord:
+    def of(
+        cls,
+        trunk: Trunk,
+        config: CAFTConfig,
+        **more: object,
+    ) -> HeadsRecord:
         """Return the record of `config.num_heads` heads for a model, wired as in `config`."""
         written = {
             "num_heads": config.num_heads,

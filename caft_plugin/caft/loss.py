@@ -30,7 +30,11 @@ def rows_at_a_time(device: torch.device, vocab_size: int) -> int:
     return max(64, math.ceil(logits / vocab_size))
 
 
-def gamma(schedule: str, step: int, total_steps: int) -> float:
+def gamma(
+    schedule: str,
+    step: int,
+    total_steps: int,
+) -> float:
     """Return the schedule's factor at optimisation step `step` (0-based) of `total_steps`.
 
     `rsine` is the paper's (section 3); the others are from the released code.

@@ -51,7 +51,12 @@ class AuxiliaryObjective:
         ConfigError: the model, the trainer's settings or the heads folder do not fit.
     """
 
-    def __init__(self, trainer: Trainer, config: CAFTConfig, lesson: Lesson = TOKENS) -> None:
+    def __init__(
+        self,
+        trainer: Trainer,
+        config: CAFTConfig,
+        lesson: Lesson = TOKENS,
+    ) -> None:
         refuse_trainer(trainer)
         model = cast(nn.Module, trainer.model)
         trunk = find_trunk(model)

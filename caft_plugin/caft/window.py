@@ -209,7 +209,12 @@ class Window:
 class Tally:
     """Sums since the last log, on this process. Heads' values are shares of the global means."""
 
-    def __init__(self, num_heads: int, step: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        num_heads: int,
+        step: int,
+        device: torch.device,
+    ) -> None:
         self.since_step = step
         self.next_token = torch.zeros((), dtype=torch.float64, device=device)
         self.aux = torch.zeros_like(self.next_token)
@@ -229,7 +234,12 @@ class Tally:
         self.aux += sums.aux * share
         self.heads += sums.heads * share / window.drawn_counts.clamp(min=1)
 
-    def log(self, step: int, processes: int, over_processes: Callable[[Tensor], Tensor]) -> CAFTLog:
+    def log(
+        self,
+        step: int,
+        processes: int,
+        over_processes: Callable[[Tensor], Tensor],
+    ) -> CAFTLog:
         """Return the log entries at `step`. Every process must call it."""
         steps = max(step - self.since_step, 1)
         own = torch.cat([self.next_token[None], self.aux[None], self.heads])

@@ -183,7 +183,10 @@ class Drafter:
         return getattr(self._own, "last", self._newest)
 
     def generate(
-        self, model: Any, *inputs: Tensor, **settings: object
+        self,
+        model: Any,
+        *inputs: Tensor,
+        **settings: object,
     ) -> Tensor | GenerateDecoderOnlyOutput:
         """Generate a text: `model.generate(*inputs, **settings)` with this drafter as its
         `custom_generate`.
@@ -234,7 +237,13 @@ class Drafter:
             self._newest = drafted
         return text.result(passes.end())
 
-    def _write(self, text: _Text, passes: _Passes, drafted: Drafted, max_length: int) -> None:
+    def _write(
+        self,
+        text: _Text,
+        passes: _Passes,
+        drafted: Drafted,
+        max_length: int,
+    ) -> None:
         """Generate step by step: a forward pass verifies the draft tokens, then heads propose the
         next ones."""
         side: _Side | None = None
@@ -293,7 +302,12 @@ class Drafter:
 class _Passes:
     """The model's forward passes for one text, with its cache and keyword arguments."""
 
-    def __init__(self, model: Any, trunk: Trunk, kwargs: Kwargs) -> None:
+    def __init__(
+        self,
+        model: Any,
+        trunk: Trunk,
+        kwargs: Kwargs,
+    ) -> None:
         self.model = model
         self.trunk = trunk
         self.kwargs = kwargs
@@ -359,7 +373,12 @@ class _Passes:
         self.cache.crop(-wrong)
         self.first = False
 
-    def _lengthened(self, kwargs: Kwargs, tokens: int, outputs: object = None) -> Kwargs:
+    def _lengthened(
+        self,
+        kwargs: Kwargs,
+        tokens: int,
+        outputs: object = None,
+    ) -> Kwargs:
         # one by one: several at a time would repeat several token types instead of the last one
         for _ in range(tokens):
             kwargs = self.model._update_model_kwargs_for_generation(
@@ -437,7 +456,13 @@ class _Side:
             cache.activate_past_recording()
         self.unread: list[list[_Pass]] = [[] for _ in self.caches]  # by head
 
-    def propose(self, notes: PassNotes, wrong: int, came: list[int], most: int) -> list[int]:
+    def propose(
+        self,
+        notes: PassNotes,
+        wrong: int,
+        came: list[int],
+        most: int,
+    ) -> list[int]:
         """Return the draft tokens to verify next.
 
         Args:
@@ -589,7 +614,11 @@ class _Text:
         return GenerateDecoderOnlyOutput(**fields)  # type: ignore[arg-type]
 
 
-def _refuse_settings(model: nn.Module, input_ids: Tensor, config: GenerationConfig) -> None:
+def _refuse_settings(
+    model: nn.Module,
+    input_ids: Tensor,
+    config: GenerationConfig,
+) -> None:
     """Raise ConfigError for settings of `generate` that drafting does not support."""
     if len(input_ids) > 1:
         raise ConfigError(

@@ -70,7 +70,10 @@ class Pace:
 
     @_in_turn
     def learn(
-        self, probabilities: Sequence[float], guesses: Sequence[int], came: Sequence[int]
+        self,
+        probabilities: Sequence[float],
+        guesses: Sequence[int],
+        came: Sequence[int],
     ) -> None:
         """Record one step.
 

@@ -40,7 +40,12 @@ class BaseModel:
         )
 
     @classmethod
-    def named(cls, model: str, trust_remote_code: bool = False, **loading: object) -> BaseModel:
+    def named(
+        cls,
+        model: str,
+        trust_remote_code: bool = False,
+        **loading: object,
+    ) -> BaseModel:
         """Read the configs of a folder or Hub id, with the user's loading arguments (revision,
         config changes)."""
         config, _ = AutoConfig.from_pretrained(

@@ -84,7 +84,11 @@ def has_target(row: Mapping[str, Any]) -> bool:
     return any(label >= 0 for label in row["labels"])
 
 
-def plain_labels(ids: Tensor, labels: Tensor, layout: str) -> Tensor:
+def plain_labels(
+    ids: Tensor,
+    labels: Tensor,
+    layout: str,
+) -> Tensor:
     """Return the original labels of rows from a doubled training set, for evaluation.
 
     A copy after its original is not evaluated again; a copy in its own row is evaluated like its

@@ -33,7 +33,10 @@ class LossesByKind:
     """
 
     def __init__(
-        self, model: nn.Module, mask_id: int, found: Callable[[Tensor, Tensor], object]
+        self,
+        model: nn.Module,
+        mask_id: int,
+        found: Callable[[Tensor, Tensor], object],
     ) -> None:
         """`found` receives the summed loss of masked and of other tokens, float32 (2,), and their
         numbers, (2,)."""
@@ -90,12 +93,21 @@ class LossesByKind:
         finally:
             self._batch = self._final = None
 
-    def _after_norm(self, norm: nn.Module, args: tuple, output: Tensor) -> None:
+    def _after_norm(
+        self,
+        norm: nn.Module,
+        args: tuple,
+        output: Tensor,
+    ) -> None:
         self._final = output
 
     @torch.compiler.disable
     def _after_forward(
-        self, model: nn.Module, args: tuple, kwargs: dict[str, object], output: object
+        self,
+        model: nn.Module,
+        args: tuple,
+        kwargs: dict[str, object],
+        output: object,
     ) -> None:
         final = self._final
         self._final = None
@@ -142,7 +154,10 @@ class LossesByKind:
         return lambda rows, places: transform(unembedding(final[rows, places]))
 
     def _read(
-        self, ids: Tensor, labels: Tensor, logits_of: Callable[[Tensor, Tensor], Tensor]
+        self,
+        ids: Tensor,
+        labels: Tensor,
+        logits_of: Callable[[Tensor, Tensor], Tensor],
     ) -> None:
         targets = labels[:, 1:]
         device = targets.device

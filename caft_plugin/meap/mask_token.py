@@ -145,7 +145,11 @@ def _candidates(
         yield id_, "a special token that is neither in the chat template nor in the data"
 
 
-def _first_trained(free: list[Candidate], norms: Tensor | None, searched: bool) -> Candidate:
+def _first_trained(
+    free: list[Candidate],
+    norms: Tensor | None,
+    searched: bool,
+) -> Candidate:
     """Return the first candidate with a trained embedding row, or else the first one.
 
     Raises:
@@ -256,7 +260,12 @@ class AddedMaskToken(nn.Module):
         # the embedding has no row for the added id: any other one, whose output is replaced
         return (args[0].masked_fill(self._where, self.token.id - 1), *args[1:])
 
-    def _after(self, embedding: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    def _after(
+        self,
+        embedding: nn.Module,
+        args: tuple[Tensor, ...],
+        output: Tensor,
+    ) -> Tensor:
         where = self._where
         self._where = None
         assert where is not None

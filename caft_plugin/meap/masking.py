@@ -60,7 +60,12 @@ class MEAPCollator:
         self.masked = False
         self.epoch = torch.zeros((), dtype=torch.long).share_memory_()
 
-    def __call__(self, features: Sequence[Row | list[Row]], *args, **kwargs) -> dict[str, Tensor]:
+    def __call__(
+        self,
+        features: Sequence[Row | list[Row]],
+        *args,
+        **kwargs,
+    ) -> dict[str, Tensor]:
         batch = self.host(features, *args, **kwargs)
         if PLAN in batch:
             raise ConfigError(
@@ -93,7 +98,11 @@ class MEAPCollator:
         return f"the data collator {getattr(self.host, '__name__', type(self.host).__name__)}"
 
     def _mask_copies(
-        self, batch: Batch, ids: np.ndarray, labels: np.ndarray, plan: np.ndarray
+        self,
+        batch: Batch,
+        ids: np.ndarray,
+        labels: np.ndarray,
+        plan: np.ndarray,
     ) -> None:
         for row_ids, row_labels, row_plan in zip(ids, labels, plan, strict=True):
             for copy in copies_in(row_labels, row_plan):
@@ -105,7 +114,11 @@ class MEAPCollator:
                 self._put_masks(row_ids, row_plan, drawn)
 
     def _mask_documents(
-        self, batch: Batch, ids: np.ndarray, labels: np.ndarray, plan: np.ndarray
+        self,
+        batch: Batch,
+        ids: np.ndarray,
+        labels: np.ndarray,
+        plan: np.ndarray,
     ) -> None:
         documents = document_ids(batch)
         documents_by_row = np.zeros_like(ids) if documents is None else documents.cpu().numpy()
@@ -133,7 +146,12 @@ class MEAPCollator:
         plan[eligible] |= MAY_MASK
         self._put_masks(ids, plan, drawn)
 
-    def _put_masks(self, ids: np.ndarray, plan: np.ndarray, drawn: list[int]) -> None:
+    def _put_masks(
+        self,
+        ids: np.ndarray,
+        plan: np.ndarray,
+        drawn: list[int],
+    ) -> None:
         ids[drawn] = self.mask_id
         plan[drawn] |= MASKED
         plan[drawn[:1]] |= EXAMPLE
@@ -142,7 +160,12 @@ class MEAPCollator:
         key = f"{self.seed} {int(self.epoch)} ".encode() + ids.astype(np.int64).tobytes()
         return random.Random(hashlib.blake2b(key, digest_size=16).digest())
 
-    def _draw(self, generator: random.Random, eligible: list[int], tokens: int) -> list[int]:
+    def _draw(
+        self,
+        generator: random.Random,
+        eligible: list[int],
+        tokens: int,
+    ) -> list[int]:
         share = max(1, int(tokens * self.config.ratio))
         return generator.sample(eligible, min(share, len(eligible)))
 

@@ -60,7 +60,11 @@ class StepPlans:
         return _plan_of_parts(ids, labels, pairs) if pairs else None
 
 
-def _plan_of_parts(ids: Tensor | None, labels: Tensor, pairs: list[_Pair]) -> Tensor:
+def _plan_of_parts(
+    ids: Tensor | None,
+    labels: Tensor,
+    pairs: list[_Pair],
+) -> Tensor:
     """Return the plan (batch, length) of rows that may have pairs, or parts of them, anywhere."""
     plan = np.zeros(labels.shape, dtype=np.int64)
     rows_of_ids = None
@@ -73,7 +77,10 @@ def _plan_of_parts(ids: Tensor | None, labels: Tensor, pairs: list[_Pair]) -> Te
 
 
 def _mark_row(
-    plan: np.ndarray, ids: np.ndarray | None, labels: np.ndarray, pairs: list[_Pair]
+    plan: np.ndarray,
+    ids: np.ndarray | None,
+    labels: np.ndarray,
+    pairs: list[_Pair],
 ) -> None:
     """Add the plans of pairs in a row to the row's plan, in place; arrays are (length,)."""
     if ids is not None:
@@ -114,7 +121,12 @@ class _Pair:
     labels: np.ndarray
     plan: np.ndarray
 
-    def mark(self, plan: np.ndarray, row: np.ndarray, own: np.ndarray) -> bool:
+    def mark(
+        self,
+        plan: np.ndarray,
+        row: np.ndarray,
+        own: np.ndarray,
+    ) -> bool:
         """Add this pair's plan to `plan`, the plan of `row`, if one of `own` and `row` contains the
         other.
 

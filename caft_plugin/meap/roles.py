@@ -115,7 +115,9 @@ def _named_ids(
 
 
 def _ids_in_templates(
-    tokenizer: PreTrainedTokenizerBase, vocabulary: Mapping[str, int], templates: Sequence[str]
+    tokenizer: PreTrainedTokenizerBase,
+    vocabulary: Mapping[str, int],
+    templates: Sequence[str],
 ) -> Iterator[int]:
     """Yield the ids of added tokens, and of tokens like <this> or [this], in the chat templates."""
     template = "".join([str(tokenizer.chat_template or ""), *templates])

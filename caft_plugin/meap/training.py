@@ -90,7 +90,10 @@ class MaskedTraining:
     """
 
     def __init__(
-        self, trainer: Trainer, config: MEAPConfig, data: DoubledSet | None = None
+        self,
+        trainer: Trainer,
+        config: MEAPConfig,
+        data: DoubledSet | None = None,
     ) -> None:
         """`data` has the trainer's set if that is doubled already, and the user's settings of
         tokens."""
@@ -282,7 +285,12 @@ class MaskedTraining:
             )
 
 
-def mask_token_for(trainer: Trainer, wanted: int | str, base: BaseModel, roles: Roles) -> MaskToken:
+def mask_token_for(
+    trainer: Trainer,
+    wanted: int | str,
+    base: BaseModel,
+    roles: Roles,
+) -> MaskToken:
     """Choose the mask token for a trainer's model, tokenizer and training set.
 
     Raises:

@@ -246,7 +246,11 @@ def _is_plain_lora(tuner: LoraLayer, name: str) -> bool:
     return is_linear and name not in tuner.lora_variant
 
 
-def _effect(linear: nn.Module, lora: _Factors, each: int) -> Tensor:
+def _effect(
+    linear: nn.Module,
+    lora: _Factors,
+    each: int,
+) -> Tensor:
     """Return the contribution of a LoRA to the sampled values of a linear layer's weight."""
     outputs = lora.b.shape[0]
     inputs = lora.a.shape[1]

@@ -8,7 +8,11 @@ from caft_plugin.errors import ConfigError, shown
 OF_RECORD = {"head_input", "head_norm", "layer_class"}
 
 
-def refuse_heads_as_model(config: object, name: str, asked: str) -> None:
+def refuse_heads_as_model(
+    config: object,
+    name: str,
+    asked: str,
+) -> None:
     """Raise ConfigError if the config of a model `name` is the record of a heads folder; `asked`
     begins the message.
 

@@ -44,7 +44,12 @@ class HiddenSubmodule:
     include it.
     """
 
-    def __init__(self, model: nn.Module, name: str, module: nn.Module) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        name: str,
+        module: nn.Module,
+    ) -> None:
         self.model = model
         self.name = name
         self.module = module

@@ -66,7 +66,11 @@ CHECK = {
 
 
 @contextlib.contextmanager
-def reading(part: str, name: str, key: str) -> Iterator[None]:
+def reading(
+    part: str,
+    name: str,
+    key: str,
+) -> Iterator[None]:
     """Report an error of another library as ConfigError while a part of a model is read.
 
     Args:
@@ -298,7 +302,9 @@ class Source:
 
 
 def _own_config(
-    name: str, base: PretrainedConfig, read: functools.partial[PretrainedConfig]
+    name: str,
+    base: PretrainedConfig,
+    read: functools.partial[PretrainedConfig],
 ) -> PretrainedConfig | None:
     """Return the config.json next to an adapter, in which Axolotl saves the run's changes.
 
@@ -331,7 +337,9 @@ def _own_config(
 
 
 def with_overrides_of_run(
-    config: PretrainedConfig, name: str, read: functools.partial[PretrainedConfig]
+    config: PretrainedConfig,
+    name: str,
+    read: functools.partial[PretrainedConfig],
 ) -> None:
     """Apply a run's changes of the base's config to `config`, the config of its merged model in the
     folder `name`.
@@ -441,7 +449,9 @@ def merged(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def load_tokenizer(
-    name: str, trust_remote_code: bool = False, key: str | None = None
+    name: str,
+    trust_remote_code: bool = False,
+    key: str | None = None,
 ) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model; for an adapter without one, its base's.
 

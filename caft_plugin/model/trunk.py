@@ -262,7 +262,11 @@ def refuse_unfit(config: PretrainedConfig, name: str) -> None:
         )
 
 
-def refuse_encoder_decoder(config: PretrainedConfig, name: str, block: str = "caft") -> None:
+def refuse_encoder_decoder(
+    config: PretrainedConfig,
+    name: str,
+    block: str = "caft",
+) -> None:
     """Raise ConfigError if `config` is an encoder-decoder model's."""
     if getattr(config, "is_encoder_decoder", False):
         raise ConfigError(
@@ -362,7 +366,9 @@ def auto_class(config: PretrainedConfig, whole: bool = False) -> Any:
 
 
 def trunk_without_weights(
-    config: PretrainedConfig, name: str, build: Callable[[], nn.Module]
+    config: PretrainedConfig,
+    name: str,
+    build: Callable[[], nn.Module],
 ) -> Trunk | None:
     """Return the trunk of a model before its weights are loaded; None, with a warning, if it cannot
     be built.

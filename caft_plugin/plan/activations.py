@@ -123,7 +123,11 @@ def _keeps(
 ) -> Kept:
     call: dict[str, Any] = {}
 
-    def note_call(_: nn.Module, args: Any, kwargs: Any) -> None:
+    def note_call(
+        _: nn.Module,
+        args: Any,
+        kwargs: Any,
+    ) -> None:
         call.update(args=args, kwargs=kwargs)
 
     decoder = trunk.model.get_decoder()

@@ -232,7 +232,11 @@ def _build(run: Run, source: Source) -> Built:
 
 
 def _forward_pass(
-    run: Run, seen: Seen, as_built: str, as_kept: str, built: Built
+    run: Run,
+    seen: Seen,
+    as_built: str,
+    as_kept: str,
+    built: Built,
 ) -> tuple[Kept, list[str]]:
     """Return what a forward pass keeps, and notes on estimates; computed once.
 
@@ -247,7 +251,11 @@ def _forward_pass(
     return seen.kept[as_kept]
 
 
-def _with_activations(base: Share, run: Run, kept: Kept) -> Share:
+def _with_activations(
+    base: Share,
+    run: Run,
+    kept: Kept,
+) -> Share:
     if not run.checkpointing:
         return dataclasses.replace(base, activations=kept.base)
     # Each layer keeps its input only, and is recomputed when its turn comes.
@@ -282,7 +290,10 @@ def _keys(run: Run) -> tuple[str, str]:
 
 
 def stands(
-    run: Run, module: nn.Module | None, quantised: dict[Tensor, float], shards: int
+    run: Run,
+    module: nn.Module | None,
+    quantised: dict[Tensor, float],
+    shards: int,
 ) -> Share:
     """Return the weights, gradients and optimizer states of a module on each GPU.
 
@@ -305,7 +316,11 @@ def stands(
     )
 
 
-def gathered_by_fsdp(trunk: Trunk, model: nn.Module, quantised: dict[Tensor, float]) -> float:
+def gathered_by_fsdp(
+    trunk: Trunk,
+    model: nn.Module,
+    quantised: dict[Tensor, float],
+) -> float:
     """Return the unsharded bytes on a GPU: two layers at a time, and the parameters outside of the
     layers with their gradients, during the complete step."""
     in_layers: set[Tensor] = set()
@@ -351,7 +366,11 @@ def _count(module: nn.Module | None) -> int:
 
 
 def _heads_pass(
-    run: Run, kept: Kept, supervised: float, unembedding: float, chunk: float
+    run: Run,
+    kept: Kept,
+    supervised: float,
+    unembedding: float,
+    chunk: float,
 ) -> tuple[float, float]:
     """Return the bytes that the heads keep for the backward pass, and those that they need
     temporarily.
@@ -406,7 +425,10 @@ def optimizer_states(name: str) -> tuple[tuple[int, float | None], list[str]]:
 
 
 def multiply_adds(
-    run: Run, trunk: Trunk, heads: AuxiliaryHeads | None, supervised: float
+    run: Run,
+    trunk: Trunk,
+    heads: AuxiliaryHeads | None,
+    supervised: float,
 ) -> tuple[float, float, float]:
     """Return the multiplications of one token's forward and backward pass: those of the run without
     heads, of one head, and those that `caft.fused_loss` saves.
@@ -444,7 +466,11 @@ def used_experts(config: PretrainedConfig) -> float:
     return active / total if active and total else 1.0
 
 
-def matrix_products(module: nn.Module, experts: float, again: int) -> float:
+def matrix_products(
+    module: nn.Module,
+    experts: float,
+    again: int,
+) -> float:
     """Return the multiplications of a module's matrices for one token.
 
     Args:
@@ -480,7 +506,12 @@ def expected_heads(caft: CAFTConfig) -> float:
     return expected
 
 
-def _notes(run: Run, gpus: int, trunk: Trunk, source: Source) -> list[str]:
+def _notes(
+    run: Run,
+    gpus: int,
+    trunk: Trunk,
+    source: Source,
+) -> list[str]:
     notes = list(run.notes)
     if run.caft.beta == 0:
         notes.append("caft.beta is 0: no heads are built, so nothing is added to the run.")

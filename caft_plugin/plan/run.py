@@ -137,7 +137,11 @@ def train_only(model: nn.Module, unfrozen: Sequence[str]) -> None:
         parameter.requires_grad_(any(pattern.match(name) for pattern in patterns))
 
 
-def with_adapter(run: Run, lora: Mapping[str, Any], model: nn.Module) -> nn.Module:
+def with_adapter(
+    run: Run,
+    lora: Mapping[str, Any],
+    model: nn.Module,
+) -> nn.Module:
     """Return the model with the run's LoRA adapter, in float32 on a half-precision base, as in
     PEFT."""
     try:

@@ -82,7 +82,13 @@ class WaysOut:
     """Peaks of a run with changes, each computed once. A context manager: a progress bar is shown
     while it is open."""
 
-    def __init__(self, plan: Plan, memory: float, gpus: int, supervised: float) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        memory: float,
+        gpus: int,
+        supervised: float,
+    ) -> None:
         self.plan = plan
         self.memory = memory
         self.gpus = gpus

@@ -102,7 +102,12 @@ def run_as_text(plan: Plan) -> str:
     )
 
 
-def verdict(plan: Plan, memory: float, gpus: int, supervised: float) -> str:
+def verdict(
+    plan: Plan,
+    memory: float,
+    gpus: int,
+    supervised: float,
+) -> str:
     """Say whether the run fits into `memory` bytes and, if not, which changes make it fit.
 
     Args:

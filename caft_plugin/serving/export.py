@@ -175,7 +175,11 @@ def last_layer_in(source: Source) -> str:
 
 @heads_named("heads")
 def export_drafter(
-    model: str, heads: str, output: Path, form: Format = "vllm", num_heads: int | None = None
+    model: str,
+    heads: str,
+    output: Path,
+    form: Format = "vllm",
+    num_heads: int | None = None,
 ) -> str:
     """Write a drafter's folder.
 
@@ -216,7 +220,11 @@ def export_drafter(
 
 
 def _check(
-    folder: HeadsFolder, target: Target, family: Family, form: Format, num_heads: int | None
+    folder: HeadsFolder,
+    target: Target,
+    family: Family,
+    form: Format,
+    num_heads: int | None,
 ) -> None:
     record = folder.record
     config = target.config
@@ -264,7 +272,10 @@ def _head_weights(folder: HeadsFolder) -> list[dict[str, Tensor]]:
 
 
 def as_eagle3(
-    heads: list[dict[str, Tensor]], norm: Tensor, family: Family, normed_input: bool
+    heads: list[dict[str, Tensor]],
+    norm: Tensor,
+    family: Family,
+    normed_input: bool,
 ) -> dict[str, Tensor]:
     """Return head 1 as the only layer of an EAGLE-3 drafter.
 
@@ -294,7 +305,11 @@ def as_eagle3(
     return weights
 
 
-def as_heads(heads: list[dict[str, Tensor]], norm: Tensor, count: int) -> dict[str, Tensor]:
+def as_heads(
+    heads: list[dict[str, Tensor]],
+    norm: Tensor,
+    count: int,
+) -> dict[str, Tensor]:
     """Return the first `count` heads as layers 0, 1, ..."""
     weights = {}
     for k, head in enumerate(heads[:count]):
@@ -308,7 +323,11 @@ def as_heads(heads: list[dict[str, Tensor]], norm: Tensor, count: int) -> dict[s
 
 
 def _config(
-    target: Target, family: Family, folder: HeadsFolder, form: Format, count: int
+    target: Target,
+    family: Family,
+    folder: HeadsFolder,
+    form: Format,
+    count: int,
 ) -> dict[str, object]:
     theirs = target.config.to_dict()
     record = folder.record
@@ -337,7 +356,11 @@ def _config(
     }
 
 
-def _as_eagle3_reads(family: Family, final: bool, read: int) -> dict[str, object]:
+def _as_eagle3_reads(
+    family: Family,
+    final: bool,
+    read: int,
+) -> dict[str, object]:
     model_type = "qwen3" if family.eagle3.startswith("Eagle3Qwen3") else "llama"
     return {
         "model_type": model_type,
@@ -353,7 +376,11 @@ def _as_eagle3_reads(family: Family, final: bool, read: int) -> dict[str, object
     }
 
 
-def _cost(target: Target, head: Mapping[str, Tensor], norm: Tensor) -> Cost:
+def _cost(
+    target: Target,
+    head: Mapping[str, Tensor],
+    norm: Tensor,
+) -> Cost:
     config = target.config
     of_head = sum(tensor.nbytes for tensor in head.values())
     matrix = config.vocab_size * config.hidden_size * norm.itemsize
@@ -366,7 +393,10 @@ def _cost(target: Target, head: Mapping[str, Tensor], norm: Tensor) -> Cost:
 
 
 def _write(
-    output: Path, config: Mapping[str, object], tensors: dict[str, Tensor], guide: str
+    output: Path,
+    config: Mapping[str, object],
+    tensors: dict[str, Tensor],
+    guide: str,
 ) -> None:
     """Write the folder under a temporary name and rename it, so that it is never incomplete."""
     output.parent.mkdir(parents=True, exist_ok=True)

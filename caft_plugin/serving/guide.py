@@ -23,7 +23,11 @@ class Advice:
     why: list[str]
 
 
-def advice_on(found: Drafting | None, cost: Cost, count: int) -> Advice:
+def advice_on(
+    found: Drafting | None,
+    cost: Cost,
+    count: int,
+) -> Advice:
     """Return advice for a drafter with `count` heads, from the results of `caft speculate` (None:
     not known)."""
     if found is None:
@@ -73,7 +77,12 @@ def advice_on(found: Drafting | None, cost: Cost, count: int) -> Advice:
     return Advice(recommended(tokens, cost), lines)
 
 
-def how_to_serve(source: Source, output: Path, form: Format, advice: Advice) -> str:
+def how_to_serve(
+    source: Source,
+    output: Path,
+    form: Format,
+    advice: Advice,
+) -> str:
     """Return the README of a drafter's folder.
 
     Args:
@@ -125,7 +134,11 @@ def how_to_serve(source: Source, output: Path, form: Format, advice: Advice) -> 
     return "\n".join(lines) + "\n"
 
 
-def sglang(model: str, output: Path, merged: bool) -> list[str]:
+def sglang(
+    model: str,
+    output: Path,
+    merged: bool,
+) -> list[str]:
     """Return the lines on serving with SGLang, which reads the same folder."""
     which = ", with the merged model" if merged else ""
     return [

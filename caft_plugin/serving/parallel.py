@@ -55,7 +55,11 @@ class Heads(nn.Module):
     )
 
     def __init__(
-        self, vllm_config: VllmConfig, config: PretrainedConfig, first: int, prefix: str
+        self,
+        vllm_config: VllmConfig,
+        config: PretrainedConfig,
+        first: int,
+        prefix: str,
     ) -> None:
         super().__init__()
         wiring = config.caft_heads
@@ -84,7 +88,9 @@ class Heads(nn.Module):
 
 
 def _builder_of(
-    family: Family, vllm_config: VllmConfig, config: PretrainedConfig
+    family: Family,
+    vllm_config: VllmConfig,
+    config: PretrainedConfig,
 ) -> Callable[[str], nn.Module]:
     """Return a function that builds a layer with a given prefix. Heads are not quantised, even if
     the target is."""
@@ -172,7 +178,10 @@ class CaftHeadsEagle3(Eagle3LlamaForCausalLM):
 
 
 def _check(
-    config: PretrainedConfig, target: PretrainedConfig, layers: int, num_speculative_tokens: int
+    config: PretrainedConfig,
+    target: PretrainedConfig,
+    layers: int,
+    num_speculative_tokens: int,
 ) -> None:
     """Raise ValueError if a drafter was made for another model than the target, or has too few
     heads."""

@@ -34,7 +34,11 @@ class Drafting(BaseModel):
 
 
 def keep(
-    folder: Path, model: str, prompts: int, temperature: float, tokens_per_step: list[float]
+    folder: Path,
+    model: str,
+    prompts: int,
+    temperature: float,
+    tokens_per_step: list[float],
 ) -> Path:
     """Write results into a heads folder and return the file.
 

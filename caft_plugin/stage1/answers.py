@@ -52,7 +52,9 @@ def fingerprint(model: PreTrainedModel) -> str:
 
 
 def check_prompts(
-    prompts: Sequence[Sequence[int]], config: PretrainConfig, context: int | None
+    prompts: Sequence[Sequence[int]],
+    config: PretrainConfig,
+    context: int | None,
 ) -> None:
     """Raise ConfigError if a row asks nothing, or leaves no room to answer."""
     empty = sum(not prompt for prompt in prompts)
@@ -83,7 +85,9 @@ def complete_lines(path: Path) -> list[bytes]:
 
 
 def refuse_other_settings(
-    path: Path, found: Mapping[str, object], wanted: Mapping[str, object]
+    path: Path,
+    found: Mapping[str, object],
+    wanted: Mapping[str, object],
 ) -> None:
     """Raise ConfigError if a file's first line is not the wanted one."""
     changed = [key for key in {**wanted, **found} if found.get(key) != wanted.get(key)]
@@ -177,7 +181,12 @@ def write_missing(
         return
     tokens = 0
     start = time.monotonic()
-    with tqdm(total=len(prompts), initial=done, unit="answer", desc="generating answers") as bar:
+    with tqdm(
+        total=len(prompts),
+        initial=done,
+        unit="answer",
+        desc="generating answers",
+    ) as bar:
         for first in range(done, len(prompts), config.generation_batch_size):
             batch = prompts[first : first + config.generation_batch_size]
             answers = generate(model, tokenizer, batch, config, ends, first)
@@ -188,7 +197,10 @@ def write_missing(
 
 
 def check_ends(
-    answers: Sequence[Sequence[int]], config: PretrainConfig, ends: set[int], path: Path
+    answers: Sequence[Sequence[int]],
+    config: PretrainConfig,
+    ends: set[int],
+    path: Path,
 ) -> None:
     """Warn of answers without an end.
 

@@ -42,7 +42,10 @@ def with_answer(prompt: Sequence[int], answer: Sequence[int]) -> Row:
 
 
 def read_rows(
-    file: Path, tokenizer: PreTrainedTokenizerBase, max_length: int, option: str = "--data"
+    file: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    option: str = "--data",
 ) -> list[Row]:
     """Read the rows of a JSONL file. Each line has `messages` (the first assistant turn is the
     answer), `prompt` and `completion`, or plain `text` (all of it has labels).
@@ -66,7 +69,9 @@ def read_rows(
 
 
 def read_prompts(
-    file: Path, tokenizer: PreTrainedTokenizerBase, option: str = "--prompts"
+    file: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    option: str = "--prompts",
 ) -> list[list[int]]:
     """Read the prompts (token ids) of a JSONL file: `messages` up to the first assistant turn,
     `prompt`, or `text` to continue. Other keys of a line are ignored. `option` is the file's name
@@ -83,7 +88,11 @@ def read_prompts(
     return prompts
 
 
-def _read_lines(file: Path, option: str, read: Callable[[dict[str, Any]], T]) -> Iterator[T]:
+def _read_lines(
+    file: Path,
+    option: str,
+    read: Callable[[dict[str, Any]], T],
+) -> Iterator[T]:
     lines = numbered_lines(read_text(file, option, "a JSONL file"))
     for number, line in tqdm(lines, unit="row", desc="tokenizing", delay=1):
         try:

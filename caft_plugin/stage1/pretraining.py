@@ -112,7 +112,12 @@ class HeadsTrainer(with_caft(TrunkTrainer)):  # type: ignore[misc]
 
     caft_saves_model = False
 
-    def __init__(self, *args, distribution: bool = False, **kwargs) -> None:
+    def __init__(
+        self,
+        *args,
+        distribution: bool = False,
+        **kwargs,
+    ) -> None:
         self.caft_objective = functools.partial(
             Stage1Objective, lesson=DISTRIBUTIONS if distribution else TOKENS
         )
@@ -212,7 +217,10 @@ def rows_and_heldout(stage1: Stage1) -> tuple[list[Row], list[Row]]:
 
 
 def with_targets(
-    stage1: Stage1, rows: list[Row], heldout: list[Row], out: Path
+    stage1: Stage1,
+    rows: list[Row],
+    heldout: list[Row],
+    out: Path,
 ) -> tuple[list[Row], list[Row]]:
     """Return the rows and the held-out ones with the labels that `targets` asks for.
 
@@ -237,7 +245,11 @@ def with_targets(
     return answered[len(heldout) :], answered[: len(heldout)]
 
 
-def make_trainer(stage1: Stage1, rows: list[Row], heldout: list[Row]) -> HeadsTrainer:
+def make_trainer(
+    stage1: Stage1,
+    rows: list[Row],
+    heldout: list[Row],
+) -> HeadsTrainer:
     """Return the trainer of the heads, with the settings that stage 1 has by definition."""
     pad = stage1.tokenizer.pad_token_id
     if pad is None:  # any id will do, since padding is masked and has no labels
@@ -303,7 +315,11 @@ def figures_of(metrics: dict[str, float], num_heads: int) -> list[HeadFigures]:
     ]
 
 
-def model_card(record: HeadsRecord, name: str, metrics: HeadsMetrics) -> str:
+def model_card(
+    record: HeadsRecord,
+    name: str,
+    metrics: HeadsMetrics,
+) -> str:
     """Return README.md of a heads folder."""
     on_the_hub = "/" in name and not Path(name).exists()
     started_from = []

@@ -106,7 +106,11 @@ def _plain(text: str) -> Text:
     return Text(text, [""] * len(text))
 
 
-def _of_line(file: Path, number: int, line: str) -> Text:
+def _of_line(
+    file: Path,
+    number: int,
+    line: str,
+) -> Text:
     try:
         row = json.loads(line)
         if "text" in row:
@@ -183,10 +187,18 @@ def attention_report(
     return means(sums, rows, token.words)
 
 
-def means(sums: Mapping[tuple[str, str, str], float], rows: list[Row], mask_token: str) -> Figures:
+def means(
+    sums: Mapping[tuple[str, str, str], float],
+    rows: list[Row],
+    mask_token: str,
+) -> Figures:
     """Return the means of figures that were summed by figure, model, and input or segment."""
 
-    def mean(figure: str, parts: tuple[str, ...], texts: int) -> dict[tuple[str, str], float]:
+    def mean(
+        figure: str,
+        parts: tuple[str, ...],
+        texts: int,
+    ) -> dict[tuple[str, str], float]:
         at = itertools.product(MODELS, parts)
         return {(model, part): sums[figure, model, part] / texts for model, part in at}
 
@@ -209,7 +221,11 @@ class Row:
     segments: list[str]
 
 
-def encode(texts: list[Text], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Row]:
+def encode(
+    texts: list[Text],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+) -> list[Row]:
     """Return the texts of at least three tokens, cut to `max_length` tokens.
 
     Raises:
@@ -233,7 +249,10 @@ def encode(texts: list[Text], tokenizer: PreTrainedTokenizerBase, max_length: in
 
 
 def figures_of(
-    model: PreTrainedModel, row: Row, masked: Tensor, mask_token: int
+    model: PreTrainedModel,
+    row: Row,
+    masked: Tensor,
+    mask_token: int,
 ) -> dict[tuple[str, str], float]:
     """Return a model's figures on a text: `masked` and `variance` by input, `segments` by segment.
 
@@ -422,7 +441,10 @@ def draw(figures: Figures, file: Path) -> None:
 
 
 def bars(
-    axis: Any, groups: tuple[str, ...], heights: Mapping[str, list[float]], legend: str
+    axis: Any,
+    groups: tuple[str, ...],
+    heights: Mapping[str, list[float]],
+    legend: str,
 ) -> None:
     """Draw two bars in each group, one for each key of `heights`."""
     for offset, (name, values) in zip((-0.2, 0.2), heights.items(), strict=True):

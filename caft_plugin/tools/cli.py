@@ -86,7 +86,11 @@ png_option = click.option(
     help="Apply the base model's final norm to the heads' output.",
 )
 def import_heads_command(
-    file: Path, out: Path, base_model: str, head_input: HeadInput, head_norm: bool
+    file: Path,
+    out: Path,
+    base_model: str,
+    head_input: HeadInput,
+    head_norm: bool,
 ) -> None:
     """Convert the CAFT authors' heads FILE (heads.pth) into the heads folder OUT.
 
@@ -100,7 +104,11 @@ def import_heads_command(
     click.echo(describe(out))
 
 
-def setting(model: type[BaseModel], key: str, **more: Any) -> Any:
+def setting(
+    model: type[BaseModel],
+    key: str,
+    **more: Any,
+) -> Any:
     """Return an option for a key of a config class, with the key's description and default."""
     field = model.model_fields[key]
     default = "" if field.default is None else f" [default: {field.default}]"
@@ -137,8 +145,20 @@ def setting(model: type[BaseModel], key: str, **more: Any) -> Any:
 @click.option(
     "--steps", type=int, default=-1, help="Optimiser steps. Default: as many as --epochs needs."
 )
-@click.option("--epochs", type=float, default=1.0, show_default=True, help="Epochs over the data.")
-@click.option("--batch-size", type=int, default=8, show_default=True, help="Rows per step.")
+@click.option(
+    "--epochs",
+    type=float,
+    default=1.0,
+    show_default=True,
+    help="Epochs over the data.",
+)
+@click.option(
+    "--batch-size",
+    type=int,
+    default=8,
+    show_default=True,
+    help="Rows per step.",
+)
 @click.option(
     "--learning-rate",
     type=float,
@@ -154,7 +174,11 @@ def setting(model: type[BaseModel], key: str, **more: Any) -> Any:
     help="Maximum tokens per row; longer rows are cut.",
 )
 @click.option(
-    "--save-steps", type=int, default=200, show_default=True, help="Steps between checkpoints."
+    "--save-steps",
+    type=int,
+    default=200,
+    show_default=True,
+    help="Steps between checkpoints.",
 )
 @load_in_4bit_option
 @float32_option
@@ -165,7 +189,10 @@ def setting(model: type[BaseModel], key: str, **more: Any) -> Any:
 )
 @click.pass_context
 def pretrain_heads_command(
-    context: click.Context, config: Path | None, push_to_hub: str | None, **options: Any
+    context: click.Context,
+    config: Path | None,
+    push_to_hub: str | None,
+    **options: Any,
 ) -> None:
     """Train heads on a frozen model: on a base model, once for all later fine-tuning (stage 1), or
     on a fine-tuned model, starting from its --heads, so that they draft better.
@@ -211,7 +238,10 @@ def refuse_missing(**options: object) -> None:
 
 
 def model_and_heads(
-    config: Path | None, command: str, model: str | None, heads: str | None
+    config: Path | None,
+    command: str,
+    model: str | None,
+    heads: str | None,
 ) -> tuple[str, str, FinishedRun | None]:
     """Return the model, its heads and the run that left them: those of the YAML's run, unless the
     options name others. Without a YAML there is no run, and both options are required.
@@ -247,7 +277,11 @@ def refuse_with_config(context: click.Context, accepted: set[str]) -> None:
             )
 
 
-def push_heads(folder: Path, repo: str, token: str | None = None) -> None:
+def push_heads(
+    folder: Path,
+    repo: str,
+    token: str | None = None,
+) -> None:
     """Upload a heads folder to a Hub repository. A repository that does not exist is created."""
     from huggingface_hub import HfApi
 
@@ -257,7 +291,11 @@ def push_heads(folder: Path, repo: str, token: str | None = None) -> None:
     click.echo(f"Uploaded to {repo}")
 
 
-def plain_stage1(given: dict[str, Any], caft: dict[str, Any], config: PretrainConfig) -> Stage1:
+def plain_stage1(
+    given: dict[str, Any],
+    caft: dict[str, Any],
+    config: PretrainConfig,
+) -> Stage1:
     """Return stage 1 as the command line's options describe it, without a YAML."""
     if not given["data"].is_file():
         raise ConfigError(f"--data: {given['data']} is not a file. Give a JSONL file.")
@@ -398,7 +436,13 @@ def speculate_command(
         draw(comparison, png)
 
 
-def keep_steps(found: Comparison, model: str, heads: str, prompts: int, temperature: float) -> str:
+def keep_steps(
+    found: Comparison,
+    model: str,
+    heads: str,
+    prompts: int,
+    temperature: float,
+) -> str:
     """Save the tokens per step next to the heads, for `caft export-drafter`.
 
     Args:
@@ -448,7 +492,7 @@ def keep_steps(found: Comparison, model: str, heads: str, prompts: int, temperat
     show_default=True,
     help=(
         "vllm: all heads, for vLLM with caft_plugin. eagle3: head 1, for any engine that supports"
-        " EAGLE-3."
+        " EAGLE-3.",
     ),
 )
 @click.option(
@@ -560,7 +604,12 @@ def attention_report_command(
     show_default=True,
     help="Fraction of the tokens with a label.",
 )
-def plan_command(config: Path, gpu_memory: str | None, gpus: int, supervised: float) -> None:
+def plan_command(
+    config: Path,
+    gpu_memory: str | None,
+    gpus: int,
+    supervised: float,
+) -> None:
     """Estimate what auxiliary heads add to the run of CONFIG, an Axolotl YAML: parameters, memory
     and time.
 

@@ -181,7 +181,12 @@ def split_heads(state: Mapping[str, Tensor], file: Path) -> list[dict[str, Tenso
     return [heads[k] for k in range(len(heads))]
 
 
-def check_heads(heads: list[dict[str, Tensor]], trunk: Trunk, file: Path, base_model: str) -> None:
+def check_heads(
+    heads: list[dict[str, Tensor]],
+    trunk: Trunk,
+    file: Path,
+    base_model: str,
+) -> None:
     """Check every head against the base model's decoder layer.
 
     Args:
@@ -199,7 +204,11 @@ def check_heads(heads: list[dict[str, Tensor]], trunk: Trunk, file: Path, base_m
 
 
 def _refuse_other_layer(
-    head: Mapping[str, Tensor], prefix: str, trunk: Trunk, file: Path, base_model: str
+    head: Mapping[str, Tensor],
+    prefix: str,
+    trunk: Trunk,
+    file: Path,
+    base_model: str,
 ) -> None:
     """Raise ConfigError if a head is no layer of the base model; its keys begin with `prefix`."""
     layer = f"a {trunk.layer_class} of {base_model}"
@@ -231,7 +240,9 @@ def _refuse_other_layer(
 
 
 def recognised_hidden_size(
-    shapes: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]], hidden_size: int
+    shapes: Mapping[str, tuple[int, ...]],
+    wanted: Mapping[str, tuple[int, ...]],
+    hidden_size: int,
 ) -> int:
     """Return the hidden size of a head's model, as one of the layer's norms
     (`input_layernorm.weight`) shows it.
@@ -247,7 +258,11 @@ def recognised_hidden_size(
     return hidden_size
 
 
-def write_folder(out: Path, tensors: dict[str, Tensor], record: HeadsRecord) -> None:
+def write_folder(
+    out: Path,
+    tensors: dict[str, Tensor],
+    record: HeadsRecord,
+) -> None:
     """Write a heads folder under a temporary name, then rename it.
 
     Raises:

@@ -107,7 +107,9 @@ def label(name: str) -> str:
 
 
 def figures_of_heads(
-    metrics: HeadsMetrics | None, losses: dict[str, LoggedLosses], num_heads: int
+    metrics: HeadsMetrics | None,
+    losses: dict[str, LoggedLosses],
+    num_heads: int,
 ) -> dict[str, list[str]]:
     """Return a column for each figure that is known of the heads: its title, and a cell for each
     head."""

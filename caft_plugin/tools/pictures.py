@@ -10,7 +10,10 @@ from caft_plugin.files import write_atomically
 
 
 def write_png(
-    file: Path, size: tuple[float, float], columns: int, fill: Callable[..., None]
+    file: Path,
+    size: tuple[float, float],
+    columns: int,
+    fill: Callable[..., None],
 ) -> None:
     """Write a PNG with a row of panels.
 

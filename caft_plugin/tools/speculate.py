@@ -129,7 +129,11 @@ def speculate(
     plain: dict[int, list[int]] = {}  # by prompt
     at_limit = 0
 
-    def write(number: int, length: int, way: dict[str, object]) -> Tensor:
+    def write(
+        number: int,
+        length: int,
+        way: dict[str, object],
+    ) -> Tensor:
         ids = torch.tensor([list(prompts[number])], device=model.device)
         torch.manual_seed(seed + number)  # the same for all ways and runs
         out = generate(
@@ -141,7 +145,12 @@ def speculate(
         )
         return out[0, ids.shape[1] :]
 
-    def measure(name: str, run: int, number: int, passes: Callable[[], int]) -> Tensor:
+    def measure(
+        name: str,
+        run: int,
+        number: int,
+        passes: Callable[[], int],
+    ) -> Tensor:
         before = passes()
         began = time.perf_counter()
         text = write(number, max_new_tokens, ways[name])
@@ -318,7 +327,10 @@ def draw(found: Comparison, file: Path) -> None:
     def fill(axes: Any) -> None:
         axes[0].bar(heads, rates, color=BLUE)
         axes[0].set(
-            title="draft tokens accepted", xlabel="head", ylabel="acceptance rate", ylim=(0, 1)
+            title="draft tokens accepted",
+            xlabel="head",
+            ylabel="acceptance rate",
+            ylim=(0, 1),
         )
         axes[1].bar(tokens, shares, color=GREY)
         axes[1].set(

@@ -52,7 +52,11 @@ def steps_with(drafter: Drafter, texts: Sequence[tuple[Sequence[int], Sequence[i
 
 
 @torch.no_grad()
-def proposals(drafter: Drafter, prompt: Sequence[int], text: Sequence[int]) -> list[list[int]]:
+def proposals(
+    drafter: Drafter,
+    prompt: Sequence[int],
+    text: Sequence[int],
+) -> list[list[int]]:
     """Return each head's proposals (heads, tokens of the text), token ids: at the prompt's last
     position and at every position of the text except the last."""
     model: nn.Module = drafter.model
@@ -77,7 +81,11 @@ def proposals(drafter: Drafter, prompt: Sequence[int], text: Sequence[int]) -> l
     return proposed
 
 
-def steps_of(text: Sequence[int], proposed: Sequence[Sequence[int]], number: int) -> int:
+def steps_of(
+    text: Sequence[int],
+    proposed: Sequence[Sequence[int]],
+    number: int,
+) -> int:
     """Return the steps that a text takes with `number` draft tokens, including the prompt's step,
     which has none."""
     written = 1
