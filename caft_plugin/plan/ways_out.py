@@ -78,6 +78,25 @@ NO_HEADS = Change(
 )
 
 
+def of_training(plan: Plan) -> list[Change]:
+    """Return the changes of how the model trains, the cheapest first."""
+    run = plan.run
+    found = []
+    if run.builds_logits and not run.fuses:
+        found.append(CUT_CROSS_ENTROPY)
+        if plan.heads:
+            found.append(FUSED_LOSS)
+    if not run.checkpointing:
+        found.append(CHECKPOINTING)
+    if run.rows > 1:
+        found.append(ONE_ROW)
+    if not re.search("8bit|4bit", run.optimizer):
+        found.append(OPTIMIZER)
+    if run.lora is not None and run.bits == 16:
+        found.append(QLORA)
+    return found
+
+
 class WaysOut:
     """Peaks of a run with changes, each computed once. A context manager: a progress bar is shown
     while it is open."""
@@ -138,27 +157,10 @@ class WaysOut:
         quality, then time, precision, training of the heads, hardware, data, and the heads
         themselves."""
         return [
-            *self._of_training(),
+            *of_training(self.plan),
             *self._of_heads(),
             *self._of_hardware_and_data(),
         ]
-
-    def _of_training(self) -> list[Change]:
-        run = self.plan.run
-        found = []
-        if run.builds_logits and not run.fuses:
-            found.append(CUT_CROSS_ENTROPY)
-            if self.plan.heads:
-                found.append(FUSED_LOSS)
-        if not run.checkpointing:
-            found.append(CHECKPOINTING)
-        if run.rows > 1:
-            found.append(ONE_ROW)
-        if not re.search("8bit|4bit", run.optimizer):
-            found.append(OPTIMIZER)
-        if run.lora is not None and run.bits == 16:
-            found.append(QLORA)
-        return found
 
     def _of_heads(self) -> list[Change]:
         plan = self.plan

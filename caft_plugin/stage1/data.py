@@ -19,6 +19,7 @@ from caft_plugin.files import numbered_lines, read_text
 from caft_plugin.targets import IGNORE
 
 T = TypeVar("T")
+Content = dict[str, Any]  # of a line of JSON
 Row = dict[str, list[int]]  # input_ids, and labels with -100 where there is no loss
 
 
@@ -60,7 +61,7 @@ def read_rows(
         ConfigError: the file does not exist, or a line is none of these.
     """
 
-    def read(content: dict[str, Any]) -> Row:
+    def read(content: Content) -> Row:
         prompt, answer = _prompt_and_answer(content, tokenizer)
         row = with_answer(prompt, answer)
         return {key: values[:max_length] for key, values in row.items()}
@@ -91,7 +92,7 @@ def read_prompts(
 def _read_lines(
     file: Path,
     option: str,
-    read: Callable[[dict[str, Any]], T],
+    read: Callable[[Content], T],
 ) -> Iterator[T]:
     lines = numbered_lines(read_text(file, option, "a JSONL file"))
     for number, line in tqdm(lines, unit="row", desc="tokenizing", delay=1):
@@ -105,7 +106,7 @@ def _read_lines(
             ) from None
 
 
-def _prompt(content: dict[str, Any], tokenizer: Any) -> list[int]:
+def _prompt(content: Content, tokenizer: Any) -> list[int]:
     if "messages" in content:
         messages = content["messages"]
         asked = itertools.takewhile(lambda message: message["role"] != "assistant", messages)
@@ -122,7 +123,7 @@ def _prompt(content: dict[str, Any], tokenizer: Any) -> list[int]:
     return ids
 
 
-def _prompt_and_answer(content: dict[str, Any], tokenizer: Any) -> tuple[list[int], list[int]]:
+def _prompt_and_answer(content: Content, tokenizer: Any) -> tuple[list[int], list[int]]:
     if "messages" in content:
         messages = content["messages"]
         roles = (message["role"] for message in messages)

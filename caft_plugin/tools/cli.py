@@ -492,7 +492,7 @@ def keep_steps(
     show_default=True,
     help=(
         "vllm: all heads, for vLLM with caft_plugin. eagle3: head 1, for any engine that supports"
-        " EAGLE-3.",
+        " EAGLE-3."
     ),
 )
 @click.option(
