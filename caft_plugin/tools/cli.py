@@ -9,7 +9,13 @@ import click
 from pydantic import BaseModel
 
 from caft_plugin.config import CAFTConfig, HeadInput, PretrainConfig, Targets
-from caft_plugin.errors import ConfigError, given_as_options, heads_named, on_command_line
+from caft_plugin.errors import (
+    CAFTError,
+    ConfigError,
+    given_as_options,
+    heads_named,
+    on_command_line,
+)
 
 if TYPE_CHECKING:
     from caft_plugin.stage1.pretraining import Stage1
@@ -17,14 +23,14 @@ if TYPE_CHECKING:
 
 
 class CAFTCommands(click.Group):
-    """A group of commands that may raise ConfigError: it prints the message without a traceback;
-    exit code 1."""
+    """A group of commands that may raise CAFTError: it prints the message without a traceback; exit
+    code 1."""
 
     def invoke(self, ctx: click.Context) -> object:
         try:
             with on_command_line():
                 return super().invoke(ctx)
-        except ConfigError as error:
+        except CAFTError as error:
             raise click.ClickException(str(error)) from error
 
 
@@ -91,6 +97,27 @@ def import_heads_command(
 
     import_heads(file, base_model, out, head_input=head_input, head_norm=head_norm)
     click.echo(describe(out))
+
+
+@commands.command("keep-mtp", short_help="Put a base model's own MTP layers into a saved model.")
+@click.option(
+    "--base", required=True, help="Folder or Hub id of the base model, with its MTP layers."
+)
+@click.option(
+    "--model",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Folder of the model that was fine-tuned from it, merged if by an adapter.",
+)
+def keep_mtp_command(base: str, model: Path) -> None:
+    """Put the MTP layers of a base model into a model that was fine-tuned from it by any trainer.
+
+    transformers does not save MTP layers (multi-token prediction), with which vLLM, SGLang and
+    llama.cpp draft. If the model has them, nothing is changed.
+    """
+    from caft_plugin.mtp.keep import Base, keep_mtp
+
+    click.echo(keep_mtp(Base.open(base, "--base"), model, "--model"))
 
 
 def setting(model: type[BaseModel], key: str, **more: Any) -> Any:
