@@ -1,5 +1,4 @@
-"""vLLM drafts with a model's own MTP layers: with them it writes the same texts, and without them it
-stops."""
+"""vLLM drafts with a model's own MTP layers: with them it writes the same texts, else it stops."""
 
 from __future__ import annotations
 
