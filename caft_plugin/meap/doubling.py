@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import itertools
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -249,7 +249,7 @@ def nothing_to_mask(dataset: TrainingSet) -> str | None:
     )
 
 
-def like(value: Any, array: np.ndarray) -> Any:
+def like(value: object, array: np.ndarray) -> Tensor | np.ndarray | list:
     """Return `array` converted to the type of `value`: a tensor, an array or a list."""
     if isinstance(value, Tensor):
         return torch.from_numpy(array)

@@ -104,6 +104,27 @@ def import_heads_command(
     click.echo(describe(out))
 
 
+@commands.command("keep-mtp", short_help="Put a base model's own MTP layers into a saved model.")
+@click.option(
+    "--base", required=True, help="Folder or Hub id of the base model, with its MTP layers."
+)
+@click.option(
+    "--model",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Folder of the model that was fine-tuned from it, merged if by an adapter.",
+)
+def keep_mtp_command(base: str, model: Path) -> None:
+    """Put the MTP layers of a base model into a model that was fine-tuned from it by any trainer.
+
+    transformers does not save MTP layers (multi-token prediction), with which vLLM, SGLang and
+    llama.cpp draft. If the model has them, nothing is changed.
+    """
+    from caft_plugin.mtp.keep import Base, keep_mtp
+
+    click.echo(keep_mtp(Base.open(base, "--base"), model, "--model"))
+
+
 def setting(
     model: type[BaseModel],
     key: str,

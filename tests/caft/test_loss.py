@@ -9,7 +9,18 @@ import torch.nn.functional as F
 from caft_plugin import ConfigError
 from caft_plugin.caft import loss
 from caft_plugin.caft.loss import cross_entropy_of, gamma, head_weights, weighted_sum
-from caft_plugin.targets import IGNORE, PLAN, count_targets, document_ids, head_targets
+from caft_plugin.targets import (
+    BOUNDARY,
+    EXAMPLE,
+    IGNORE,
+    MASKED,
+    MAY_MASK,
+    OVERLONG,
+    PLAN,
+    count_targets,
+    document_ids,
+    head_targets,
+)
 
 LABELS = torch.tensor(
     [[IGNORE, 1, 2, 3, 4, 5, 6, 7], [IGNORE, IGNORE, 8, 9, 10, IGNORE, IGNORE, IGNORE]]
@@ -86,10 +97,19 @@ def test_targets_follow_the_definition(marks, documents):
     )
 
 
-@pytest.mark.parametrize("bit", ["BOUNDARY", "MAY_MASK", "MASKED", "EXAMPLE", "OVERLONG"])
+BITS = {
+    "BOUNDARY": BOUNDARY,
+    "MAY_MASK": MAY_MASK,
+    "MASKED": MASKED,
+    "EXAMPLE": EXAMPLE,
+    "OVERLONG": OVERLONG,
+}
+
+
+@pytest.mark.parametrize("bit", BITS)
 def test_of_the_bits_of_a_plan_only_the_boundary_separates_documents(bit):
     plan = torch.zeros_like(LABELS)
-    plan[:, 3] = getattr(loss, bit)
+    plan[:, 3] = BITS[bit]
     expected = [0, 0, 0, 1, 1, 1, 1, 1] if bit == "BOUNDARY" else [0] * 8
     assert document_ids({"labels": LABELS, PLAN: plan}).tolist() == [expected, expected]
 

@@ -23,7 +23,7 @@ FLOORS = (
     {"errors", "config", "files", "logs", "precision", "quiet", "targets", "refusals"},
     {"model"},
     {"caft"},
-    {"meap", "drafting", "serving", "plan"},
+    {"meap", "mtp", "drafting", "serving", "plan"},
     {"checkpoints", "model_card"},
     {"trainer_parts"},
     {"run_files"},
