@@ -53,6 +53,7 @@ ELSEWHERE = {
     "make environments": ".ci/run runs it",
     ".venv/bin/pytest": "pytest is running",
     "make test": "it runs this test",
+    "make test-quick": "a part of make test, which runs this test",
     "make lint": ".ci/run runs it",
     "make format": "it changes files; .ci/run checks that it has nothing to do",
     "make demo": (

@@ -38,6 +38,11 @@ def test_folders_are_the_packages():
     assert folders - OTHERS <= wings
 
 
+def test_what_make_test_quick_runs_is_there():
+    listed = (TESTS / "quick.txt").read_text(encoding="utf-8").splitlines()
+    assert listed and not [path for path in listed if not (ROOT / path.split("::")[0]).exists()]
+
+
 def test_no_two_files_have_one_name():
     """pytest imports them by their names alone."""
     names = [file.name for file in TESTS.rglob("test_*.py")]

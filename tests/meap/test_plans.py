@@ -60,7 +60,7 @@ def test_no_target_crosses_from_an_original_into_its_copy(
     """Against the targets in the collator's own batches, whatever the host asks for."""
     tiny_config.max_position_embeddings = 256
     seen, collated, asked = [], [], []
-    monkeypatch.setattr("test_masked_training.CAFTTrainer", host_of(PARTS.get(parts), seen))
+    monkeypatch.setattr("builders.masked.CAFTTrainer", host_of(PARTS.get(parts), seen))
     collate, request = MEAPCollator.__call__, Window.request
 
     def collating(collator, *args):
