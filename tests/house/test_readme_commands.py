@@ -39,6 +39,7 @@ ELSEWHERE = {
     "axolotl caft pretrain-heads": f"{AXOLOTL}::test_pretrain_heads_from_a_yaml",
     "axolotl caft speculate": f"{AXOLOTL}::test_heads_go_on_over_the_tuned_model_and_draft_for_it",
     "axolotl caft plan": "tests/plan/test_plan.py::test_shipped_configs",
+    "caft keep-mtp": "tests/mtp/test_keep_mtp.py::test_the_command",
     "caft plan": "tests/plan/test_plan.py::test_shipped_configs",
     ".venv/bin/caft speculate": (
         "of the demo's model, a quarter of an hour; the same command is run here with others"
