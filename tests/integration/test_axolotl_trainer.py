@@ -11,9 +11,9 @@ import trl
 from axolotl.core.trainers import AxolotlTrainer
 from axolotl.core.trainers.mixins import SchedulerMixin
 from axolotl.utils.dict import DictDefault
-from test_training import trainer_of
 from transformers import Trainer, TrainerCallback
 
+from builders.runs import trainer_of
 from caft_plugin import with_caft
 from caft_plugin.axolotl.plugin import CAFTPlugin
 from caft_plugin.axolotl.trainer import AxolotlMixin
