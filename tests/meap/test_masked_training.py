@@ -340,7 +340,7 @@ def test_a_run_in_which_nothing_can_be_masked_says_so_once(model, tmp_path, capl
         and "none of the 8 training rows has a masked copy" in said(caplog)[0]
     )
     short.train()
-    assert len(said(caplog)) == 1 and not short.meap.collator.masked
+    assert len(said(caplog)) == 1 and not short.caft_parts.meap.collator.masked
     caplog.clear()
     model.config.max_position_embeddings = 100
     trainer_of(model, tmp_path, meap={}, data=kind(ROWS)).train()
@@ -364,9 +364,9 @@ def test_what_only_training_can_show_is_said_at_its_end(model, tmp_path, caplog)
     assert len(said(caplog)) == 1 and "No document had two tokens of text" in said(caplog)[0]
     caplog.clear()
     masked = trainer_of(model, tmp_path, meap={}, data=stream, max_steps=2)
-    assert not masked.meap.collator.masked
+    assert not masked.caft_parts.meap.collator.masked
     masked.train()
-    assert said(caplog) == [] and masked.meap.collator.masked
+    assert said(caplog) == [] and masked.caft_parts.meap.collator.masked
 
 
 def test_a_set_in_which_nothing_is_masked_does_not_answer_for_the_next_one(model, tmp_path, caplog):
