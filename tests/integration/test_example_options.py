@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 
 import pytest
-from paths import ROOT
+
+from builders.paths import ROOT
 
 pytest.importorskip("trl")
 
