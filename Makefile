@@ -197,7 +197,7 @@ PYTEST := -n 2 --dist loadfile --no-loadscope-reorder
 test-quick: $(VENV)/.development  ## run the tests that tell most, on Axolotl's stack (3 minutes on two cores)
 	@PATH="$(abspath $(BIN)):$$PATH" "$(BIN)/pytest" $(PYTEST) $(PYTEST_ARGS) @tests/quick.txt
 
-test: environments  ## run every test, on Axolotl's stack, on the newest one and with a real vLLM (40 minutes on two cores)
+test: environments  ## run every test, on Axolotl's stack, on the newest one and with a real vLLM (35 minutes on two cores)
 	@PATH="$(abspath $(BIN)):$$PATH" "$(BIN)/pytest" $(PYTEST) $(PYTEST_ARGS)
 	@"$(TRL_VENV)/bin/pytest" $(PYTEST) $(PYTEST_ARGS) -m newest
 	@$(MAKE) --no-print-directory test-serving

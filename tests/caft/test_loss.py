@@ -8,7 +8,13 @@ import torch.nn.functional as F
 
 from caft_plugin import ConfigError
 from caft_plugin.caft import loss
-from caft_plugin.caft.loss import cross_entropy_of, gamma, head_weights, weighted_sum
+from caft_plugin.caft.loss import (
+    cross_entropy_of,
+    distributions_at,
+    gamma,
+    head_weights,
+    weighted_sum,
+)
 from caft_plugin.targets import (
     BOUNDARY,
     EXAMPLE,
@@ -307,3 +313,12 @@ def test_a_dict_without_any_mask_is_no_mask():
         assert torch.equal(head_targets({**batch, **nothing}, 3), head_targets(batch, 3))
         there = {key: value.to("meta") for key, value in batch.items()}
         assert head_targets({**there, **nothing}, 3).shape == (3, 1, 9)
+
+
+@pytest.mark.parametrize("index", [0, 1, 2])
+def test_a_teacher_is_the_state_from_which_the_model_predicts_the_target(index):
+    """Head k = index + 1 at position t: the model's final state at t + k."""
+    final = torch.arange(2 * 6 * 3.0).view(2, 6, 3)
+    targets = torch.zeros(2, 6, dtype=torch.long)
+    found = distributions_at(targets, index, torch.tensor([0, 7]), final)
+    assert torch.equal(found, torch.stack([final[0, index + 1], final[1, 1 + index + 1]]))
