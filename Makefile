@@ -180,7 +180,7 @@ report: train-plain
 
 STUDY := PATH="$(abspath $(BIN)):$$PATH" PYTHONPATH=trl_examples "$(BIN)/python" -m study
 
-study: $(VENV)/.development  ## do the runs that trl_examples/study lacks (all: about 17 hours on two free cores; STUDY_ARGS='--workers 11' on a GPU)
+study: $(VENV)/.development  ## do the runs that trl_examples/study lacks (17 hours on two free cores for study 2; STUDY_ARGS='--workers 11' on a GPU)
 	@"$(BIN)/python" $(DEMO)/make_base_model.py --out $(SMOLLM2) --cache $(CACHE)
 	@$(STUDY) run $(STUDY_ARGS)
 

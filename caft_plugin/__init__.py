@@ -15,6 +15,7 @@ _HOMES = {
     "ConfigError": "caft_plugin.errors",
     "Drafter": "caft_plugin.drafting.decoding",
     "MEAPConfig": "caft_plugin.config",
+    "MTPConfig": "caft_plugin.config",
     "with_caft": "caft_plugin.training",
     "CAFTPlugin": "caft_plugin.axolotl.plugin",
 }
@@ -25,6 +26,7 @@ __all__ = [
     "ConfigError",
     "Drafter",
     "MEAPConfig",
+    "MTPConfig",
     "with_caft",
 ]
 

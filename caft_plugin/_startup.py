@@ -21,7 +21,7 @@ import os
 import sys
 
 GROUP = "axolotl.plugins"
-BLOCKS = ("caft", "meap", "pretrain_heads", "pretrain-heads")
+BLOCKS = ("caft", "meap", "mtp", "pretrain_heads", "pretrain-heads")
 
 
 def with_bare_names(base):  # type: ignore[no-untyped-def]

@@ -19,6 +19,7 @@ FusedLoss = bool | Auto
 Targets = Literal["model", "dataset", "distribution"]
 MEAPMode = Literal["sft", "pretrain"]
 Layout = Literal["concat", "separate"]
+MTPMode = Literal["keep"]
 
 DEFAULT_HEAD_INPUT: HeadInput = "penultimate"
 DEFAULT_HEAD_NORM = True
@@ -210,6 +211,24 @@ class MEAPConfig(Block):
     @property
     def ratio(self) -> float:
         return DEFAULT_MASK_RATIO[self.mode] if self.mask_ratio is None else self.mask_ratio
+
+
+class MTPConfig(Block):
+    """What happens to the MTP layers (multi-token prediction) that a base model brings along.
+
+    Raises:
+        ConfigError: an unknown key, or a value that the key does not accept.
+    """
+
+    block = "mtp"
+
+    mode: MTPMode = Field(
+        "keep",
+        description=(
+            "`keep`: put the base's MTP layers into the saved model, which transformers saves"
+            " without them"
+        ),
+    )
 
 
 class PretrainConfig(Block):

@@ -87,6 +87,15 @@ class RunFiles:
         for part in self.parts.objectives:
             part.save(Path(output_dir), resumable=self._saving_checkpoint)
 
+    def complete_model(self, output_dir: str | None) -> None:
+        """Put the base's MTP layers into the model that the host saved, if it is no checkpoint."""
+        mtp = self.parts.mtp
+        if mtp is None or output_dir is None or self._saving_checkpoint:
+            return
+        if self.trainer.args.should_save:
+            mtp.save(Path(output_dir))
+        self.trainer.accelerator.wait_for_everyone()
+
     def _set_aside_earlier(self, folder: Path) -> None:
         """Rename heads and mask token of an earlier run where this run saves its model without."""
         if self.parts.removed or not self.requested:

@@ -20,6 +20,7 @@ from caft_plugin.meap.mask_token import AddedMaskToken
 from caft_plugin.meap.training import MaskedTraining
 from caft_plugin.meap.training_set import TrainingSet
 from caft_plugin.model.hidden import all_out_of_sight, hidden_from, shown_to
+from caft_plugin.mtp.in_training import KeptMTP
 from caft_plugin.targets import Batch
 
 logger = logging.getLogger(__name__)
@@ -33,6 +34,7 @@ class TrainerParts:
 
     def __init__(self, trainer: Trainer, meap: MEAPConfig | None) -> None:
         self.trainer = trainer
+        self.mtp: KeptMTP | None = None
         self.caft: AuxiliaryObjective | None = None
         self.caft_config: CAFTConfig | None = None
         self.meap = None if meap is None else MaskedTraining(trainer, meap)

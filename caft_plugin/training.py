@@ -18,7 +18,8 @@ from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput
 
 from caft_plugin.caft.objective import AuxiliaryObjective, HostLoss
-from caft_plugin.config import CAFTConfig, MEAPConfig
+from caft_plugin.config import CAFTConfig, MEAPConfig, MTPConfig
+from caft_plugin.mtp.in_training import KeptMTP
 from caft_plugin.refusals import refuse_optimizer
 from caft_plugin.run_files import RunFiles
 from caft_plugin.targets import Batch
@@ -34,10 +35,10 @@ def with_caft(trainer_class: type[Trainer], *, framework: str | None = None) -> 
     """Return a subclass of `trainer_class` with auxiliary heads (CAFT), masked training examples
     (MEAP), or both.
 
-    It accepts two more arguments: `caft`, a CAFTConfig, and `meap`, a MEAPConfig. Each may be a
-    dict of its keys, or None, which leaves the class unchanged. The training loop is not changed:
-    `compute_loss` calls the class's own and adds to it. Heads are saved next to the model, in
-    `caft_heads/`; the model's own files do not change.
+    It accepts three more arguments: `caft`, a CAFTConfig, `meap`, a MEAPConfig, and `mtp`, an
+    MTPConfig. Each may be a dict of its keys, or None, which leaves the class unchanged. The
+    training loop is not changed: `compute_loss` calls the class's own and adds to it. Heads are
+    saved next to the model, in `caft_heads/`; the model's own files change only with `mtp`.
 
     Args:
         trainer_class: any subclass of Trainer.
@@ -93,6 +94,7 @@ class CAFTTrainerMixin(_Base):
         *args,
         caft: CAFTConfig | dict | None = None,
         meap: MEAPConfig | dict | None = None,
+        mtp: MTPConfig | dict | None = None,
         **kwargs,
     ) -> None:
         # before the host's constructor, in which SFTTrainer prepares its data
@@ -103,6 +105,9 @@ class CAFTTrainerMixin(_Base):
         if caft is not None:
             parts.attach_caft(CAFTConfig.read(caft), self.caft_objective)
         parts.begin_masking()
+        if mtp is not None:
+            MTPConfig.read(mtp)
+            parts.mtp = KeptMTP.of(self)
 
     def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
         with self.caft_parts.on_model():
@@ -231,6 +236,7 @@ class CAFTTrainerMixin(_Base):
         card = self.caft_files.framework_card(output_dir)
         super().save_model(output_dir, _internal_call)
         self.caft_files.save(output_dir or self.args.output_dir)
+        self.caft_files.complete_model(output_dir or self.args.output_dir)
         if self.args.should_save:
             card.complete()  # PEFT writes one with each adapter
 

@@ -31,7 +31,7 @@ class SFTMixin(CAFTTrainerMixin):
     def __init__(self, *args, **kwargs) -> None:
         # `_prepare_dataset` needs the model before SFTTrainer sets it
         host = inspect.signature(super(CAFTTrainerMixin, self).__init__)
-        of_host = {key: kwargs[key] for key in kwargs.keys() - {"caft", "meap"}}
+        of_host = {key: kwargs[key] for key in kwargs.keys() - {"caft", "meap", "mtp"}}
         given = host.bind_partial(*args, **of_host).arguments
         named = given.get("kwargs", {})
         self.caft_model_given = given.get("model", named.get("model"))

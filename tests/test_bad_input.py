@@ -47,11 +47,11 @@ from caft_plugin.caft.heads_record import (
     WEIGHTS,
     locate_heads,
 )
-from caft_plugin.config import Block, MEAPConfig, PretrainConfig, kinds_of
+from caft_plugin.config import Block, MEAPConfig, MTPConfig, PretrainConfig, kinds_of
 from caft_plugin.model.trunk import find_trunk
 from caft_plugin.tools.inspect_heads import describe
 
-BLOCKS: list[type[Block]] = [CAFTConfig, MEAPConfig, PretrainConfig]
+BLOCKS: list[type[Block]] = [CAFTConfig, MEAPConfig, MTPConfig, PretrainConfig]
 
 # The slowest example takes a quarter of a second on a busy core; 20 are for a machine that has
 # other work to do.

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from axolotl.utils.dict import DictDefault
 
 Keys = dict[str, Any]  # of a YAML file
-BLOCKS = ("caft", "meap", "pretrain_heads")
+BLOCKS = ("caft", "meap", "mtp", "pretrain_heads")
 # Keys that Axolotl's schema requires and `caft plan` does not need.
 NOT_NEEDED: Keys = {"learning_rate": 1e-4, "micro_batch_size": 1, "gradient_accumulation_steps": 1}
 # Axolotl's old attention keys, and their value of `attn_implementation`.

@@ -1,9 +1,10 @@
-"""The Axolotl plugin: reads the blocks `caft:` and `meap:`, sets the trainer class, duplicates the
-training set."""
+"""The Axolotl plugin: reads the blocks `caft:`, `meap:` and `mtp:`, sets the trainer class,
+duplicates the training set."""
 
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -11,6 +12,7 @@ from axolotl.common.datasets import TrainDatasetMeta, load_datasets
 from axolotl.integrations.base import BasePlugin, PluginManager
 from axolotl.loaders import ModelLoader, load_tokenizer
 from axolotl.utils.dict import DictDefault
+from axolotl.utils.distributed import is_main_process
 from axolotl.utils.import_helper import get_cls_from_module_str
 from axolotl.utils.logging import get_logger
 from axolotl.utils.trainer import calculate_total_num_steps
@@ -20,13 +22,15 @@ from transformers import Trainer
 from caft_plugin.axolotl.loading import build_empty
 from caft_plugin.axolotl.slips import refuse_slips
 from caft_plugin.caft.heads_folder import HeadsFolder
-from caft_plugin.config import CAFTConfig, MEAPConfig, PretrainConfig
+from caft_plugin.config import CAFTConfig, MEAPConfig, MTPConfig, PretrainConfig
 from caft_plugin.errors import ConfigError
 from caft_plugin.meap.base_model import BaseModel, generation_config_of
 from caft_plugin.meap.doubling import DoubledSet
 from caft_plugin.meap.roles import Said
 from caft_plugin.model.trunk import refuse_encoder_decoder, trunk_without_weights
 from caft_plugin.model_card import FrameworkCard
+from caft_plugin.mtp.in_training import KEY, KeptMTP
+from caft_plugin.mtp.keep import Base
 from caft_plugin.refusals import AXOLOTL, affected_by, refuse_settings, refuse_unfused
 from caft_plugin.training import CAFTTrainerMixin, with_caft
 
@@ -45,14 +49,15 @@ class CAFTPlugin(BasePlugin):
         self._trainer: CAFTTrainerMixin | None = None
         self._card: FrameworkCard | None = None
         self._doubled: DoubledSet | None = None
+        self._mtp: KeptMTP | None = None
+        self._mtp_of_final_save: KeptMTP | None = None
 
     def register(self, cfg: DictDefault) -> None:
         """Check the user's blocks before Axolotl loads anything."""
         refuse_slips(cfg)
-        if cfg.get("pretrain_heads"):
-            PretrainConfig.read(_as_dict(cfg["pretrain_heads"]))
+        _read_blocks_beside_training(cfg)
         if "caft" not in cfg and "meap" not in cfg:
-            if "pretrain_heads" not in cfg:
+            if "pretrain_heads" not in cfg and "mtp" not in cfg:
                 LOG.warning(
                     "caft_plugin is listed under `plugins:` but the config has neither a `caft:`"
                     " nor a `meap:` block, so this is a plain run. Add a line `caft:` to enable"
@@ -80,6 +85,8 @@ class CAFTPlugin(BasePlugin):
         """
         caft = caft_config(cfg)
         meap = meap_config(cfg)
+        if cfg.mtp is not None and not preprocess:
+            self._mtp = KeptMTP(Base.open(cfg.base_model, KEY, cfg.revision_of_model))
         if preprocess or (caft is None and meap is None):
             return None
         trainer_class: Any = self.get_trainer_cls(cfg)
@@ -156,10 +163,15 @@ class CAFTPlugin(BasePlugin):
 
     def post_train(self, cfg: DictDefault, model: torch.nn.Module) -> None:
         """Save the heads and remove them from the model, before Axolotl saves it; complete the
-        model card afterwards.
+        model and its card afterwards.
 
         Axolotl calls this after training, and again after its final save.
         """
+        if self._mtp_of_final_save is not None:
+            self._mtp_of_final_save.save(Path(cfg.output_dir))
+        # the processes know of each other in the first call only
+        self._mtp_of_final_save = self._mtp if is_main_process() else None
+        self._mtp = None
         trainer = self._trainer
         card = self._card
         self._trainer = self._card = None
@@ -170,6 +182,15 @@ class CAFTPlugin(BasePlugin):
                 self._card = trainer.caft_files.framework_card(cfg.output_dir)
         elif card is not None:
             card.complete()
+
+
+def _read_blocks_beside_training(cfg: DictDefault) -> None:
+    """Check the blocks that do not change how the model is trained."""
+    if cfg.get("pretrain_heads"):
+        PretrainConfig.read(_as_dict(cfg["pretrain_heads"]))
+    if "mtp" in cfg:
+        MTPConfig.read(_as_dict(cfg["mtp"]))
+        cfg["mtp"] = cfg["mtp"] or {}  # Axolotl drops keys without a value
 
 
 def caft_config(cfg: DictDefault) -> CAFTConfig | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import BaseModel, Field
 
-from caft_plugin.config import CAFTConfig, MEAPConfig, PretrainConfig
+from caft_plugin.config import CAFTConfig, MEAPConfig, MTPConfig, PretrainConfig
 
 
 class CAFTArgs(BaseModel):
@@ -19,6 +19,10 @@ class CAFTArgs(BaseModel):
         description=(
             "Mask-enhanced autoregressive prediction; enabled by the presence of the block."
         ),
+    )
+    mtp: MTPConfig | None = Field(
+        default=None,
+        description="The base's own MTP layers; enabled by the presence of the block.",
     )
     pretrain_heads: PretrainConfig | None = Field(
         default=None,

@@ -11,12 +11,12 @@ from axolotl.integrations.base import PluginManager
 from axolotl.integrations.config import merge_input_args
 from axolotl.utils.logging import get_logger
 
-from caft_plugin.config import CAFTConfig, MEAPConfig, PretrainConfig
+from caft_plugin.config import CAFTConfig, MEAPConfig, MTPConfig, PretrainConfig
 from caft_plugin.errors import ConfigError, shown
 
 LOG = get_logger(__name__)
 
-BLOCKS = {block.block: block for block in (CAFTConfig, MEAPConfig, PretrainConfig)}
+BLOCKS = {block.block: block for block in (CAFTConfig, MEAPConfig, MTPConfig, PretrainConfig)}
 NAME = "caft_plugin"
 FIX = f"Write:\n\n    plugins:\n      - {NAME}\n"
 

@@ -12,10 +12,10 @@ ROOT = Path(__file__).parents[2]
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))  # the keys of this checkout, not of an installed package
 
-from caft_plugin.config import CAFTConfig, MEAPConfig, PretrainConfig, accepted
+from caft_plugin.config import CAFTConfig, MEAPConfig, MTPConfig, PretrainConfig, accepted
 
 KEYS = ROOT / "caft_plugin" / "MANUAL.md"
-BLOCKS = (CAFTConfig, MEAPConfig, PretrainConfig)
+BLOCKS = (CAFTConfig, MEAPConfig, MTPConfig, PretrainConfig)
 
 
 def shown(value: object) -> str:
