@@ -27,7 +27,7 @@ OURS = {"plugins": ["caft_plugin.CAFTPlugin"]}
 
 @pytest.fixture(scope="module")
 def bases(project, smollm2):
-    """The project, with two bases in it: `qwen`, and `glm` with an MTP layer behind its last one."""
+    """The project, with the bases `qwen` and `glm`, whose MTP layer is behind its last one."""
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     for name, layout in (("glm", "layer behind"), ("qwen", "own name")):
         tokenizer.save_pretrained(project.folder / name)
