@@ -66,7 +66,7 @@ SMALL: Settings = {
     "warmup_steps": 10,
 }
 # Five million tokens of plain text are not at hand (all of the pool is one million), and would not
-# fit into the time for which a GPU was lent: this is what fits.
+# fit into fifteen minutes of a GPU: this is what fits.
 LARGE: Settings = {
     **COMMON,
     "layers": 9,
