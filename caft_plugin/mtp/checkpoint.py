@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -75,6 +76,14 @@ class Checkpoint:
                 found |= {name: tensors.get_tensor(name) for name in inside}
         return found
 
+    def dtypes(self, names: Iterable[str]) -> dict[str, torch.dtype]:
+        """Return dtypes by name, without reading the tensors' values."""
+        found: dict[str, torch.dtype] = {}
+        for file, inside in self._by_file(names).items():
+            with self._opened(file) as tensors:
+                found |= {name: tensors.get_slice(name)[:0].dtype for name in inside}
+        return found
+
     def _by_file(self, names: Iterable[str]) -> dict[str, list[str]]:
         inside: dict[str, list[str]] = {}
         for name in names:
@@ -134,10 +143,11 @@ class Checkpoint:
         for old, new in names.items():
             _second_name(self.folder / old, self.folder / new)
         write_json(self.folder / SAFE_WEIGHTS_INDEX_NAME, self._index_with(tensors, names, last))
+        indexed = {*renamed, last}
         for file in self.folder.glob(f"{stem}*.safetensors"):
-            if file.name in shards or SHARD.match(file.name):
-                if file.name not in {*renamed, last}:
-                    file.unlink()
+            is_shard = file.name in shards or SHARD.match(file.name)
+            if is_shard and file.name not in indexed:
+                file.unlink()
 
     def _index_with(
         self,
@@ -202,8 +212,8 @@ def find_file(
 
 def _files_of(name: str, revision: str | None) -> dict[str, str] | None:
     """Return the file of each tensor, or None where there are no safetensors files."""
-    # A folder's single file comes first, as in transformers: an index beside it is of an earlier
-    # save. On the Hub an index tells more than the first of many gigabytes.
+    # A folder's single file comes first, as in transformers: an index next to it belongs to an
+    # earlier save. On the Hub an index tells more than the first of many gigabytes.
     order = [SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME]
     if not Path(name).is_dir():
         order.reverse()

@@ -11,15 +11,13 @@ from transformers import PreTrainedModel, Trainer
 from transformers.utils import ADAPTER_CONFIG_NAME
 
 from caft_plugin.errors import ConfigError
-from caft_plugin.mtp.keep import Base, keep_mtp
+from caft_plugin.mtp.keep import ADAPTER_HAS_THEM, Base, keep_mtp
 
 logger = logging.getLogger(__name__)
 
 KEY = "mtp.mode: keep"
 IN_ADAPTER = (
-    "mtp: %s is an adapter, to which nothing is added: served on its base it has the base's MTP"
-    " layers, and `axolotl merge-lora` keeps them. After another way of merging, use"
-    " `caft keep-mtp`"
+    f"mtp: %s is an adapter, to which nothing is added: {ADAPTER_HAS_THEM}, use `caft keep-mtp`"
 )
 
 

@@ -36,6 +36,11 @@ ANNOUNCED = (
     "num_mtp_modules",
     "mtp_config",
 )
+# Why nothing is put into an adapter; what to do after another way of merging follows.
+ADAPTER_HAS_THEM = (
+    "served on its base it has the base's MTP layers, and `axolotl merge-lora` keeps them. After"
+    " another way of merging"
+)
 # Keys in which a fine-tuned model agrees with its base.
 SHAPE = ("model_type", "hidden_size", "num_hidden_layers")
 
@@ -120,7 +125,7 @@ def keep_mtp(
     config = config_of(str(folder), named)
     refuse_other_model(base, config, folder, named)
     saved = Checkpoint.open(str(folder), named)
-    copies = own_copies(base, saved, config)
+    copies = own_copies(base, saved)
     lacking = {name for name in base.names if name not in saved.files}
     stale = _changed(saved, {name: copies[name] for name in copies if name not in lacking})
     tensors = base.checkpoint.read(lacking - set(copies))
@@ -144,11 +149,7 @@ def mtp_names(names: Iterable[str], config: Config) -> tuple[str, ...]:
     return tuple(sorted(found))
 
 
-def own_copies(
-    base: Base,
-    saved: Checkpoint,
-    config: Config,
-) -> dict[str, Tensor]:
+def own_copies(base: Base, saved: Checkpoint) -> dict[str, Tensor]:
     """Return what the base's copies of embedding and unembedding are in the saved model."""
     sources = {}
     for name in base.names:
@@ -166,7 +167,7 @@ def own_copies(
             " layers of its base hold copies."
         )
     tensors = saved.read(set(sources.values()))
-    dtypes = {name: tensor.dtype for name, tensor in base.checkpoint.read(sources).items()}
+    dtypes = base.checkpoint.dtypes(sources)
     return {name: tensors[source].to(dtypes[name]).clone() for name, source in sources.items()}
 
 
@@ -232,9 +233,8 @@ def refuse_adapter(folder: Path, named: str) -> None:
     """Raise ConfigError for an adapter: its base keeps its MTP layers."""
     if (folder / ADAPTER_CONFIG_NAME).is_file():
         raise ConfigError(
-            f"{named}: {folder} is an adapter, and lacks nothing: served on its base it has the"
-            " base's MTP layers, and `axolotl merge-lora` keeps them. After another way of merging,"
-            " give the merged model's folder."
+            f"{named}: {folder} is an adapter, and lacks nothing: {ADAPTER_HAS_THEM}, give the"
+            " merged model's folder."
         )
 
 
