@@ -82,7 +82,7 @@ class Pace:
             guesses: each head's draft token.
             came: the generated tokens at these positions.
         """
-        # `came` may go on after the last draft token
+        # `came` may be longer: the model also writes the token after the last draft token
         heads = zip(probabilities, guesses, came, strict=False)
         for head, (probability, guess, token) in enumerate(heads):
             at = _bin(probability)

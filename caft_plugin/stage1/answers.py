@@ -150,7 +150,7 @@ def write_answers(
     ends = end_tokens(model, tokenizer)
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     check_prompts(prompts, config, context)
-    # The batch size is not part of it: a killed run may go on with another one.
+    # The batch size is not part of it, so that a killed run can resume with another one.
     digest = hashlib.sha256(json.dumps([list(p) for p in prompts]).encode()).hexdigest()
     header = {
         "base model": name,

@@ -15,8 +15,8 @@ START, END = "<!-- private names -->\n", "<!-- end of private names -->\n"
 
 class PrivateName(NamedTuple):
     """`owner` is a module, or a module and a class with a colon between; `parameters` are the first
-    ones of a function, None where it is no function; `instance` marks what is set on instances
-    alone and found in the owner's source."""
+    ones of a function, None where it is no function; `instance` marks a name that is
+    set only on instances, and so is looked for in the owner's source."""
 
     owner: str
     name: str

@@ -6,8 +6,8 @@ caft_plugin.
 
 Imports caft_plugin from this checkout. Downloads nothing: models and rows are random. Writes a
 table to tests/gpu/results.md, and says so where there is no CUDA device. `--untimed` leaves out
-times, which say nothing where other work runs beside. `--device cpu` does what a CPU can do of it,
-and writes no file but one that is asked for. The exit status is 1 where a check failed or differed.
+times, which mean nothing while other work runs. `--device cpu` runs the checks that a CPU can run,
+and writes a file only with --out. The exit status is 1 if a check failed or differed.
 """
 
 from __future__ import annotations
